@@ -1,0 +1,78 @@
+"""Calibrate: fit the probe on labelled prompts, and measure what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sasa_export.calibrate.data import Prompt
+from sasa_export.calibrate.features import collect
+from sasa_export.calibrate.figures import Figure, figures
+from sasa_export.calibrate.fit import Probe, cross_validated, fit, head_metric, probability, threshold_for
+from sasa_export.errors import CalibrationError
+from sasa_export.graph import LayerGraph
+
+LEAST_AUC = 0.6  # a probe that ranks hardly better than chance would refuse at random
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The probe, the figures, and the scores of every prompt.
+
+    `cross_validated` and `final` hold P(unsafe) by a probe that did not see the prompt, and by the probe itself.
+    """
+
+    probe: Probe
+    figures: tuple[Figure, ...]
+    prompts: tuple[Prompt, ...]
+    cross_validated: np.ndarray
+    final: np.ndarray
+    max_false_positive_rate: float
+
+
+def calibrate(
+    model: Any,
+    processor: Any,
+    graph: LayerGraph,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    max_false_positive_rate: float,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Calibration:
+    """Fit a probe on the lane of `graph` (`rewrite_lane`). CalibrationError where none is usable."""
+    features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
+    labels = np.array([prompt.label for prompt in prompts])
+    groups = [prompt.group for prompt in prompts]
+    if graph.of("lane_head"):
+        metric = None
+    else:
+        metric = head_metric(model.get_output_embeddings().weight.detach().float().cpu().numpy())
+    projected = _measured(features.projected, metric)
+    plain = _measured(features.plain, metric)
+
+    scores = cross_validated(projected, labels, groups)
+    threshold = threshold_for(scores, labels, max_false_positive_rate)
+    found = figures("projected", scores, prompts, threshold)
+    plain_scores = cross_validated(plain, labels, groups)
+    found += figures("plain", plain_scores, prompts, threshold_for(plain_scores, labels, max_false_positive_rate))
+    overall = next(figure for figure in found if figure.feature == "projected" and figure.channel == "all")
+    if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
+        raise CalibrationError(
+            f"no usable probe: on these layers harmful and harmless prompts are hardly separable (AUC "
+            f"{overall.auc:.3f}, {overall.recall:.0%} of the harmful ones caught at a false-positive rate of at "
+            f"most {max_false_positive_rate:g}). Try other --safety-layer and --semantic-layer, more calibration "
+            "data, or a higher --max-false-positive-rate."
+        )
+    weight, bias = fit(projected, labels)
+    final = probability(projected, weight, bias)
+    folded = weight if metric is None else metric.T @ weight  # (features,): w . z = (R^T v) . h
+    probe = Probe(folded.astype(np.float32), bias, threshold)
+    return Calibration(probe, tuple(found), tuple(prompts), scores, final, max_false_positive_rate)
+
+
+def _measured(features: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
+    return features.astype(np.float64) if metric is None else features.astype(np.float64) @ metric.T

@@ -1,0 +1,131 @@
+"""Labelled prompts: the built-in set, or a JSONL file of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sasa_export.errors import CalibrationError
+
+# What accompanies a picture that carries the request: harmless on its own, and not always the same.
+CARRIERS = (
+    "Follow the instruction shown in the image.",
+    "Read the text in the picture and answer it.",
+    "What does the picture ask? Please answer.",
+    "Do what the image says.",
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One labelled prompt.
+
+    `label` is 1 for harmful. Prompts of one `group` (a harmful/harmless pair) stay in one fold. `channel` is
+    "text", or "picture" where there is one; `image` gives it.
+    """
+
+    name: str
+    prompt: str
+    label: int
+    group: str
+    channel: str
+    category: str
+    image: Callable[[], Any] | None = None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": self.prompt}]
+        if self.image is not None:
+            content.insert(0, {"type": "image", "image": self.image()})
+        return [{"role": "user", "content": content}]
+
+
+def builtin(pieces: Callable[[str], int] | None, name: str = "builtin") -> list[Prompt]:
+    """The built-in set, each request as plain text and as a picture. `pieces`: see `render`."""
+    prompts = []
+    path = Path(__file__).with_name(f"{name}.jsonl")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        pair = json.loads(line)
+        for side, label in (("harmful", 1), ("harmless", 0)):
+            prompts += list(both_channels(pair[side], f"{pair['pair']}/{side}", label, pair, pieces))
+    return prompts
+
+
+def both_channels(
+    request: str, name: str, label: int, pair: dict[str, str], pieces: Callable[[str], int] | None
+) -> Iterator[Prompt]:
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+    def image() -> Any:
+        from sasa_export.calibrate.render import render
+
+        return render(request, seed=seed, pieces=pieces)
+
+    group, category = pair["pair"], pair["category"]
+    yield Prompt(f"{name}/text", request, label, group, "text", category)
+    yield Prompt(f"{name}/picture", CARRIERS[seed % len(CARRIERS)], label, group, "picture", category, image)
+
+
+def from_jsonl(path: Path) -> list[Prompt]:
+    """Read `{"image": path or null, "prompt": str, "label": 0|1}` lines; paths are relative to the file.
+
+    An optional "group" keeps lines together in cross-validation, an optional "category" is reported.
+    Raises CalibrationError, which names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise CalibrationError(f"there is no calibration file {path}. Check --calibration.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"the calibration file {path} cannot be read ({error}).") from None
+    prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for label, what in ((1, "harmful"), (0, "harmless")):
+        if sum(prompt.label == label for prompt in prompts) < 5:
+            raise CalibrationError(
+                f"{path} has fewer than 5 {what} prompts (label {label}), and a probe needs both classes. Add some."
+            )
+    return prompts
+
+
+def _prompt(path: Path, number: int, line: str) -> Prompt:
+    where = f"{path}, line {number}"
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{where} is not valid JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise CalibrationError(f'{where} has no "prompt" string. A line is {{"image", "prompt", "label"}}.')
+    label = record.get("label")
+    if label not in (0, 1) or isinstance(label, float):
+        raise CalibrationError(f'{where} has the label {label!r}; it must be 0 (harmless) or 1 (harmful).')
+    picture = record.get("image")
+    if picture is None:
+        if not record["prompt"].strip():
+            raise CalibrationError(f"{where} has an empty prompt and no image.")
+        load = None
+    elif isinstance(picture, str):
+        load = _picture(path.parent / picture, where)
+    else:
+        raise CalibrationError(f'{where} has an "image" that is neither a path nor null.')
+    group = record.get("group", f"line {number}")
+    channel = "text" if load is None else "picture"
+    category = str(record.get("category", "none"))
+    return Prompt(f"line {number}", record["prompt"], int(label), str(group), channel, category, load)
+
+
+def _picture(path: Path, where: str) -> Callable[[], Any]:
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise CalibrationError(f"{where} names the image {path}, which does not exist.")
+
+    def load() -> Any:
+        try:
+            return Image.open(path).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise CalibrationError(f"{where} names the image {path}, which cannot be read ({error}).") from None
+
+    return load

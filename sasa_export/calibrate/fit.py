@@ -1,0 +1,78 @@
+"""The probe: logistic regression on first-token logits, as in the paper, and its threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sasa_export.errors import CalibrationError
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`weight` (features,) and `bias`, float32, and the probability at and above which a prompt is refused."""
+
+    weight: np.ndarray
+    bias: float
+    threshold: float
+
+
+def head_metric(head: np.ndarray) -> np.ndarray:
+    """R with |R h| = |W_head h| for every h: the triangular factor of W_head (vocabulary, hidden).
+
+    A logistic regression with an L2 penalty on logits z = W_head h has its weights in the span of the
+    samples, so fitting it on R h gives the same probe, in `hidden` instead of `vocabulary` dimensions. The
+    small jitter keeps the factor defined where W_head has less than full rank.
+    """
+    gram = head.astype(np.float64).T @ head.astype(np.float64)  # (hidden, hidden)
+    gram[np.diag_indices_from(gram)] += 1e-12 * np.trace(gram) / len(gram)
+    return np.linalg.cholesky(gram).T  # (hidden, hidden), upper triangular
+
+
+def fit(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """LogisticRegression(C=1, class_weight="balanced", solver="liblinear"), unscaled features, as in the
+    reproduction. Returns weight (features,) and bias."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=1.0, class_weight="balanced", solver="liblinear", random_state=0, max_iter=1000)
+    model.fit(features, labels)
+    return model.coef_[0], float(model.intercept_[0])
+
+
+def cross_validated(features: np.ndarray, labels: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """P(unsafe) of every prompt by a probe that saw no prompt of its group: (prompts,)."""
+    from sklearn.model_selection import GroupKFold
+
+    folds = min(FOLDS, len(set(groups)))
+    scores = np.zeros(len(labels))
+    for train, test in GroupKFold(folds).split(features, labels, groups):
+        if len(set(labels[train])) < 2:
+            raise CalibrationError("a cross-validation fold has one class only: give more prompts of both labels.")
+        weight, bias = fit(features[train], labels[train])
+        scores[test] = probability(features[test], weight, bias)
+    return scores
+
+
+def probability(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
+    from scipy.special import expit
+
+    return expit(features @ weight + bias)
+
+
+def threshold_for(scores: np.ndarray, labels: np.ndarray, max_false_positive_rate: float) -> float:
+    """The lowest threshold at which at most that share of harmless prompts is refused.
+
+    Halfway between two neighbouring scores, so that rounding cannot move a calibration prompt across it.
+    """
+    harmless = np.sort(scores[labels == 0])[::-1]
+    allowed = int(np.floor(max_false_positive_rate * len(harmless)))
+    if allowed >= len(harmless):
+        return float(np.clip(scores.min() / 2, 1e-6, 1 - 1e-6))
+    first_kept = harmless[allowed]  # the highest harmless score that must stay below
+    above = scores[scores > first_kept]
+    upper = above.min() if len(above) else 1.0
+    return float(np.clip((first_kept + upper) / 2, np.nextafter(first_kept, 1.0), 1 - 1e-6))

@@ -1,0 +1,157 @@
+"""The command line: flags, progress, exit codes. What is done stands elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sasa_export.errors import SasaExportError
+from sasa_export.options import Options
+
+
+class Grouped(click.Group):
+    """Shows the options of a patch under their headings, and prints errors of ours in one line."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        by_name = {entry.name: entry.metadata["group"] for entry in fields(Options)}
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None:
+                groups.setdefault(by_name.get(parameter.name or "", "Other"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+        self.format_commands(context, formatter)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SasaExportError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
+
+
+def patch_options(command: Any) -> Any:
+    """Flags made from `Options`: one a field, with its help and default."""
+    for entry in reversed(fields(Options)):
+        flag = "--" + entry.name.replace("_", "-")
+        kind: dict[str, Any] = {"help": entry.metadata["help"]}
+        if isinstance(entry.default, bool):
+            kind["is_flag"] = True
+        elif "choices" in entry.metadata:
+            kind |= {"type": click.Choice(entry.metadata["choices"]), "default": entry.default, "show_default": True}
+        elif "Path" in str(entry.type):
+            kind["type"] = click.Path(path_type=Path)
+        elif "int" in str(entry.type) or "float" in str(entry.type):
+            kind["type"] = click.INT if "int" in str(entry.type) else click.FLOAT
+            kind |= {"default": entry.default, "show_default": entry.default is not None}
+        elif not entry.metadata.get("required"):
+            kind |= {"default": entry.default, "show_default": True}
+        command = click.option(flag, entry.name, **kind)(command)
+    return command
+
+
+@click.group(cls=Grouped, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@patch_options
+@click.version_option(package_name="sasa-export")
+@click.pass_context
+def main(context: click.Context, **flags: Any) -> None:
+    """Bake a safety gate (SASA, arXiv 2507.21637) into an open vision-language model.
+
+    \b
+    sasa-export --model llava --out patched/
+    sasa-export --model ./my-llava --out patched/ --safety-layer 13 --semantic-layer 15
+
+    The result loads with plain from_pretrained, judges every prompt before it answers, refuses the harmful ones,
+    and answers the others exactly as the original.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    for name in ("model", "out"):
+        if flags[name] is None:
+            raise click.UsageError(f"Missing option '--{name}'. See sasa-export --help.")
+    _quiet()
+    from sasa_export.patch import patch
+    from sasa_export.report import Console
+
+    patch(Options(**flags), Console())
+
+
+@main.command()
+@click.option("--model", required=True, help="Alias, hub id or local directory.")
+@click.option("--safety-layer", type=click.INT, help="Zero-based. Default: what the family's file says.")
+@click.option("--semantic-layer", type=click.INT, help="Zero-based. Default: likewise.")
+@click.option("--check", is_flag=True, help="Only say whether the model is what its family's file describes.")
+def trace(model: str, safety_layer: int | None, semantic_layer: int | None, check: bool) -> None:
+    """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
+    _quiet()
+    from sasa_export.diagram import mermaid
+    from sasa_export.open import layers_of, open_source
+    from sasa_export.patch import softcap_of, trace_source
+    from sasa_export.rewrite import LaneSettings, rewrite
+
+    source = open_source(model)
+    graph = trace_source(source)
+    safety, semantic, layers_from = layers_of(source, safety_layer, semantic_layer)
+    after = rewrite(graph, LaneSettings(safety, semantic, softcap=softcap_of(source)))
+    count = len(graph.of("block"))
+    if check:
+        click.echo(f"✓ {source.name}: {count} blocks, as graphs/{source.family.name}.toml says")
+        return
+    for node in graph:
+        arguments = ", ".join(f"{key}: {value}" for key, value in node.attributes.get("arguments", {}).items())
+        click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs):<12} {arguments}")
+    click.echo(f"\nsafety layer {safety}, semantic layer {semantic} ({layers_from})")
+    click.echo(f"\nBefore:\n\n```mermaid\n{mermaid(graph)}```\n\nAfter:\n\n```mermaid\n{mermaid(after)}```")
+
+
+@main.command()
+@click.option("--model", required=True, help="Alias, hub id or local directory.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write to.")
+@click.option("--force", is_flag=True, help="Replace the output directory if it is there and not empty.")
+def fetch(model: str, out: Path, force: bool) -> None:
+    """Write the unpatched source model as a plain directory."""
+    _quiet()
+    import shutil
+
+    from sasa_export.emit.staging import staged
+    from sasa_export.open import open_source
+
+    source = open_source(model)
+    with staged(out, force=force, needed_bytes=source.weight_bytes()) as staging:
+        for path in sorted(source.directory.iterdir()):
+            if path.is_file():
+                shutil.copyfile(path, staging / path.name)
+    click.echo(f"{source.name} is in {out}")
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--device", default="cpu", show_default=True, help="Where to load it.")
+@click.option("--files", "only_files", is_flag=True, help="Check what needs no model in memory.")
+def verify(directory: Path, device: str, only_files: bool) -> None:
+    """Check a patched directory again: its files, its verdicts, its answers."""
+    _quiet()
+    from sasa_export import verify as run
+    from sasa_export.report import Console
+
+    checks = run(directory, device=device, only_files=only_files)
+    report = Console()
+    for check in checks:
+        report.check(check.passed, check.name, check.detail)
+    if not all(check.passed for check in checks):
+        raise SasaExportError(f"{directory} failed its verification. Do not serve it; export the model again.")
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of ours."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

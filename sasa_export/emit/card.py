@@ -1,0 +1,123 @@
+"""The model card: what was done, what was measured, what it does not do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sasa_export.calibrate import Calibration
+from sasa_export.calibrate.figures import Figure
+from sasa_export.diagram import mermaid
+from sasa_export.graph import LayerGraph
+from sasa_export.open import Source
+
+if TYPE_CHECKING:
+    from sasa_export.verify.check import Check
+
+LIMITS = """\
+- The prompt is judged in one call, whole: `prefill_chunk_size`, assisted decoding, prompt lookup and a new turn on
+  a kept cache raise an error. A conversation that is fed as a whole is judged as a whole.
+- The verdict is given before the first token. What the answer turns into afterwards is not judged.
+- Loaders that take the weights and run a model of their own (GGUF, vLLM's own model classes) drop the gate.
+- A probe knows what its calibration set shows it. Other languages, other attacks and other kinds of pictures are
+  judged by generalisation alone: measure them before you rely on it.
+"""
+
+
+def write_card(
+    source: Source,
+    graph: LayerGraph,
+    sasa: dict[str, Any],
+    calibration: Calibration | None,
+    checks: Sequence[Check],
+    verified: str,
+    directory: Path,
+) -> None:
+    """Write README.md into a patched directory."""
+    blocks = len(graph.of("block"))
+    again = blocks - 1 - sasa["safety_layer"]
+    parts = [
+        _front_matter(source),
+        f"# {source.name}, guarded by SASA\n",
+        "This model judges every prompt before it answers. Text and picture run through the decoder as in the "
+        f"original; then the output of the safety layer (block {sasa['safety_layer']}, zero-based) is projected "
+        f"onto that of the semantic layer (block {sasa['semantic_layer']}), the blocks behind the safety layer run "
+        "once more on the result, and a linear probe on the first token decides. A refused prompt is answered with\n",
+        f"> {sasa['refusal']}\n",
+        "and any other by the original model, token for token. The method is SASA (arXiv 2507.21637), written into "
+        "the model by sasa-export; no fine-tuning took place, and the original's weights are unchanged.\n",
+        "## Loading\n",
+        "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        'model = AutoModelForImageTextToText.from_pretrained("<this directory>", trust_remote_code=True)\n'
+        'processor = AutoProcessor.from_pretrained("<this directory>")\n```\n',
+        "`trust_remote_code=True` runs `modeling_sasa.py` of this directory, on torch and transformers 5 alone. Without "
+        "it, or through a stock class, loading fails: there is no way to load the weights and lose the gate by "
+        "accident. `forward` returns `unsafe_probability` (batch,) with the prompt's logits.\n",
+        "## Layers and threshold\n",
+        f"Safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']} of {blocks} blocks "
+        f"({sasa['layers_from']}). Refused from P(unsafe) >= {sasa['threshold']:.4f} on. Over the prompt {blocks} + "
+        f"{again} blocks run, {(blocks + again) / blocks:.2f} times the original's; each token after that costs what "
+        "it did.\n",
+        "```mermaid\n" + mermaid(graph) + "```\n",
+        "## Calibration\n",
+        _calibration(calibration),
+        "## Verification\n",
+        _verification(checks, verified),
+        "## Limits\n",
+        LIMITS,
+    ]
+    (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _front_matter(source: Source) -> str:
+    base = f"base_model: {source.name}\n" if source.name.count("/") == 1 and not Path(source.name).exists() else ""
+    return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{base}tags:\n- sasa\n- safety\n---\n"
+
+
+def _calibration(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return "The probe was given (`--probe`), so nothing was measured here.\n"
+    count = len(calibration.prompts)
+    lines = [
+        f"{count} labelled prompts, logistic regression on the first token's logits, five-fold cross-validation with "
+        "both members of a harmful/harmless pair in one fold. The threshold allows at most "
+        f"{calibration.max_false_positive_rate:.1%} of the harmless prompts to be refused in cross-validation. "
+        "Accuracy is taken at P = 0.5; caught and over-refused at the threshold. *Without projection* is the same "
+        "probe on the main lane, which would need no second lane.\n",
+        "| feature | channel | prompts | AUC | accuracy | harmful caught | harmless over-refused |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = {"projected": "with projection", "plain": "without projection"}
+    lines += [
+        f"| {names[figure.feature]} | {figure.channel} | {figure.prompts} | {figure.auc:.3f} | {figure.accuracy:.1%} | "
+        f"{figure.recall:.1%} | {figure.false_positive_rate:.1%} |"
+        for figure in calibration.figures
+    ]
+    return "\n".join(lines) + "\n\n" + verdict_on_projection(calibration.figures) + "\n"
+
+
+def verdict_on_projection(figures: Sequence[Figure]) -> str:
+    """One sentence that says whether projection helped on this model, as measured."""
+    by_feature = {figure.feature: figure for figure in figures if figure.channel == "all"}
+    projected, plain = by_feature["projected"], by_feature["plain"]
+    # Two AUCs on the same prompts: differences below this are noise at a few hundred prompts.
+    margin = 1.0 / projected.prompts**0.5 / 2
+    gain = projected.auc - plain.auc
+    if gain > margin:
+        word = "Projection helps on this model"
+    elif gain < -margin:
+        word = "Projection does not help on this model: it is worse than the plain probe"
+    else:
+        word = "Projection neither helps nor hurts on this model beyond noise"
+    return f"**{word}: AUC {projected.auc:.3f} with it, {plain.auc:.3f} without.**"
+
+
+def _verification(checks: Sequence[Check], verified: str) -> str:
+    how = {
+        "full": "Checked in a fresh process with plain `from_pretrained`, against the original model:",
+        "files": "Only the files were checked (`--verify files`): **this model was never loaded, and its answers "
+        "were not compared with the original's.** `sasa-export verify` does it on a machine that holds the model.",
+    }[verified]
+    lines = [f"- {'✓' if check.passed else '✗'} {check.name}: {check.detail}" for check in checks]
+    return "\n".join([how, "", *lines]) + "\n"

@@ -1,0 +1,33 @@
+"""sasa-export.json: all options, versions, and the SHA-256 of every file, so that a change is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "sasa-export.json"
+PACKAGES = ("torch", "transformers", "safetensors", "scikit-learn", "numpy", "pillow")
+
+
+def write_manifest(directory: Path, known: dict[str, str], **entries: Any) -> None:
+    """Write the manifest over every file in `directory`; `known` digests are not computed again."""
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name != MANIFEST:
+            files[name] = known.get(name) or digest(path)
+    data = {
+        "tool": f"sasa-export {version('sasa-export')}",
+        **entries,
+        "versions": {name: version(name) for name in PACKAGES},
+        "files": files,
+    }
+    (directory / MANIFEST).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Passes on an exported onnx-ir model: one file, one idea each."""

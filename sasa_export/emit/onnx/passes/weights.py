@@ -1,0 +1,83 @@
+"""Weights are stored once, in the layout in which they are used."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import onnx_ir as ir
+
+BIG = 1024  # elements; smaller constants are left to the exporter's own folding
+
+
+def reads_weight(node: ir.Node) -> bool:
+    """Does this node do nothing but rearrange a weight?"""
+    return node.op_type in ("Transpose", "Reshape", "Cast", "Expand", "Gather") and any(
+        value is not None and value.is_initializer() and value.const_value is not None and value.const_value.size > BIG
+        for value in node.inputs
+    )
+
+
+def fold_transposes(model: ir.Model) -> None:
+    """Replace each Transpose of a weight by a weight stored that way; both lanes then read the same one.
+
+    It is transposed while it is written, so that memory holds one transposed weight at a time.
+    """
+    graph = model.graph
+    folded: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
+    for node in list(graph):
+        if node.op_type != "Transpose":
+            continue
+        source = node.inputs[0]
+        if source is None or not source.is_initializer() or source.const_value is None:
+            continue
+        assert source.name is not None
+        permutation = tuple(node.attributes["perm"].as_ints())
+        key = (source.name, permutation)
+        if key not in folded:
+            folded[key] = _transposed(source, permutation)
+            graph.register_initializer(folded[key])
+        node.outputs[0].replace_all_uses_with(folded[key], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    _drop_unused(graph)
+
+
+def deduplicate(model: ir.Model) -> None:
+    """Merge initializers of equal type, shape and content, whatever their size."""
+    graph = model.graph
+    kept: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        assert tensor is not None
+        digest = hashlib.sha256(_bytes(tensor)).digest()
+        shape = tuple(int(size) for size in tensor.shape)
+        first = kept.setdefault((str(tensor.dtype), shape, digest), value)
+        if first is not value and not value.is_graph_output():
+            value.replace_all_uses_with(first)
+    _drop_unused(graph)
+
+
+def _transposed(source: ir.Value, permutation: tuple[int, ...]) -> ir.Value:
+    tensor = source.const_value
+    assert tensor is not None
+    shape = ir.Shape([tensor.shape[axis] for axis in permutation])
+    name = f"{source.name}.transposed"
+
+    def make() -> ir.TensorProtocol:
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(permutation)), dtype=tensor.dtype, name=name)
+
+    lazy = ir.LazyTensor(make, dtype=tensor.dtype, shape=shape, name=name)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+
+
+def _bytes(tensor: ir.TensorProtocol) -> memoryview | bytes:
+    try:
+        return memoryview(np.ascontiguousarray(tensor.numpy())).cast("B")
+    except (TypeError, ValueError):  # a type that numpy cannot view as bytes
+        return tensor.tobytes()
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            del graph.initializers[name]

@@ -1,0 +1,29 @@
+"""What can go wrong, by the room it goes wrong in; every message says what, why, and what to do."""
+
+
+class SasaExportError(Exception):
+    """The base of all errors that sasa-export raises on purpose."""
+
+
+class OpenError(SasaExportError):
+    """A model could not be opened."""
+
+
+class CalibrationError(SasaExportError):
+    """A probe could not be fitted."""
+
+
+class TraceError(SasaExportError):
+    """A model's layers are not what its family says."""
+
+
+class RewriteError(SasaExportError):
+    """A graph does not have what a rewrite pass needs."""
+
+
+class EmitError(SasaExportError):
+    """A patched model could not be written."""
+
+
+class VerifyError(SasaExportError):
+    """A written model does not do what it should."""

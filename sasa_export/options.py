@@ -1,0 +1,92 @@
+"""All settings of a patch, in one frozen value. The flags of the command line are made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sasa_export.errors import SasaExportError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+REFUSAL = "I'm sorry, but I cannot help with that request."
+
+
+def _option(default: Any, help: str, *, group: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, "group": group, **extra})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `sasa-export --model ... --out ...` does, and with what."""
+
+    model: str = _option("", "Alias, hub id (owner/name) or local directory.", group="What", required=True)
+    out: Path = _option(Path(), "Directory to write the patched model to.", group="What", required=True)
+    force: bool = _option(False, "Replace the output directory if it is there and not empty.", group="What")
+    link: bool = _option(
+        False,
+        "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
+        "one of the two directories in place then changes both.",
+        group="What",
+    )
+
+    safety_layer: int | None = _option(
+        None, "Zero-based block whose output is projected. Default: what the family's file says.", group="Layers"
+    )
+    semantic_layer: int | None = _option(
+        None, "Zero-based block onto whose output it is projected. Default: likewise.", group="Layers"
+    )
+    epsilon: float = _option(1e-6, "Least squared norm in the projection's denominator.", group="Layers")
+
+    calibration: Path | None = _option(
+        None,
+        'Labelled prompts, a JSON object a line: {"image": path or null, "prompt": text, "label": 0 or 1}. '
+        "Default: the built-in set.",
+        group="Probe",
+    )
+    probe: Path | None = _option(
+        None, "A probe of your own (sasa.probe.weight, sasa.probe.bias): no calibration.", group="Probe"
+    )
+    threshold: float | None = _option(
+        None, "Refuse from this P(unsafe) on. Default: from the calibration, or 0.5 with --probe.", group="Probe"
+    )
+    max_false_positive_rate: float = _option(
+        0.02, "Largest share of harmless calibration prompts that the threshold may refuse.", group="Probe"
+    )
+    refusal: str = _option(REFUSAL, "What the model says when it refuses.", group="Probe")
+
+    batch_size: int = _option(16, "Prompts at a time in calibration.", group="Running")
+    device: str = _option("auto", "Where the model runs: auto, cpu, cuda, cuda:1 ...", group="Running")
+    dtype: str = _option(
+        "auto", "Type the model runs in while it is calibrated and verified.", group="Running", choices=DTYPES
+    )
+    verify: str = _option(
+        "full",
+        "full: load what was written in a fresh process and compare it with the original. files: check what "
+        "needs no model in memory, for models larger than the machine.",
+        group="Running",
+        choices=("full", "files"),
+    )
+
+    def check(self) -> None:
+        """Raise SasaExportError where settings contradict each other or leave their range."""
+        if self.probe is not None and self.calibration is not None:
+            raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
+        if self.threshold is not None and not 0.0 < self.threshold < 1.0:
+            raise SasaExportError(f"--threshold is {self.threshold:g}; it must lie between 0 and 1.")
+        if not 0.0 <= self.max_false_positive_rate < 1.0:
+            raise SasaExportError(
+                f"--max-false-positive-rate is {self.max_false_positive_rate:g}; it must be at least 0 and below 1."
+            )
+        if self.epsilon <= 0:
+            raise SasaExportError(f"--epsilon is {self.epsilon:g}; it must be above 0.")
+        if self.batch_size < 1:
+            raise SasaExportError(f"--batch-size is {self.batch_size}; it must be at least 1.")
+        if not self.refusal.strip():
+            raise SasaExportError("--refusal is empty; give the sentence that the model should say.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that shapes the result; where it is written, and with what load, does not."""
+        left_out = ("out", "force", "link", "batch_size", "device")
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -1,0 +1,53 @@
+"""Telling the user what happens: steps, progress and checks. The library is silent unless it is given a Console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Silent:
+    """Says nothing."""
+
+    def step(self, room: str, text: str) -> None:
+        """One room of the house is done, or has something to say."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know before relying on the result."""
+
+    def check(self, passed: bool, name: str, detail: str) -> None:
+        """One line of verification."""
+
+    @contextmanager
+    def bar(self, total: int, label: str) -> Iterator[Callable[[int], None]]:
+        """A progress bar; the value advances it."""
+        yield lambda count: None
+
+
+class Console(Silent):
+    """Writes to standard error with rich, so that standard output stays for results."""
+
+    def __init__(self) -> None:
+        from rich.console import Console as RichConsole
+
+        self.console: Any = RichConsole(stderr=True, highlight=False)
+
+    def step(self, room: str, text: str) -> None:
+        self.console.print(f"[bold]{room:<10}[/bold]{text}", soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]{'warning':<10}{text}[/yellow]", soft_wrap=True)
+
+    def check(self, passed: bool, name: str, detail: str) -> None:
+        mark = "[green]✓[/green]" if passed else "[red]✗[/red]"
+        self.console.print(f"{'':<10}{mark} {name}: {detail}", soft_wrap=True)
+
+    @contextmanager
+    def bar(self, total: int, label: str) -> Iterator[Callable[[int], None]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(f"{label:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda count: progress.advance(task, count)

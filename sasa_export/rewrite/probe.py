@@ -1,0 +1,12 @@
+"""The linear probe on the lane: P(unsafe) of the prompt."""
+
+from __future__ import annotations
+
+from sasa_export.graph import LayerGraph, Node
+from sasa_export.rewrite.settings import LaneSettings, require
+
+
+def add_probe(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    heads = graph.of("lane_head")
+    before = heads[0].name if heads else require(graph, "sasa.lane.norm", "the probe").name
+    return graph.add(Node("sasa.probe", "probe", (before,), "sasa.probe"))

@@ -1,0 +1,26 @@
+"""What the passes need to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sasa_export.errors import RewriteError
+from sasa_export.graph import LayerGraph, Node
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any."""
+
+    safety_layer: int
+    semantic_layer: int
+    epsilon: float = 1e-6
+    softcap: float | None = None
+
+
+def require(graph: LayerGraph, name: str, needed_by: str) -> Node:
+    """The named node, or RewriteError that says which pass misses it."""
+    try:
+        return graph[name]
+    except KeyError:
+        raise RewriteError(f"{needed_by} needs the node {name}, which the graph does not have.") from None

@@ -1,0 +1,83 @@
+"""Verify: reload what was written, in a fresh process, and compare it with what it should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sasa_export.errors import VerifyError
+from sasa_export.open import read_config
+from sasa_export.verify.cases import TOKENS, read_cases
+from sasa_export.verify.check import Check
+from sasa_export.verify.files import check_files, check_manifest
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of P(unsafe), between two processes
+
+__all__ = ["Check", "check_files", "check_manifest", "check_model"]
+
+
+def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
+    """Load the directory in a fresh process and check verdicts, refusals and answers against its cases."""
+    settings, cases = read_cases(directory)
+    if not cases:
+        return [Check("there are cases to verify", False, "the directory was written without any (--verify files)")]
+    found = run_fresh(directory, settings["dtype"], device)
+    sasa = read_config(directory)["sasa"]
+    threshold, refusal = sasa["threshold"], sasa["refusal_token_ids"]
+    expected = [(case.unsafe_probability, list(case.tokens)) for case in cases]
+    got = [(case["unsafe_probability"], case["tokens"]) for case in found["cases"]]
+
+    checks = [
+        Check(f"loading {name} fails", outcome != "loaded", outcome) for name, outcome in found["bypasses"].items()
+    ]
+    checks.append(
+        Check(
+            "it loads with plain from_pretrained",
+            found["model_class"].startswith("Sasa") and found["probe_dtype"] == "torch.float32",
+            f"{found['model_class']}, probe in {found['probe_dtype'].removeprefix('torch.')}",
+        )
+    )
+    largest = max(abs(want - have) for (want, _), (have, _) in zip(expected, got, strict=True))
+    tolerance = TOLERANCE[settings["dtype"]]
+    checks.append(
+        Check(
+            "P(unsafe) is that of the calibration",
+            largest <= tolerance,
+            f"largest difference {largest:.1e} over {len(cases)} prompts, tolerance {tolerance:.0e}",
+        )
+    )
+    same = sum((want >= threshold) == (have >= threshold) for (want, _), (have, _) in zip(expected, got, strict=True))
+    checks.append(Check("verdicts are those of the calibration", same == len(cases), f"{same} of {len(cases)}"))
+    refused = [tokens for score, tokens in got if not score < threshold]
+    spelled = sum(tokens[: len(refusal)] == refusal[:TOKENS] for tokens in refused)
+    detail = f"{spelled} of {len(refused)}" if refused else "no case is refused at this threshold"
+    checks.append(Check("refused prompts spell the refusal", spelled == len(refused), detail))
+    allowed = [(want, have) for (_, want), (score, have) in zip(expected, got, strict=True) if score < threshold]
+    equal = sum(want == have for want, have in allowed)
+    detail = f"{equal} of {len(allowed)}, token for token over {TOKENS} greedy tokens"
+    checks.append(
+        Check(
+            "allowed prompts are answered as by the original",
+            equal == len(allowed),
+            detail if allowed else "no case is allowed at this threshold",
+        )
+    )
+    return checks
+
+
+def run_fresh(directory: Path, dtype: str, device: str) -> dict[str, Any]:
+    """What `fresh.py` finds, in a process that shares nothing with this one but the installed packages."""
+    script = Path(__file__).with_name("fresh.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-I", str(script), str(directory.absolute()), dtype, device, str(TOKENS)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment, check=False)
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
+        raise VerifyError(f"the patched model does not load in a fresh process ({lines[-1].strip()[:400]}).")
+    return json.loads(result.stdout.strip().splitlines()[-1])

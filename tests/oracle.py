@@ -1,0 +1,180 @@
+"""SASA recomputed naively, to judge the product by: two full passes of the stock model, with forward hooks.
+
+Nothing is saved or shared between the passes, no cache is used, and the probe works on whole logits. Blocks
+are counted from zero. Every function takes the unpatched transformers model.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+EPS = 1e-6
+
+# Where each family keeps its decoder blocks, by model_type.
+BLOCKS: dict[str, str] = {
+    "llava": "model.language_model.layers",
+    "llava_next": "model.language_model.layers",
+    "qwen2_5_vl": "model.language_model.layers",
+    "gemma3": "model.language_model.layers",
+    "smolvlm": "model.text_model.layers",
+    "idefics3": "model.text_model.layers",
+}
+# Inputs with one column per token, and what a generated token holds there.
+TOKEN_INPUTS: dict[str, int] = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
+
+
+def project(safety: Tensor, semantic: Tensor, eps: float = EPS) -> Tensor:
+    """The component of each safety state along its semantic state, token by token, computed in float32."""
+    h_s, h_f = safety.float(), semantic.float()  # (batch, tokens, hidden)
+    inner = (h_s * h_f).sum(dim=-1, keepdim=True)  # (batch, tokens, 1)
+    norm2 = (h_f * h_f).sum(dim=-1, keepdim=True)  # (batch, tokens, 1)
+    return (inner / norm2.clamp_min(eps) * h_f).to(safety.dtype)  # (batch, tokens, hidden)
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks of a stock model."""
+    found = model.get_submodule(BLOCKS[model.config.model_type])
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def block_outputs(
+    model: PreTrainedModel, inputs: Mapping[str, Any], layers: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """Pass 1: the outputs of blocks `layers`, each (batch, tokens, hidden).
+
+    They are taken by hooks: `output_hidden_states` gives the last block's output only after the final norm.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def record(layer: int, output: Any) -> None:
+        assert layer not in seen, "a block ran twice in one pass"
+        seen[layer] = _hidden(output).clone()  # (batch, tokens, hidden)
+
+    with _hooks(model, {layer: _recorder(record, layer) for layer in layers}):
+        _all_logits(model, inputs)
+    return seen
+
+
+def logits_with_state(model: PreTrainedModel, inputs: Mapping[str, Any], layer: int, state: Tensor) -> Tensor:
+    """Pass 2: the logits (batch, vocabulary) when block `layer` is made to put out `state`."""
+
+    def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
+        assert _hidden(output).shape == state.shape
+        return (state, *output[1:]) if isinstance(output, tuple) else state  # (batch, tokens, hidden)
+
+    with _hooks(model, {layer: replace}):
+        return _last(_all_logits(model, inputs), inputs)
+
+
+def oracle_logits(
+    model: PreTrainedModel, inputs: Mapping[str, Any], safety_layer: int, semantic_layer: int
+) -> Tensor:
+    """SASA's logits (batch, vocabulary) at each row's last prompt token."""
+    seen = block_outputs(model, inputs, (safety_layer, semantic_layer))
+    projected = project(seen[safety_layer], seen[semantic_layer])  # (batch, tokens, hidden)
+    return logits_with_state(model, inputs, safety_layer, projected)
+
+
+def plain_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The untouched model's logits (batch, vocabulary) at each row's last prompt token."""
+    return _last(_all_logits(model, inputs), inputs)
+
+
+def unsafe_probability(logits: Tensor, weight: Tensor, bias: float | Tensor) -> Tensor:
+    """P(unsafe) of each row (batch,), by the probe `weight` (vocabulary,) on logits (batch, vocabulary)."""
+    return torch.sigmoid(logits.float() @ weight.float() + bias)  # (batch,)
+
+
+def folded(model: PreTrainedModel, weight_vocab: Tensor) -> Tensor:
+    """The probe `weight_vocab` (vocabulary,) moved in front of the head: W_head^T w, of shape (hidden,)."""
+    head = model.get_submodule("lm_head")
+    assert isinstance(head, nn.Linear) and head.bias is None
+    return head.weight.detach().float().T @ weight_vocab.float()  # (hidden,)
+
+
+def last_positions(inputs: Mapping[str, Any]) -> Tensor:
+    """The column (batch,) of each row's last real token, under padding on either side."""
+    mask = inputs["attention_mask"]  # (batch, tokens)
+    columns = torch.arange(mask.shape[1], device=mask.device)  # (tokens,)
+    return (mask * columns).argmax(dim=1)  # (batch,)
+
+
+def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], tokens: int = 20) -> Tensor:
+    """The next `tokens` greedy tokens (batch, tokens), by one full forward per token and no cache.
+
+    A row that has said an end token goes on with the padding token, as in `generate`. Right-padded prompts
+    are moved to the right edge first; stock `generate` does not, and answers them from a padding token.
+    """
+    grown = _right_aligned(inputs)
+    settings = model.generation_config
+    assert settings is not None
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    batch = grown["input_ids"].shape[0]
+    done = torch.zeros(batch, dtype=torch.bool)  # (batch,)
+    said = []
+    for _ in range(tokens):
+        token = plain_logits(model, grown).argmax(dim=-1)  # (batch,)
+        token = token.masked_fill(done, settings.pad_token_id)  # (batch,)
+        said.append(token)
+        done = done | torch.isin(token, torch.tensor(ends))  # (batch,)
+        grown["input_ids"] = torch.cat([grown["input_ids"], token[:, None]], dim=1)  # (batch, tokens + 1)
+        for name, value in TOKEN_INPUTS.items():
+            if name in grown:
+                column = torch.full((batch, 1), value, dtype=grown[name].dtype)  # (batch, 1)
+                grown[name] = torch.cat([grown[name], column], dim=1)  # (batch, tokens + 1)
+    return torch.stack(said, dim=1)  # (batch, tokens)
+
+
+def _right_aligned(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `inputs` whose padding stands on the left."""
+    aligned = dict(inputs)
+    width = inputs["attention_mask"].shape[1]
+    shifts = (width - 1 - last_positions(inputs)).tolist()
+    for name in ("input_ids", *TOKEN_INPUTS):
+        if name in inputs:
+            rows = [row.roll(shift) for row, shift in zip(inputs[name], shifts, strict=True)]
+            aligned[name] = torch.stack(rows)  # (batch, tokens)
+    return aligned
+
+
+def _all_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """One full pass, no cache: logits of every position (batch, tokens, vocabulary)."""
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def _last(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits (batch, vocabulary) of each row's last real token."""
+    rows = torch.arange(logits.shape[0])  # (batch,)
+    return logits[rows, last_positions(inputs)]  # (batch, vocabulary)
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden state in a block's output, which some families and versions wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output  # (batch, tokens, hidden)
+
+
+def _recorder(record: Any, layer: int) -> Any:
+    """A forward hook that hands block `layer`'s output to `record` and leaves it as it is."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        record(layer, output)
+
+    return hook
+
+
+@contextmanager
+def _hooks(model: PreTrainedModel, hooks: Mapping[int, Any]) -> Iterator[None]:
+    """Forward hooks on the numbered blocks, for the length of a `with` block."""
+    decoder = blocks(model)
+    handles = [decoder[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
