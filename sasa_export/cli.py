@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -29,6 +30,8 @@ class Grouped(click.Group):
         self.format_commands(context, formatter)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        # A polite kill unwinds like Ctrl-C, so that what is half-written is cleaned away.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             return super().main(*args, **kwargs)
         except SasaExportError as error:
@@ -44,7 +47,11 @@ def patch_options(command: Any) -> Any:
         if isinstance(entry.default, bool):
             kind["is_flag"] = True
         elif "choices" in entry.metadata:
-            kind |= {"type": click.Choice(entry.metadata["choices"]), "default": entry.default, "show_default": True}
+            kind |= {
+                "type": click.Choice(entry.metadata["choices"]),
+                "default": entry.default,
+                "show_default": True,
+            }
         elif "Path" in str(entry.type):
             kind["type"] = click.Path(path_type=Path)
         elif "int" in str(entry.type) or "float" in str(entry.type):
@@ -60,7 +67,7 @@ def patch_options(command: Any) -> Any:
 @patch_options
 @click.version_option(package_name="sasa-export")
 @click.pass_context
-def main(context: click.Context, **flags: Any) -> None:
+def main(context: click.Context, /, **flags: Any) -> None:
     """Bake a safety gate (SASA, arXiv 2507.21637) into an open vision-language model.
 
     \b
@@ -76,7 +83,7 @@ def main(context: click.Context, **flags: Any) -> None:
         if flags[name] is None:
             raise click.UsageError(f"Missing option '--{name}'. See sasa-export --help.")
     _quiet()
-    from sasa_export.patch import patch
+    from sasa_export.pipeline import patch
     from sasa_export.report import Console
 
     patch(Options(**flags), Console())
@@ -92,7 +99,7 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
     _quiet()
     from sasa_export.diagram import mermaid
     from sasa_export.open import layers_of, open_source
-    from sasa_export.patch import softcap_of, trace_source
+    from sasa_export.pipeline import softcap_of, trace_source
     from sasa_export.rewrite import LaneSettings, rewrite
 
     source = open_source(model)
@@ -137,10 +144,10 @@ def fetch(model: str, out: Path, force: bool) -> None:
 def verify(directory: Path, device: str, only_files: bool) -> None:
     """Check a patched directory again: its files, its verdicts, its answers."""
     _quiet()
-    from sasa_export import verify as run
     from sasa_export.report import Console
+    from sasa_export.verify import verify_directory
 
-    checks = run(directory, device=device, only_files=only_files)
+    checks = verify_directory(directory, device=device, only_files=only_files)
     report = Console()
     for check in checks:
         report.check(check.passed, check.name, check.detail)

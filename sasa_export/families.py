@@ -81,7 +81,9 @@ def read(path: Path) -> Family:
             tuple(data["files"]),
         )
     except KeyError as error:
-        raise SasaExportError(f"{path.name}: {error.args[0]} is missing. graphs/README.md says what belongs there.") from None
+        raise SasaExportError(
+            f"{path.name}: {error.args[0]} is missing. graphs/README.md says what belongs there."
+        ) from None
     except (tomllib.TOMLDecodeError, ValueError, TypeError) as error:
         raise SasaExportError(f"{path.name}: {error}. graphs/README.md says what belongs there.") from None
 

@@ -31,7 +31,9 @@ class Options:
     )
 
     safety_layer: int | None = _option(
-        None, "Zero-based block whose output is projected. Default: what the family's file says.", group="Layers"
+        None,
+        "Zero-based block whose output is projected. Default: what the family's file says.",
+        group="Layers",
     )
     semantic_layer: int | None = _option(
         None, "Zero-based block onto whose output it is projected. Default: likewise.", group="Layers"
@@ -48,10 +50,18 @@ class Options:
         None, "A probe of your own (sasa.probe.weight, sasa.probe.bias): no calibration.", group="Probe"
     )
     threshold: float | None = _option(
-        None, "Refuse from this P(unsafe) on. Default: from the calibration, or 0.5 with --probe.", group="Probe"
+        None,
+        "Refuse from this P(unsafe) on. Default: from the calibration, or 0.5 with --probe.",
+        group="Probe",
     )
     max_false_positive_rate: float = _option(
         0.02, "Largest share of harmless calibration prompts that the threshold may refuse.", group="Probe"
+    )
+    regularization: str = _option(
+        "auto",
+        "The probe's C in scikit-learn, its inverse strength of regularization: a number (the paper's is 1), or "
+        "auto, by cross-validation.",
+        group="Probe",
     )
     refusal: str = _option(REFUSAL, "What the model says when it refuses.", group="Probe")
 
@@ -68,6 +78,10 @@ class Options:
         choices=("full", "files"),
     )
 
+    def regularization_value(self) -> float | None:
+        """The number that was given, or None for auto."""
+        return None if self.regularization == "auto" else float(self.regularization)
+
     def check(self) -> None:
         """Raise SasaExportError where settings contradict each other or leave their range."""
         if self.probe is not None and self.calibration is not None:
@@ -78,6 +92,12 @@ class Options:
             raise SasaExportError(
                 f"--max-false-positive-rate is {self.max_false_positive_rate:g}; it must be at least 0 and below 1."
             )
+        try:
+            given = self.regularization_value()
+        except ValueError:
+            given = -1.0
+        if given is not None and not given > 0:
+            raise SasaExportError(f"--regularization is {self.regularization}; it must be auto or a number above 0.")
         if self.epsilon <= 0:
             raise SasaExportError(f"--epsilon is {self.epsilon:g}; it must be above 0.")
         if self.batch_size < 1:

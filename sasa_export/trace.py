@@ -118,9 +118,7 @@ def _graph(calls: dict[str, Call], expected: list[str]) -> LayerGraph:
         if before is not None and call.entered is not before.left:
             nodes.append(Node(f"between.{index - 1}.{index}", "between", (source,)))
             source = nodes[-1].name
-        nodes.append(
-            Node(f"layers.{index}", "block", (source,), path, {"index": index, "arguments": call.arguments})
-        )
+        nodes.append(Node(f"layers.{index}", "block", (source,), path, {"index": index, "arguments": call.arguments}))
         before = call
     if before is not None and calls[norm].entered is not before.left:
         nodes.append(Node(f"between.{len(blocks) - 1}.norm", "between", (nodes[-1].name,)))

@@ -1,15 +1,37 @@
 """Fixtures that share the tiny random models among all tests of a session."""
 
+import atexit
 import json
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
-import tiny
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+# Code of patched directories goes into a cache of this run's own; transformers reads the variable on import.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sasa-tests-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+import oracle  # noqa: E402
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+import sasa_export  # noqa: E402
 
 # Tiny matrices gain nothing from threads, and parallel test runs would fight over the cores.
 torch.set_num_threads(1)
@@ -47,3 +69,127 @@ def stock(tiny_model: Callable[..., Path]) -> Callable[..., tuple[PreTrainedMode
         return model, AutoProcessor.from_pretrained(directory)
 
     return lambda family, **options: loaded(tiny_model(family, **options))
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A patched tiny model beside the stock model that it was made from, and the probe on whole logits."""
+
+    family: str
+    directory: Path
+    model: Any
+    stock: Any
+    processor: ProcessorMixin
+    safety: int
+    semantic: int
+    weight: Tensor  # (vocabulary,)
+    bias: float
+
+    @property
+    def refusal(self) -> list[int]:
+        """The refusal's token ids, end of sequence last."""
+        return list(self.model.config.sasa["refusal_token_ids"])
+
+    @property
+    def ends(self) -> set[int]:
+        """Tokens that end an answer, and the padding behind it."""
+        settings = self.stock.generation_config
+        ends = settings.eos_token_id
+        return {settings.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
+
+    def expected(self, inputs: Mapping[str, Any]) -> Tensor:
+        """P(unsafe) of each row (batch,), by the oracle."""
+        logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic)  # (batch, vocabulary)
+        return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
+
+    @contextmanager
+    def halved(self, inputs: Mapping[str, Any]) -> Iterator[Tensor]:
+        """The threshold in the middle of a batch's P(unsafe); gives which rows are refused, (batch,), bool."""
+        scores = self.expected(inputs)  # (batch,)
+        ordered = scores.sort().values  # (batch,)
+        middle = len(ordered) // 2
+        threshold = float(ordered[middle - 1] + ordered[middle]) / 2
+        assert ordered[middle] - ordered[middle - 1] > 1e-3, "the middle scores of this batch are too close"
+        with self.at(threshold):
+            yield scores >= threshold
+
+    @contextmanager
+    def at(self, threshold: float) -> Iterator[None]:
+        """Another threshold in the settings, for the length of a `with` block."""
+        settings = self.model.config.sasa
+        before, settings["threshold"] = settings["threshold"], threshold
+        try:
+            yield
+        finally:
+            settings["threshold"] = before
+
+
+@pytest.fixture(scope="session")
+def guard(
+    tiny_model: Callable[..., Path], stock: Callable[..., tuple[Any, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Guard]:
+    """`guard(family, safety=2, semantic=4, **options)`: a tiny model, patched and loaded once per session.
+
+    `options` are fields of `sasa_export.Options`. Tests share it, so they put back what they change.
+    """
+
+    @cache
+    def made(family: str, safety: int, semantic: int, options: str) -> Guard:
+        directory = tmp_path_factory.mktemp(f"guard-{family}")
+        model, processor = stock(family)
+        size = model.config.get_text_config().vocab_size
+        weight = torch.randn(size, generator=torch.Generator().manual_seed(7)) / 20  # (vocabulary,)
+        bias = 0.1
+        probe = {"sasa.probe.weight": oracle.folded(model, weight), "sasa.probe.bias": torch.tensor(bias)}
+        save_file(probe, directory / "probe.safetensors")
+        settings = {"refusal": "I will not help.", "verify": "files", **json.loads(options)}
+        sasa_export.patch(
+            sasa_export.Options(
+                model=str(tiny_model(family)),
+                out=directory / "patched",
+                probe=directory / "probe.safetensors",
+                safety_layer=safety,
+                semantic_layer=semantic,
+                **settings,
+            )
+        )
+        patched = AutoModelForImageTextToText.from_pretrained(directory / "patched", trust_remote_code=True)
+        return Guard(
+            family, directory / "patched", patched.eval(), model, processor, safety, semantic, weight, bias
+        )
+
+    def get(family: str, safety: int = 2, semantic: int = 4, **options: Any) -> Guard:
+        return made(family, safety, semantic, json.dumps(options, sort_keys=True))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`fresh(script, argument)`: what a script prints last, as JSON, in a process where nothing is registered.
+
+    The script finds `argument` in `sys.argv[1]`, as JSON. Nobody answers what it may ask: its input is closed.
+    """
+
+    def run(script: str, argument: Any) -> Any:
+        scratch = tmp_path_factory.mktemp("fresh")
+        environment = {
+            **os.environ,
+            "HF_MODULES_CACHE": str(scratch / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", script, json.dumps(argument)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd=scratch,
+            env=environment,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads(result.stdout.strip().splitlines()[-1])
+
+    return run

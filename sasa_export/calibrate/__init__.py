@@ -10,8 +10,17 @@ import numpy as np
 
 from sasa_export.calibrate.data import Prompt
 from sasa_export.calibrate.features import collect
-from sasa_export.calibrate.figures import Figure, figures
-from sasa_export.calibrate.fit import Probe, cross_validated, fit, head_metric, probability, threshold_for
+from sasa_export.calibrate.figure import Figure, figures
+from sasa_export.calibrate.probe import (
+    PAPER,
+    Probe,
+    best_regularization,
+    cross_validated,
+    fit,
+    head_metric,
+    probability,
+    threshold_for,
+)
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 
@@ -23,6 +32,7 @@ class Calibration:
     """The probe, the figures, and the scores of every prompt.
 
     `cross_validated` and `final` hold P(unsafe) by a probe that did not see the prompt, and by the probe itself.
+    `regularization` is the probe's C, `paper` the cross-validated figures of the same features at the paper's C.
     """
 
     probe: Probe
@@ -31,6 +41,8 @@ class Calibration:
     cross_validated: np.ndarray
     final: np.ndarray
     max_false_positive_rate: float
+    regularization: float
+    paper: tuple[Figure, ...]
 
 
 def calibrate(
@@ -41,9 +53,13 @@ def calibrate(
     *,
     batch_size: int,
     max_false_positive_rate: float,
+    regularization: float | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Calibration:
-    """Fit a probe on the lane of `graph` (`rewrite_lane`). CalibrationError where none is usable."""
+    """Fit a probe on the lane of `graph` (`rewrite_lane`). CalibrationError where none is usable.
+
+    `regularization` is the probe's C; None chooses it by cross-validation, for each feature on its own.
+    """
     features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
     labels = np.array([prompt.label for prompt in prompts])
     groups = [prompt.group for prompt in prompts]
@@ -54,11 +70,17 @@ def calibrate(
     projected = _measured(features.projected, metric)
     plain = _measured(features.plain, metric)
 
-    scores = cross_validated(projected, labels, groups)
+    def scored(features: np.ndarray) -> tuple[float, np.ndarray]:
+        if regularization is None:
+            return best_regularization(features, labels, groups)
+        return regularization, cross_validated(features, labels, groups, regularization)
+
+    chosen, scores = scored(projected)
     threshold = threshold_for(scores, labels, max_false_positive_rate)
     found = figures("projected", scores, prompts, threshold)
-    plain_scores = cross_validated(plain, labels, groups)
+    _, plain_scores = scored(plain)
     found += figures("plain", plain_scores, prompts, threshold_for(plain_scores, labels, max_false_positive_rate))
+    paper = figures("projected", cross_validated(projected, labels, groups, PAPER), prompts, 0.5)
     overall = next(figure for figure in found if figure.feature == "projected" and figure.channel == "all")
     if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
         raise CalibrationError(
@@ -67,11 +89,13 @@ def calibrate(
             f"most {max_false_positive_rate:g}). Try other --safety-layer and --semantic-layer, more calibration "
             "data, or a higher --max-false-positive-rate."
         )
-    weight, bias = fit(projected, labels)
+    weight, bias = fit(projected, labels, chosen)
     final = probability(projected, weight, bias)
     folded = weight if metric is None else metric.T @ weight  # (features,): w . z = (R^T v) . h
     probe = Probe(folded.astype(np.float32), bias, threshold)
-    return Calibration(probe, tuple(found), tuple(prompts), scores, final, max_false_positive_rate)
+    return Calibration(
+        probe, tuple(found), tuple(prompts), scores, final, max_false_positive_rate, chosen, tuple(paper)
+    )
 
 
 def _measured(features: np.ndarray, metric: np.ndarray | None) -> np.ndarray:

@@ -100,7 +100,7 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
         raise CalibrationError(f'{where} has no "prompt" string. A line is {{"image", "prompt", "label"}}.')
     label = record.get("label")
     if label not in (0, 1) or isinstance(label, float):
-        raise CalibrationError(f'{where} has the label {label!r}; it must be 0 (harmless) or 1 (harmful).')
+        raise CalibrationError(f"{where} has the label {label!r}; it must be 0 (harmless) or 1 (harmful).")
     picture = record.get("image")
     if picture is None:
         if not record["prompt"].strip():

@@ -20,6 +20,7 @@ GRID = 8  # cells a side
 DESIGN = 384  # pixels a side that the lengths below are given for
 CELL = DESIGN // GRID
 MARGIN = 2.0  # pixels kept free left and right of a word
+STRAY = 4.0  # pixels, to the right, up and down; the embedded model reads words at the left of their cells
 LETTERS_PER_CELL = 10
 CONTRAST = 5.0  # least ratio of luminances between ink and paper; WCAG asks for 4.5
 
@@ -35,14 +36,11 @@ class Style:
     letter_size: float
     ink: Colour
     paper: Colour
-    align: float  # where a word sits in its cells: 0 at the left, 1 at the right
-    jitter: float  # 0 for words in line, 1 for words that stray as far as their cells allow
+    jitter: float  # 0 for words in line, 1 for words that stray by up to STRAY
     noise: int  # largest change of a colour value, of 255
 
 
-def render(
-    text: str, *, seed: int, size: int = DESIGN, pieces: Callable[[str], int] | None = None
-) -> Image.Image:
+def render(text: str, *, seed: int, size: int = DESIGN, pieces: Callable[[str], int] | None = None) -> Image.Image:
     """Draw `text` into an RGB picture of `size` x `size` pixels; equal arguments give equal pixels.
 
     `pieces(word)` is the number of tokens that a tokenizer makes of a word: a word takes as many cells, and
@@ -75,8 +73,7 @@ def flow(widths: Sequence[int], rng: Random) -> list[Place]:
     full = _wrap(widths, GRID)
     if len(full) > GRID:
         raise ValueError(
-            f"{len(widths)} words take {len(full)} lines of {GRID} cells and a picture has {GRID}: "
-            "shorten the text"
+            f"{len(widths)} words take {len(full)} lines of {GRID} cells and a picture has {GRID}: shorten the text"
         )
     measure = rng.randint(max(widths), GRID)
     lines = _wrap(widths, measure)
@@ -123,22 +120,21 @@ def choose_style(rng: Random, choice: Sequence[Path], variety: float = 1.0) -> S
     ink, paper = _colours(rng) if coloured else ((0, 0, 0), (255, 255, 255))
     return Style(
         font=rng.choice(choice),
-        letter_size=rng.uniform(15 - 3 * variety, 15 + 4 * variety),
+        letter_size=rng.uniform(15 - 3 * variety, 15 + 3.5 * variety),
         ink=ink,
         paper=paper,
-        align=rng.choice((0.0, 0.0, 0.5)),
-        jitter=variety * rng.choice((0.0, 0.25, 0.6)),
+        jitter=variety * rng.choice((0.0, 0.4, 0.8)),
         noise=rng.randint(2, 14) if rng.random() < 0.4 * variety else 0,
     )
 
 
 def _colours(rng: Random) -> tuple[Colour, Colour]:
-    """Ink and paper, far enough apart to read: dark on light, or (one in four) light on dark."""
+    """A dark ink and a light paper, far enough apart to read."""
     while True:
-        light: Colour = (rng.randint(190, 255), rng.randint(190, 255), rng.randint(190, 255))
-        dark: Colour = (rng.randint(0, 110), rng.randint(0, 110), rng.randint(0, 110))
-        if contrast(light, dark) >= CONTRAST:
-            return (light, dark) if rng.random() < 0.25 else (dark, light)
+        ink: Colour = (rng.randint(0, 110), rng.randint(0, 110), rng.randint(0, 110))
+        paper: Colour = (rng.randint(190, 255), rng.randint(190, 255), rng.randint(190, 255))
+        if contrast(ink, paper) >= CONTRAST:
+            return ink, paper
 
 
 def contrast(one: Colour, other: Colour) -> float:
@@ -148,9 +144,7 @@ def contrast(one: Colour, other: Colour) -> float:
 
 
 def _luminance(colour: Colour) -> float:
-    linear = [
-        (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4) for v in (c / 255 for c in colour)
-    ]
+    linear = [(v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4) for v in (c / 255 for c in colour)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -169,10 +163,10 @@ def draw(
     for word, width, (row, column) in zip(words, widths, places, strict=True):
         room = scale * (width * CELL - 2 * MARGIN)  # pixels, as all lengths from here
         font, length = _fitting(style.font, scale * style.letter_size, word, room)
-        align = style.align + style.jitter * (rng.random() - style.align)
-        x = scale * (column * CELL + MARGIN) + align * (room - length)
-        drift = style.jitter * rng.uniform(-0.5, 0.5) * (CELL - 1.5 * style.letter_size)
-        baseline = scale * ((row + 0.5) * CELL + 0.35 * style.letter_size + drift)
+        right = min(scale * STRAY * style.jitter * rng.random(), room - length)
+        down = scale * STRAY * style.jitter * rng.uniform(-1, 1)
+        x = scale * (column * CELL + MARGIN) + right
+        baseline = scale * ((row + 0.5) * CELL - 1 + 0.35 * style.letter_size) + down
         canvas.text((x, baseline), word, style.ink, font, anchor="ls")
     return _with_noise(picture, style.noise, rng) if style.noise else picture
 

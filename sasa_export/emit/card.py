@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_export.calibrate import Calibration
-from sasa_export.calibrate.figures import Figure
+from sasa_export.calibrate.figure import Figure
 from sasa_export.diagram import mermaid
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source
@@ -51,8 +51,8 @@ def write_card(
         "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         'model = AutoModelForImageTextToText.from_pretrained("<this directory>", trust_remote_code=True)\n'
         'processor = AutoProcessor.from_pretrained("<this directory>")\n```\n',
-        "`trust_remote_code=True` runs `modeling_sasa.py` of this directory, on torch and transformers 5 alone. Without "
-        "it, or through a stock class, loading fails: there is no way to load the weights and lose the gate by "
+        "`trust_remote_code=True` runs `modeling_sasa.py` of this directory, on torch and transformers 5 alone. "
+        "Without it, or through a stock class, loading fails: there is no way to load the weights and lose the gate by "
         "accident. `forward` returns `unsafe_probability` (batch,) with the prompt's logits.\n",
         "## Layers and threshold\n",
         f"Safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']} of {blocks} blocks "
@@ -94,7 +94,12 @@ def _calibration(calibration: Calibration | None) -> str:
         f"{figure.recall:.1%} | {figure.false_positive_rate:.1%} |"
         for figure in calibration.figures
     ]
-    return "\n".join(lines) + "\n\n" + verdict_on_projection(calibration.figures) + "\n"
+    paper = ", ".join(f"{figure.auc:.3f} ({figure.channel})" for figure in calibration.paper)
+    strength = (
+        f"Regularization: C = {calibration.regularization:g}. At the paper's C = 1 the same features give "
+        f"an AUC of {paper}."
+    )
+    return "\n".join([*lines, "", verdict_on_projection(calibration.figures), "", strength, ""])
 
 
 def verdict_on_projection(figures: Sequence[Figure]) -> str:

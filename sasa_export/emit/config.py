@@ -26,9 +26,7 @@ def sasa_settings(
     """What config.json holds under `sasa`; the modeling file executes it."""
     from sasa_export.runtime.modeling_sasa import FORMAT
 
-    nodes = [
-        {key: value for key, value in node.to_json().items() if key != "arguments"} for node in graph
-    ]
+    nodes = [{key: value for key, value in node.to_json().items() if key != "arguments"} for node in graph]
     return {
         "format": FORMAT,
         "safety_layer": safety_layer,

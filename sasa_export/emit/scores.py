@@ -28,7 +28,9 @@ def write_scores(calibration: Calibration, directory: Path) -> None:
     data = {
         "threshold": calibration.probe.threshold,
         "max_false_positive_rate": calibration.max_false_positive_rate,
+        "regularization": calibration.regularization,
         "figures": [figure.to_json() for figure in calibration.figures],
+        "figures_at_the_papers_regularization": [figure.to_json() for figure in calibration.paper],
         "prompts": prompts,
     }
     (directory / SCORES).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sasa_export.calibrate.fit import Probe
+from sasa_export.calibrate.given import PROBE_BIAS, PROBE_WEIGHT
+from sasa_export.calibrate.probe import Probe
 from sasa_export.open.shards import INDEX, SINGLE, Shard
 
 CHUNK = 1 << 22  # bytes
-PROBE_WEIGHT, PROBE_BIAS = "sasa.probe.weight", "sasa.probe.bias"
 
 
 def write_weights(

@@ -93,7 +93,11 @@ def layers_of(source: Source, safety: int | None, semantic: int | None) -> tuple
     else:
         # LLaVA-1.5-7B's 13 and 15 of 32, by depth. A guess, and said to be one wherever it appears.
         first = max(0, round(13 / 32 * blocks))
-        default = (first, max(first + 1, round(15 / 32 * blocks)), "scaled by depth from LLaVA-1.5-7B, not measured")
+        default = (
+            first,
+            max(first + 1, round(15 / 32 * blocks)),
+            "scaled by depth from LLaVA-1.5-7B, not measured",
+        )
     if safety is None and semantic is None:
         return default
     return (

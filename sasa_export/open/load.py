@@ -50,7 +50,9 @@ def load_processor(source: Source) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(source.directory)
     except (OSError, ValueError, ImportError) as error:
-        raise OpenError(f"{source.name} has no usable processor ({str(error).strip().splitlines()[0][:300]}).") from None
+        raise OpenError(
+            f"{source.name} has no usable processor ({str(error).strip().splitlines()[0][:300]})."
+        ) from None
     if not hasattr(processor, "image_processor") or getattr(processor, "chat_template", None) is None:
         raise OpenError(f"{source.name} has no image processor or no chat template, so its prompts cannot be written.")
     processor.tokenizer.padding_side = "left"
@@ -62,11 +64,14 @@ def skeleton(source: Source) -> Iterator[Any]:
     """The stock model with fake weights: shapes alone, no memory. Runs only within the context."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
 
-    config_class, model_class = stock_classes(source)
+    _, model_class = stock_classes(source)
     config = AutoConfig.from_pretrained(source.directory)
     with FakeTensorMode():
-        yield model_class(config).eval()
+        with no_init_weights():
+            model = model_class(config).eval()
+        yield model
 
 
 def _dtype(name: str) -> Any:

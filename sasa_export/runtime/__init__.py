@@ -6,10 +6,11 @@ from pathlib import Path
 
 MODELING_FILE = "modeling_sasa.py"
 
-FOOTER = '''
+FOOTER = """
 
 # ---------------------------------------------------------------------------------------------- the family
 
+from transformers import AutoConfig  # noqa: E402
 from {config_module} import {config_class}  # noqa: E402
 from {model_module} import {model_class}  # noqa: E402
 
@@ -24,7 +25,7 @@ class Sasa{model_class}(GuardedModel, {model_class}):
 
 # So that AutoProcessor and AutoTokenizer, which look at config.json too, know it and need not ask.
 AutoConfig.register("{model_type}", Sasa{config_class}, exist_ok=True)
-'''
+"""
 
 
 def guarded_type(model_type: str) -> str:

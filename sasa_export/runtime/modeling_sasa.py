@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -58,7 +57,7 @@ def project(safety: torch.Tensor, semantic: torch.Tensor, epsilon: float) -> tor
     arithmetic is float32, since |h_f|^2 overflows half precision at massive activations.
     """
     h_s, h_f = safety.float(), semantic.float()  # (batch, tokens, hidden)
-    alpha = (h_s * h_f).sum(-1, keepdim=True) / h_f.square().sum(-1, keepdim=True).clamp_min(epsilon)
+    alpha = (h_s * h_f).sum(-1, keepdim=True) / (h_f * h_f).sum(-1, keepdim=True).clamp_min(epsilon)
     return (alpha * h_f).to(semantic.dtype)  # (batch, tokens, hidden)
 
 
@@ -67,9 +66,7 @@ def unsafe_probability(state: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     return torch.sigmoid((state.float() * weight.float()).sum(-1) + bias.float())
 
 
-def gate(
-    logits: torch.Tensor, wanted: torch.Tensor, refused: torch.Tensor, refusal: tuple[int, ...]
-) -> torch.Tensor:
+def gate(logits: torch.Tensor, wanted: torch.Tensor, refused: torch.Tensor, refusal: tuple[int, ...]) -> torch.Tensor:
     """Force the refusal where a position is refused, and leave every other logit untouched.
 
     Args:
@@ -78,10 +75,10 @@ def gate(
         refused: (batch, kept), bool.
         refusal: the refusal's token ids, end of sequence last.
     """
-    forced = torch.full_like(logits, OTHER)  # (batch, kept, vocabulary)
-    forced[..., list(refusal)] = REFUSAL
-    forced[..., refusal[-1]] = END
-    forced.scatter_(-1, wanted.unsqueeze(-1), WANTED)
+    others = torch.full(logits.shape[-1:], OTHER, dtype=logits.dtype, device=logits.device)  # (vocabulary,)
+    others[list(refusal)] = REFUSAL
+    others[refusal[-1]] = END
+    forced = others.expand_as(logits).scatter(-1, wanted.unsqueeze(-1), WANTED)  # (batch, kept, vocabulary)
     return torch.where(refused.unsqueeze(-1), forced, logits)
 
 
@@ -96,9 +93,8 @@ def next_state(state: torch.Tensor, refusal_length: int) -> torch.Tensor:
 
 def state_rows(state: torch.Tensor, tokens: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     """The state (batch,) as keys of the extra layer: (batch, heads, tokens, size), like every other layer's."""
-    rows = torch.zeros(state.shape[0], heads, tokens, size, dtype=dtype, device=state.device)
-    rows[:, 0, :, 0] = state[:, None].to(dtype)
-    return rows
+    row = state.to(dtype)[:, None, None, None].expand(-1, 1, tokens, 1)
+    return nn.functional.pad(row, (0, size - 1, 0, 0, 0, heads - 1))
 
 
 def cache_shape(text: Any) -> tuple[int, int, int]:
@@ -135,9 +131,7 @@ def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[Any]:
     tapped = [node["module"] for node in graph if node["op"] == "tap"]
     replayed = [node["module"] for node in graph if node["op"] == "lane_block"]
     return [
-        model.get_submodule(path).register_forward_hook(
-            functools.partial(_see, path, path in tapped), with_kwargs=True
-        )
+        model.get_submodule(path).register_forward_hook(functools.partial(_see, path, path in tapped), with_kwargs=True)
         for path in dict.fromkeys(tapped + replayed)
     ]
 
@@ -216,9 +210,7 @@ def run_graph(
         elif operation == "probe":
             probe = model.get_submodule(node["module"])
             state = values[inputs[0]]
-            value = unsafe_probability(
-                state, probe.weight.to(state.device), probe.bias.to(state.device)
-            )  # (batch,)
+            value = unsafe_probability(state, probe.weight.to(state.device), probe.bias.to(state.device))  # (batch,)
         else:
             continue
         values[node["name"]] = value
@@ -264,7 +256,15 @@ class Probe(nn.Module):
 
 def check_settings(sasa: Any, blocks: int) -> dict[str, Any]:
     """Return config.sasa, or raise ValueError where the gate could not run on it."""
-    needed = ("format", "safety_layer", "semantic_layer", "epsilon", "threshold", "refusal_token_ids", "graph")
+    needed = (
+        "format",
+        "safety_layer",
+        "semantic_layer",
+        "epsilon",
+        "threshold",
+        "refusal_token_ids",
+        "graph",
+    )
     if not isinstance(sasa, dict) or any(name not in sasa for name in needed):
         raise ValueError(f"config.json has no complete `sasa` entry, so there is no gate. {HOW_TO_LOAD}")
     if sasa["format"] != FORMAT:

@@ -18,18 +18,29 @@ from sasa_export.verify.files import check_files, check_manifest
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of P(unsafe), between two processes
 
-__all__ = ["Check", "check_files", "check_manifest", "check_model"]
+__all__ = ["Check", "check_files", "check_manifest", "check_model", "verify_directory"]
+
+
+def verify_directory(directory: Path | str, *, device: str = "cpu", only_files: bool = False) -> list[Check]:
+    """Check a patched directory: its files, and, unless `only_files`, the model in a fresh process.
+
+    Raises SasaExportError where there is nothing to check, or the model does not even load.
+    """
+    directory = Path(directory)
+    checks = [*check_files(directory), check_manifest(directory)]
+    return checks if only_files else [*checks, *check_model(directory, device=device)]
 
 
 def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
     """Load the directory in a fresh process and check verdicts, refusals and answers against its cases."""
-    settings, cases = read_cases(directory)
-    if not cases:
+    written = read_cases(directory)
+    if not written:
         return [Check("there are cases to verify", False, "the directory was written without any (--verify files)")]
-    found = run_fresh(directory, settings["dtype"], device)
+    dtype, cases = written["dtype"], written["cases"]
+    found = run_fresh(directory, dtype, device)
     sasa = read_config(directory)["sasa"]
     threshold, refusal = sasa["threshold"], sasa["refusal_token_ids"]
-    expected = [(case.unsafe_probability, list(case.tokens)) for case in cases]
+    expected = [(case["unsafe_probability"], case["tokens"]) for case in cases]
     got = [(case["unsafe_probability"], case["tokens"]) for case in found["cases"]]
 
     checks = [
@@ -43,7 +54,7 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
         )
     )
     largest = max(abs(want - have) for (want, _), (have, _) in zip(expected, got, strict=True))
-    tolerance = TOLERANCE[settings["dtype"]]
+    tolerance = TOLERANCE[dtype]
     checks.append(
         Check(
             "P(unsafe) is that of the calibration",
@@ -51,7 +62,10 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
             f"largest difference {largest:.1e} over {len(cases)} prompts, tolerance {tolerance:.0e}",
         )
     )
-    same = sum((want >= threshold) == (have >= threshold) for (want, _), (have, _) in zip(expected, got, strict=True))
+    same = sum(
+        (want >= threshold) == (have >= threshold) or abs(want - threshold) <= tolerance
+        for (want, _), (have, _) in zip(expected, got, strict=True)
+    )
     checks.append(Check("verdicts are those of the calibration", same == len(cases), f"{same} of {len(cases)}"))
     refused = [tokens for score, tokens in got if not score < threshold]
     spelled = sum(tokens[: len(refusal)] == refusal[:TOKENS] for tokens in refused)

@@ -6,14 +6,16 @@ They are written into the patched directory, so that it can be verified later wi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sasa_export.calibrate.data import Prompt
 from sasa_export.calibrate.features import collect, encode, place
-from sasa_export.calibrate.fit import Probe
+from sasa_export.calibrate.probe import Probe, probability
 from sasa_export.graph import LayerGraph
 
 FOLDER = "sasa-verify"
@@ -25,14 +27,12 @@ TOKENS = 20
 class Case:
     """One prompt with the expected P(unsafe), and the original's greedy answer as token ids."""
 
-    name: str
-    prompt: str
-    image: str | None  # file name in the folder
+    prompt: Prompt
     unsafe_probability: float
     tokens: tuple[int, ...]
 
 
-def choose(prompts: Sequence[Prompt], scores: Sequence[float] | None, per_kind: int = 4) -> list[Prompt]:
+def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Prompt]:
     """A few prompts of each label and channel: spread over the scores where there are some, else over the set."""
     chosen: list[Prompt] = []
     for label in (1, 0):
@@ -46,58 +46,54 @@ def choose(prompts: Sequence[Prompt], scores: Sequence[float] | None, per_kind: 
 
 
 def expect(
-    model: Any, processor: Any, lane: LayerGraph, probe: Probe, prompts: Sequence[Prompt]
-) -> list[tuple[float, tuple[int, ...]]]:
-    """P(unsafe) and the greedy answer of the unpatched model for each prompt, one at a time."""
+    model: Any, processor: Any, lane: LayerGraph, probe: Probe, prompts: Sequence[Prompt], scores: Any
+) -> Iterator[Case]:
+    """Cases from the unpatched model, one prompt at a time.
+
+    P(unsafe) is what the calibration run found (`scores`, one for each prompt), or, with a probe that was given,
+    what its lane finds now.
+    """
     import torch
 
-    from sasa_export.calibrate.fit import probability
-
-    expected = []
-    for prompt in prompts:
-        features = collect(model, processor, lane, [prompt], batch_size=1)
-        score = probability(features.projected.astype("float64"), probe.weight.astype("float64"), probe.bias)[0]
+    known = (
+        None if scores is None else {prompt.name: float(score) for prompt, score in zip(prompts, scores, strict=True)}
+    )
+    for prompt in choose(prompts, scores):
+        if known is None:
+            state = collect(model, processor, lane, [prompt], batch_size=1).projected.astype(np.float64)
+            score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
+        else:
+            score = known[prompt.name]
         inputs = place(encode(processor, [prompt]), model)
         with torch.no_grad():
             answer = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, num_beams=1)
-        tokens = answer[0, inputs["input_ids"].shape[1] :].tolist()
-        expected.append((float(score), tuple(tokens)))
-    return expected
+        yield Case(prompt, score, tuple(answer[0, inputs["input_ids"].shape[1] :].tolist()))
 
 
-def write_cases(
-    prompts: Sequence[Prompt], expected: Sequence[tuple[float, tuple[int, ...]]], directory: Path, settings: dict
-) -> None:
-    """Write the cases with their pictures; `settings` says in which dtype they were computed."""
+def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
+    """Write the cases with their pictures; `dtype` is what they were computed in."""
     folder = directory / FOLDER
     folder.mkdir()
-    cases = []
-    for number, (prompt, (score, tokens)) in enumerate(zip(prompts, expected, strict=True)):
+    entries = []
+    for number, case in enumerate(cases):
         image = None
-        if prompt.image is not None:
+        if case.prompt.image is not None:
             image = f"{number:02}.png"
-            prompt.image().save(folder / image)
-        cases.append(
+            case.prompt.image().save(folder / image)
+        entries.append(
             {
-                "name": prompt.name,
-                "prompt": prompt.prompt,
+                "name": case.prompt.name,
+                "prompt": case.prompt.prompt,
                 "image": image,
-                "unsafe_probability": score,
-                "tokens": list(tokens),
+                "unsafe_probability": case.unsafe_probability,
+                "tokens": list(case.tokens),
             }
         )
-    text = json.dumps({**settings, "cases": cases}, indent=1, ensure_ascii=False)
+    text = json.dumps({"dtype": dtype, "cases": entries}, indent=1, ensure_ascii=False)
     (folder / CASES).write_text(text + "\n", encoding="utf-8")
 
 
-def read_cases(directory: Path) -> tuple[dict[str, Any], list[Case]]:
-    """The settings and cases of a patched directory; no cases where it was written without."""
+def read_cases(directory: Path) -> dict[str, Any]:
+    """What `write_cases` wrote, as it stands in the file; empty where the directory was written without."""
     path = directory / FOLDER / CASES
-    if not path.exists():
-        return {}, []
-    data = json.loads(path.read_text(encoding="utf-8"))
-    cases = [
-        Case(case["name"], case["prompt"], case["image"], case["unsafe_probability"], tuple(case["tokens"]))
-        for case in data.pop("cases")
-    ]
-    return data, cases
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

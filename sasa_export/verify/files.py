@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sasa_export.calibrate.given import PROBE_BIAS, PROBE_WEIGHT
 from sasa_export.emit.manifest import MANIFEST, digest
-from sasa_export.emit.weights import PROBE_BIAS, PROBE_WEIGHT
 from sasa_export.errors import OpenError
 from sasa_export.open import read_config
 from sasa_export.open.shards import read_shards

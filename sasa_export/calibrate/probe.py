@@ -10,6 +10,9 @@ import numpy as np
 from sasa_export.errors import CalibrationError
 
 FOLDS = 5
+PAPER = 1.0  # the reproduction's C
+CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 1e-5)  # hundreds of prompts against hundreds of features: less is often more
+HIGHEST = 1 - 1e-6  # above it, a float32 probability no longer tells prompts apart
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,21 @@ def head_metric(head: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky(gram).T  # (hidden, hidden), upper triangular
 
 
-def fit(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
-    """LogisticRegression(C=1, class_weight="balanced", solver="liblinear"), unscaled features, as in the
-    reproduction. Returns weight (features,) and bias."""
+def fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER) -> tuple[np.ndarray, float]:
+    """LogisticRegression(class_weight="balanced", solver="liblinear") on unscaled features, as in the
+    reproduction; `regularization` is its C, the inverse strength. Returns weight (features,) and bias."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=1.0, class_weight="balanced", solver="liblinear", random_state=0, max_iter=1000)
+    model = LogisticRegression(
+        C=regularization, class_weight="balanced", solver="liblinear", random_state=0, max_iter=1000
+    )
     model.fit(features, labels)
     return model.coef_[0], float(model.intercept_[0])
 
 
-def cross_validated(features: np.ndarray, labels: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+def cross_validated(
+    features: np.ndarray, labels: np.ndarray, groups: Sequence[str], regularization: float = PAPER
+) -> np.ndarray:
     """P(unsafe) of every prompt by a probe that saw no prompt of its group: (prompts,)."""
     from sklearn.model_selection import GroupKFold
 
@@ -52,9 +59,20 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, groups: Sequence[s
     for train, test in GroupKFold(folds).split(features, labels, groups):
         if len(set(labels[train])) < 2:
             raise CalibrationError("a cross-validation fold has one class only: give more prompts of both labels.")
-        weight, bias = fit(features[train], labels[train])
+        weight, bias = fit(features[train], labels[train], regularization)
         scores[test] = probability(features[test], weight, bias)
     return scores
+
+
+def best_regularization(
+    features: np.ndarray, labels: np.ndarray, groups: Sequence[str], candidates: Sequence[float] = CANDIDATES
+) -> tuple[float, np.ndarray]:
+    """The candidate with the least cross-validated log loss, and its cross-validated scores."""
+    from sklearn.metrics import log_loss
+
+    scores = {value: cross_validated(features, labels, groups, value) for value in candidates}
+    best = min(candidates, key=lambda value: log_loss(labels, scores[value], labels=[0, 1]))
+    return best, scores[best]
 
 
 def probability(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
@@ -71,8 +89,13 @@ def threshold_for(scores: np.ndarray, labels: np.ndarray, max_false_positive_rat
     harmless = np.sort(scores[labels == 0])[::-1]
     allowed = int(np.floor(max_false_positive_rate * len(harmless)))
     if allowed >= len(harmless):
-        return float(np.clip(scores.min() / 2, 1e-6, 1 - 1e-6))
-    first_kept = harmless[allowed]  # the highest harmless score that must stay below
+        return float(np.clip(scores.min() / 2, 1 - HIGHEST, HIGHEST))
+    first_kept = float(harmless[allowed])  # the highest harmless score that must stay below
+    if first_kept >= HIGHEST:
+        raise CalibrationError(
+            f"the probe is certain of {allowed + 1} harmless prompts that they are harmful, so no threshold keeps "
+            f"over-refusal to {max_false_positive_rate:g}. Try --regularization auto, or other layers or data."
+        )
     above = scores[scores > first_kept]
-    upper = above.min() if len(above) else 1.0
-    return float(np.clip((first_kept + upper) / 2, np.nextafter(first_kept, 1.0), 1 - 1e-6))
+    upper = float(above.min()) if len(above) else 1.0
+    return min(max((first_kept + upper) / 2, np.nextafter(first_kept, 1.0), 1 - HIGHEST), HIGHEST)

@@ -27,9 +27,7 @@ class Figure:
         return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-def figures(
-    feature: str, scores: np.ndarray, prompts: Sequence[Prompt], threshold: float
-) -> list[Figure]:
+def figures(feature: str, scores: np.ndarray, prompts: Sequence[Prompt], threshold: float) -> list[Figure]:
     """One figure a channel, and one for all together."""
     from sklearn.metrics import roc_auc_score
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from sasa_export.calibrate import Calibration, calibrate
 from sasa_export.calibrate.data import Prompt, builtin, from_jsonl
-from sasa_export.calibrate.fit import Probe
+from sasa_export.calibrate.given import check_probe, read_probe
+from sasa_export.calibrate.probe import Probe
 from sasa_export.emit.card import verdict_on_projection, write_card
 from sasa_export.emit.config import generation_prompt_ids, refusal_ids, sasa_settings, write_config
 from sasa_export.emit.files import copy_files
@@ -23,6 +24,8 @@ from sasa_export.open import Source, layers_of, open_source
 from sasa_export.options import Options
 from sasa_export.report import Silent
 from sasa_export.rewrite import LaneSettings, rewrite, rewrite_lane
+from sasa_export.verify import Check, check_files, check_model
+from sasa_export.verify.cases import Case, expect, write_cases
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
 
@@ -56,25 +59,11 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
     check_probe(given, full, source)
 
-    from sasa_export.open.load import load_model, load_processor, stock_classes
+    from sasa_export.open.load import load_processor, stock_classes
 
     processor = load_processor(source)
-    prompts = _prompts(options, processor)
-    lane = rewrite_lane(graph, settings)
-    model = None
-    if given is None or options.verify == "full":
-        dtype, device = running(source, options)
-        report.step("load", f"{dtype} on {device}")
-        model = load_model(source, dtype=dtype, device=device)
-    calibration = None
-    if given is None:
-        calibration = _calibrate(model, processor, lane, prompts, options, report)
-        probe = calibration.probe
-        if options.threshold is not None:
-            probe = Probe(probe.weight, probe.bias, options.threshold)
-    else:
-        probe = given
-
+    measured = _measure(source, processor, rewrite_lane(graph, settings), given, options, report)
+    probe = measured.probe
     sasa = sasa_settings(
         full,
         safety_layer=safety,
@@ -94,13 +83,51 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
             digests = write_weights(source.shards, probe, staging, link=options.link, advance=advance)
         copy_files(source, staging)
         write_config(source, sasa, stock_classes(source), staging)
-        if calibration is not None:
-            write_scores(calibration, staging)
-        checks = _verify(staging, model, processor, lane, probe, prompts, calibration, options, report)
-        write_card(source, full, sasa, calibration, checks, options.verify, staging)
+        if measured.calibration is not None:
+            write_scores(measured.calibration, staging)
+        if measured.cases:
+            write_cases(measured.cases, staging, measured.dtype)
+        checks = _verify(staging, measured, report)
+        write_card(source, full, sasa, measured.calibration, checks, options.verify, staging)
         write_manifest(staging, digests, options=options.to_json(), layers_from=layers_from)
     report.step("done", f"{options.out}")
-    return Patched(options.out, full, probe, calibration)
+    return Patched(options.out, full, probe, measured.calibration)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the original model was needed for; it is out of memory again when this is there."""
+
+    probe: Probe
+    calibration: Calibration | None
+    cases: tuple[Case, ...]
+    dtype: str
+    device: str
+
+
+def _measure(
+    source: Source, processor: Any, lane: LayerGraph, given: Probe | None, options: Options, report: Silent
+) -> Measured:
+    """Calibrate where no probe is given, and ask the original model what verification compares with."""
+    from sasa_export.open.load import load_model
+
+    dtype, device = running(source, options)
+    if given is not None and options.verify == "files":
+        return Measured(given, None, (), dtype, device)
+    report.step("load", f"{dtype} on {device}")
+    model = load_model(source, dtype=dtype, device=device)
+    prompts = _prompts(options, processor)
+    if given is None:
+        calibration = _calibrate(model, processor, lane, prompts, options, report)
+        probe, scores = calibration.probe, calibration.final
+        if options.threshold is not None:
+            probe = Probe(probe.weight, probe.bias, options.threshold)
+    else:
+        calibration, probe, scores = None, given, None
+    cases: tuple[Case, ...] = ()
+    if options.verify == "full":
+        cases = tuple(expect(model, processor, lane, probe, prompts, scores))
+    return Measured(probe, calibration, cases, dtype, device)
 
 
 def trace_source(source: Source) -> LayerGraph:
@@ -133,47 +160,6 @@ def running(source: Source, options: Options) -> tuple[str, str]:
     return dtype, device
 
 
-def read_probe(path: Path, threshold: float | None) -> Probe:
-    """A probe from a safetensors file with `sasa.probe.weight` (features,) and `sasa.probe.bias` ()."""
-    import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    from sasa_export.emit.weights import PROBE_BIAS, PROBE_WEIGHT
-    from sasa_export.errors import CalibrationError
-
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise CalibrationError(f"there is no probe file {path}. Check --probe.") from None
-    except (SafetensorError, OSError) as error:
-        raise CalibrationError(f"the probe file {path} is not valid safetensors ({error}).") from None
-    missing = [name for name in (PROBE_WEIGHT, PROBE_BIAS) if name not in tensors]
-    if missing:
-        raise CalibrationError(f"the probe file {path} has no tensor {missing[0]}.")
-    weight, bias = tensors[PROBE_WEIGHT].astype(np.float32), tensors[PROBE_BIAS].astype(np.float32)
-    if weight.ndim != 1 or bias.size != 1:
-        raise CalibrationError(f"the probe in {path} has shapes {weight.shape} and {bias.shape}, not (features,) and ().")
-    if not (np.isfinite(weight).all() and np.isfinite(bias).all() and weight.any()):
-        raise CalibrationError(f"the probe in {path} is zero, NaN or infinite, so it cannot judge.")
-    return Probe(weight, float(bias.reshape(())), 0.5 if threshold is None else threshold)
-
-
-def check_probe(probe: Probe | None, graph: LayerGraph, source: Source) -> None:
-    """Raise CalibrationError where a given probe does not fit the model."""
-    from sasa_export.errors import CalibrationError
-
-    if probe is None:
-        return
-    space = "vocab_size" if graph.of("lane_head") else "hidden_size"
-    features = int(source.text_config[space])
-    if probe.weight.shape != (features,):
-        raise CalibrationError(
-            f"the probe has {probe.weight.shape[0]} weights and the model's {space} is {features}. "
-            "It was made for another model."
-        )
-
-
 def _prompts(options: Options, processor: Any) -> list[Prompt]:
     if options.calibration is not None:
         return from_jsonl(options.calibration)
@@ -195,6 +181,7 @@ def _calibrate(
             prompts,
             batch_size=options.batch_size,
             max_false_positive_rate=options.max_false_positive_rate,
+            regularization=options.regularization_value(),
             advance=advance,
         )
     overall = next(f for f in calibration.figures if (f.feature, f.channel) == ("projected", "all"))
@@ -207,28 +194,10 @@ def _calibrate(
     return calibration
 
 
-def _verify(
-    staging: Path,
-    model: Any,
-    processor: Any,
-    lane: LayerGraph,
-    probe: Probe,
-    prompts: Sequence[Prompt],
-    calibration: Calibration | None,
-    options: Options,
-    report: Silent,
-) -> list[Any]:
-    from sasa_export.verify import check_files, check_model
-    from sasa_export.verify.cases import choose, expect, write_cases
-
+def _verify(staging: Path, measured: Measured, report: Silent) -> list[Check]:
     checks = check_files(staging)
-    if options.verify == "full":
-        chosen = choose(prompts, None if calibration is None else list(calibration.final))
-        expected = expect(model, processor, lane, probe, chosen)
-        dtype = str(model.dtype).removeprefix("torch.")
-        write_cases(chosen, expected, staging, {"dtype": dtype})
-        device = str(model.device)
-        checks += check_model(staging, device=device)
+    if measured.cases:
+        checks += check_model(staging, device=measured.device)
     for check in checks:
         report.check(check.passed, check.name, check.detail)
     failed = [check for check in checks if not check.passed]
