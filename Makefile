@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	@$(BIN)/python benchmarks/run.py
+	@$(BIN)/python benchmarks/torch_cost.py
 
 # Removes what the other targets leave behind, but for $(VENV).
 clean:

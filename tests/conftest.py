@@ -165,6 +165,35 @@ def guard(
 
 
 @pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`exported(patched, opset=23)`: the ONNX directory of a patched one, written once per session."""
+
+    from sasa_export.emit.onnx import export
+
+    @cache
+    def get(patched: Path, opset: int = 23, dtype: str = "float32") -> Path:
+        out = tmp_path_factory.mktemp("onnx")
+        export(patched, out, opset=opset, dtype=dtype)
+        return out
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def split(guard: Callable[..., Any]) -> Callable[[str], Any]:
+    """`split(family)`: a guard whose threshold lies amid the scores of its prompts, so that batches are mixed."""
+
+    @cache
+    def get(family: str) -> Any:
+        first = guard(family)
+        prompts = tiny.prompts(first.processor, images=True, count=6, seed=1, padding_side="left")
+        scores = first.expected(prompts).sort().values  # (batch,)
+        return guard(family, threshold=float(scores[2:4].mean()))
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`fresh(script, argument)`: what a script prints last, as JSON, in a process where nothing is registered.
 

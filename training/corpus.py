@@ -133,9 +133,7 @@ class Tokens:
         return len(self(word))
 
 
-def targets(
-    words: Sequence[str], widths: Sequence[int], places: Sequence[render.Place], tokens: Tokens
-) -> Array:
+def targets(words: Sequence[str], widths: Sequence[int], places: Sequence[render.Place], tokens: Tokens) -> Array:
     """What each of the 64 cells should be read as: a token id, or BLANK; (64,), int64."""
     grid = numpy.full((render.GRID, render.GRID), BLANK, dtype=numpy.int64)
     for word, width, (row, column) in zip(words, widths, places, strict=True):
@@ -156,7 +154,7 @@ class Pages:
     def page(self, number: int, variety: float = 1.0) -> tuple[Array, Array]:
         """Pixels (3, 384, 384) and targets (64,) of a page; `variety` as in `render.choose_style`."""
         rng = Random(f"{self.seed}/{number}")
-        words = self._sentence(rng, rng.randint(4, 16) if rng.random() < 0.35 else rng.randint(17, 48))
+        words = self._sentence(rng, rng.randint(4, 16) if rng.random() < 0.25 else rng.randint(20, 56))
         widths = [render.cells(word, self.tokens.count) for word in words]
         while True:
             try:

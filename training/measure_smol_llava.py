@@ -64,9 +64,7 @@ def request_pages(texts: Sequence[str], tokens: Tokens, fonts: Sequence[Path] = 
 
 def sample_requests(count: int) -> tuple[list[str], list[str]]:
     """Harmful and harmless requests: those held out first, then some of the calibration set's."""
-    pairs = [
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in REQUESTS
-    ]
+    pairs = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in REQUESTS]
     builtin, held_out = pairs
     chosen = (held_out + builtin[:: max(1, len(builtin) // count)])[:count]
     return [pair["harmful"] for pair in chosen], [pair["harmless"] for pair in chosen]
@@ -88,9 +86,7 @@ def share(requests: Sequence[str], answers: Sequence[str]) -> float:
 
 
 @torch.no_grad()
-def answers(
-    model: Any, processor: Any, requests: Sequence[str], pictures: bool, batch: int = 20
-) -> list[str]:
+def answers(model: Any, processor: Any, requests: Sequence[str], pictures: bool, batch: int = 20) -> list[str]:
     """Greedy answers of 48 tokens, to requests as pictures or as text."""
     from sasa_export.open.smol_llava import pieces
 
@@ -98,14 +94,10 @@ def answers(
     result: list[str] = []
     for start in range(0, len(requests), batch):
         part = requests[start : start + batch]
-        content: list[Any] = [
-            [{"type": "image"}, {"type": "text", "text": PROMPT}] if pictures else r for r in part
-        ]
+        content: list[Any] = [[{"type": "image"}, {"type": "text", "text": PROMPT}] if pictures else r for r in part]
         turns = [[{"role": "user", "content": entry}] for entry in content]
         texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
-        drawn = (
-            [render.render(r, seed=start + i, pieces=count) for i, r in enumerate(part)] if pictures else None
-        )
+        drawn = [render.render(r, seed=start + i, pieces=count) for i, r in enumerate(part)] if pictures else None
         inputs = processor(images=drawn, text=texts, return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=48)
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -128,14 +120,10 @@ def following(model: Any, processor: Any, count: int, pictures: bool) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory that sasa_export.open.smol_llava.build wrote")
     parser.add_argument("--tower", type=Path, help="weights of another tower and projector")
-    parser.add_argument(
-        "--common", type=int, default=5000, help="size of the training's list of common words"
-    )
+    parser.add_argument("--common", type=int, default=5000, help="size of the training's list of common words")
     parser.add_argument("--following", action="store_true", help="also let the model answer (minutes)")
     parser.add_argument("--text", action="store_true", help="with --following: also as text, the ceiling")
     parser.add_argument("--count", type=int, default=60, help="requests of each kind")
@@ -163,9 +151,7 @@ def main() -> None:
     unknown = held_out_words(options.common, requests)
     seen = Words(tuple(requests), tuple(float(i + 1) for i in range(len(requests))))
     pages = Pages(seen, tokens, render.fonts(), seed=-1)
-    unseen_pages = replace(
-        pages, words=Words(tuple(unknown), tuple(float(i + 1) for i in range(len(unknown))))
-    )
+    unseen_pages = replace(pages, words=Words(tuple(unknown), tuple(float(i + 1) for i in range(len(unknown)))))
     sets = {"requests": request_pages(harmful + harmless, tokens)}
     if other_fonts:
         sets["requests, fonts held out"] = request_pages(harmful + harmless, tokens, other_fonts)

@@ -38,7 +38,7 @@ from tower import Tower, read
 
 from sasa_export.open.smol_llava import VISION
 
-WARM_UP = 200  # steps
+WARM_UP = 100  # steps
 FULL_VARIETY = 0.25  # the share of training after which pages vary as much as the renderer's
 BLANKS_KEPT = 0.3  # of the blank cells, which are many and easy
 BLANK_WEIGHT = 0.3
@@ -97,9 +97,7 @@ def cell_loss(
     kept = ~is_word & (torch.rand(wanted.shape) < BLANKS_KEPT)
     empty = features[kept].float()
     empty_loss = (
-        (empty - blank).square().sum(-1).mean()
-        + 1
-        - functional.cosine_similarity(empty, blank[None], dim=-1).mean()
+        (empty - blank).square().sum(-1).mean() + 1 - functional.cosine_similarity(empty, blank[None], dim=-1).mean()
     )
     loss = (1.2 - 0.6 * late) * telling + (0.05 + 0.4 * late) * distance + (1 + late) * turned
     return loss + BLANK_WEIGHT * empty_loss, (cosines.argmax(-1) == labels).float().mean().item()
@@ -120,9 +118,7 @@ def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory that sasa_export.open.smol_llava.build wrote")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
     parser.add_argument("--init", type=Path, default=VISION, help="tower to start from")

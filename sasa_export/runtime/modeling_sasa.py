@@ -291,10 +291,10 @@ class GuardedConfig:
         config_dict = {key: _opened(value) for key, value in config_dict.items()}
         config_dict = {key: value for key, value in config_dict.items() if value != {}}
         check_settings(config_dict.get("sasa"), sys.maxsize)
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        return super().from_dict(config_dict, **kwargs)
 
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
-        text = super().to_json_string(*args, **kwargs)  # type: ignore[misc]
+        text = super().to_json_string(*args, **kwargs)
         return json.dumps(sealed(json.loads(text)), indent=2, sort_keys=True) + "\n"
 
 
@@ -319,7 +319,9 @@ class GuardedModel:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        family = cls.__mro__[2]  # the stock class behind this mixin
+        if GuardedModel not in cls.__bases__:  # a subclass of a guarded class inherits its gate
+            return
+        family = cls.__bases__[cls.__bases__.index(GuardedModel) + 1]  # the stock class
         cls.forward = _guarded(family.forward)
         stock, own = family.config_class.model_type, cls.config_class.model_type
         mapping = get_checkpoint_conversion_mapping(family.__name__) or get_checkpoint_conversion_mapping(stock)
@@ -333,13 +335,13 @@ class GuardedModel:
         features = text.vocab_size if settings.get("probe_space") == "logits" else text.hidden_size
         self.sasa = nn.Module()
         self.sasa.probe = Probe(features)
-        watch(self, settings["graph"])  # type: ignore[arg-type]
+        watch(self, settings["graph"])
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
                 names = sorted(str(name) for name in info[problem])
@@ -351,7 +353,7 @@ class GuardedModel:
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
         source = inspect.getsource(sys.modules[type(self).__module__])
         Path(save_directory, "modeling_sasa.py").write_text(source, encoding="utf-8")
 
@@ -368,12 +370,12 @@ class GuardedModel:
         else:
             output = self._continue(forward, kwargs, fed, cache, past)
         if as_dictionary is None:
-            as_dictionary = self.config.return_dict  # type: ignore[attr-defined]
+            as_dictionary = self.config.return_dict
         return output if as_dictionary else output.to_tuple()
 
     def _judge(self, forward: Callable, kwargs: dict, fed: torch.Tensor, ids: torch.Tensor | None) -> Any:
         """A prompt: both lanes, the verdict, and the first token of the refusal where it is refused."""
-        settings = self.config.sasa  # type: ignore[attr-defined]
+        settings = self.config.sasa
         refusal = tuple(settings["refusal_token_ids"])
         with recording() as seen:
             output = forward(self, **kwargs, return_dict=True)
@@ -385,7 +387,7 @@ class GuardedModel:
             judged, spelled = read_progress(ids, last, refusal, tuple(settings.get("generation_prompt_ids", ())))
         else:
             judged, spelled = last, torch.zeros_like(last)
-        values = run_graph(self, settings["graph"], seen, judged)  # type: ignore[arg-type]
+        values = run_graph(self, settings["graph"], seen, judged)
         probability = next(values[node["name"]] for node in settings["graph"] if node["op"] == "probe")  # (batch,)
         refused = ~(probability < settings["threshold"])  # (batch,); NaN is refused
 
@@ -410,7 +412,7 @@ class GuardedModel:
                 "in one call without past_key_values; prefill_chunk_size, assisted decoding and prompt lookup "
                 "are not supported by this guarded model."
             )
-        refusal = tuple(self.config.sasa["refusal_token_ids"])  # type: ignore[attr-defined]
+        refusal = tuple(self.config.sasa["refusal_token_ids"])
         state = self._load(cache, past)  # (batch,)
         output = forward(self, **kwargs, return_dict=True)
         state = next_state(state, len(refusal))
@@ -423,7 +425,7 @@ class GuardedModel:
         return output
 
     def _store(self, cache: Cache, state: torch.Tensor, tokens: int) -> None:
-        text = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
+        text = self.config.get_text_config(decoder=True)
         index, heads, size = cache_shape(text)
         first = cache.layers[0]
         if len(cache.layers) == index:
@@ -434,7 +436,7 @@ class GuardedModel:
         cache.update(rows, torch.zeros_like(rows), index)
 
     def _load(self, cache: Cache, past: int) -> torch.Tensor:
-        index = self.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[attr-defined]
+        index = self.config.get_text_config(decoder=True).num_hidden_layers
         if len(cache.layers) <= index or int(cache.get_seq_length(index)) != past:
             raise ValueError(
                 "past_key_values holds tokens that this guarded model has not judged. Start from the whole "
