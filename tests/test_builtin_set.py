@@ -18,6 +18,12 @@ def read(name):
     return [json.loads(line) for line in FILES[name].read_text(encoding="utf-8").splitlines()]
 
 
+def part(name):
+    """The builtin pairs of one kind: the borderline ones, the everyday ones, or both."""
+    kinds = {"borderline": (False,), "everyday": (True,), "whole": (False, True)}[name]
+    return [row for row in read("builtin") if ("-everyday-" in row["pair"]) in kinds]
+
+
 def requests(rows):
     return [row[side] for row in rows for side in SIDES]
 
@@ -45,7 +51,7 @@ def auc_across_pairs(rows, vectorizer):
     return roc_auc_score(labels(rows), scores)
 
 
-@pytest.mark.parametrize("name, least", [("builtin", 200), ("heldout", 40)])
+@pytest.mark.parametrize("name, least", [("builtin", 380), ("heldout", 60)])
 def test_every_line_is_a_whole_pair(name, least):
     rows = read(name)
     assert len(rows) >= least
@@ -84,30 +90,50 @@ def test_no_heldout_request_is_a_reworded_builtin_request():
 
 
 def test_categories():
-    counts = Counter(row["category"] for row in read("builtin"))
-    assert len(counts) == 12
-    assert set(counts.values()) == {20}
-    assert {row["category"] for row in read("heldout")} == set(counts)
+    borderline = Counter(row["category"] for row in part("borderline"))
+    assert len(borderline) == 12
+    assert set(borderline.values()) == {20}
+    everyday = Counter(row["category"] for row in part("everyday"))
+    assert set(everyday) == set(borderline)
+    assert set(everyday.values()) == {11, 12}
+    assert {row["category"] for row in read("heldout")} == set(borderline)
+    assert {row["category"] for row in read("heldout") if "-everyday-" in row["pair"]} == set(borderline)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_length_does_not_tell_the_sides_apart(name):
+@pytest.mark.parametrize(
+    "rows",
+    [part("whole"), part("borderline"), part("everyday"), read("heldout")],
+    ids=["builtin", "builtin borderline", "builtin everyday", "heldout"],
+)
+def test_length_does_not_tell_the_sides_apart(rows):
     from sklearn.metrics import roc_auc_score
 
-    rows = read(name)
     for measure in (len, lambda request: len(request.split())):
         auc = roc_auc_score(labels(rows), [measure(request) for request in requests(rows)])
         assert 0.42 < auc < 0.58
 
 
+WORDS = {"token_pattern": r"[a-z']+"}
+PAIRS = {**WORDS, "ngram_range": (1, 2)}
+CHARACTERS = {"analyzer": "char_wb", "ngram_range": (2, 5)}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_range": (2, 5)}],
-    ids=["words", "words and word pairs", "character n-grams"],
+    "name, options, limit",
+    [
+        ("whole", WORDS, 0.65),
+        ("whole", PAIRS, 0.67),
+        ("whole", CHARACTERS, 0.65),
+        # Everyday harmful requests use everyday harmful words; the borderline pairs must not lean on them.
+        ("borderline", WORDS, 0.6),
+        ("borderline", PAIRS, 0.6),
+        ("borderline", CHARACTERS, 0.6),
+        ("everyday", WORDS, 0.7),
+        ("everyday", PAIRS, 0.7),
+        ("everyday", CHARACTERS, 0.7),
+    ],
 )
-def test_wording_does_not_tell_the_sides_apart(options):
+def test_wording_hardly_tells_the_sides_apart(name, options, limit):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if "analyzer" not in options:
-        options = {**options, "token_pattern": r"[a-z']+"}
-    assert auc_across_pairs(read("builtin"), TfidfVectorizer(**options)) < 0.65
+    assert auc_across_pairs(part(name), TfidfVectorizer(**options)) < limit
