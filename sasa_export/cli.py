@@ -94,18 +94,27 @@ def main(context: click.Context, /, **flags: Any) -> None:
 @click.option("--safety-layer", type=click.INT, help="Zero-based. Default: what the family's file says.")
 @click.option("--semantic-layer", type=click.INT, help="Zero-based. Default: likewise.")
 @click.option("--check", is_flag=True, help="Only say whether the model is what its family's file describes.")
-def trace(model: str, safety_layer: int | None, semantic_layer: int | None, check: bool) -> None:
+@click.option("--load", is_flag=True, help="Load the weights, and trace a picture too.")
+def trace(model: str, safety_layer: int | None, semantic_layer: int | None, check: bool, load: bool) -> None:
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
     _quiet()
     from sasa_export.diagram import mermaid
     from sasa_export.open import layers_of, open_source
-    from sasa_export.pipeline import softcap_of, trace_source
+    from sasa_export.open.load import load_model, load_processor, read_sizes
+    from sasa_export.pipeline import check_traces, trace_loaded, trace_source
     from sasa_export.rewrite import LaneSettings, rewrite
 
     source = open_source(model)
     graph = trace_source(source)
-    safety, semantic, layers_from = layers_of(source, safety_layer, semantic_layer)
-    after = rewrite(graph, LaneSettings(safety, semantic, softcap=softcap_of(source)))
+    if load:
+        from sasa_export.calibrate.data import builtin
+
+        loaded = load_model(source, dtype="float32", device="cpu")
+        picture = next(prompt for prompt in builtin(None) if prompt.image is not None)
+        check_traces(graph, trace_loaded(loaded, load_processor(source), source, picture))
+    sizes = read_sizes(source)
+    safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
+    after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))
     count = len(graph.of("block"))
     if check:
         click.echo(f"✓ {source.name}: {count} blocks, as graphs/{source.family.name}.toml says")

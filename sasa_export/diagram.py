@@ -5,7 +5,9 @@ from __future__ import annotations
 from sasa_export.graph import MAIN_LANE, LayerGraph, Node
 
 LABELS = {
-    "embed": "tokens and image",
+    "vision": "vision tower",
+    "projector": "projector",
+    "embed": "token embeddings, picture merged in",
     "norm": "final norm",
     "head": "head",
     "after_head": "what follows the head",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-MAIN_LANE = ("embed", "between", "block", "norm", "head", "after_head")
+MAIN_LANE = ("vision", "projector", "embed", "between", "block", "norm", "head", "after_head")
 SASA = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")
 
 

@@ -98,8 +98,8 @@ class Options:
             given = -1.0
         if given is not None and not given > 0:
             raise SasaExportError(f"--regularization is {self.regularization}; it must be auto or a number above 0.")
-        if self.epsilon <= 0:
-            raise SasaExportError(f"--epsilon is {self.epsilon:g}; it must be above 0.")
+        if not 0.0 < self.epsilon < float("inf"):
+            raise SasaExportError(f"--epsilon is {self.epsilon:g}; it must be a number above 0.")
         if self.batch_size < 1:
             raise SasaExportError(f"--batch-size is {self.batch_size}; it must be at least 1.")
         if not self.refusal.strip():

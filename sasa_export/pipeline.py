@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from sasa_export.calibrate import Calibration, calibrate
 from sasa_export.calibrate.data import Prompt, builtin, from_jsonl
+from sasa_export.calibrate.features import encode, place
 from sasa_export.calibrate.given import check_probe, read_probe
 from sasa_export.calibrate.probe import Probe
 from sasa_export.emit.card import verdict_on_projection, write_card
@@ -18,9 +20,10 @@ from sasa_export.emit.manifest import write_manifest
 from sasa_export.emit.scores import write_scores
 from sasa_export.emit.staging import check_free, staged
 from sasa_export.emit.weights import write_weights
-from sasa_export.errors import VerifyError
+from sasa_export.errors import OpenError, TraceError, VerifyError
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source, layers_of, open_source
+from sasa_export.open.load import load_model, load_processor, read_sizes, skeleton, stock_classes
 from sasa_export.options import Options
 from sasa_export.report import Silent
 from sasa_export.rewrite import LaneSettings, rewrite, rewrite_lane
@@ -49,20 +52,21 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
 
     source = open_source(options.model)
     report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
-    safety, semantic, layers_from = layers_of(source, options.safety_layer, options.semantic_layer)
+    sizes = read_sizes(source)
+    safety, semantic, layers_from = layers_of(
+        source, sizes.blocks, sizes.hidden, options.safety_layer, options.semantic_layer
+    )
     if "not measured" in layers_from:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
 
     graph = trace_source(source)
-    settings = LaneSettings(safety, semantic, options.epsilon, softcap_of(source))
+    settings = LaneSettings(safety, semantic, options.epsilon, sizes.softcap)
     full = rewrite(graph, settings)
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
-    check_probe(given, full, source)
-
-    from sasa_export.open.load import load_processor, stock_classes
+    check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
 
     processor = load_processor(source)
-    measured = _measure(source, processor, rewrite_lane(graph, settings), given, options, report)
+    measured = _measure(source, processor, graph, settings, given, options, report)
     probe = measured.probe
     sasa = sasa_settings(
         full,
@@ -106,17 +110,24 @@ class Measured:
 
 
 def _measure(
-    source: Source, processor: Any, lane: LayerGraph, given: Probe | None, options: Options, report: Silent
+    source: Source,
+    processor: Any,
+    graph: LayerGraph,
+    settings: LaneSettings,
+    given: Probe | None,
+    options: Options,
+    report: Silent,
 ) -> Measured:
     """Calibrate where no probe is given, and ask the original model what verification compares with."""
-    from sasa_export.open.load import load_model
-
     dtype, device = running(source, options)
     if given is not None and options.verify == "files":
         return Measured(given, None, (), dtype, device)
     report.step("load", f"{dtype} on {device}")
     model = load_model(source, dtype=dtype, device=device)
     prompts = _prompts(options, processor)
+    pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
+    check_traces(graph, trace_loaded(model, processor, source, pictured))
+    lane = rewrite_lane(graph, settings)
     if given is None:
         calibration = _calibrate(model, processor, lane, prompts, options, report)
         probe, scores = calibration.probe, calibration.final
@@ -134,16 +145,28 @@ def trace_source(source: Source) -> LayerGraph:
     """Trace a source on fake weights: its shapes alone, in no memory."""
     import torch
 
-    from sasa_export.open.load import skeleton
     from sasa_export.trace import trace
 
     with skeleton(source) as model:
         return trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
 
 
-def softcap_of(source: Source) -> float | None:
-    """The soft cap on logits that the configuration names; whether the model applies it, the trace sees."""
-    return source.text_config.get("final_logit_softcapping")
+def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:
+    """Trace a loaded model on a prompt, with its picture if it has one."""
+    from sasa_export.trace import trace
+
+    return trace(model, source.family, place(encode(processor, [prompt]), model))
+
+
+def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
+    """Raise TraceError where a picture takes another way through the decoder than a text does."""
+    for before, after in zip_longest(expected, observed):
+        if (before and (before.name, before.inputs)) != (after and (after.name, after.inputs)):
+            node = after or before
+            raise TraceError(
+                f"{node.name}: with a picture, this model's decoder does not run as without one "
+                f"({node.op} behind {', '.join(node.inputs) or 'nothing'}). It cannot be rewritten yet."
+            )
 
 
 def running(source: Source, options: Options) -> tuple[str, str]:
@@ -153,9 +176,13 @@ def running(source: Source, options: Options) -> tuple[str, str]:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OpenError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from None
     dtype = options.dtype
     if dtype == "auto":
-        stored = source.config.get("dtype") or source.config.get("torch_dtype") or source.text_config.get("dtype")
+        stored = source.config.get("dtype") or source.config.get("torch_dtype")
         dtype = str(stored) if str(stored) in ("float32", "bfloat16", "float16") else "float32"
     return dtype, device
 

@@ -30,18 +30,20 @@ class Console(Silent):
 
     def __init__(self) -> None:
         from rich.console import Console as RichConsole
+        from rich.markup import escape
 
+        self.escape = escape
         self.console: Any = RichConsole(stderr=True, highlight=False)
 
     def step(self, room: str, text: str) -> None:
-        self.console.print(f"[bold]{room:<10}[/bold]{text}", soft_wrap=True)
+        self.console.print(f"[bold]{room:<10}[/bold]{self.escape(text)}", soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]{'warning':<10}{text}[/yellow]", soft_wrap=True)
+        self.console.print(f"[yellow]{'warning':<10}{self.escape(text)}[/yellow]", soft_wrap=True)
 
     def check(self, passed: bool, name: str, detail: str) -> None:
         mark = "[green]✓[/green]" if passed else "[red]✗[/red]"
-        self.console.print(f"{'':<10}{mark} {name}: {detail}", soft_wrap=True)
+        self.console.print(f"{'':<10}{mark} {self.escape(name)}: {self.escape(detail)}", soft_wrap=True)
 
     @contextmanager
     def bar(self, total: int, label: str) -> Iterator[Callable[[int], None]]:

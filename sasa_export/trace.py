@@ -47,11 +47,25 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
             )
     if len(decoder) > len(expected):
         raise TraceError(f"{decoder[len(expected)]} runs twice in one pass; this decoder cannot be rewritten.")
-    graph = _graph({call.path: call for call in calls}, expected)
+    if any(isinstance(value, torch.Tensor) and name.startswith("pixel") for name, value in inputs.items()):
+        _check_vision(order, family)
+    graph = _graph({call.path: call for call in calls}, expected, family)
     if logits is not calls[-1].left:
         # Such as soft-capping: the probe must then see what the model's logits really are.
         graph = graph.add(Node("after_head", "after_head", ("head",)))
     return graph
+
+
+def _check_vision(order: list[str], family: Family) -> None:
+    """A picture runs through the vision tower and the projector once, before the decoder."""
+    first_block = order.index(f"{family.modules['blocks']}.0")
+    for role in ("vision", "projector"):
+        path = family.modules[role]
+        if order.count(path) != 1 or order.index(path) > first_block:
+            raise TraceError(
+                f"{path} ({role}) should run once and before the decoder, and ran {order.count(path)} times. "
+                f"graphs/{family.name}.toml does not describe this model: correct its module paths."
+            )
 
 
 def expected_blocks(config: Any) -> int:
@@ -107,9 +121,13 @@ def describe(value: Any) -> str:
     return type(value).__name__ if value is not None else "None"
 
 
-def _graph(calls: dict[str, Call], expected: list[str]) -> LayerGraph:
+def _graph(calls: dict[str, Call], expected: list[str], family: Family) -> LayerGraph:
     embedding, *blocks, norm, head = expected
-    nodes = [Node("embed", "embed", (), embedding)]
+    nodes = [
+        Node("vision", "vision", (), family.modules["vision"]),
+        Node("projector", "projector", ("vision",), family.modules["projector"]),
+        Node("embed", "embed", ("projector",), embedding),
+    ]
     before: Call | None = None
     for index, path in enumerate(blocks):
         call = calls[path]

@@ -62,7 +62,10 @@ def both_channels(
     def image() -> Any:
         from sasa_export.calibrate.render import render
 
-        return render(request, seed=seed, pieces=pieces)
+        try:
+            return render(request, seed=seed, pieces=pieces)
+        except ValueError:  # a tokenizer of short pieces asks for more cells than there are
+            return render(request, seed=seed)
 
     group, category = pair["pair"], pair["category"]
     yield Prompt(f"{name}/text", request, label, group, "text", category)
@@ -76,7 +79,7 @@ def from_jsonl(path: Path) -> list[Prompt]:
     Raises CalibrationError, which names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise CalibrationError(f"there is no calibration file {path}. Check --calibration.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -96,8 +99,12 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{where} is not valid JSON ({error.msg} at column {error.colno}).") from None
+    except (ValueError, RecursionError):  # a number too long or a nesting too deep for Python
+        raise CalibrationError(f"{where} is not a JSON object of this format.") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise CalibrationError(f'{where} has no "prompt" string. A line is {{"image", "prompt", "label"}}.')
+    if not record["prompt"].isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in record["prompt"]):
+        raise CalibrationError(f"{where} has a prompt with half a character in it (a lone surrogate).")
     label = record.get("label")
     if label not in (0, 1) or isinstance(label, float):
         raise CalibrationError(f"{where} has the label {label!r}; it must be 0 (harmless) or 1 (harmful).")
@@ -119,8 +126,12 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
 def _picture(path: Path, where: str) -> Callable[[], Any]:
     from PIL import Image, UnidentifiedImageError
 
-    if not path.is_file():
-        raise CalibrationError(f"{where} names the image {path}, which does not exist.")
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise CalibrationError(f"{where} names the image {str(path)[:200]}, which does not exist.")
 
     def load() -> Any:
         try:

@@ -8,8 +8,6 @@ import numpy as np
 
 from sasa_export.calibrate.probe import Probe
 from sasa_export.errors import CalibrationError
-from sasa_export.graph import LayerGraph
-from sasa_export.open import Source
 
 PROBE_WEIGHT, PROBE_BIAS = "sasa.probe.weight", "sasa.probe.bias"
 
@@ -17,7 +15,7 @@ PROBE_WEIGHT, PROBE_BIAS = "sasa.probe.weight", "sasa.probe.bias"
 def read_probe(path: Path, threshold: float | None) -> Probe:
     """A probe from a safetensors file with `sasa.probe.weight` (features,) and `sasa.probe.bias` ()."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
@@ -28,7 +26,7 @@ def read_probe(path: Path, threshold: float | None) -> Probe:
     missing = [name for name in (PROBE_WEIGHT, PROBE_BIAS) if name not in tensors]
     if missing:
         raise CalibrationError(f"the probe file {path} has no tensor {missing[0]}.")
-    weight, bias = tensors[PROBE_WEIGHT].astype(np.float32), tensors[PROBE_BIAS].astype(np.float32)
+    weight, bias = tensors[PROBE_WEIGHT].float().numpy(), tensors[PROBE_BIAS].float().numpy()
     if weight.ndim != 1 or bias.size != 1:
         raise CalibrationError(
             f"the probe in {path} has shapes {weight.shape} and {bias.shape}, not (features,) and ()."
@@ -38,14 +36,12 @@ def read_probe(path: Path, threshold: float | None) -> Probe:
     return Probe(weight, float(bias.reshape(())), 0.5 if threshold is None else threshold)
 
 
-def check_probe(probe: Probe | None, graph: LayerGraph, source: Source) -> None:
-    """Raise CalibrationError where a given probe does not fit the model."""
+def check_probe(probe: Probe | None, features: int) -> None:
+    """Raise CalibrationError where a given probe does not fit a model of that many features."""
     if probe is None:
         return
-    space = "vocab_size" if graph.of("lane_head") else "hidden_size"
-    features = int(source.text_config[space])
     if probe.weight.shape != (features,):
         raise CalibrationError(
-            f"the probe has {probe.weight.shape[0]} weights and the model's {space} is {features}. "
+            f"the probe has {probe.weight.shape[0]} weights and the model needs {features}. "
             "It was made for another model."
         )

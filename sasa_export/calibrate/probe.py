@@ -10,6 +10,7 @@ import numpy as np
 from sasa_export.errors import CalibrationError
 
 FOLDS = 5
+ROWS = 4096  # of the head at a time
 PAPER = 1.0  # the reproduction's C
 CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 1e-5)  # hundreds of prompts against hundreds of features: less is often more
 HIGHEST = 1 - 1e-6  # above it, a float32 probability no longer tells prompts apart
@@ -31,7 +32,10 @@ def head_metric(head: np.ndarray) -> np.ndarray:
     samples, so fitting it on R h gives the same probe, in `hidden` instead of `vocabulary` dimensions. The
     small jitter keeps the factor defined where W_head has less than full rank.
     """
-    gram = head.astype(np.float64).T @ head.astype(np.float64)  # (hidden, hidden)
+    gram = np.zeros((head.shape[1], head.shape[1]))  # (hidden, hidden)
+    for start in range(0, len(head), ROWS):  # the whole head in float64 would not fit beside a large model
+        rows = head[start : start + ROWS].astype(np.float64)  # (rows, hidden)
+        gram += rows.T @ rows
     gram[np.diag_indices_from(gram)] += 1e-12 * np.trace(gram) / len(gram)
     return np.linalg.cholesky(gram).T  # (hidden, hidden), upper triangular
 
@@ -55,6 +59,8 @@ def cross_validated(
     from sklearn.model_selection import GroupKFold
 
     folds = min(FOLDS, len(set(groups)))
+    if folds < 2:
+        raise CalibrationError('all prompts are of one "group", so none can be held out: give them different groups.')
     scores = np.zeros(len(labels))
     for train, test in GroupKFold(folds).split(features, labels, groups):
         if len(set(labels[train])) < 2:

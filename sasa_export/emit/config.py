@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sasa_export.errors import EmitError
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source
 from sasa_export.runtime import MODELING_FILE, guarded_type, modeling_source
+
+LONGEST_REFUSAL = 250  # tokens; how far it is spelled rides in the cache's dtype, and bfloat16 counts to 256
 
 
 def sasa_settings(
@@ -66,7 +69,10 @@ def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
     tokenizer = processor.tokenizer
     ends = _end_tokens(directory) or [tokenizer.eos_token_id]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    return [*tokenizer.encode(refusal, add_special_tokens=False), int(end)]
+    ids = [*tokenizer.encode(refusal, add_special_tokens=False), int(end)]
+    if len(ids) > LONGEST_REFUSAL:
+        raise EmitError(f"the refusal has {len(ids)} tokens, and at most {LONGEST_REFUSAL} fit. Shorten --refusal.")
+    return ids
 
 
 def generation_prompt_ids(processor: Any) -> list[int]:

@@ -18,7 +18,7 @@ def staged(out: Path, *, force: bool, needed_bytes: int = 0) -> Iterator[Path]:
 
     Raises EmitError where `out` is taken, not writable, or the disk too small.
     """
-    out = out.absolute()
+    out = out.resolve()
     check_free(out, force=force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def _replace(staging: Path, out: Path) -> None:
         os.rename(out, aside)
     try:
         os.rename(staging, out)
-    except OSError:
-        if aside.exists():
+    except BaseException:  # an interruption too must leave the old output in place
+        if aside.exists() and not out.exists():
             os.rename(aside, out)
         raise
     shutil.rmtree(aside, ignore_errors=True)
@@ -67,7 +67,7 @@ def _sweep(out: Path) -> None:
     """Remove what a killed run has left, and put back an output that it had moved aside."""
     for left in out.parent.glob(f".{out.name}.*-*"):
         kind, _, process = left.name.removeprefix(f".{out.name}.").partition("-")
-        if kind not in ("partial", "replaced") or not process.isdigit() or _alive(int(process)):
+        if kind not in ("partial", "replaced") or not process.isdigit() or _another(int(process)):
             continue
         if kind == "replaced" and not out.exists():
             os.rename(left, out)
@@ -75,7 +75,10 @@ def _sweep(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def _another(process: int) -> bool:
+    """Does this number belong to another process that runs? Our own was somebody else's before."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

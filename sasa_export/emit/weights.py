@@ -45,14 +45,13 @@ def write_weights(
 
 def save_probe(probe: Probe, path: Path) -> None:
     """`sasa.probe.weight` (features,) and `sasa.probe.bias` (), float32: the format that --probe reads too."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {
         PROBE_WEIGHT: np.asarray(probe.weight, np.float32),
         PROBE_BIAS: np.asarray(probe.bias, np.float32).reshape(()),
     }
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes for its owner alone
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _bring(source: Path, target: Path, *, link: bool, advance: Callable[[int], None]) -> str:

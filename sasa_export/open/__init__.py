@@ -28,10 +28,6 @@ class Source:
     family: Family
     shards: tuple[Shard, ...]
 
-    @property
-    def text_config(self) -> dict[str, Any]:
-        return self.config.get("text_config") or self.config
-
     def weight_bytes(self) -> int:
         return sum(shard.path.stat().st_size for shard in self.shards)
 
@@ -72,22 +68,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise OpenError(f"{directory} has no config.json, so it is not a model directory. Check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise OpenError(f"{path} is not valid JSON ({error}). Restore the file from its source.") from None
     if not isinstance(config, dict):
         raise OpenError(f"{path} does not hold a JSON object. Restore the file from its source.")
     return config
 
 
-def layers_of(source: Source, safety: int | None, semantic: int | None) -> tuple[int, int, str]:
+def layers_of(
+    source: Source, blocks: int, hidden: int, safety: int | None, semantic: int | None
+) -> tuple[int, int, str]:
     """Safety layer, semantic layer, and where the numbers come from: the user, the family's file, or a scale."""
     if safety is not None and semantic is not None:
         return safety, semantic, "given by the user"
-    text = source.text_config
-    blocks = int(text["num_hidden_layers"])
-    known: KnownLayers | None = source.family.known_layers(blocks, int(text["hidden_size"]))
+    known: KnownLayers | None = source.family.known_layers(blocks, hidden)
     if known is not None:
         default = (known.safety, known.semantic, f"{known.checkpoint}: {known.source}")
     else:

