@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -35,6 +36,8 @@ from transformers.conversion_mapping import (
 FORMAT = 1  # of config.sasa; a directory of another format is refused
 SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
 LANE = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")  # what SASA adds
+NOT_JUDGED = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model")
+NOT_WHOLE = "a prompt is judged whole and on its own, which this way of running prevents. Run without it."
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
 # Logits of a refused row. The order is what counts: where a generation option forbids the wanted token, another
@@ -395,13 +398,19 @@ class GuardedModel:
         Path(save_directory, "modeling_sasa.py").write_text(spec.loader.get_source(spec.name), encoding="utf-8")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
-            raise NotImplementedError(
-                "prefill_chunk_size would feed the prompt in parts, and this guarded model judges it whole. "
-                "Leave it out."
-            )
+        given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
+        settings = {**vars(given[0] if given else self.generation_config), **kwargs}
+        for way in NOT_JUDGED:
+            if settings.get(way):
+                raise NotImplementedError(f"{way}: {NOT_WHOLE}")
+        if "paged" in str(settings.get("cache_implementation")):
+            raise NotImplementedError(f"cache_implementation='paged': {NOT_WHOLE}")
         return super().generate(*args, **kwargs)
+
+    def _no_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"continuous batching: {NOT_WHOLE}")
+
+    generate_batch = init_continuous_batching = continuous_batching_context_manager = _no_continuous_batching
 
     def _sasa_forward(self, forward: Callable, kwargs: dict[str, Any]) -> Any:
         as_dictionary = kwargs.pop("return_dict", None)
@@ -410,6 +419,8 @@ class GuardedModel:
         fed = ids if ids is not None else embeds  # (batch, tokens[, hidden])
         if fed is None:
             return forward(self, **kwargs)  # the family's own error says what is missing
+        if "paged" in str(self.config._attn_implementation) or kwargs.get("cu_seq_lens_q") is not None:
+            raise NotImplementedError(f"packed prompts: {NOT_WHOLE}")
         past = 0 if cache is None else int(cache.get_seq_length())
         if past == 0:
             output = self._judge(forward, kwargs, fed, ids)
