@@ -154,9 +154,7 @@ def guard(
             )
         )
         patched = AutoModelForImageTextToText.from_pretrained(directory / "patched", trust_remote_code=True)
-        return Guard(
-            family, directory / "patched", patched.eval(), model, processor, safety, semantic, weight, bias
-        )
+        return Guard(family, directory / "patched", patched.eval(), model, processor, safety, semantic, weight, bias)
 
     def get(family: str, safety: int = 2, semantic: int = 4, **options: Any) -> Guard:
         return made(family, safety, semantic, json.dumps(options, sort_keys=True))

@@ -7,6 +7,7 @@ point; elsewhere click's runner calls it in this process, which has torch import
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
+from transformers.utils.logging import disable_progress_bar
 
 from sasa_export import families
 from sasa_export.cli import main
@@ -86,6 +88,12 @@ def place(tmp_path: Path) -> Path:
     path = tmp_path / "place"
     path.mkdir()
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_bars() -> None:
+    """In a process of its own the command silences them before transformers is imported."""
+    disable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -246,14 +254,12 @@ def test_damaged_config(llava: Path, probe: Path, tmp_path: Path, place: Path, c
 
 def test_a_config_that_leaves_out_what_is_usual(tmp_path: Path) -> None:
     """LLaVA-1.5-7B's config.json names neither its hidden size nor its number of blocks: both are Llama's own."""
-    from sasa_export.open import layers_of, open_source
-
     config = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"lm_head.weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
-    safety, semantic, said = layers_of(open_source(str(tmp_path)), None, None)
-    assert (safety, semantic) == (13, 15)
-    assert "arXiv 2507.21637" in said
+    printed = succeeds("trace", "--model", str(tmp_path)).stdout
+    assert "safety layer 13, semantic layer 15" in printed and "arXiv 2507.21637" in printed
+    assert "blocks 0 to 31" in printed
 
 
 def test_a_patched_model_as_the_source(patched: Path, place: Path) -> None:
@@ -265,9 +271,7 @@ def test_a_patched_model_as_the_source(patched: Path, place: Path) -> None:
 @pytest.mark.parametrize(
     "safety, semantic", [(3, 3), (4, 2), (2, 6), (6, 7), (-1, 3), (2, -1), (99, 100), (5, None), (None, 0)]
 )
-def test_layers_outside_their_range(
-    llava: Path, place: Path, safety: int | None, semantic: int | None
-) -> None:
+def test_layers_outside_their_range(llava: Path, place: Path, safety: int | None, semantic: int | None) -> None:
     given = {"safety_layer": safety, "semantic_layer": semantic}
     options = {name: value for name, value in given.items() if value is not None}
     message = fails(*flags(llava, place / "out", **options))
@@ -334,9 +338,7 @@ def test_a_shard_outside_the_directory(tiny_model: Tiny, tmp_path: Path, place: 
 def test_an_index_that_names_a_tensor_nobody_has(tiny_model: Tiny, tmp_path: Path, place: Path) -> None:
     model = copied(tiny_model("llava", shards=3), tmp_path)
     change_index(model, lambda names: names.update({"extra.weight": "model-00001-of-00004.safetensors"}))
-    assert "extra.weight is in model-00001-of-00004.safetensors, and it is not" in fails(
-        *flags(model, place / "out")
-    )
+    assert "extra.weight is in model-00001-of-00004.safetensors, and it is not" in fails(*flags(model, place / "out"))
     assert not list(place.iterdir())
 
 
@@ -436,6 +438,22 @@ def ten_lines() -> list[str]:
         ("[]", 'line 7 has no "prompt" string'),
         ("[" * 100_000, "line 7"),
         ("1" * 5000, "line 7"),
+    ],
+    ids=[
+        "cut off",
+        "no JSON",
+        "label x",
+        "label 2",
+        "label 1.0",
+        "label null",
+        "prompt 3",
+        "blank prompt",
+        "image 3",
+        "no image",
+        "long name",
+        "a list",
+        "deep",
+        "long number",
     ],
 )
 def test_a_bad_calibration_line(llava: Path, tmp_path: Path, place: Path, line: str, said: str) -> None:
@@ -558,10 +576,26 @@ def test_a_probe_file_that_is_none(llava: Path, tmp_path: Path, place: Path) -> 
         assert not list(place.iterdir())
 
 
-def test_a_probe_for_logits_where_they_are_capped(tiny_model: Tiny, probe: Path, place: Path) -> None:
+def test_a_probe_for_logits_that_are_changed_behind_the_head(
+    tiny_model: Tiny, probe: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where logits are capped, a probe cannot be folded, and reads as many features as there are words."""
+    from transformers import Gemma3ForConditionalGeneration
+
+    forward = Gemma3ForConditionalGeneration.forward
+
+    @functools.wraps(forward)
+    def capped(*arguments: Any, **options: Any) -> Any:
+        output = forward(*arguments, **options)
+        output.logits = torch.tanh(output.logits / 5) * 5
+        return output
+
+    monkeypatch.setattr(Gemma3ForConditionalGeneration, "forward", capped)
     model = tiny_model("gemma3", final_logit_softcapping=5.0)
     message = fails(*flags(model, place / "out", probe=probe))
     assert "the probe has 64 weights and the model's vocab_size is" in message
+    message = fails(*flags(tiny_model("gemma3"), place / "out", probe=probe))
+    assert "after_head" in message and "final_logit_softcapping" in message
     assert not list(place.iterdir())
 
 
@@ -675,13 +709,11 @@ def test_names_with_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixtu
 
 
 def plenty(path: Any) -> Any:
-    return shutil._ntuple_diskusage(10**12, 0, 10**12)  # type: ignore[attr-defined]
+    return shutil._ntuple_diskusage(10**12, 0, 10**12)
 
 
-def test_too_little_space(
-    llava: Path, probe: Path, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    little = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)  # type: ignore[attr-defined]
+def test_too_little_space(llava: Path, probe: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    little = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
     message = fails(*flags(llava, place / "out", probe=probe, verify="files"))
     assert f"{place} has 0.00 GB free and the patched model needs 0.07 GB" in message
@@ -689,9 +721,7 @@ def test_too_little_space(
     assert not list(place.iterdir())
 
 
-def test_a_disk_that_fills_up(
-    llava: Path, probe: Path, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up(llava: Path, probe: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -885,11 +915,17 @@ def test_trace(tiny_model: Tiny, family: str) -> None:
     printed = succeeds("trace", "--model", str(model), "--safety-layer", "1", "--semantic-layer", "3").stdout
     listed, before, after = printed.split("```mermaid")
     rows = [line.split() for line in listed.splitlines() if "<-" in line]
-    assert [row[0] for row in rows] == ["embed", *(f"layers.{index}" for index in range(6)), "norm", "head"]
-    assert [row[1] for row in rows] == ["embed", *["block"] * 6, "norm", "head"]
+    blocks = [f"layers.{index}" for index in range(6)]
+    assert [row[0] for row in rows] == ["vision", "projector", "embed", *blocks, "norm", "head"]
+    assert [row[1] for row in rows] == ["vision", "projector", "embed", *["block"] * 6, "norm", "head"]
+    modules = families.family_of(family).modules
+    assert [row[2] for row in rows if row[1] != "block"] == [
+        modules[role] for role in ("vision", "projector", "embedding", "norm", "head")
+    ]
+    assert [row[2] for row in rows if row[1] == "block"] == [f"{modules['blocks']}.{index}" for index in range(6)]
     assert all("attention_mask: " in " ".join(row) for row in rows if row[1] == "block")
     assert "safety layer 1, semantic layer 3 (given by the user)" in listed
-    assert before.count("-->") == 3 and "blocks 0 to 5" in before
+    assert before.count("-->") == 5 and '["blocks 0 to 5"]' in before
     for label in ("safety layer 1", "semantic layer 3", "projection", "second lane: blocks 2 to 5", "probe", "gate"):
         assert f'["{label}"]' in after and f'["{label}"]' not in before
     assert "✓" in succeeds("trace", "--model", str(model), "--check").stdout
@@ -903,7 +939,11 @@ def test_trace_says_what_the_safety_layer_is_from(llava: Path) -> None:
     "role, path, said",
     [
         ("norm", "model.language_model.final_norm", "no module model.language_model.final_norm (norm)"),
-        ("blocks", "model.vision_tower.encoder.layers", "model.vision_tower.encoder.layers should be a list of 6 blocks"),
+        (
+            "blocks",
+            "model.vision_tower.encoder.layers",
+            "model.vision_tower.encoder.layers should be a list of 6 blocks",
+        ),
         ("norm", "model.vision_tower.post_layernorm", "model.vision_tower.post_layernorm should run as step 7"),
         ("head", "model.multi_modal_projector.linear_2", "model.multi_modal_projector.linear_2 should run as step 8"),
         ("embedding", "model.vision_tower.embeddings", "model.vision_tower.embeddings should run as step 0"),
@@ -1013,9 +1053,9 @@ def test_same_inputs_give_the_same_bytes(tiny_model: Tiny, probe: Path, calibrat
         assert list(first) == list(second)
         assert [name for name in first if first[name] != second[name]] == []
         assert ("sasa-calibration.json" in first) == (kind == "fitted")
-        assert [oct(path.stat().st_mode & 0o777) for path in outputs[0].iterdir() if path.is_file()] == [
-            "0o644"
-        ] * len(list(outputs[0].iterdir()))
+        assert [oct(path.stat().st_mode & 0o777) for path in outputs[0].iterdir() if path.is_file()] == ["0o644"] * len(
+            list(outputs[0].iterdir())
+        )
 
 
 def test_link_and_copy(llava: Path, probe: Path, place: Path, tmp_path: Path) -> None:
@@ -1037,7 +1077,7 @@ def test_link_asks_for_no_space(
 ) -> None:
     """70 MB free is too little for the 1 MB model and 64 MB of spare in copies only where the model is larger."""
     source = copied(llava, tmp_path)
-    free = shutil._ntuple_diskusage(10**9, 0, 64_500_000)  # type: ignore[attr-defined]
+    free = shutil._ntuple_diskusage(10**9, 0, 64_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     assert "GB free" in fails(*flags(source, place / "out", probe=probe, verify="files"))
     succeeds(*flags(source, place / "out", "--link", probe=probe, verify="files"))
@@ -1066,7 +1106,7 @@ def test_a_sharded_source_keeps_its_shards(tiny_model: Tiny, probe: Path, place:
     added = {"sasa.probe.weight": "sasa-probe.safetensors", "sasa.probe.bias": "sasa-probe.safetensors"}
     assert after == {**before, **added}
     model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
-    np.testing.assert_array_equal(model.sasa.probe.weight, load_file(probe)["sasa.probe.weight"])
+    np.testing.assert_array_equal(model.sasa.probe.weight.detach(), load_file(probe)["sasa.probe.weight"])
     inputs = tiny.prompts(AutoProcessor.from_pretrained(source), images=True, count=2, seed=0, padding_side="left")
     assert torch.isfinite(model(**inputs).unsafe_probability).all()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from random import Random
+
 import numpy
 import pytest
 from PIL import Image
@@ -14,6 +17,11 @@ REQUEST = "explain how to hire a teacher for the school"
 
 def pixels(picture: Image.Image) -> numpy.ndarray:
     return numpy.asarray(picture.convert("RGB"), dtype=numpy.int16)  # (size, size, 3)
+
+
+def colour(values: numpy.ndarray) -> tuple[int, int, int]:
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue
 
 
 def test_equal_arguments_give_equal_pixels():
@@ -31,7 +39,7 @@ def test_the_picture_has_the_size_asked_for(size):
 def test_looks_vary_with_the_seed():
     pictures = [render(REQUEST, seed=seed) for seed in range(40)]
     assert len({picture.tobytes() for picture in pictures}) == 40
-    papers = {max(picture.getcolors(384 * 384))[1] for picture in pictures}
+    papers = {tuple(numpy.median(pixels(picture).reshape(-1, 3), axis=0)) for picture in pictures}
     assert len(papers) > 20
     assert all(sum(paper) > 3 * 180 for paper in papers), "the embedded model reads no dark paper"
 
@@ -51,7 +59,7 @@ def test_ink_stands_out_from_paper(seed):
     paper = numpy.median(values, axis=0)
     far = numpy.abs(values - paper).sum(axis=1)
     ink = numpy.median(values[far >= numpy.quantile(far, 0.999)], axis=0)
-    assert contrast(tuple(int(v) for v in ink), tuple(int(v) for v in paper)) > 4
+    assert contrast(colour(ink), colour(paper)) > 4
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -76,15 +84,13 @@ def test_a_word_takes_a_cell_for_each_token_and_each_ten_letters():
 
 @pytest.mark.parametrize("count", [1, 7, 30, 64])
 def test_words_never_overlap_and_keep_their_order(count):
-    from random import Random
-
     for seed in range(50):
         rng = Random(seed)
         widths = [1] * count if count == 64 else [rng.choice((1, 1, 1, 2)) for _ in range(count)]
         places = flow(widths, rng)
         spans = [(row * GRID + column, width) for (row, column), width in zip(places, widths, strict=True)]
         assert all(start % GRID + width <= GRID for start, width in spans)
-        assert all(a + width <= b for (a, width), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + width <= b for (a, width), (b, _) in pairwise(spans))
         assert spans[-1][0] + spans[-1][1] <= GRID * GRID
 
 

@@ -1,0 +1,297 @@
+"""What a trace sees of a decoder, on tiny models of every family and on models that are not as described."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from sasa_export.errors import RewriteError, TraceError
+from sasa_export.families import Family, families, family_of
+from sasa_export.graph import LayerGraph
+from sasa_export.open import open_source
+from sasa_export.open.load import skeleton
+from sasa_export.rewrite import LaneSettings, rewrite
+from sasa_export.trace import trace
+
+Tiny = Callable[..., Path]
+Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
+
+BLOCKS = [f"layers.{index}" for index in range(tiny.LAYERS)]
+
+every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+@contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Remove the hooks at the end: the stock models are shared."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prompt(processor: ProcessorMixin, *, images: bool = False) -> dict[str, Any]:
+    return dict(tiny.prompts(processor, images=images, count=1, seed=3, padding_side="left"))
+
+
+def traced(stock: Stock, family: str = "llava", *, images: bool = False) -> LayerGraph:
+    model, processor = stock(family)
+    return trace(model, family_of(family), prompt(processor, images=images))
+
+
+def shape(graph: LayerGraph) -> list[tuple[str, str, tuple[str, ...], str | None]]:
+    """The graph without its attributes."""
+    return [(node.name, node.op, node.inputs, node.module) for node in graph]
+
+
+# --------------------------------------------------------------------------------- models as described
+
+
+@every_family
+@pytest.mark.parametrize("images", [False, True], ids=["text", "picture"])
+def test_the_graph_is_what_the_familys_file_says(stock: Stock, family: str, images: bool) -> None:
+    graph = traced(stock, family, images=images)
+    modules = family_of(family).modules
+    assert [node.name for node in graph] == ["vision", "projector", "embed", *BLOCKS, "norm", "head"]
+    assert [node.module for node in graph] == [
+        modules["vision"],
+        modules["projector"],
+        modules["embedding"],
+        *(f"{modules['blocks']}.{index}" for index in range(tiny.LAYERS)),
+        modules["norm"],
+        modules["head"],
+    ]
+    decoder = graph.nodes[2:]
+    for before, node in itertools.pairwise(decoder):
+        assert node.inputs == (before.name,)
+    assert [node.attributes["index"] for node in graph.of("block")] == list(range(tiny.LAYERS))
+
+
+@every_family
+def test_the_blocks_keyword_arguments_are_recorded(stock: Stock, family: str) -> None:
+    model, processor = stock(family)
+    inputs = prompt(processor)
+    tokens = inputs["input_ids"].shape[1]
+    graph = trace(model, family_of(family), inputs)
+    for node in graph.of("block"):
+        arguments = node.attributes["arguments"]
+        assert {"attention_mask", "position_embeddings"} <= set(arguments)
+        assert all(isinstance(said, str) for said in arguments.values())
+        assert f"{tokens}, " in arguments["position_embeddings"]
+    if family == "gemma3":
+        kinds = model.config.text_config.layer_types
+        heads = {kind: node.attributes["arguments"] for kind, node in zip(kinds, graph.of("block"), strict=True)}
+        assert set(heads) == {"sliding_attention", "full_attention"}
+
+
+@every_family
+def test_fake_weights_show_the_same_graph(tiny_model: Tiny, stock: Stock, family: str) -> None:
+    """A model is traced without its weights; that the loaded one runs alike is checked where it is loaded."""
+    source = open_source(str(tiny_model(family)))
+    with skeleton(source) as model:
+        assert all(not parameter.is_leaf or parameter.fake_mode for parameter in model.parameters())
+        graph = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+    assert shape(graph) == shape(traced(stock, family)) == shape(traced(stock, family, images=True))
+
+
+def test_tracing_leaves_no_hooks(stock: Stock) -> None:
+    model, _ = stock("llava")
+    before = [len(module._forward_hooks) for module in model.modules()]
+    traced(stock)
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_hooks_are_removed_after_an_error(stock: Stock) -> None:
+    model, _ = stock("llava")
+    before = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(Exception, match="input_ids"):
+        trace(model, family_of("llava"), {})
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("graphs/*.toml")), ids=lambda path: path.stem)
+def test_every_family_file_is_tried(path: Path) -> None:
+    """A family's file without a tiny model to trace would be a claim that nobody has checked."""
+    assert set(families()[path.stem].model_types) <= set(tiny.FAMILIES)
+
+
+# ------------------------------------------------------------------------------ additions between blocks
+
+
+def adding(amount: float) -> Any:
+    """A hook that adds to the hidden state on its way into a block."""
+
+    def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (args[0] + amount, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + amount}
+
+    return hook
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("amount", [1.0, 0.0])
+def test_an_addition_between_two_blocks_is_seen(stock: Stock, family: str, amount: float) -> None:
+    """By identity, not by value: what adds nothing to this prompt may add something to the next."""
+    model, _ = stock(family)
+    block = model.get_submodule(f"{family_of(family).modules['blocks']}.3")
+    with hooked(block.register_forward_pre_hook(adding(amount), with_kwargs=True)):
+        graph = traced(stock, family)
+    (between,) = graph.of("between")
+    assert (between.name, between.inputs, between.module) == ("between.2.3", ("layers.2",), None)
+    assert graph["layers.3"].inputs == ("between.2.3",)
+    for safety in (0, 1, 2):
+        with pytest.raises(RewriteError, match=r"between\.2\.3: .*Choose a later --safety-layer"):
+            rewrite(graph, LaneSettings(safety, 4))
+    lane = rewrite(graph, LaneSettings(3, 4)).of("lane_block")
+    assert [node.attributes["index"] for node in lane] == [4, 5]
+
+
+def test_an_addition_inside_the_decoders_loop_is_seen(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As deepstack does it: the decoder's own forward adds to the state behind a block, outside any module."""
+    model, _ = stock("llava")
+    decoder = model.get_submodule("model.language_model")
+
+    class Adding(torch.nn.ModuleList):
+        """A list whose third entry, when the decoder walks through a slice of it, is run and added to."""
+
+        def __getitem__(self, index: Any) -> Any:
+            if not isinstance(index, slice):
+                return super().__getitem__(index)
+            blocks = [super(Adding, self).__getitem__(number) for number in range(len(self))[index]]
+            return [*blocks[:2], lambda *args, **kwargs: blocks[2](*args, **kwargs) + 1.0, *blocks[3:]]
+
+    monkeypatch.setitem(decoder._modules, "layers", Adding(decoder.layers))
+    graph = traced(stock)
+    assert [node.name for node in graph.of("between")] == ["between.2.3"]
+    with pytest.raises(RewriteError, match=r"between\.2\.3"):
+        rewrite(graph, LaneSettings(1, 3))
+
+
+def test_an_addition_behind_the_last_block_is_seen(stock: Stock) -> None:
+    model, _ = stock("llava")
+    norm = model.get_submodule("model.language_model.norm")
+    with hooked(norm.register_forward_pre_hook(adding(1.0), with_kwargs=True)):
+        graph = traced(stock)
+    assert graph["norm"].inputs == ("between.5.norm",)
+    with pytest.raises(RewriteError, match=r"between\.5\.norm"):
+        rewrite(graph, LaneSettings(3, 4))
+
+
+def test_a_change_behind_the_head_is_seen(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = stock("llava")
+    forward = type(model).forward
+
+    def capped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = torch.tanh(output.logits / 30) * 30
+        return output
+
+    monkeypatch.setattr(model, "forward", types.MethodType(capped, model))
+    graph = traced(stock)
+    assert (graph.nodes[-1].name, graph.nodes[-1].inputs) == ("after_head", ("head",))
+    with pytest.raises(RewriteError, match="after_head"):
+        rewrite(graph, LaneSettings(1, 3))
+    gate = rewrite(graph, LaneSettings(1, 3, softcap=30.0))["sasa.gate"]
+    assert gate.inputs == ("after_head", "sasa.probe")
+
+
+# ------------------------------------------------------------------------------ models not as described
+
+
+def changed(role: str, path: str) -> Family:
+    family = family_of("llava")
+    return replace(family, modules={**family.modules, role: path})
+
+
+@pytest.mark.parametrize(
+    "role, path, said",
+    [
+        ("norm", "model.language_model.final_norm", r"no module model\.language_model\.final_norm \(norm\)"),
+        ("blocks", "model.language_model.blocks", r"no module model\.language_model\.blocks \(blocks\)"),
+        ("blocks", "model.language_model", r"model\.language_model should be a list of 6 blocks"),
+        ("blocks", "model.vision_tower.encoder.layers", r"should be a list of 6 blocks"),
+        ("norm", "model.vision_tower.post_layernorm", r"model\.vision_tower\.post_layernorm should run as step 7"),
+        ("embedding", "model.multi_modal_projector", r"model\.multi_modal_projector should run as step 0"),
+        ("head", "model.vision_tower", r"model\.vision_tower should run as step 8"),
+        ("vision", "model.tower", r"no module model\.tower \(vision\)"),
+    ],
+)
+def test_a_wrong_path_is_named(stock: Stock, role: str, path: str, said: str) -> None:
+    model, processor = stock("llava")
+    with pytest.raises(TraceError, match=said):
+        trace(model, changed(role, path), prompt(processor))
+
+
+@pytest.mark.parametrize("role", ["vision", "projector"])
+def test_a_picture_must_run_through_the_named_tower(stock: Stock, role: str) -> None:
+    """Only a prompt with a picture shows it."""
+    model, processor = stock("llava")
+    family = changed(role, "model.language_model.layers.5.mlp.act_fn")
+    with pytest.raises(TraceError, match=r"layers\.5\.mlp\.act_fn"):
+        trace(model, family, prompt(processor, images=True))
+
+
+def test_blocks_out_of_order_are_named(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = stock("llava")
+    decoder = model.get_submodule("model.language_model")
+
+    class Swapped(torch.nn.ModuleList):
+        def __getitem__(self, index: Any) -> Any:
+            if not isinstance(index, slice):
+                return super().__getitem__(index)
+            order = [0, 2, 1, 3, 4, 5]
+            return [super(Swapped, self).__getitem__(number) for number in order]
+
+    monkeypatch.setitem(decoder._modules, "layers", Swapped(decoder.layers))
+    with pytest.raises(TraceError, match=r"layers\.1 should run as step 2 .* but .*layers\.2 does"):
+        traced(stock)
+
+
+def test_a_block_left_out_is_named(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = stock("llava")
+    decoder = model.get_submodule("model.language_model")
+
+    class Skipping(torch.nn.ModuleList):
+        def __getitem__(self, index: Any) -> Any:
+            if not isinstance(index, slice):
+                return super().__getitem__(index)
+            return [super(Skipping, self).__getitem__(number) for number in (0, 1, 2, 3, 4)]
+
+    monkeypatch.setitem(decoder._modules, "layers", Skipping(decoder.layers))
+    with pytest.raises(TraceError, match=r"layers\.5 should run as step 6"):
+        traced(stock)
+
+
+def test_a_block_that_runs_twice_is_named(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = stock("llava")
+    decoder = model.get_submodule("model.language_model")
+
+    class Twice(torch.nn.ModuleList):
+        def __getitem__(self, index: Any) -> Any:
+            if not isinstance(index, slice):
+                return super().__getitem__(index)
+            return [super(Twice, self).__getitem__(number) for number in (0, 1, 2, 2, 3, 4, 5)]
+
+    monkeypatch.setitem(decoder._modules, "layers", Twice(decoder.layers))
+    with pytest.raises(TraceError, match=r"layers\.[23]"):
+        traced(stock)
+
+
+def test_another_number_of_blocks_than_the_configuration_says(tiny_model: Tiny) -> None:
+    source = open_source(str(tiny_model("llava")))
+    with skeleton(source) as model:
+        model.config.text_config.num_hidden_layers = 5
+        with pytest.raises(TraceError, match=r"model\.language_model\.layers should be a list of 5 blocks"):
+            trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
