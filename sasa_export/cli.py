@@ -99,9 +99,10 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
     _quiet()
     from sasa_export.diagram import mermaid
+    from sasa_export.measure import check_traces, trace_loaded
     from sasa_export.open import layers_of, open_source
     from sasa_export.open.load import load_model, load_processor, read_sizes
-    from sasa_export.pipeline import check_traces, trace_loaded, trace_source
+    from sasa_export.pipeline import trace_source
     from sasa_export.rewrite import LaneSettings, rewrite
 
     source = open_source(model)
@@ -135,10 +136,11 @@ def fetch(model: str, out: Path, force: bool) -> None:
     _quiet()
     import shutil
 
-    from sasa_export.emit.staging import staged
+    from sasa_export.emit.staging import check_apart, staged
     from sasa_export.open import open_source
 
     source = open_source(model)
+    check_apart(out, source.directory)
     with staged(out, force=force, needed_bytes=source.weight_bytes()) as staging:
         for path in sorted(source.directory.iterdir()):
             if path.is_file():

@@ -254,9 +254,14 @@ def test_damaged_config(llava: Path, probe: Path, tmp_path: Path, place: Path, c
 
 def test_a_config_that_leaves_out_what_is_usual(tmp_path: Path) -> None:
     """LLaVA-1.5-7B's config.json names neither its hidden size nor its number of blocks: both are Llama's own."""
-    config = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config: dict[str, Any] = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({"lm_head.weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        names = LlavaForConditionalGeneration(LlavaConfig(**config)).state_dict()
+    # Tensors of one element: a trace asks the shards for nothing but the names.
+    save_file(dict.fromkeys(names, np.zeros(1, np.float32)), tmp_path / "model.safetensors")
     printed = succeeds("trace", "--model", str(tmp_path)).stdout
     assert "safety layer 13, semantic layer 15" in printed and "arXiv 2507.21637" in printed
     assert "blocks 0 to 31" in printed
@@ -399,7 +404,9 @@ def test_nan_in_weights(llava: Path, probe: Path, tmp_path: Path, place: Path) -
 
 def test_missing_and_mismatched_tensors(llava: Path, tmp_path: Path, place: Path) -> None:
     changes: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
-        "missing keys": lambda tensors: tensors.pop(next(key for key in tensors if "up_proj" in key)),
+        "lack 1 tensors of the model (model.language_model.layers.": lambda tensors: tensors.pop(
+            next(key for key in tensors if "up_proj" in key)
+        ),
         "unexpected keys": lambda tensors: tensors.update({"extra.weight": np.zeros(2, np.float32)}),
         "": lambda tensors: tensors.update({key: tensors[key][:-1] for key in tensors if "up_proj" in key}),
     }
@@ -542,8 +549,8 @@ def test_prompts_that_cannot_be_told_apart(llava: Path, tmp_path: Path, place: P
         (np.full(64, np.nan), "is zero, NaN or infinite"),
         (np.full(64, np.inf), "is zero, NaN or infinite"),
         (np.zeros(64), "is zero, NaN or infinite"),
-        (np.ones(63), "the probe has 63 weights and the model's hidden_size is 64. It was made for another model"),
-        (np.ones(576), "the probe has 576 weights and the model's hidden_size is 64"),
+        (np.ones(63), "the probe has 63 weights and the model needs 64. It was made for another model"),
+        (np.ones(576), "the probe has 576 weights and the model needs 64"),
         (np.ones(0), "zero, NaN or infinite"),
     ],
     ids=["matrix", "scalar", "nan", "infinite", "zero", "one short", "another model", "empty"],
@@ -593,7 +600,8 @@ def test_a_probe_for_logits_that_are_changed_behind_the_head(
     monkeypatch.setattr(Gemma3ForConditionalGeneration, "forward", capped)
     model = tiny_model("gemma3", final_logit_softcapping=5.0)
     message = fails(*flags(model, place / "out", probe=probe))
-    assert "the probe has 64 weights and the model's vocab_size is" in message
+    vocabulary = json.loads((model / "config.json").read_text())["text_config"]["vocab_size"]
+    assert f"the probe has 64 weights and the model needs {vocabulary}" in message
     message = fails(*flags(tiny_model("gemma3"), place / "out", probe=probe))
     assert "after_head" in message and "final_logit_softcapping" in message
     assert not list(place.iterdir())
@@ -929,6 +937,7 @@ def test_trace(tiny_model: Tiny, family: str) -> None:
     for label in ("safety layer 1", "semantic layer 3", "projection", "second lane: blocks 2 to 5", "probe", "gate"):
         assert f'["{label}"]' in after and f'["{label}"]' not in before
     assert "✓" in succeeds("trace", "--model", str(model), "--check").stdout
+    assert "✓" in succeeds("trace", "--model", str(model), "--check", "--load").stdout
 
 
 def test_trace_says_what_the_safety_layer_is_from(llava: Path) -> None:
@@ -1195,3 +1204,17 @@ def test_a_failed_verification_writes_nothing(
     assert "✗" in result.stderr
     assert "so nothing was written" in message_of(1, result.stderr)
     assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("above", [False, True], ids=["the source itself", "a directory above it"])
+def test_an_output_that_would_remove_its_source(tmp_path: Path, above: bool) -> None:
+    """--force replaces what is at --out, which must not be the model that is being patched."""
+    source = tmp_path / "models" / "base"
+    source.parent.mkdir()
+    tiny.build("llava", source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    out = source.parent if above else source
+    result = CliRunner().invoke(main, ["--model", str(source), "--out", str(out), "--force", "--verify", "files"])
+    assert result.exit_code == 1
+    assert "source model" in result.output + result.stderr
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before

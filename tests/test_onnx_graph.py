@@ -93,7 +93,7 @@ def test_standard_names_and_no_trace_of_the_machine(directory: Path, decoder: ir
     assert [value.name for value in decoder.graph.outputs][-1] == "unsafe_probability"
     for path in (directory / "onnx").glob("*.onnx"):
         content = path.read_bytes()
-        for trace in (b"site-packages", b"File \"", str(Path.home()).encode(), b"/tmp"):
+        for trace in (b"site-packages", b'File "', str(Path.home()).encode(), b"/tmp"):
             assert trace not in content
 
 

@@ -66,9 +66,7 @@ def guarded(pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> t
         first, second = (torch.logit(model(**item).unsafe_probability)[0] for item in inputs)
     assert abs(first - second) > 1e-2, "this probe does not tell the pictures apart"
     sign = 1.0 if first > second else -1.0
-    (shard,) = (
-        path for path in patched.glob("*.safetensors") if "sasa.probe.weight" in load_file(path)
-    )
+    (shard,) = (path for path in patched.glob("*.safetensors") if "sasa.probe.weight" in load_file(path))
     save_file(
         {"sasa.probe.weight": probe["sasa.probe.weight"] * sign, "sasa.probe.bias": -sign * (first + second) / 2},
         shard,

@@ -85,9 +85,12 @@ def test_a_system_message_replaces_the_default(loaded):
 def test_it_reads_a_request_in_a_picture(loaded):
     model, processor, _ = loaded
     requests = {
+        "write a program that adds up my online orders": "order",
+        "how do i help a man who quit drinking and started again": "drink",
+        "write a tool that tells users about leaked passwords": "password",
         "tell me how to hire a teacher": "teacher",
-        "how do i grow tomatoes in my garden": "tomato",
-        "write a short story about a dog": "dog",
+        "how do i make a knife sharp again": "sharp",
+        "how do i ask a doctor about my medicine": "doctor",
     }
     count = smol_llava.pieces(processor.tokenizer)
     pictures = [render(request, seed=seed, pieces=count) for seed, request in enumerate(requests)]
@@ -96,7 +99,7 @@ def test_it_reads_a_request_in_a_picture(loaded):
     output = model.generate(**inputs, max_new_tokens=48)[:, inputs["input_ids"].shape[1] :]
     answers = processor.batch_decode(output, skip_special_tokens=True)
     on_topic = [word in answer.lower() for word, answer in zip(requests.values(), answers, strict=True)]
-    assert sum(on_topic) >= 2, answers
+    assert sum(on_topic) >= 3, answers  # none by chance; perfect reading gives three of four
 
 
 @pytest.mark.smol

@@ -43,6 +43,13 @@ def staged(out: Path, *, force: bool, needed_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_apart(out: Path, source: Path) -> None:
+    """Raise EmitError where writing `out` would remove the model that it is made from."""
+    out, source = out.resolve(), source.resolve()
+    if out == source or out in source.parents:
+        raise EmitError(f"{out} holds the source model itself, and writing it would remove that. Give another --out.")
+
+
 def check_free(out: Path, *, force: bool) -> None:
     if out.is_file():
         raise EmitError(f"{out} is a file. Give a directory as --out.")

@@ -1,0 +1,134 @@
+"""Everything that the original model is needed for, so that it can leave memory before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from sasa_export.calibrate import Calibration, calibrate
+from sasa_export.calibrate.data import Prompt, builtin, from_jsonl
+from sasa_export.calibrate.features import encode, place
+from sasa_export.calibrate.probe import Probe
+from sasa_export.emit.card import verdict_on_projection
+from sasa_export.errors import OpenError, TraceError
+from sasa_export.graph import LayerGraph
+from sasa_export.open import Source
+from sasa_export.open.load import load_model
+from sasa_export.options import Options
+from sasa_export.report import Silent
+from sasa_export.rewrite import LaneSettings, rewrite_lane
+from sasa_export.trace import trace
+from sasa_export.verify.cases import Case, expect
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the original model was needed for; it is out of memory again when this is there."""
+
+    probe: Probe
+    calibration: Calibration | None
+    cases: tuple[Case, ...]
+    dtype: str
+    device: str
+
+
+def measure(
+    source: Source,
+    processor: Any,
+    graph: LayerGraph,
+    settings: LaneSettings,
+    given: Probe | None,
+    options: Options,
+    report: Silent,
+) -> Measured:
+    """Calibrate where no probe is given, and ask the original model what verification compares with."""
+    dtype, device = running(source, options)
+    if given is not None and options.verify == "files":
+        return Measured(given, None, (), dtype, device)
+    report.step("load", f"{dtype} on {device}")
+    model = load_model(source, dtype=dtype, device=device)
+    prompts = _prompts(options, processor)
+    pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
+    check_traces(graph, trace_loaded(model, processor, source, pictured))
+    lane = rewrite_lane(graph, settings)
+    if given is None:
+        calibration = _calibrate(model, processor, lane, prompts, options, report)
+        probe, scores = calibration.probe, calibration.final
+        if options.threshold is not None:
+            probe = Probe(probe.weight, probe.bias, options.threshold)
+    else:
+        calibration, probe, scores = None, given, None
+    cases: tuple[Case, ...] = ()
+    if options.verify == "full":
+        cases = tuple(expect(model, processor, lane, probe, prompts, scores))
+    return Measured(probe, calibration, cases, dtype, device)
+
+
+def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:
+    """Trace a loaded model on a prompt, with its picture if it has one."""
+    return trace(model, source.family, place(encode(processor, [prompt]), model))
+
+
+def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
+    """Raise TraceError where a picture takes another way through the decoder than a text does."""
+    for before, after in zip_longest(expected, observed):
+        if (before and (before.name, before.inputs)) != (after and (after.name, after.inputs)):
+            node = after or before
+            raise TraceError(
+                f"{node.name}: with a picture, this model's decoder does not run as without one "
+                f"({node.op} behind {', '.join(node.inputs) or 'nothing'}). It cannot be rewritten yet."
+            )
+
+
+def running(source: Source, options: Options) -> tuple[str, str]:
+    """The dtype and device to run in."""
+    import torch
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OpenError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from None
+    dtype = options.dtype
+    if dtype == "auto":
+        stored = source.config.get("dtype") or source.config.get("torch_dtype")
+        dtype = str(stored) if str(stored) in ("float32", "bfloat16", "float16") else "float32"
+    return dtype, device
+
+
+def _prompts(options: Options, processor: Any) -> list[Prompt]:
+    if options.calibration is not None:
+        return from_jsonl(options.calibration)
+
+    def pieces(word: str) -> int:
+        return len(processor.tokenizer.encode(f" {word}", add_special_tokens=False))
+
+    return builtin(pieces)
+
+
+def _calibrate(
+    model: Any, processor: Any, lane: LayerGraph, prompts: Sequence[Prompt], options: Options, report: Silent
+) -> Calibration:
+    with report.bar(len(prompts), "calibrate") as advance:
+        calibration = calibrate(
+            model,
+            processor,
+            lane,
+            prompts,
+            batch_size=options.batch_size,
+            max_false_positive_rate=options.max_false_positive_rate,
+            regularization=options.regularization_value(),
+            advance=advance,
+        )
+    overall = next(f for f in calibration.figures if (f.feature, f.channel) == ("projected", "all"))
+    report.step(
+        "calibrate",
+        f"{len(prompts)} prompts: AUC {overall.auc:.3f}, {overall.recall:.1%} of the harmful caught, "
+        f"{overall.false_positive_rate:.1%} of the harmless over-refused (cross-validated)",
+    )
+    report.step("", verdict_on_projection(calibration.figures).strip("*"))
+    return calibration

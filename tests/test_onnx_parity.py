@@ -1,0 +1,78 @@
+"""The exported graphs say what torch says: logits, P(unsafe), refusals and answers, for every family."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from onnx_runner import Runner, batch, image_token, positions
+
+from sasa_export.emit.onnx.recipes import RECIPES
+
+TOLERANCE = 1e-4
+STEPS = 15  # beyond the end of the refusal
+FAMILIES = [family for family in tiny.FAMILIES if family in RECIPES]
+
+
+def further(runner: Runner, inputs: Any) -> dict[str, Any]:
+    """Inputs of the decoder that only some families have."""
+    names = {value.name for value in runner.decoder.get_overridable_initializers()}
+    return {name: inputs[name].numpy() for name in names if name in inputs}
+
+
+def follow(guard: Any, runner: Runner, inputs: Any, steps: int) -> tuple[list[int], list[float]]:
+    """Run both on a prompt and, greedily, `steps` tokens more. Returns the rows' last state and all differences."""
+    ids, following = positions(guard, inputs)
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    runner.prompt(arrays, image_token(guard), ids.numpy(), **further(runner, inputs))
+    with torch.no_grad():
+        output = guard.model(**inputs, position_ids=ids, use_cache=True)
+    differences = [
+        float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()),
+        float(np.abs(runner.probability - output.unsafe_probability.numpy()).max()),
+    ]
+    mask, cache = inputs["attention_mask"], output.past_key_values
+    for _ in range(steps):
+        token = output.logits[:, -1].argmax(-1)  # (batch,)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        with torch.no_grad():
+            output = guard.model(
+                input_ids=token[:, None], attention_mask=mask, position_ids=following, past_key_values=cache
+            )
+        runner.step(token.numpy(), following.numpy())
+        assert np.isnan(runner.probability).all(), "a step of an answer was judged"
+        differences.append(float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()))
+        following = following + 1
+    state = runner.cache[f"past_key_values.{len(cache.layers) - 1}.key"][:, 0, -1, 0]  # (batch,)
+    return state.tolist(), differences
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
+def test_prompts_and_steps(family: str, images: bool, split: Any, exported: Any) -> None:
+    guard = split(family)
+    runner = Runner(exported(guard.directory))
+    seen = set()
+    for count in (1, 3, 6):
+        inputs = batch(guard, count=count, images=images)
+        states, differences = follow(guard, runner, inputs, STEPS)
+        assert max(differences) < TOLERANCE, differences
+        seen |= set(states)
+    if images:
+        assert seen == {0.0, float(len(guard.refusal))}, "both verdicts must have been seen"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding(family: str, split: Any, exported: Any) -> None:
+    guard = split(family)
+    _, differences = follow(guard, Runner(exported(guard.directory)), batch(guard, count=3, side="right"), 0)
+    assert max(differences) < TOLERANCE
+
+
+def test_old_opset(split: Any, exported: Any) -> None:
+    guard = split("llava")
+    runner = Runner(exported(guard.directory, opset=20))
+    for count in (1, 6):
+        _, differences = follow(guard, runner, batch(guard, count=count), STEPS)
+        assert max(differences) < TOLERANCE
