@@ -1,10 +1,12 @@
-"""Register the patched types with transformers, once its Auto classes are there.
+"""Register the patched types with transformers, when something is first loaded through its Auto classes.
 
-Importing transformers takes seconds, which `sasa-export --help` must not, so this waits for whoever imports it.
+Importing transformers takes seconds, which `sasa-export --help` must not, and registering imports model files that
+import the Auto classes themselves. So this waits for the Auto classes, and then for their first use.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -12,15 +14,27 @@ import sys
 import types
 from typing import Any
 
-AUTO = "transformers.models.auto.modeling_auto"
+AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register_when_needed() -> None:
-    """Register now where the Auto classes are imported already, else right after they are."""
+    """Register at the first `AutoConfig.from_pretrained`, with which every loading begins."""
     if AUTO in sys.modules:
-        register()
+        _arm(sys.modules[AUTO])
     else:
         sys.meta_path.insert(0, _Waiting())
+
+
+def _arm(module: Any) -> None:
+    original = module.AutoConfig.from_pretrained
+
+    @functools.wraps(original)
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        module.AutoConfig.from_pretrained = original
+        register()
+        return original(*args, **kwargs)
+
+    module.AutoConfig.from_pretrained = from_pretrained
 
 
 def register() -> None:
@@ -66,7 +80,7 @@ class _Source(importlib.abc.InspectLoader):
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
-    """Lets the Auto classes be imported as ever, and registers right after."""
+    """Lets the Auto classes be imported as ever, and arms them right after."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fullname != AUTO:
@@ -79,7 +93,7 @@ class _Waiting(importlib.abc.MetaPathFinder):
 
         def exec_module(module: types.ModuleType) -> None:
             execute(module)
-            register()
+            _arm(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

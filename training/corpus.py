@@ -21,6 +21,7 @@ FONT_FOLDERS = (Path("/usr/share/fonts"), Path.home() / ".local/share/fonts")
 FONTS_PER_FAMILY = 6
 HELD_OUT_FAMILIES = ("Carlito", "Lato", "Cantarell", "LinLibertine", "Roboto", "C059", "Nimbus", "Vollkorn")
 UNREADABLE = ("D050000L", "Sketch", "Math", "math", "Symbol", "Emoji", "Keyboard", "LinLibertine_I")
+REQUEST_WEIGHT = 0.24  # as the thirty commonest words: requests are told apart by their rarer words
 MARKS = (".", ",", "?", "!", ":")
 IGNORED, BLANK = -100, -1  # targets of a cell other than a token
 
@@ -57,7 +58,7 @@ def vocabulary(common: int, requests: Sequence[str], held_out: Iterable[str] = (
     ranked = [word for word in top_n_list("en", common) if word.isascii() and word not in left_out]
     weights = {word: (rank + 30) ** -0.4 for rank, word in enumerate(ranked)}
     for word in requests:
-        weights[word] = max(weights.get(word, 0.0), 330**-0.4)
+        weights[word] = max(weights.get(word, 0.0), REQUEST_WEIGHT)
     total, cumulative = 0.0, []
     for weight in weights.values():
         total += weight
