@@ -42,9 +42,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return found
 
 
-def block_outputs(
-    model: PreTrainedModel, inputs: Mapping[str, Any], layers: tuple[int, ...]
-) -> dict[int, Tensor]:
+def block_outputs(model: PreTrainedModel, inputs: Mapping[str, Any], layers: tuple[int, ...]) -> dict[int, Tensor]:
     """Pass 1: the outputs of blocks `layers`, each (batch, tokens, hidden).
 
     They are taken by hooks: `output_hidden_states` gives the last block's output only after the final norm.
@@ -71,9 +69,7 @@ def logits_with_state(model: PreTrainedModel, inputs: Mapping[str, Any], layer: 
         return _last(_all_logits(model, inputs), inputs)
 
 
-def oracle_logits(
-    model: PreTrainedModel, inputs: Mapping[str, Any], safety_layer: int, semantic_layer: int
-) -> Tensor:
+def oracle_logits(model: PreTrainedModel, inputs: Mapping[str, Any], safety_layer: int, semantic_layer: int) -> Tensor:
     """SASA's logits (batch, vocabulary) at each row's last prompt token."""
     seen = block_outputs(model, inputs, (safety_layer, semantic_layer))
     projected = project(seen[safety_layer], seen[semantic_layer])  # (batch, tokens, hidden)

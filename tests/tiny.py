@@ -303,9 +303,7 @@ def _llava_next(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorM
     pinpoints = [[IMAGE_SIZE, 2 * IMAGE_SIZE], [2 * IMAGE_SIZE, IMAGE_SIZE], [2 * IMAGE_SIZE, 2 * IMAGE_SIZE]]
     config = LlavaNextConfig(
         text_config=LlamaConfig(**_text_fields(tokenizer, overrides)),
-        vision_config=CLIPVisionConfig(
-            **_vision_fields() | {"patch_size": patch}, projection_dim=VISION_HIDDEN
-        ),
+        vision_config=CLIPVisionConfig(**_vision_fields() | {"patch_size": patch}, projection_dim=VISION_HIDDEN),
         image_token_index=tokenizer.get_vocab()["<image>"],
         image_seq_length=(IMAGE_SIZE // patch) ** 2,
         image_grid_pinpoints=pinpoints,
@@ -385,9 +383,7 @@ def _idefics_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def _idefics_fields(
-    tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any], tied: bool
-) -> dict[str, Any]:
+def _idefics_fields(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any], tied: bool) -> dict[str, Any]:
     """Fields of the whole config of Idefics3 and SmolVLM, which differ in their class alone."""
     tied = overrides.get("tie_word_embeddings", tied)
     return {
@@ -425,9 +421,7 @@ def _idefics3(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMix
     tokenizer = _idefics_tokenizer()
     config = Idefics3Config(**_idefics_fields(tokenizer, overrides, tied=False))
     images = Idefics3ImageProcessorPil(**_IDEFICS_IMAGES)
-    processor = Idefics3Processor(
-        images, tokenizer, image_seq_len=_IDEFICS_SEQUENCE, chat_template=_IDEFICS_TEMPLATE
-    )
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=_IDEFICS_SEQUENCE, chat_template=_IDEFICS_TEMPLATE)
     return config, processor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import re
@@ -29,9 +30,10 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
 
     The weights stay where they are: the returned model refers to the module's tensors, and no pass copies one.
     """
+    variadic = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(module.forward).parameters.values())
     with _quiet(), torch.no_grad():
         program = torch.export.export(
-            module.eval(), arguments, dynamic_shapes=_free(arguments, signature), strict=False
+            module.eval(), arguments, dynamic_shapes=_free(arguments, signature, variadic=variadic), strict=False
         )
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
         assert exported is not None
@@ -51,7 +53,7 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
     return model
 
 
-def _free(arguments: tuple[Any, ...], signature: Signature) -> Any:
+def _free(arguments: tuple[Any, ...], signature: Signature, *, variadic: bool) -> Any:
     """The dynamic_shapes of torch.export: each dimension that the signature names is free."""
     shapes = iter(signature.inputs.values())
 
@@ -63,7 +65,8 @@ def _free(arguments: tuple[Any, ...], signature: Signature) -> Any:
             return {key: of(item) for key, item in value.items()}
         return type(value)(of(item) for item in value)
 
-    return tuple(of(argument) for argument in arguments)
+    found = tuple(of(argument) for argument in arguments)
+    return (found,) if variadic else found
 
 
 def _name_values(model: ir.Model, signature: Signature) -> None:
@@ -97,9 +100,10 @@ def _renamed(size: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | str |
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what the exporter says of optional packages and of its own deprecations."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     before = os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK")
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # such a check has no equivalent in ONNX
     try:
@@ -107,7 +111,8 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if before is None:
             del os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"]
         else:

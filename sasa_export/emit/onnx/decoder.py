@@ -40,13 +40,17 @@ class Decoder(nn.Module):
         guarded: False leaves out everything of SASA: the plain export to compare with.
     """
 
-    def __init__(self, model: nn.Module, *, guarded: bool = True) -> None:
+    model: Any
+
+    def __init__(self, model: Any, *, guarded: bool = True) -> None:
         super().__init__()
         self.model = model
         self.guarded = guarded
+        self.gate, self.last_real = _Named(), _Named()
         # What travels inside the directory is what gets exported, so it is taken from there.
         self.runtime: Any = sys.modules[type(model).__module__]
-        self.stock_forward = type(model).__mro__[2].forward  # type: ignore[attr-defined]
+        stock: Any = type(model).__mro__[2]
+        self.stock_forward = stock.forward
         self.layers, self.heads, self.size = self.runtime.cache_shape(model.config.get_text_config(decoder=True))
 
     def forward(
@@ -60,12 +64,15 @@ class Decoder(nn.Module):
         """Logits of the last column, (batch, 1, vocabulary); see the class.
 
         Args:
-            inputs_embeds: (batch, tokens, hidden).
+            inputs_embeds: (batch, tokens, hidden), float32 as the logits; the cache has the model's own type.
             attention_mask: (batch, past + tokens), int64.
             position_ids: (batch, tokens), or (3, batch, tokens) where a family has three axes.
             past: keys and values of each layer; guarded, one layer more than the decoder has blocks.
-            extra: further tensors that the family's forward takes.
+            extra: further tensors (batch, tokens), int64, that the family's forward takes.
         """
+        # An input that a runtime leaves out is one zero, (1, 1); the product makes it as wide as the others.
+        extra = {name: value * attention_mask[:, -inputs_embeds.shape[1] :] for name, value in extra.items()}
+        inputs_embeds = inputs_embeds.to(past[0][0].dtype)
         cache = DynamicCache()
         cache.layers.extend(_filled(keys, values) for keys, values in past[: self.layers])
         with self.runtime.recording() as seen:
@@ -76,28 +83,35 @@ class Decoder(nn.Module):
             )  # fmt: skip
         present = [(layer.keys, layer.values) for layer in cache.layers]
         if not self.guarded:
-            return output.logits, present
-        settings = self.model.config.sasa  # type: ignore[union-attr]
-        last = self.runtime.last_real(attention_mask, inputs_embeds.shape[1], inputs_embeds)  # (batch,)
+            return output.logits.float(), present
+        settings = self.model.config.sasa
+        last = self.last_real(self.runtime.last_real, attention_mask, inputs_embeds.shape[1], inputs_embeds)  # (batch,)
         values = self.runtime.run_graph(self.model, settings["graph"], seen, last)
         probability = next(values[node["name"]] for node in settings["graph"] if node["op"] == "probe")  # (batch,)
-        prompt, state = self._state(inputs_embeds, past, ~(probability < settings["threshold"]))
-        refusal = tuple(settings["refusal_token_ids"])
+        logits, layer, prompt = self.gate(self._gate, output.logits.float(), inputs_embeds, past, probability)
+        return logits, [*present, layer], probability, prompt
+
+    def _gate(
+        self, logits: torch.Tensor, fed: torch.Tensor, past: list[Pair], probability: torch.Tensor
+    ) -> tuple[torch.Tensor, Pair, torch.Tensor]:
+        """The gated logits (batch, 1, vocabulary), the extra layer, and whether the call is a prompt, () bool."""
+        refused = ~(probability < self.model.config.sasa["threshold"])  # (batch,); NaN is refused
+        prompt, state = self._state(fed, past, refused)
+        refusal = tuple(self.model.config.sasa["refusal_token_ids"])
         due = torch.tensor(refusal)[(state - 1).clamp_min(0)]  # (batch,)
-        logits = self.runtime.gate(output.logits, due[:, None], state[:, None] > 0, refusal)  # (batch, 1, vocabulary)
-        keys, values_ = past[self.layers]  # the extra layer
-        rows = self.runtime.state_rows(state, inputs_embeds.shape[1], self.heads, self.size, keys.dtype)
-        present.append((torch.cat([keys, rows], 2), torch.cat([values_, torch.zeros_like(rows)], 2)))
-        return logits, present, probability, prompt
+        logits = self.runtime.gate(logits, due[:, None], state[:, None] > 0, refusal)
+        keys, values = past[self.layers]
+        rows = self.runtime.state_rows(state, fed.shape[1], self.heads, self.size, keys.dtype)
+        return logits, (torch.cat([keys, rows], 2), torch.cat([values, torch.zeros_like(rows)], 2)), prompt
 
     def _state(self, fed: torch.Tensor, past: list[Pair], refused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether the call is a prompt, () bool, and the state of each row after it, (batch,) int64."""
         keys = past[self.layers][0]  # (batch, heads, past, size)
         # Lengths as tensors: as numbers they would be frozen into the graph.
         length, judged, tokens = (_scalar(size) for size in (past[0][0].shape[2], keys.shape[2], fed.shape[1]))
-        start = torch.zeros_like(keys[:, 0, :1, 0].sum(-1, keepdim=True))  # (batch, 1): no past, no state
+        start = torch.zeros(keys.shape[0], 1, dtype=keys.dtype)  # no past, no state
         before = torch.cat([start, keys[:, 0, :, 0]], dim=1)[:, -1].round().long()  # (batch,)
-        count = len(self.model.config.sasa["refusal_token_ids"])  # type: ignore[union-attr]
+        count = len(self.model.config.sasa["refusal_token_ids"])
         follows = self.runtime.next_state(before, count)  # (batch,)
         unjudged = (tokens != 1) | (length != judged)  # ()
         follows = torch.where(unjudged, follows.clamp_min(1), follows)  # (batch,)
@@ -106,7 +120,7 @@ class Decoder(nn.Module):
 
     def signature(self, position_axes: int, extra: dict[str, tuple[str | int, ...]]) -> Signature:
         """Names and dimensions as runtimes expect them."""
-        text = self.model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+        text = self.model.config.get_text_config(decoder=True)
         positions = ("batch_size", "sequence_length")
         inputs: dict[str, tuple[str | int, ...]] = {
             "inputs_embeds": ("batch_size", "sequence_length", text.hidden_size),
@@ -145,9 +159,16 @@ class Decoder(nn.Module):
             if name not in standard and not name.startswith("past_key_values.")
         }
         return (
-            make("inputs_embeds", dtype), make("attention_mask", torch.int64),
+            make("inputs_embeds", torch.float32), make("attention_mask", torch.int64),
             make("position_ids", torch.int64), past, extra,
         )  # fmt: skip
+
+
+class _Named(nn.Module):
+    """Lends its name to what is traced within it, so that the nodes can be told apart."""
+
+    def forward(self, function: Any, *arguments: Any) -> Any:
+        return function(*arguments)
 
 
 def _filled(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
@@ -157,5 +178,5 @@ def _filled(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     return layer
 
 
-def _scalar(size: int | torch.SymInt) -> torch.Tensor:
+def _scalar(size: Any) -> torch.Tensor:
     return torch.full((), size, dtype=torch.int64)

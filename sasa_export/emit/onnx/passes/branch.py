@@ -25,20 +25,11 @@ def run_for_prompts_only(model: ir.Model, *, result: str, predicate: str) -> Non
     outputs = {value.name: value for value in graph.outputs}
     probability, is_prompt = outputs[result], outputs[predicate]
     lane = lane_nodes(graph, probability)
-    first = lane[0]
-    # A value computed behind the lane's first node is not there yet when the branch starts.
-    order = {node: position for position, node in enumerate(graph)}
-    for node in lane:
-        assert all(not isinstance(attribute, ir.Attr) or not attribute.type.name.startswith("GRAPH")
-                   for attribute in node.attributes.values())  # fmt: skip
-    inner = ir.Value(name=f"{result}.judged", shape=probability.shape, type=probability.type)
     readers = [(use.node, use.idx) for use in probability.uses()]
-    before = [value for value in graph.outputs]
+    before = list(graph.outputs)
     graph.outputs.clear()
     graph.remove(lane)
-    last = lane[-1]
-    assert last.outputs[0] is probability
-    probability.name = inner.name
+    probability.name = f"{result}.judged"
     then_branch = ir.Graph([], [probability], nodes=lane, name="sasa.lane", opset_imports={})
     otherwise = _not_judged(graph, probability, result)
     branch = ir.Node(
@@ -47,14 +38,12 @@ def run_for_prompts_only(model: ir.Model, *, result: str, predicate: str) -> Non
         num_outputs=1, name="/sasa/lane",
     )  # fmt: skip
     out = branch.outputs[0]
-    out.name, out.shape, out.type = result, inner.shape, inner.type
+    out.name, out.shape, out.type = result, probability.shape, probability.type
     for node, index in readers:
-        if node.graph is graph:
-            node.replace_input_with(index, out)
+        node.replace_input_with(index, out)
     graph.append(branch)
     graph.outputs.extend(out if value is probability else value for value in before if value is not is_prompt)
-    graph.sort()
-    del first, order
+    graph.sort()  # the branch belongs before whatever reads its result
 
 
 def _not_judged(graph: ir.Graph, like: ir.Value, name: str) -> ir.Graph:

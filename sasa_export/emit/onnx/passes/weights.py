@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -50,7 +51,7 @@ def deduplicate(model: ir.Model) -> None:
         tensor = value.const_value
         assert tensor is not None
         digest = hashlib.sha256(_bytes(tensor)).digest()
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = tuple(tensor.shape.numpy())
         first = kept.setdefault((str(tensor.dtype), shape, digest), value)
         if first is not value and not value.is_graph_output():
             value.replace_all_uses_with(first)
@@ -60,7 +61,7 @@ def deduplicate(model: ir.Model) -> None:
 def _transposed(source: ir.Value, permutation: tuple[int, ...]) -> ir.Value:
     tensor = source.const_value
     assert tensor is not None
-    shape = ir.Shape([tensor.shape[axis] for axis in permutation])
+    shape = ir.Shape([tensor.shape.numpy()[axis] for axis in permutation])
     name = f"{source.name}.transposed"
 
     def make() -> ir.TensorProtocol:
@@ -70,9 +71,9 @@ def _transposed(source: ir.Value, permutation: tuple[int, ...]) -> ir.Value:
     return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
 
 
-def _bytes(tensor: ir.TensorProtocol) -> memoryview | bytes:
+def _bytes(tensor: ir.TensorProtocol) -> Any:
     try:
-        return memoryview(np.ascontiguousarray(tensor.numpy())).cast("B")
+        return np.ascontiguousarray(tensor.numpy()).view(np.uint8)
     except (TypeError, ValueError):  # a type that numpy cannot view as bytes
         return tensor.tobytes()
 

@@ -1,0 +1,116 @@
+"""The three graphs of a directory: vision encoder, embedding and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from sasa_export.emit.onnx.convert import convert
+from sasa_export.emit.onnx.decoder import Decoder, Signature
+from sasa_export.emit.onnx.layout import stock_type, write_files
+from sasa_export.emit.onnx.passes.branch import run_for_prompts_only
+from sasa_export.emit.onnx.passes.names import forget_origin, name_decoder, name_tower
+from sasa_export.emit.onnx.passes.weights import deduplicate
+from sasa_export.emit.onnx.quantize import BITS, quantize
+from sasa_export.emit.onnx.recipes import Recipe, recipe_of
+from sasa_export.emit.onnx.vision import Embedding, Float32
+from sasa_export.families import family_of
+
+VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
+SUFFIX = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16", "int8": "_int8", "int4": "_q4"}
+# A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
+# built in memory as a whole.
+EXTERNAL_ABOVE = 256 * 2**20
+
+
+def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
+    """Load a guarded directory and write the ONNX directory; see `sasa_export.emit.onnx.export`."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    advance("loading the guarded model")
+    kind = torch.float32 if dtype in BITS else getattr(torch, dtype)
+    model = AutoModelForImageTextToText.from_pretrained(
+        patched, dtype=kind, trust_remote_code=True, attn_implementation="sdpa"
+    ).eval()
+    recipe = recipe_of(stock_type(model.config.model_type))
+    (out / "onnx").mkdir()
+    external: dict[str, int] = {}
+
+    def save(name: str, graph: ir.Model) -> None:
+        if write_model(graph, out / "onnx" / f"{name}{SUFFIX[dtype]}.onnx"):
+            external[name] = 1
+
+    advance("exporting the vision encoder")
+    save(VISION, vision_graph(model, recipe, opset=opset, dtype=dtype))
+    advance("exporting the embedding")
+    save(EMBEDDING, embedding_graph(model, opset=opset))
+    advance("exporting the decoder")
+    save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
+    advance("writing configuration and processor")
+    processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
+    write_files(patched, out, processor, external=external)
+
+
+def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
+    arguments, signature = recipe.inputs(model)
+    graph = convert(Float32(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
+    name_tower(graph, "/vision")
+    forget_origin(graph)
+    return _quantized(graph, dtype)
+
+
+def embedding_graph(model: Any, *, opset: int) -> ir.Model:
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    tokens = ("batch_size", "sequence_length")
+    signature = Signature({"input_ids": tokens}, {"inputs_embeds": (*tokens, hidden)})
+    module, ids = Float32(Embedding(model), model.dtype), torch.ones(2, 5, dtype=torch.int64)
+    graph = convert(module, (ids,), signature, opset=opset)
+    name_tower(graph, "/embedding")
+    forget_origin(graph)
+    return graph
+
+
+def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32", guarded: bool = True) -> ir.Model:
+    """The decoder; with `guarded=False` the plain one, to compare with."""
+    decoder = Decoder(model, guarded=guarded).eval()
+    signature = decoder.signature(recipe.position_axes, recipe.extra)
+    graph = convert(decoder, decoder.example(signature, model.dtype), signature, opset=opset)
+    family = family_of(stock_type(model.config.model_type))
+    modules = {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")}
+    name_decoder(graph, modules, result="unsafe_probability" if guarded else None)
+    forget_origin(graph)
+    graph = _quantized(graph, dtype)
+    if guarded:
+        run_for_prompts_only(graph, result="unsafe_probability", predicate="is_prompt")
+    for name in recipe.extra:
+        _make_optional(graph, name)
+    return graph
+
+
+def _quantized(graph: ir.Model, dtype: str) -> ir.Model:
+    if dtype in BITS:
+        graph = quantize(graph, dtype)
+        deduplicate(graph)
+    return graph
+
+
+def _make_optional(model: ir.Model, name: str) -> None:
+    """Give an input the default of one zero, (1, 1): ONNX calls it an initializer that can be overridden."""
+    value = next(value for value in model.graph.inputs if value.name == name)
+    value.shape = ir.Shape([None, None])
+    value.const_value = ir.tensor([[0]], dtype=ir.DataType.INT64, name=name)
+    model.graph.register_initializer(value)
+
+
+def write_model(model: ir.Model, path: Path) -> bool:
+    """Write one graph; True where its weights went into a file beside it."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size <= EXTERNAL_ABOVE:
+        ir.save(model, path)
+        return False
+    ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+    return True

@@ -1,0 +1,89 @@
+"""The two graphs in front of the decoder: the picture's features, and the tokens' embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Float32(nn.Module):
+    """A graph that takes and gives float32 whatever it computes in: runtimes feed every type of a model alike."""
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner = inner
+        self.dtype = dtype
+
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        cast = (value.to(self.dtype) if value.is_floating_point() else value for value in arguments)
+        return self.inner(*cast).float()
+
+
+class Embedding(nn.Module):
+    """input_ids (batch, tokens) -> inputs_embeds (batch, tokens, hidden)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.embed_tokens = model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+
+class Llava(nn.Module):
+    """pixel_values (images, channels, height, width) -> image_features (images, tokens, hidden)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision_tower = model.model.vision_tower
+        self.multi_modal_projector = model.model.multi_modal_projector
+        layers = model.config.vision_feature_layer
+        self.layers = [layers] if isinstance(layers, int) else list(layers)
+        self.drops_class_token = model.config.vision_feature_select_strategy == "default"
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        chosen = torch.cat([states[layer] for layer in self.layers], dim=-1)  # (images, 1 + patches, hidden)
+        if self.drops_class_token:
+            chosen = chosen[:, 1:]  # (images, patches, hidden)
+        return self.multi_modal_projector(chosen)
+
+
+class Gemma3(nn.Module):
+    """pixel_values (images, channels, height, width) -> image_features (images, tokens, hidden)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision_tower = model.model.vision_tower
+        self.multi_modal_projector = model.model.multi_modal_projector
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.multi_modal_projector(self.vision_tower(pixel_values, return_dict=True).last_hidden_state)
+
+
+class Idefics3(nn.Module):
+    """Pictures cut into tiles -> image_features (real tiles, tokens, hidden).
+
+    The stock model drops the tiles of pure padding before its tower, this after it, so that no shape inside
+    depends on what the tiles show.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision_model = model.model.vision_model
+        self.connector = model.model.connector
+        self.patch = model.config.vision_config.patch_size
+
+    def forward(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
+        """pixel_values (batch, tiles, channels, height, width), pixel_attention_mask (batch, tiles, height, width)."""
+        pixels = pixel_values.flatten(0, 1)  # (batch * tiles, channels, height, width)
+        real = (pixels != 0).flatten(1).any(-1)  # (batch * tiles,)
+        real = real | (~real.any() & (torch.arange(real.shape[0]) == 0))  # at least one, as the stock model
+        mask = pixel_attention_mask.flatten(0, 1) != 0  # (batch * tiles, height, width)
+        rows = mask.unflatten(1, (-1, self.patch)).any(2)  # (batch * tiles, patch rows, width)
+        patches = rows.unflatten(2, (-1, self.patch)).any(3)  # (batch * tiles, patch rows, patch columns)
+        patches = patches | ~real[:, None, None]  # padding would have nothing to attend to
+        output = self.vision_model(pixel_values=pixels, patch_attention_mask=patches, return_dict=True)
+        return self.connector(output.last_hidden_state)[real]
