@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sasa_export.emit.onnx import DTYPES as ONNX_DTYPES
+from sasa_export.emit.onnx import OPSETS
 from sasa_export.errors import SasaExportError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,6 +67,27 @@ class Options:
     )
     refusal: str = _option(REFUSAL, "What the model says when it refuses.", group="Probe")
 
+    format: str = _option(
+        "safetensors",
+        "safetensors: a directory for transformers. onnx: one that ONNX runtimes load as any other model. both: "
+        "safetensors/ and onnx/ below --out.",
+        group="ONNX",
+        choices=("safetensors", "onnx", "both"),
+    )
+    opset: int = _option(
+        23,
+        "Operator set: 23 keeps attention, rotary embedding and RMS norm as single operators; 20 loads in older "
+        "runtimes.",
+        group="ONNX",
+        choices=OPSETS,
+    )
+    onnx_dtype: str = _option(
+        "float32",
+        "Type of the graphs. int8 and int4 are of the weights alone. The gate computes in float32 in all of them.",
+        group="ONNX",
+        choices=ONNX_DTYPES,
+    )
+
     batch_size: int = _option(16, "Prompts at a time in calibration.", group="Running")
     device: str = _option("auto", "Where the model runs: auto, cpu, cuda, cuda:1 ...", group="Running")
     dtype: str = _option(
@@ -84,6 +107,11 @@ class Options:
 
     def check(self) -> None:
         """Raise SasaExportError where settings contradict each other or leave their range."""
+        for entry in fields(self):
+            value, choices = getattr(self, entry.name), entry.metadata.get("choices")
+            if choices and value not in choices:
+                flag = "--" + entry.name.replace("_", "-")
+                raise SasaExportError(f"{flag} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
         if self.probe is not None and self.calibration is not None:
             raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sasa_export.emit.card import write_card
 from sasa_export.emit.config import generation_prompt_ids, refusal_ids, sasa_settings
 from sasa_export.emit.directory import Patch, write_directory
 from sasa_export.emit.manifest import write_manifest
+from sasa_export.emit.onnx.directory import check_possible, finish, needed_bytes, write_onnx_directory
 from sasa_export.emit.staging import check_apart, check_free, staged
 from sasa_export.errors import VerifyError
 from sasa_export.graph import LayerGraph
@@ -22,7 +24,7 @@ from sasa_export.options import Options
 from sasa_export.report import Silent
 from sasa_export.rewrite import LaneSettings, rewrite
 from sasa_export.trace import trace
-from sasa_export.verify import Check, check_files, check_model
+from sasa_export.verify import Check, check_files, check_graphs, check_model, check_onnx
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
 
@@ -46,6 +48,8 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
 
     source = open_source(options.model)
     check_apart(options.out, source.directory)
+    if options.format != "safetensors":
+        check_possible(source, options)
     report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(
@@ -78,17 +82,42 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
 
     result = Patch(source, full, sasa, probe, measured.calibration, measured.cases, measured.dtype)
     needed = SPARE_BYTES + (0 if options.link else source.weight_bytes())
+    if options.format != "safetensors":
+        needed += SPARE_BYTES + needed_bytes(source, options.onnx_dtype)
     with staged(options.out, force=options.force, needed_bytes=needed) as staging:
-        with report.bar(source.weight_bytes(), "emit") as advance:
-            digests = write_directory(result, staging, link=options.link, advance=advance)
-        checks = check_files(staging)
-        if result.cases:
-            checks += check_model(staging, device=measured.device)
-        _all_passed(checks, report)
-        write_card(source, full, sasa, measured.calibration, checks, options.verify, staging)
-        write_manifest(staging, digests, options=options.to_json(), layers_from=layers_from)
+        plain = staging if options.format == "safetensors" else staging / "safetensors"
+        plain.mkdir(exist_ok=True)
+        _write_safetensors(result, plain, options, measured.device, report)
+        if options.format != "safetensors":
+            graphs = staging if options.format == "onnx" else staging / "onnx"
+            graphs.mkdir(exist_ok=True)
+            _write_onnx(result, plain, graphs, options, measured.device, report)
     report.step("done", f"{options.out}")
     return Patched(options.out, full, probe, measured.calibration)
+
+
+def _write_safetensors(patch: Patch, directory: Path, options: Options, device: str, report: Silent) -> None:
+    """Write the directory for transformers and verify it."""
+    with report.bar(patch.source.weight_bytes(), "emit") as advance:
+        digests = write_directory(patch, directory, link=options.link, advance=advance)
+    checks = check_files(directory)
+    if patch.cases:
+        checks += check_model(directory, device=device)
+    _all_passed(checks, report)
+    write_card(patch.source, patch.graph, patch.sasa, patch.calibration, checks, options.verify, directory)
+    write_manifest(directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"])
+
+
+def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, device: str, report: Silent) -> None:
+    """Write the ONNX directory from the one for transformers, which goes where nobody asked for it, and verify it."""
+    write_onnx_directory(
+        plain, directory, opset=options.opset, dtype=options.onnx_dtype, advance=lambda step: report.step("onnx", step)
+    )
+    if options.format == "onnx":
+        shutil.rmtree(plain)
+    checks = check_onnx(directory, device=device) if patch.cases else check_graphs(directory)
+    _all_passed(checks, report)
+    finish(patch.source, patch.sasa, patch.calibration, checks, options, directory)
 
 
 def trace_source(source: Source) -> LayerGraph:

@@ -1,7 +1,7 @@
 """Drives an exported directory with plain onnxruntime, as any runtime would, to compare it with torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -83,7 +83,9 @@ class Runner:
         self.call(self.embed(ids[:, None]), mask, position_ids, **extra)
 
 
-def batch(guard: Any, *, count: int, side: str = "left", images: bool = True, seed: int = 1) -> Any:
+def batch(
+    guard: Any, *, count: int, side: Literal["left", "right"] = "left", images: bool = True, seed: int = 1
+) -> Any:
     return tiny.prompts(guard.processor, images=images, count=count, seed=seed, padding_side=side)
 
 

@@ -48,7 +48,7 @@ def test_every_graph_passes_the_checker(directory: Path) -> None:
         onnx.checker.check_model(path, full_check=True)
 
 
-def test_weights_are_stored_once(decoder: ir.Model, lane: ir.Graph, split: Any) -> None:
+def test_weights_are_stored_once(decoder: ir.Model, lane: Any, split: Any) -> None:
     assert not lane.initializers
     assert not [node for node in lane if node.op_type == "Constant" and node.outputs[0].const_value.size > 1]
     contents = Counter(
@@ -74,8 +74,8 @@ def test_single_operators(decoder: ir.Model, lane: ir.Graph) -> None:
 
 
 def test_nodes_are_named_by_module(decoder: ir.Model, lane: ir.Graph) -> None:
-    main = {node.name for node in decoder.graph}
-    second = {node.name for node in lane}
+    main = {str(node.name) for node in decoder.graph}
+    second = {str(node.name) for node in lane}
     assert len(main | second) == len(list(decoder.graph.all_nodes())) - 2  # the other branch has two nodes
     assert "/decoder/layers.4/self_attn/q_proj/MatMul" in main
     assert "/decoder/lm_head/MatMul" in main
@@ -86,7 +86,7 @@ def test_nodes_are_named_by_module(decoder: ir.Model, lane: ir.Graph) -> None:
 
 
 def test_standard_names_and_no_trace_of_the_machine(directory: Path, decoder: ir.Model) -> None:
-    inputs = {value.name: value.shape for value in decoder.graph.inputs}
+    inputs: dict[str, Any] = {str(value.name): value.shape for value in decoder.graph.inputs}
     assert list(inputs)[:3] == ["inputs_embeds", "attention_mask", "position_ids"]
     assert len(inputs) == 3 + 2 * (BLOCKS + 1)
     assert str(inputs["past_key_values.6.key"][0]) == "batch_size"

@@ -41,6 +41,7 @@ def follow(guard: Any, runner: Runner, inputs: Any, steps: int) -> tuple[list[in
                 input_ids=token[:, None], attention_mask=mask, position_ids=following, past_key_values=cache
             )
         runner.step(token.numpy(), following.numpy())
+        assert runner.probability is not None
         assert np.isnan(runner.probability).all(), "a step of an answer was judged"
         differences.append(float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()))
         following = following + 1

@@ -27,7 +27,7 @@ def test_close_to_float32(dtype: str, split: Any, exported: Any) -> None:
         output = guard.model(**inputs, position_ids=ids)
     probability, wanted = runner.probability, output.unsafe_probability.numpy()  # (batch,)
     tolerance, spread = TOLERANCES[dtype]
-    assert probability.dtype == np.float32
+    assert probability is not None and probability.dtype == np.float32
     assert np.abs(probability - wanted).max() < tolerance
     threshold = guard.model.config.sasa["threshold"]
     refused = probability >= threshold  # (batch,)

@@ -24,6 +24,12 @@ LIMITS = """\
   judged by generalisation alone: measure them before you rely on it.
 """
 
+HOW = {
+    "full": "Checked in a fresh process with plain `from_pretrained`, against the original model:",
+    "files": "Only the files were checked (`--verify files`): **this model was never loaded, and its answers "
+    "were not compared with the original's.** `sasa-export verify` does it on a machine that holds the model.",
+}
+
 
 def write_card(
     source: Source,
@@ -38,7 +44,7 @@ def write_card(
     blocks = len(graph.of("block"))
     again = blocks - 1 - sasa["safety_layer"]
     parts = [
-        _front_matter(source),
+        front_matter(source, "transformers"),
         f"# {source.name}, guarded by SASA\n",
         "This model judges every prompt before it answers. Text and picture run through the decoder as in the "
         f"original; then the output of the safety layer (block {sasa['safety_layer']}, zero-based) is projected "
@@ -61,21 +67,24 @@ def write_card(
         "it did.\n",
         "```mermaid\n" + mermaid(graph) + "```\n",
         "## Calibration\n",
-        _calibration(calibration),
+        calibration_section(calibration),
         "## Verification\n",
-        _verification(checks, verified),
+        verification_section(checks, HOW[verified]),
         "## Limits\n",
         LIMITS,
     ]
     (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def _front_matter(source: Source) -> str:
+def front_matter(source: Source, library: str, *tags: str) -> str:
+    """What model hubs read: the library that loads the directory, the model it is made from, and tags."""
     base = f"base_model: {source.name}\n" if source.name.count("/") == 1 and not Path(source.name).exists() else ""
-    return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{base}tags:\n- sasa\n- safety\n---\n"
+    listed = "".join(f"- {tag}\n" for tag in (*tags, "sasa", "safety"))
+    return f"---\nlibrary_name: {library}\npipeline_tag: image-text-to-text\n{base}tags:\n{listed}---\n"
 
 
-def _calibration(calibration: Calibration | None) -> str:
+def calibration_section(calibration: Calibration | None) -> str:
+    """The figures of the calibration as a table, and what they say."""
     if calibration is None:
         return "The probe was given (`--probe`), so nothing was measured here.\n"
     count = len(calibration.prompts)
@@ -118,11 +127,7 @@ def verdict_on_projection(figures: Sequence[Figure]) -> str:
     return f"**{word}: AUC {projected.auc:.3f} with it, {plain.auc:.3f} without.**"
 
 
-def _verification(checks: Sequence[Check], verified: str) -> str:
-    how = {
-        "full": "Checked in a fresh process with plain `from_pretrained`, against the original model:",
-        "files": "Only the files were checked (`--verify files`): **this model was never loaded, and its answers "
-        "were not compared with the original's.** `sasa-export verify` does it on a machine that holds the model.",
-    }[verified]
+def verification_section(checks: Sequence[Check], how: str) -> str:
+    """What was checked, one line each; `how` says it in a sentence."""
     lines = [f"- {'✓' if check.passed else '✗'} {check.name}: {check.detail}" for check in checks]
     return "\n".join([how, "", *lines]) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,14 @@ MANIFEST = "sasa-export.json"
 PACKAGES = ("torch", "transformers", "safetensors", "scikit-learn", "numpy", "pillow")
 
 
-def write_manifest(directory: Path, known: dict[str, str], **entries: Any) -> None:
-    """Write the manifest over every file in `directory`; `known` digests are not computed again."""
+def write_manifest(directory: Path, known: dict[str, str], *, packages: Sequence[str] = (), **entries: Any) -> None:
+    """Write the manifest over every file in `directory`.
+
+    Args:
+        known: digests that need not be computed again, by file name.
+        packages: further ones whose versions shape the result.
+        entries: what the manifest holds besides versions and digests.
+    """
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
@@ -22,7 +29,7 @@ def write_manifest(directory: Path, known: dict[str, str], **entries: Any) -> No
     data = {
         "tool": f"sasa-export {version('sasa-export')}",
         **entries,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in (*PACKAGES, *packages)},
         "files": files,
     }
     (directory / MANIFEST).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

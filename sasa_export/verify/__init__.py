@@ -10,23 +10,37 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sasa_export.errors import VerifyError
 from sasa_export.open import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
 from sasa_export.verify.check import Check
 from sasa_export.verify.files import check_files, check_manifest
+from sasa_export.verify.onnx import check_graphs, check_onnx, dtype_of
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of P(unsafe), between two processes
+FORMATS = ("safetensors", "onnx")  # the two directories of --format both
 
-__all__ = ["Check", "check_files", "check_manifest", "check_model", "verify_directory"]
+__all__ = ["Check", "check_files", "check_graphs", "check_manifest", "check_model", "check_onnx", "verify_directory"]
 
 
 def verify_directory(directory: Path | str, *, device: str = "cpu", only_files: bool = False) -> list[Check]:
     """Check a patched directory: its files, and, unless `only_files`, the model in a fresh process.
 
+    An ONNX directory is told by its graphs, and what `--format both` wrote is checked one directory after the other.
+
     Raises SasaExportError where there is nothing to check, or the model does not even load.
     """
     directory = Path(directory)
+    both = [directory / name for name in FORMATS]
+    if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
+        return [check for path in both for check in verify_directory(path, device=device, only_files=only_files)]
+    if dtype_of(directory) is not None:
+        checks = [check_manifest(directory)]
+        if not checks[0].passed:
+            return checks
+        return [*checks, *(check_graphs(directory) if only_files else check_onnx(directory, device=device))]
     checks = [*check_files(directory), check_manifest(directory)]
     if only_files or not all(check.passed for check in checks):
         return checks  # loading runs the directory's code, which must not be trusted once a file is wrong
@@ -55,12 +69,13 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
             f"{found['model_class']}, probe in {found['probe_dtype'].removeprefix('torch.')}",
         )
     )
-    largest = max(abs(want - have) for (want, _), (have, _) in zip(expected, got, strict=True))
+    # Not the built-in max, which can lose a NaN.
+    largest = np.max([abs(want - have) for (want, _), (have, _) in zip(expected, got, strict=True)])
     tolerance = TOLERANCE[dtype]
     checks.append(
         Check(
             "P(unsafe) is that of the calibration",
-            largest <= tolerance,
+            bool(largest <= tolerance),
             f"largest difference {largest:.1e} over {len(cases)} prompts, tolerance {tolerance:.0e}",
         )
     )

@@ -21,15 +21,20 @@ from sasa_export.graph import LayerGraph
 FOLDER = "sasa-verify"
 CASES = "cases.json"
 TOKENS = 20
+LOGITS = 8  # the largest ones of a case's first token that are kept
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt with the expected P(unsafe), and the original's greedy answer as token ids."""
+    """One prompt with the expected P(unsafe), and the original's greedy answer as token ids.
+
+    `logits` are the largest of its first token, as pairs of token id and value.
+    """
 
     prompt: Prompt
     unsafe_probability: float
     tokens: tuple[int, ...]
+    logits: tuple[tuple[int, float], ...] = ()
 
 
 def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Prompt]:
@@ -66,8 +71,13 @@ def expect(
             score = known[prompt.name]
         inputs = place(encode(processor, [prompt]), model)
         with torch.no_grad():
-            answer = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, num_beams=1)
-        yield Case(prompt, score, tuple(answer[0, inputs["input_ids"].shape[1] :].tolist()))
+            answer = model.generate(
+                **inputs, max_new_tokens=TOKENS, do_sample=False, num_beams=1,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        tokens = tuple(answer.sequences[0, inputs["input_ids"].shape[1] :].tolist())
+        largest = answer.logits[0][0].float().topk(LOGITS)
+        yield Case(prompt, score, tokens, tuple(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)))
 
 
 def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
@@ -87,6 +97,7 @@ def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
                 "image": image,
                 "unsafe_probability": case.unsafe_probability,
                 "tokens": list(case.tokens),
+                "logits": [list(pair) for pair in case.logits],
             }
         )
     text = json.dumps({"dtype": dtype, "cases": entries}, indent=1, ensure_ascii=False)

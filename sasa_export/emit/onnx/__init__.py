@@ -8,9 +8,12 @@ from pathlib import Path
 from sasa_export.errors import EmitError
 
 OPSETS = (20, 23)
-DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+# Types, and how runtimes mark each in the names of the graphs.
+SUFFIX = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16", "int8": "_int8", "int4": "_q4"}
+DTYPES = tuple(SUFFIX)
+VISION, EMBEDDING, DECODER = GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 
-__all__ = ["DTYPES", "OPSETS", "export"]
+__all__ = ["DECODER", "DTYPES", "EMBEDDING", "GRAPHS", "OPSETS", "SUFFIX", "VISION", "export"]
 
 
 def export(

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from sasa_export.emit.onnx import DECODER, EMBEDDING, SUFFIX, VISION
 from sasa_export.emit.onnx.convert import convert
 from sasa_export.emit.onnx.decoder import Decoder, Signature
 from sasa_export.emit.onnx.layout import stock_type, write_files
@@ -20,8 +21,6 @@ from sasa_export.emit.onnx.recipes import Recipe, recipe_of
 from sasa_export.emit.onnx.vision import Embedding, Float32
 from sasa_export.families import family_of
 
-VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
-SUFFIX = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16", "int8": "_int8", "int4": "_q4"}
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
 # built in memory as a whole.
 EXTERNAL_ABOVE = 256 * 2**20

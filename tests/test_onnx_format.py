@@ -1,0 +1,306 @@
+"""`--format onnx` and `both`, from the command line to a verified directory, and what `verify` says of a changed one.
+
+The model has three blocks, since exporting a block takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from sasa_export import pipeline
+from sasa_export.cli import main
+from sasa_export.emit.onnx import directory as onnx_directory
+from sasa_export.emit.onnx import graphs
+from sasa_export.errors import EmitError, VerifyError
+from sasa_export.options import Options
+from sasa_export.verify import onnx as verify_onnx
+from sasa_export.verify import verify_directory
+
+Tiny = Callable[..., Path]
+REFUSAL = "I will not help."
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("probe") / "probe.safetensors"
+    weight = np.random.default_rng(0).normal(size=tiny.HIDDEN).astype(np.float32) * 0.2
+    save_file({"sasa.probe.weight": weight, "sasa.probe.bias": np.zeros((), np.float32)}, path)
+    return path
+
+
+def arguments(model: Path, out: Path, probe: Path, **options: Any) -> list[str]:
+    given = {"safety_layer": 0, "semantic_layer": 1, "probe": probe, "refusal": REFUSAL, **options}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items()]
+    return ["--model", str(model), "--out", str(out), *(word for pair in pairs for word in pair)]
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(main, list(words))
+
+
+@pytest.fixture(scope="module")
+def both(tiny_model: Tiny, probe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A llava in both formats, its weights kept outside the graphs, and what the command said."""
+    place = tmp_path_factory.mktemp("both")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "EXTERNAL_ABOVE", 1024)
+        result = run(*arguments(tiny_model("llava", num_hidden_layers=3), place / "out", probe, format="both"))
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in place.iterdir()] == ["out"]
+    return place / "out", result.stderr
+
+
+def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, str]) -> None:
+    out, said = both
+    assert sorted(path.name for path in out.iterdir()) == ["onnx", "safetensors"]
+    configs = {}
+    for name in ("onnx", "safetensors"):
+        manifest = json.loads((out / name / "sasa-export.json").read_text())
+        assert manifest["options"]["format"] == "both"
+        assert manifest["options"]["opset"] == 23
+        present = {path.relative_to(out / name).as_posix() for path in (out / name).rglob("*") if path.is_file()}
+        assert set(manifest["files"]) == present - {"sasa-export.json"}
+        assert REFUSAL in (out / name / "README.md").read_text()
+        configs[name] = json.loads((out / name / "config.json").read_text())
+    assert configs["onnx"]["sasa"] == configs["safetensors"]["sasa"]
+    assert (out / "onnx" / "onnx" / "decoder_model_merged.onnx_data").stat().st_size > 100_000
+    assert not list((out / "onnx").rglob("*.safetensors"))
+    assert "✗" not in said
+    for line in (
+        r"✓ the graph checker passes: 3 of 3 graphs",
+        r"✓ no weight is stored twice: ([\d,]+) bytes, \1 of them unique",
+        r"✓ attention and norms are single operators: 5 Attention, 12 RMSNormalization, 10 RotaryEmbedding",
+        r"✓ P\(unsafe\) is that of .* tolerance 0.0001 \(float32 graphs on CPU\w+, float32 calibration\)",
+        r"✓ allowed prompts have the original's logits: largest difference \d\.\de-0[5-9]",
+    ):
+        assert re.search(line, said), line
+
+
+def test_verdicts_of_both_kinds_were_compared(both: tuple[Path, str]) -> None:
+    onnx_part = both[1].split("the graph checker passes")[1]
+    for name in ("refused prompts spell the refusal", "allowed prompts are answered as by the original"):
+        match = re.search(rf"✓ {name}: (\d+) of (\d+)", onnx_part)
+        assert match and match[1] == match[2] and int(match[1]) > 0
+
+
+def test_verify_knows_each_of_them(both: tuple[Path, str]) -> None:
+    result = run("verify", str(both[0]), "--files")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("files are those that were exported") == 2
+    assert result.stderr.count("no weight is stored twice") == 1
+
+
+def test_verify_again_and_after_one_byte_of_data(both: tuple[Path, str], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
+    result = run("verify", str(copy))
+    assert result.exit_code == 0, result.output
+    assert "allowed prompts are answered as by the original" in result.stderr
+    weights = copy / "onnx" / "decoder_model_merged.onnx_data"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    result = run("verify", str(copy))
+    assert result.exit_code == 1
+    assert "1 differ: onnx/decoder_model_merged.onnx_data" in result.stderr
+    assert "P(unsafe)" not in result.stderr, "a changed graph must not be run"
+
+
+def test_verify_after_a_change_of_the_graph(both: tuple[Path, str], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
+    graph = copy / "onnx" / "decoder_model_merged.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"/sasa/gate/", b"/sasa/gone/"))
+    result = run("verify", str(copy))
+    assert result.exit_code == 1
+    assert "1 differ: onnx/decoder_model_merged.onnx" in result.stderr
+
+
+def compared(threshold: float = 0.5, dtype: str = "float32", **changed: Any) -> dict[str, bool]:
+    """Which checks pass on one refused and one allowed case, where the allowed one is `changed` in what was found."""
+    cases = [
+        {"unsafe_probability": 0.9, "tokens": [5, 6], "logits": [[5, 2.0]]},
+        {"unsafe_probability": 0.2, "tokens": [7, 8], "logits": [[7, 3.0]]},
+    ]
+    allowed = {"unsafe_probability": 0.2, "tokens": [7, 8], "logits": [3.0], "finite": True}
+    refused = {"unsafe_probability": 0.9, "tokens": [1, 2], "logits": [-1e4], "finite": True}
+    changes = changed.pop("changes", [])
+    found = {"provider": "CPUExecutionProvider", "changes": changes, "cases": [refused, {**allowed, **changed}]}
+    sasa = {"threshold": threshold, "refusal_token_ids": [1, 2]}
+    checks = verify_onnx.compare({"dtype": "float32", "cases": cases}, found, sasa, dtype)
+    return {check.name.split()[0]: check.passed for check in checks if not check.passed}
+
+
+def test_what_fails_a_comparison() -> None:
+    assert not compared()
+    assert "P(unsafe)" in compared(unsafe_probability=0.21)
+    assert {"P(unsafe)", "verdicts"} <= set(compared(unsafe_probability=0.8))
+    assert {"P(unsafe)", "verdicts"} <= set(compared(unsafe_probability=float("nan")))
+    assert "refused" in compared(unsafe_probability=0.8), "a verdict without its refusal"
+    assert "allowed" in compared(tokens=[7, 9])
+    assert "allowed" in compared(logits=[3.1])
+    assert "allowed" in compared(finite=False)
+
+
+def test_what_other_types_need_not_hold() -> None:
+    assert not compared(dtype="float16", unsafe_probability=0.21, logits=[3.02], tokens=[7, 9])
+    assert not compared(dtype="int4", unsafe_probability=0.3, logits=[5.0], tokens=[7, 9])
+    assert "P(unsafe)" in compared(dtype="float16", unsafe_probability=0.23)
+    assert "allowed" in compared(dtype="int4", tokens=[1, 2]), "a refusal in spite of the verdict"
+    assert not compared(changes=["min_length"], tokens=[7, 9])
+
+
+def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
+    """The snippet of the card runs as it stands, on a prompt that the graph refuses."""
+    directory = both[0] / "onnx"
+    written = json.loads((directory / "sasa-verify" / "cases.json").read_text())
+    threshold = json.loads((directory / "config.json").read_text())["sasa"]["threshold"]
+    case = next(c for c in written["cases"] if c["image"] and c["unsafe_probability"] > threshold + 0.05)
+    shutil.copyfile(directory / "sasa-verify" / case["image"], tmp_path / "picture.png")
+    code = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)[0]
+    code = code.replace("<this directory>", str(directory))
+    code = code.replace("Follow the instruction shown in the image.", case["prompt"])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip() == REFUSAL
+
+
+def test_onnx_alone_lies_at_the_top(
+    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the old opset, and its graphs verified in full; the working copy was, in `both`."""
+    monkeypatch.setattr(pipeline, "check_model", lambda directory, device: [])
+    place = tmp_path / "place"
+    words = arguments(tiny_model("llava", num_hidden_layers=3), place / "out", probe, format="onnx", opset=20)
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in place.iterdir()] == ["out"]
+    out = place / "out"
+    assert not (out / "safetensors").exists() and not list(out.rglob("*.safetensors"))
+    assert "Opset 20, float32" in (out / "README.md").read_text()
+    assert "single operators" not in result.stderr
+    assert re.search(r"✓ allowed prompts are answered as by the original: (\d+) of \1", result.stderr)
+
+
+def test_files_only_is_said_in_the_card(
+    both: tuple[Path, str], tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored(patched: Path, out: Path, **settings: Any) -> None:
+        for name in ("onnx", "config.json"):
+            source = both[0] / "onnx" / name
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, out / name)
+
+    monkeypatch.setattr(onnx_directory, "export", stored)
+    out = tmp_path / "out"
+    words = arguments(tiny_model("llava", num_hidden_layers=3), out, probe, format="onnx", verify="files")
+    assert run(*words).exit_code == 0
+    assert "never run" in (out / "README.md").read_text()
+    assert all(check.passed for check in verify_directory(out, only_files=True))
+    assert [check.name for check in verify_directory(out) if not check.passed] == ["there are cases to verify"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"opset": 17}, "'17' is not one of '20', '23'"),
+        ({"onnx_dtype": "float8"}, "'float8' is not one of"),
+        ({"format": "gguf"}, "'gguf' is not one of"),
+    ],
+)
+def test_unknown_settings(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    result = run(*arguments(tmp_path / "none", tmp_path / "out", tmp_path / "probe", **options))
+    assert result.exit_code != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1 and said in errors[0]
+    with pytest.raises(Exception, match="must be one of"):
+        Options(model="none", out=tmp_path / "out", **options).check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_cannot_be_verified_without_a_gpu(
+    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_directory, "runs_here", lambda dtype: dtype != "bfloat16")
+    result = run(
+        *arguments(
+            tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", onnx_dtype="bfloat16"
+        )
+    )
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: --onnx-dtype bfloat16 runs on onnxruntime's CUDA provider")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [EmitError("no room"), KeyboardInterrupt(), RuntimeError("exporter")])
+@pytest.mark.parametrize("form", ["onnx", "both"])
+def test_nothing_is_left_behind(
+    form: str, error: BaseException, tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = []
+
+    def fail(patched: Path, out: Path, **settings: Any) -> None:
+        assert (patched / "config.json").is_file()
+        (out / "onnx").mkdir()
+        (out / "onnx" / "vision_encoder.onnx").write_bytes(b"half")
+        reached.append(out)
+        raise error
+
+    monkeypatch.setattr(onnx_directory, "export", fail)
+    result = run(
+        *arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format=form, verify="files")
+    )
+    assert result.exit_code != 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_check_writes_nothing(
+    both: tuple[Path, str], tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def miscounted(patched: Path, out: Path, **settings: Any) -> None:
+        shutil.copytree(both[0] / "onnx" / "onnx", out / "onnx")
+        config = json.loads((both[0] / "onnx" / "config.json").read_text())
+        config["text_config"]["num_hidden_layers"] -= 1
+        (out / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(onnx_directory, "export", miscounted)
+    words = arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", verify="files")
+    result = run(*words)
+    assert result.exit_code == 1
+    assert "✗ config.json counts the gate's layer in the cache" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: 1 of ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_is_stored_twice(both: tuple[Path, str], tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
+    path = copy / "onnx" / "embed_tokens.onnx"
+    model = ir.load(path)
+    (weight,) = (value for value in model.graph.initializers.values() if value.const_value is not None)
+    assert weight.const_value is not None
+    again = ir.Value(name="again", const_value=ir.tensor(weight.const_value.numpy(), name="again"))
+    model.graph.register_initializer(again)
+    ir.save(model, path)
+    failed = [check for check in verify_onnx.check_graphs(copy) if not check.passed]
+    assert [check.name for check in failed] == ["no weight is stored twice"]
+
+
+def test_what_is_no_onnx_directory(tmp_path: Path) -> None:
+    with pytest.raises(VerifyError, match="no exported ONNX directory"):
+        verify_onnx.check_onnx(tmp_path)
