@@ -82,7 +82,7 @@ def main(context: click.Context, /, **flags: Any) -> None:
     for name in ("model", "out"):
         if flags[name] is None:
             raise click.UsageError(f"Missing option '--{name}'. See sasa-export --help.")
-    _quiet()
+    quiet()
     from sasa_export.pipeline import patch
     from sasa_export.report import Console
 
@@ -97,7 +97,7 @@ def main(context: click.Context, /, **flags: Any) -> None:
 @click.option("--load", is_flag=True, help="Load the weights, and trace a picture too.")
 def trace(model: str, safety_layer: int | None, semantic_layer: int | None, check: bool, load: bool) -> None:
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
-    _quiet()
+    quiet()
     from sasa_export.diagram import mermaid
     from sasa_export.measure import check_traces, trace_loaded
     from sasa_export.open import layers_of, open_source
@@ -133,7 +133,7 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
 @click.option("--force", is_flag=True, help="Replace the output directory if it is there and not empty.")
 def fetch(model: str, out: Path, force: bool) -> None:
     """Write the unpatched source model as a plain directory."""
-    _quiet()
+    quiet()
     import shutil
 
     from sasa_export.emit.staging import check_apart, staged
@@ -154,7 +154,7 @@ def fetch(model: str, out: Path, force: bool) -> None:
 @click.option("--files", "only_files", is_flag=True, help="Check what needs no model in memory.")
 def verify(directory: Path, device: str, only_files: bool) -> None:
     """Check a patched directory again: its files, its verdicts, its answers."""
-    _quiet()
+    quiet()
     from sasa_export.report import Console
     from sasa_export.verify import verify_directory
 
@@ -166,7 +166,7 @@ def verify(directory: Path, device: str, only_files: bool) -> None:
         raise SasaExportError(f"{directory} failed its verification. Do not serve it; export the model again.")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the libraries' own progress bars and notices out of ours."""
     import os
 
