@@ -1,6 +1,7 @@
 """Every way to generate: allowed rows say what the stock model says in that way, refused rows are harmless."""
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -512,3 +513,14 @@ def test_compiled_forward(guard: Guards) -> None:
             found = compiled(**inputs)
             torch.testing.assert_close(found.unsafe_probability, guarded.expected(inputs), rtol=0.0, atol=1e-5)
             assert (found.logits[refused, -1].argmax(dim=-1) == guarded.refusal[0]).all()
+
+
+def test_a_turn_behind_an_answer_is_judged_without_a_cache(guard: Guards) -> None:
+    """A prompt that ends in a user's turn must not be judged by the answer before it."""
+    module = sys.modules[type(guard("llava").model).__module__]
+    ids = torch.tensor([[5, 7, 8, 1, 2, 9, 4, 4], [5, 5, 5, 5, 5, 7, 8, 3], [5, 7, 8, 1, 7, 3, 3, 3]])
+    last = torch.tensor([7, 7, 7])
+    judged, spelled = module.read_progress(ids, last, (11, 12, 2), (7, 8))
+    # An end of turn (2) behind the generation prompt (7, 8); an answer of one token; a turn begun with 7.
+    assert judged.tolist() == [7, 6, 7]
+    assert spelled.tolist() == [0, 0, 0]

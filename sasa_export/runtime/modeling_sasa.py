@@ -507,9 +507,9 @@ def read_progress(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the prompt ends and how much of the refusal follows it, read off the token ids (batch, tokens).
 
-    The prompt ends with the last generation prompt of the chat template, or, where there is none, before the
-    longest beginning of the refusal that ends the ids. Returns (batch,) judged position, (batch,) number of
-    refusal tokens already spelled.
+    The prompt ends with the last generation prompt of the chat template, or, where there is none or another turn
+    follows it, before the longest beginning of the refusal that ends the ids. Returns the judged position (batch,)
+    and the number of refusal tokens already spelled (batch,).
     """
     positions = torch.arange(ids.shape[1], device=ids.device)  # (tokens,)
     spelled = torch.zeros_like(last)
@@ -521,7 +521,11 @@ def read_progress(
     judged = (last - spelled).clamp_min(0)
     if generation_prompt and len(generation_prompt) <= ids.shape[1]:
         ends = _ends_of(ids, generation_prompt) & (positions <= last[:, None])
-        judged = torch.where(ends.any(-1), (ends * positions).amax(-1), judged)
+        opened = (ends * positions).amax(-1)  # (batch,)
+        # An answer holds no end of a turn and no beginning of one; what does is a prompt to its very end.
+        turns = (ids == refusal[-1]) | (ids == generation_prompt[0])
+        turns &= (positions > opened[:, None]) & (positions <= last[:, None])
+        judged = torch.where(ends.any(-1) & ~turns.any(-1), opened, judged)
     return judged, spelled
 
 
