@@ -31,6 +31,7 @@ def loaded(directory: Path):
 
 
 @pytest.mark.smol
+@pytest.mark.xdist_group("smol")
 def test_every_key_is_found_and_known(loaded):
     model, _, report = loaded
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -43,12 +44,14 @@ def test_every_key_is_found_and_known(loaded):
 
 
 @pytest.mark.smol
+@pytest.mark.xdist_group("smol")
 def test_nothing_half_written_is_left(directory):
     assert [path.name for path in directory.parent.iterdir()] == ["smol-llava"]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in directory.iterdir()}
 
 
 @pytest.mark.smol
+@pytest.mark.xdist_group("smol")
 def test_the_processor_pads_left_and_spends_a_token_a_cell(loaded):
     _, processor, _ = loaded
     texts = [turn(processor, [{"type": "image"}, {"type": "text", "text": t}]) for t in ("Hi.", PROMPT)]
@@ -61,6 +64,7 @@ def test_the_processor_pads_left_and_spends_a_token_a_cell(loaded):
 
 
 @pytest.mark.smol
+@pytest.mark.xdist_group("smol")
 def test_both_forms_of_content_are_understood(loaded):
     _, processor, _ = loaded
     plain = turn(processor, "Hello there")
@@ -73,6 +77,7 @@ def test_both_forms_of_content_are_understood(loaded):
 
 
 @pytest.mark.smol
+@pytest.mark.xdist_group("smol")
 def test_a_system_message_replaces_the_default(loaded):
     _, processor, _ = loaded
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -82,6 +87,7 @@ def test_a_system_message_replaces_the_default(loaded):
 
 
 @pytest.mark.smol
+@pytest.mark.xdist_group("smol")
 def test_it_reads_a_request_in_a_picture(loaded):
     model, processor, _ = loaded
     requests = {
@@ -103,6 +109,7 @@ def test_it_reads_a_request_in_a_picture(loaded):
 
 
 @pytest.mark.smol
+@pytest.mark.xdist_group("smol")
 def test_an_existing_directory_is_replaced(directory, tmp_path):
     old = tmp_path / "model"
     old.mkdir()
