@@ -10,8 +10,8 @@ from typing import Any
 from sasa_export.calibrate import Calibration, calibrate
 from sasa_export.calibrate.data import Prompt, builtin, from_jsonl
 from sasa_export.calibrate.features import encode, place
+from sasa_export.calibrate.figure import verdict_on_projection
 from sasa_export.calibrate.probe import Probe
-from sasa_export.emit.card import verdict_on_projection
 from sasa_export.errors import OpenError, TraceError
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source

@@ -51,3 +51,19 @@ def figures(feature: str, scores: np.ndarray, prompts: Sequence[Prompt], thresho
             )
         )
     return out
+
+
+def verdict_on_projection(figures: Sequence[Figure]) -> str:
+    """One sentence that says whether projection helped on this model, as measured."""
+    by_feature = {figure.feature: figure for figure in figures if figure.channel == "all"}
+    projected, plain = by_feature["projected"], by_feature["plain"]
+    # Two AUCs on the same prompts: differences below this are noise at a few hundred prompts.
+    margin = 1.0 / projected.prompts**0.5 / 2
+    gain = projected.auc - plain.auc
+    if gain > margin:
+        word = "Projection helps on this model"
+    elif gain < -margin:
+        word = "Projection does not help on this model: it is worse than the plain probe"
+    else:
+        word = "Projection neither helps nor hurts on this model beyond noise"
+    return f"**{word}: AUC {projected.auc:.3f} with it, {plain.auc:.3f} without.**"

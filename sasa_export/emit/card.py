@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_export.calibrate import Calibration
-from sasa_export.calibrate.figure import Figure
+from sasa_export.calibrate.figure import verdict_on_projection
 from sasa_export.diagram import mermaid
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source
@@ -109,22 +109,6 @@ def calibration_section(calibration: Calibration | None) -> str:
         f"an AUC of {paper}."
     )
     return "\n".join([*lines, "", verdict_on_projection(calibration.figures), "", strength, ""])
-
-
-def verdict_on_projection(figures: Sequence[Figure]) -> str:
-    """One sentence that says whether projection helped on this model, as measured."""
-    by_feature = {figure.feature: figure for figure in figures if figure.channel == "all"}
-    projected, plain = by_feature["projected"], by_feature["plain"]
-    # Two AUCs on the same prompts: differences below this are noise at a few hundred prompts.
-    margin = 1.0 / projected.prompts**0.5 / 2
-    gain = projected.auc - plain.auc
-    if gain > margin:
-        word = "Projection helps on this model"
-    elif gain < -margin:
-        word = "Projection does not help on this model: it is worse than the plain probe"
-    else:
-        word = "Projection neither helps nor hurts on this model beyond noise"
-    return f"**{word}: AUC {projected.auc:.3f} with it, {plain.auc:.3f} without.**"
 
 
 def verification_section(checks: Sequence[Check], how: str) -> str:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import VerifyError
 from sasa_export.open import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
 from sasa_export.verify.check import Check
 from sasa_export.verify.files import check_files, check_manifest
 from sasa_export.verify.onnx import check_graphs, check_onnx, dtype_of
+from sasa_export.verify.process import run_fresh
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of P(unsafe), between two processes
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both
@@ -53,7 +47,7 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
     if not written:
         return [Check("there are cases to verify", False, "the directory was written without any (--verify files)")]
     dtype, cases = written["dtype"], written["cases"]
-    found = run_fresh(directory, dtype, device)
+    found = run_fresh("fresh.py", directory, dtype, device, str(TOKENS), failure="the patched model does not load")
     sasa = read_config(directory)["sasa"]
     threshold, refusal = sasa["threshold"], sasa["refusal_token_ids"]
     expected = [(case["unsafe_probability"], case["tokens"]) for case in cases]
@@ -99,16 +93,3 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
         )
     )
     return checks
-
-
-def run_fresh(directory: Path, dtype: str, device: str) -> dict[str, Any]:
-    """What `fresh.py` finds, in a process that shares nothing with this one but the installed packages."""
-    script = Path(__file__).with_name("fresh.py")
-    with tempfile.TemporaryDirectory() as scratch:
-        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-I", str(script), str(directory.absolute()), dtype, device, str(TOKENS)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment, check=False)
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
-        raise VerifyError(f"the patched model does not load in a fresh process ({lines[-1].strip()[:400]}).")
-    return json.loads(result.stdout.strip().splitlines()[-1])

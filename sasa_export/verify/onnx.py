@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +15,7 @@ from sasa_export.errors import VerifyError
 from sasa_export.open import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
 from sasa_export.verify.check import Check
+from sasa_export.verify.process import run_fresh
 
 # Of P(unsafe) and of the logits (relative to the largest), by type: of the graphs or of the cases, whichever is
 # wider. The logits of quantized weights are not held to the original's.
@@ -134,7 +130,14 @@ def check_answers(directory: Path, *, device: str = "cpu") -> list[Check]:
     if not runs_here(dtype):
         return [Check("the graphs run", False, f"{dtype} needs the CUDA provider, and onnxruntime has none here")]
     on_gpu = dtype == "bfloat16" or device.startswith("cuda")
-    found = run_fresh(directory, SUFFIX[dtype], "cuda" if on_gpu else "cpu")
+    found = run_fresh(
+        "onnx_fresh.py",
+        directory,
+        SUFFIX[dtype],
+        "cuda" if on_gpu else "cpu",
+        str(TOKENS),
+        failure="the graphs do not run",
+    )
     return compare(written, found, read_config(directory)["sasa"], dtype)
 
 
@@ -210,19 +213,6 @@ def _tokens(allowed: list[tuple[Any, Any]], exact: bool, refusal: list[int], cha
     if spelled:
         detail += f"; {spelled} refused in spite of their verdict"
     return Check(name, not spelled and (equal == len(allowed) or not exact or bool(changes)), detail)
-
-
-def run_fresh(directory: Path, suffix: str, device: str) -> dict[str, Any]:
-    """What `onnx_fresh.py` finds, in a process that shares nothing with this one but the installed packages."""
-    script = Path(__file__).with_name("onnx_fresh.py")
-    with tempfile.TemporaryDirectory() as scratch:
-        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-I", str(script), str(directory.absolute()), suffix, device, str(TOKENS)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment, check=False)
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
-        raise VerifyError(f"the graphs do not run in a fresh process ({lines[-1].strip()[:400]}).")
-    return dict(json.loads(result.stdout.strip().splitlines()[-1]))
 
 
 def _dtype(directory: Path) -> str:
