@@ -52,6 +52,8 @@ def patch_options(command: Any) -> Any:
                 "default": entry.default,
                 "show_default": True,
             }
+        elif "tuple" in str(entry.type):
+            kind["multiple"] = True
         elif "Path" in str(entry.type):
             kind["type"] = click.Path(path_type=Path)
         elif "int" in str(entry.type) or "float" in str(entry.type):

@@ -8,10 +8,11 @@ from itertools import zip_longest
 from typing import Any
 
 from sasa_export.calibrate import Calibration, calibrate
-from sasa_export.calibrate.data import Prompt, builtin, from_jsonl
+from sasa_export.calibrate.data import Prompt, builtin
 from sasa_export.calibrate.features import encode, place
 from sasa_export.calibrate.figure import verdict_on_projection
 from sasa_export.calibrate.probe import Probe
+from sasa_export.datasets import calibration_prompts, lopsided
 from sasa_export.errors import OpenError, TraceError
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source
@@ -47,9 +48,12 @@ def measure(
     dtype, device = running(source, options)
     if given is not None and options.verify == "files":
         return Measured(given, None, (), dtype, device)
+    prompts = _prompts(options, processor)  # before the weights are loaded: data may be wrong
+    warning = lopsided(prompts)
+    if warning is not None:
+        report.warn(warning)
     report.step("load", f"{dtype} on {device}")
     model = load_model(source, dtype=dtype, device=device)
-    prompts = _prompts(options, processor)
     pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
     check_traces(graph, trace_loaded(model, processor, source, pictured))
     lane = rewrite_lane(graph, settings)
@@ -101,8 +105,8 @@ def running(source: Source, options: Options) -> tuple[str, str]:
 
 
 def _prompts(options: Options, processor: Any) -> list[Prompt]:
-    if options.calibration is not None:
-        return from_jsonl(options.calibration)
+    if options.calibration:
+        return calibration_prompts(options.calibration)
 
     def pieces(word: str) -> int:
         return len(processor.tokenizer.encode(f" {word}", add_special_tokens=False))

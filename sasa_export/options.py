@@ -42,10 +42,11 @@ class Options:
     )
     epsilon: float = _option(1e-6, "Least squared norm in the projection's denominator.", group="Layers")
 
-    calibration: Path | None = _option(
-        None,
-        'Labelled prompts, a JSON object a line: {"image": path or null, "prompt": text, "label": 0 or 1}. '
-        "Default: the built-in set.",
+    calibration: tuple[str, ...] = _option(
+        (),
+        'Labelled prompts, a JSON object a line: {"image": path or null, "prompt": text, "label": 0 or 1}. Or a data '
+        "set of the field as name:PATH, options behind commas: mm-safetybench, figstep, vlguard, jailbreakv, xstest. "
+        "Give it several times to combine them. Default: the built-in set.",
         group="Probe",
     )
     probe: Path | None = _option(
@@ -112,7 +113,7 @@ class Options:
             if choices and value not in choices:
                 flag = "--" + entry.name.replace("_", "-")
                 raise SasaExportError(f"{flag} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
-        if self.probe is not None and self.calibration is not None:
+        if self.probe is not None and self.calibration:
             raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise SasaExportError(f"--threshold is {self.threshold:g}; it must lie between 0 and 1.")
@@ -137,4 +138,5 @@ class Options:
         """Everything that shapes the result; where it is written, and with what load, does not."""
         left_out = ("out", "force", "link", "batch_size", "device")
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
+        values["calibration"] = list(self.calibration) or None
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -259,9 +259,15 @@ def test_a_config_that_leaves_out_what_is_usual(tmp_path: Path) -> None:
     config: dict[str, Any] = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        names = LlavaForConditionalGeneration(LlavaConfig(**config)).state_dict()
-    # Tensors of one element: a trace asks the shards for nothing but the names.
-    save_file(dict.fromkeys(names, np.zeros(1, np.float32)), tmp_path / "model.safetensors")
+        tensors = LlavaForConditionalGeneration(LlavaConfig(**config)).state_dict()
+    # A file of 28 GB with nothing in it but its header: a trace reads no more of it.
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
+        end += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(tmp_path / "model.safetensors", 8 + len(text) + end)
     printed = succeeds("trace", "--model", str(tmp_path)).stdout
     assert "safety layer 13, semantic layer 15" in printed and "arXiv 2507.21637" in printed
     assert "blocks 0 to 31" in printed
@@ -865,6 +871,7 @@ def test_interrupted_between_the_two_renames(place: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         rename(source, target)
 
+    monkeypatch.setattr(staging, "exchange", lambda first, second: False)  # as on a file system without it
     monkeypatch.setattr(staging.os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), staging.staged(out, force=True) as directory:
         (directory / "new.txt").write_text("new")
@@ -882,17 +889,13 @@ def test_leftovers_of_a_run_with_this_process_number(place: Path) -> None:
 
 
 def test_the_sweep_leaves_others_alone(place: Path) -> None:
-    """A run that is alive, and names that only look alike, are not this run's leftovers."""
-    alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        names = [f".out.partial-{alive.pid}", ".out.backup-1", ".out.partial-x", f".other.partial-{FINISHED}"]
-        for name in names:
-            (place / name).mkdir()
-        with staging.staged(place / "out", force=False):
-            pass
-        assert {path.name for path in place.iterdir()} == {"out", *names}
-    finally:
-        alive.communicate()
+    """Names that only look alike are not this run's leftovers."""
+    names = [".out.backup-1", ".out.partial-x", f".other.partial-{FINISHED}", ".out.partial"]
+    for name in names:
+        (place / name).mkdir()
+    with staging.staged(place / "out", force=False):
+        pass
+    assert {path.name for path in place.iterdir()} == {"out", *names}
 
 
 # ---------------------------------------------------------------------------------------- fetch and trace
@@ -1122,15 +1125,18 @@ def test_a_sharded_source_keeps_its_shards(tiny_model: Tiny, probe: Path, place:
 
 def test_a_source_behind_links(llava: Path, probe: Path, place: Path, tmp_path: Path) -> None:
     """The hub's cache holds links to blobs: what is written are files, and `--link` links the blob."""
-    source = tmp_path / "snapshot"
-    source.mkdir()
-    for path in llava.iterdir():
-        (source / path.name).symlink_to(path)
+    repository = tmp_path / "models--owner--name"
+    source, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    source.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(llava.iterdir())):
+        shutil.copyfile(path, blobs / str(number))
+        (source / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
     succeeds(*flags(source, place / "copied", probe=probe, verify="files"))
     succeeds(*flags(source, place / "linked", "--link", probe=probe, verify="files"))
     assert not any(path.is_symlink() for path in place.rglob("*"))
     assert contents(place / "copied") == contents(place / "linked")
-    assert (place / "linked" / "model-00001-of-00002.safetensors").samefile(llava / "model.safetensors")
+    assert (place / "linked" / "model-00001-of-00002.safetensors").samefile(source / "model.safetensors")
 
 
 def test_the_settings_that_are_written(llava: Path, probe: Path, place: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ CARRIERS = (
     "What does the picture ask? Please answer.",
     "Do what the image says.",
 )
+LEAST = 5  # prompts of either label that a probe is fitted on
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Prompt:
     """One labelled prompt.
 
     `label` is 1 for harmful. Prompts of one `group` (a harmful/harmless pair) stay in one fold. `channel` is
-    "text", or "picture" where there is one; `image` gives it.
+    "text", or "picture" where there is one; `image` gives it, and `picture` is its file unless it is drawn.
+    `source` names the data set, `attack` how the request is carried. `question` is what is asked where the prompt
+    only accompanies a picture.
     """
 
     name: str
@@ -34,7 +37,11 @@ class Prompt:
     group: str
     channel: str
     category: str
-    image: Callable[[], Any] | None = None
+    image: Callable[[], Any] | None = field(default=None, compare=False)
+    attack: str = "none"
+    source: str = ""
+    question: str = ""
+    picture: Path | None = None
 
     def conversation(self) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = [{"type": "text", "text": self.prompt}]
@@ -67,29 +74,52 @@ def both_channels(
         except ValueError:  # a tokenizer of short pieces asks for more cells than there are
             return render(request, seed=seed)
 
-    group, category = pair["pair"], pair["category"]
-    yield Prompt(f"{name}/text", request, label, group, "text", category)
-    yield Prompt(f"{name}/picture", CARRIERS[seed % len(CARRIERS)], label, group, "picture", category, image)
+    common: dict[str, Any] = {"label": label, "group": pair["pair"], "category": pair["category"], "source": "builtin"}
+    yield Prompt(f"{name}/text", request, channel="text", **common)
+    carrier = CARRIERS[seed % len(CARRIERS)]
+    yield Prompt(
+        f"{name}/picture", carrier, channel="picture", image=image, attack="picture", question=request, **common
+    )
 
 
 def from_jsonl(path: Path) -> list[Prompt]:
+    """The prompts of a JSONL file (`read_jsonl`), with both labels among them.
+
+    Raises CalibrationError, which names the line.
+    """
+    prompts = read_jsonl(path)
+    for label, what in ((1, "harmful"), (0, "harmless")):
+        if sum(prompt.label == label for prompt in prompts) < LEAST:
+            raise CalibrationError(
+                f"{path} has fewer than {LEAST} {what} prompts (label {label}), and a probe needs both classes. Add "
+                "some, or give further data with another --calibration."
+            )
+    return prompts
+
+
+def read_jsonl(path: Path, what: str = "calibration file", flag: str = "--calibration") -> list[Prompt]:
     """Read `{"image": path or null, "prompt": str, "label": 0|1}` lines; paths are relative to the file.
 
-    An optional "group" keeps lines together in cross-validation, an optional "category" is reported.
-    Raises CalibrationError, which names the line.
+    An optional "group" keeps lines together in cross-validation, "category" and "attack" are reported, "id" names
+    the line, and "question" is what is asked where the prompt only accompanies a picture. `what` the file is, and
+    by which `flag` it was given, stand in errors. Raises CalibrationError, which names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise CalibrationError(f"there is no calibration file {path}. Check --calibration.") from None
+        raise CalibrationError(f"there is no {what} {path}. Check {flag}.") from None
+    except IsADirectoryError:
+        raise CalibrationError(
+            f"the {what} {path} cannot be read: it is a directory. Name the data set in it, as {flag} name:{path}."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"the calibration file {path} cannot be read ({error}).") from None
+        raise CalibrationError(f"the {what} {path} cannot be read ({error}).") from None
     prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for label, what in ((1, "harmful"), (0, "harmless")):
-        if sum(prompt.label == label for prompt in prompts) < 5:
-            raise CalibrationError(
-                f"{path} has fewer than 5 {what} prompts (label {label}), and a probe needs both classes. Add some."
-            )
+    names: set[str] = set()
+    for prompt in prompts:
+        if prompt.name in names:
+            raise CalibrationError(f'{path} has the "id" {prompt.name!r} twice. Give each line its own, or none.')
+        names.add(prompt.name)
     return prompts
 
 
@@ -108,19 +138,32 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
     label = record.get("label")
     if label not in (0, 1) or isinstance(label, float):
         raise CalibrationError(f"{where} has the label {label!r}; it must be 0 (harmless) or 1 (harmful).")
-    picture = record.get("image")
+    question = record.get("question") or ""
+    if not isinstance(question, str):
+        raise CalibrationError(f'{where} has a "question" that is no text.')
+    picture, file = record.get("image"), None
     if picture is None:
         if not record["prompt"].strip():
             raise CalibrationError(f"{where} has an empty prompt and no image.")
         load = None
     elif isinstance(picture, str):
-        load = _picture(path.parent / picture, where)
+        file = path.parent / picture
+        load = _picture(file, where)
     else:
         raise CalibrationError(f'{where} has an "image" that is neither a path nor null.')
-    group = record.get("group", f"line {number}")
-    channel = "text" if load is None else "picture"
-    category = str(record.get("category", "none"))
-    return Prompt(f"line {number}", record["prompt"], int(label), str(group), channel, category, load)
+    return Prompt(
+        name=f"line {number}" if record.get("id") is None else str(record["id"]),
+        prompt=record["prompt"],
+        label=int(label),
+        group=str(record.get("group", f"line {number}")),
+        channel="text" if load is None else "picture",
+        category=str(record.get("category", "none")),
+        image=load,
+        attack=str(record.get("attack", "none")),
+        source="jsonl",
+        question=question,
+        picture=file,
+    )
 
 
 def _picture(path: Path, where: str) -> Callable[[], Any]:
