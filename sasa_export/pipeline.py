@@ -10,7 +10,7 @@ from sasa_export.calibrate import Calibration
 from sasa_export.calibrate.given import check_probe, read_probe
 from sasa_export.calibrate.probe import Probe
 from sasa_export.emit.card import write_card
-from sasa_export.emit.config import generation_prompt_ids, refusal_ids, sasa_settings
+from sasa_export.emit.config import generation_prompt_ids, refusal_ids, sasa_settings, turn_token_ids
 from sasa_export.emit.directory import Patch, write_directory
 from sasa_export.emit.manifest import write_manifest
 from sasa_export.emit.onnx.directory import check_possible, finish, needed_bytes, write_onnx_directory
@@ -67,6 +67,7 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
     processor = load_processor(source)
     measured = measure(source, processor, graph, settings, given, options, report)
     probe = measured.probe
+    opening = generation_prompt_ids(processor)
     sasa = sasa_settings(
         full,
         safety_layer=safety,
@@ -76,7 +77,8 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
         threshold=probe.threshold,
         refusal=options.refusal,
         refusal_token_ids=refusal_ids(processor, source.directory, options.refusal),
-        generation_prompt_ids=generation_prompt_ids(processor),
+        generation_prompt_ids=opening,
+        turn_token_ids=turn_token_ids(processor, source.directory, opening),
     )
     report.step("rewrite", f"second lane from block {safety + 1}, threshold {probe.threshold:.4f}")
 

@@ -1,7 +1,6 @@
 """Every way to generate: allowed rows say what the stock model says in that way, refused rows are harmless."""
 
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -401,54 +400,7 @@ def refused_alone(guarded: Guard, text: str) -> dict[str, Any]:
     return dict(tiny.encode(guarded.processor, [[{"role": "user", "content": [{"type": "text", "text": text}]}]]))
 
 
-def harmless_or_raises(guarded: Guard, call: Callable[[], Tensor]) -> None:
-    """An unsupported way raises; if it does not, the refused row must still say nothing but the refusal."""
-    try:
-        found = call()
-    except (NotImplementedError, ValueError):
-        return
-    assert_refused(guarded, found, torch.ones(found.shape[0], dtype=torch.bool), exactly=False)
-    pytest.fail("this way is not supported, and nothing says so")
-
-
 REPEATED = "please tell me how please tell me how please tell me how please tell me"
-
-
-@every_family
-@pytest.mark.parametrize("last", [1, 2, 5])
-def test_chunked_prefill_raises(guard: Guards, family: str, last: int) -> None:
-    """A prompt that is fed in pieces would be judged on its first piece: also where the last is one token."""
-    guarded = guard(family)
-    inputs = refused_alone(guarded, REPEATED)
-    tokens = inputs["input_ids"].shape[1]
-    with guarded.at(1e-6):
-        harmless_or_raises(guarded, lambda: answers(guarded.model, inputs, prefill_chunk_size=tokens - last))
-
-
-@every_family
-@pytest.mark.parametrize("tokens", [1, 2, 16])
-def test_prompt_lookup_raises(guard: Guards, family: str, tokens: int) -> None:
-    """Guessed tokens behind the prompt would hide where it ends, and the first pass already answers."""
-    guarded = guard(family)
-    inputs = refused_alone(guarded, REPEATED)
-    options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": tokens}
-    with guarded.at(1e-6):
-        harmless_or_raises(guarded, lambda: answers(guarded.model, inputs, **options))
-
-
-@every_family
-@pytest.mark.parametrize(("count", "tokens"), [(1, 1), (1, 16), (3, 2), (3, 16)])
-def test_assisted_decoding_raises(guard: Guards, family: str, count: int, tokens: int) -> None:
-    """A helper's guesses would be taken for the prompt, even one at a time."""
-    guarded = guard(family)
-    inputs = refused_alone(guarded, REPEATED)
-    helper = copy.deepcopy(guarded.stock)
-    helper.generation_config.num_assistant_tokens = count
-    helper.generation_config.num_assistant_tokens_schedule = "constant"
-    helper.generation_config.assistant_confidence_threshold = 0.0
-    options = {"assistant_model": helper, "max_new_tokens": tokens}
-    with guarded.at(1e-6):
-        harmless_or_raises(guarded, lambda: answers(guarded.model, inputs, **options))
 
 
 @pytest.mark.xdist_group("llava")
@@ -466,25 +418,6 @@ def test_continuous_batching_raises(guard: Guards) -> None:
         twin.generate_batch(inputs=[ids, ids[:-4]], generation_config=settings)
     with pytest.raises((NotImplementedError, ValueError), match="judge"):
         twin.generate(**inputs, max_new_tokens=4, cache_implementation="paged")
-
-
-@every_family
-@torch.no_grad()
-def test_a_new_turn_on_a_kept_cache_raises(guard: Guards, family: str) -> None:
-    """What follows an answer is a prompt again, and on a kept cache it would not be judged."""
-    guarded = guard(family)
-    first = refused_alone(guarded, "please describe the river")
-    with guarded.at(0.999):
-        kept = guarded.model.generate(**first, max_new_tokens=4, return_dict_in_generate=True)
-        more = guarded.processor.tokenizer(REPEATED, return_tensors="pt", add_special_tokens=False)
-        ids = torch.cat([kept.sequences, more["input_ids"]], dim=1)  # (1, tokens)
-        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with pytest.raises((NotImplementedError, ValueError), match="judged"):
-            guarded.model.generate(**turn, past_key_values=kept.past_key_values, max_new_tokens=4)
-    with guarded.at(1e-6):
-        # From the start, without the cache, it is judged.
-        refused = torch.ones(1, dtype=torch.bool)
-        assert_refused(guarded, answers(guarded.model, turn), refused)
 
 
 @every_family
@@ -513,14 +446,3 @@ def test_compiled_forward(guard: Guards) -> None:
             found = compiled(**inputs)
             torch.testing.assert_close(found.unsafe_probability, guarded.expected(inputs), rtol=0.0, atol=1e-5)
             assert (found.logits[refused, -1].argmax(dim=-1) == guarded.refusal[0]).all()
-
-
-def test_a_turn_behind_an_answer_is_judged_without_a_cache(guard: Guards) -> None:
-    """A prompt that ends in a user's turn must not be judged by the answer before it."""
-    module = sys.modules[type(guard("llava").model).__module__]
-    ids = torch.tensor([[5, 7, 8, 1, 2, 9, 4, 4], [5, 5, 5, 5, 5, 7, 8, 3], [5, 7, 8, 1, 7, 3, 3, 3]])
-    last = torch.tensor([7, 7, 7])
-    judged, spelled = module.read_progress(ids, last, (11, 12, 2), (7, 8))
-    # An end of turn (2) behind the generation prompt (7, 8); an answer of one token; a turn begun with 7.
-    assert judged.tolist() == [7, 6, 7]
-    assert spelled.tolist() == [0, 0, 0]

@@ -8,13 +8,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx_runner import Runner, batch, image_token, positions
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from sasa_export.emit.onnx import export
 from sasa_export.errors import EmitError
 
 SINGLE_OPERATORS = {"Attention": 1, "RMSNormalization": 2, "RotaryEmbedding": 2}  # in each block
 BLOCKS, LANE = 6, 3  # of the tiny models; the lane is blocks 3, 4 and 5
+LEDGER = 2  # cache layers behind those of the blocks
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,8 @@ def test_weights_are_stored_once(decoder: ir.Model, lane: Any, split: Any) -> No
     parts = (model.model.language_model.layers, model.model.language_model.norm, model.lm_head, model.sasa)
     weights = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
     stored = sum(value.const_value.nbytes for value in decoder.graph.initializers.values() if value.const_value)
-    assert weights <= stored < weights + 4096
+    known = model.config.text_config.hidden_size * 4 * 32  # embeddings of at most 32 tokens that the gate knows
+    assert weights <= stored < weights + known + 4096
 
 
 def test_single_operators(decoder: ir.Model, lane: ir.Graph) -> None:
@@ -76,19 +80,19 @@ def test_single_operators(decoder: ir.Model, lane: ir.Graph) -> None:
 def test_nodes_are_named_by_module(decoder: ir.Model, lane: ir.Graph) -> None:
     main = {str(node.name) for node in decoder.graph}
     second = {str(node.name) for node in lane}
-    assert len(main | second) == len(list(decoder.graph.all_nodes())) - 2  # the other branch has two nodes
+    assert len(main | second) == len(list(decoder.graph.all_nodes())) - 4  # the other branch has four nodes
     assert "/decoder/layers.4/self_attn/q_proj/MatMul" in main
     assert "/decoder/lm_head/MatMul" in main
     assert "/sasa/lane/layers.4/self_attn/q_proj/MatMul" in second
     assert {"/sasa/lane/norm/RMSNormalization", "/sasa/probe/Sigmoid"} <= second
-    assert any(name.startswith("/sasa/projection/") for name in second)
+    assert any(name.startswith("/sasa/projection/") for name in main)
     assert not any("/layers.2/" in name for name in second)
 
 
 def test_standard_names_and_no_trace_of_the_machine(directory: Path, decoder: ir.Model) -> None:
     inputs: dict[str, Any] = {str(value.name): value.shape for value in decoder.graph.inputs}
     assert list(inputs)[:3] == ["inputs_embeds", "attention_mask", "position_ids"]
-    assert len(inputs) == 3 + 2 * (BLOCKS + 1)
+    assert len(inputs) == 3 + 2 * (BLOCKS + LEDGER)
     assert str(inputs["past_key_values.6.key"][0]) == "batch_size"
     assert [value.name for value in decoder.graph.outputs][-1] == "unsafe_probability"
     for path in (directory / "onnx").glob("*.onnx"):
@@ -97,34 +101,35 @@ def test_standard_names_and_no_trace_of_the_machine(directory: Path, decoder: ir
             assert trace not in content
 
 
-def test_several_tokens_on_a_past_are_refused(split: Any, directory: Path) -> None:
+def test_several_tokens_on_a_past_are_judged(split: Any, directory: Path) -> None:
+    """Behind a turn's end, tokens on a past are a prompt again: judged on the whole context, as torch judges it."""
     guard = split("llava")
-    runner, _, following = started(guard, directory)
-    allowed = runner.cache["past_key_values.6.key"][:, 0, -1, 0] == 0
-    assert 0 < allowed.sum() < len(allowed)
-    ids = np.full((len(allowed), 2), 7)
-    mask = np.concatenate([runner.mask, np.ones((len(ids), 2), runner.mask.dtype)], axis=1)
-    runner.call(runner.embed(ids), mask, np.concatenate([following, following + 1], axis=1))
-    said = runner.logits.argmax(-1)  # (batch,)
-    assert set(said[allowed]) == {guard.refusal[0]}, "an allowed row that is fed more must be refused"
-    assert set(said[~allowed]) == {guard.refusal[1]}
-    runner.step(said, following + 2)
-    assert set(runner.logits.argmax(-1)[allowed]) == {guard.refusal[1]}, "and stay so"
+    runner, inputs, following = started(guard, directory)
+    more = np.tile([guard.refusal[-1], 7, 8, 9], (len(following), 1))  # (batch, 4), an end of sequence first
+    mask = np.concatenate([runner.mask, np.ones_like(more)], axis=1)
+    runner.call(runner.embed(more), mask, following + np.arange(4))
+    whole = {"input_ids": torch.cat([inputs["input_ids"], torch.tensor(more)], 1), "attention_mask": torch.tensor(mask)}
+    expected = guard.expected({**inputs, **whole}).numpy()  # (batch,)
+    assert runner.probability is not None
+    np.testing.assert_allclose(runner.probability, expected, atol=1e-4)
+    refused = expected >= guard.model.config.sasa["threshold"]
+    assert ((runner.logits.argmax(-1) == guard.refusal[0]) == refused).all()
 
 
-@pytest.mark.parametrize("missing", ["verdict", "past"])
-def test_a_past_without_its_verdict_is_refused(missing: str, split: Any, directory: Path) -> None:
+@pytest.mark.parametrize("missing", ["ledger", "past"])
+def test_a_past_without_its_ledger_is_refused_or_fails(missing: str, split: Any, directory: Path) -> None:
     guard = split("llava")
     runner, _, following = started(guard, directory)
     for name, value in runner.cache.items():
-        if name.startswith("past_key_values.6.") == (missing == "verdict"):
+        if (int(name.split(".")[1]) >= BLOCKS) == (missing == "ledger"):
             runner.cache[name] = value[:, :, :0]
     mask = np.ones((len(following), 1), np.int64)
     past = runner.cache["past_key_values.0.key"].shape[2]
-    runner.call(
-        runner.embed(np.full((len(following), 1), 7)), np.concatenate([np.ones((len(mask), past), np.int64), mask], 1),
-        following,
-    )  # fmt: skip
+    fed = runner.embed(np.full((len(following), 1), 7))  # (batch, 1, hidden)
+    try:
+        runner.call(fed, np.concatenate([np.ones((len(mask), past), np.int64), mask], 1), following)
+    except Fail:
+        return
     assert set(runner.logits.argmax(-1)) <= set(guard.refusal[:2])
 
 

@@ -45,7 +45,7 @@ def follow(guard: Any, runner: Runner, inputs: Any, steps: int) -> tuple[list[in
         assert np.isnan(runner.probability).all(), "a step of an answer was judged"
         differences.append(float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()))
         following = following + 1
-    state = runner.cache[f"past_key_values.{len(cache.layers) - 1}.key"][:, 0, -1, 0]  # (batch,)
+    state = runner.cache[f"past_key_values.{tiny.LAYERS}.key"][:, 0, -1, 0]  # (batch,)
     return state.tolist(), differences
 
 

@@ -168,7 +168,7 @@ def test_refused_text_spells_the_whole_refusal(guard: Guards, family: str) -> No
 @both_sides
 @torch.no_grad()
 def test_cache_holds_the_main_lane(guard: Guards, family: str, padding_side: str) -> None:
-    """After the prompt and after a token, the cache is the stock model's, with one layer more."""
+    """After the prompt and after a token, the cache is the stock model's, with the ledger behind it."""
     guarded = guard(family)
     inputs = batch(guarded, padding_side=padding_side)
     tokens = inputs["input_ids"].shape[1]
@@ -195,14 +195,15 @@ def test_cache_holds_the_main_lane(guard: Guards, family: str, padding_side: str
 
 
 def same_layers(found: Any, expected: Any) -> None:
-    """Assert that `found` has the layers of `expected`, to the bit, and one more of the same shape."""
+    """Assert that `found` has the layers of `expected`, to the bit, and more of the same shape behind them."""
     assert len(expected.layers) == tiny.LAYERS
-    assert len(found.layers) == tiny.LAYERS + 1
+    assert len(found.layers) > tiny.LAYERS
     for own, stock in zip(found.layers, expected.layers, strict=False):
         assert torch.equal(own.keys, stock.keys)
         assert torch.equal(own.values, stock.values)
-    extra, full = found.layers[-1], max(expected.layers, key=lambda layer: layer.keys.shape[2])
-    assert extra.keys.shape[:2] == full.keys.shape[:2] and extra.keys.shape[3] == full.keys.shape[3]
+    full = max(expected.layers, key=lambda layer: layer.keys.shape[2])
+    for extra in found.layers[tiny.LAYERS :]:
+        assert extra.keys.shape[:2] == full.keys.shape[:2] and extra.keys.shape[3] == full.keys.shape[3]
 
 
 @every_family

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from sasa_export.verify.check import Check
 
 LIMITS = """\
-- The prompt is judged in one call, whole: `prefill_chunk_size`, assisted decoding, prompt lookup and a new turn on
-  a kept cache raise an error. A conversation that is fed as a whole is judged as a whole.
+- However a prompt is fed, its verdict is the same: whole, in pieces, over turns on a kept cache, after a rewind, as
+  ids or as embeddings. It ends where the chat template's generation prompt is complete, and every new turn is judged
+  on the whole conversation. Text without that generation prompt is judged by `generate` where its input ends, and
+  otherwise at each call that brings several tokens: there a last piece of one single token counts as an answer's.
+- As the assistant in assisted decoding it raises an error, since it would not guard the main model; as the main model
+  it guards. `assistant_early_exit` and continuous (paged) batching raise an error too.
 - The verdict is given before the first token. What the answer turns into afterwards is not judged.
 - Loaders that take the weights and run a model of their own (GGUF, vLLM's own model classes) drop the gate.
 - A probe knows what its calibration set shows it. Other languages, other attacks and other kinds of pictures are

@@ -25,12 +25,13 @@ def sasa_settings(
     refusal: str,
     refusal_token_ids: list[int],
     generation_prompt_ids: list[int],
+    turn_token_ids: list[int],
 ) -> dict[str, Any]:
     """What config.json holds under `sasa`; the modeling file executes it."""
-    from sasa_export.runtime.modeling_sasa import FORMAT
+    from sasa_export.runtime.modeling_sasa import FORMAT, fingerprint
 
     nodes = [{key: value for key, value in node.to_json().items() if key != "arguments"} for node in graph]
-    return {
+    settings = {
         "format": FORMAT,
         "safety_layer": safety_layer,
         "semantic_layer": semantic_layer,
@@ -41,8 +42,10 @@ def sasa_settings(
         "refusal": refusal,
         "refusal_token_ids": refusal_token_ids,
         "generation_prompt_ids": generation_prompt_ids,
+        "turn_token_ids": turn_token_ids,
         "graph": nodes,
     }
+    return {**settings, "sha256": fingerprint(settings)}
 
 
 def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type], directory: Path) -> None:
@@ -89,6 +92,18 @@ def generation_prompt_ids(processor: Any) -> list[int]:
     while shared < min(len(whole), len(alone)) and whole[-1 - shared] == alone[-1 - shared]:
         shared += 1
     return [int(token) for token in alone[len(alone) - shared :]]
+
+
+def turn_token_ids(processor: Any, directory: Path, opening: list[int]) -> list[int]:
+    """The tokens that end an answer: those that end generation, and a special one that opens any turn.
+
+    Args:
+        opening: the generation prompt. Its first token may be a plain word, which an answer may hold.
+    """
+    tokenizer = processor.tokenizer
+    found = {int(token) for token in _end_tokens(directory) or [tokenizer.eos_token_id]}
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(found | (special & set(opening[:1])))
 
 
 def _end_tokens(directory: Path) -> list[int]:

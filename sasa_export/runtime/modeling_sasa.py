@@ -4,7 +4,7 @@ The model judges every prompt before it says a word. The idea, with h_s and h_f 
 block s and the semantic block f over the prompt:
 
     project(h_s, h_f)      = <h_s, h_f> / max(|h_f|^2, epsilon) * h_f      # (batch, tokens, hidden), float32
-    second lane(p)         = norm(block_{L-1}(... block_{s+1}(p)))[last]   # (batch, hidden), the same weights
+    second lane(p)         = norm(block_{L-1}(... block_{s+1}(p)))[judged] # (batch, hidden), the same weights
     unsafe_probability(x)  = sigmoid(w . x + b)                            # (batch,)
     gate(logits, verdict)  = logits, or the next token of the refusal      # (batch, kept, vocabulary)
 
@@ -15,6 +15,7 @@ last lines name the classes of the family that this directory holds.
 import contextlib
 import contextvars
 import functools
+import hashlib
 import inspect
 import json
 import sys
@@ -33,11 +34,10 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-FORMAT = 1  # of config.sasa; a directory of another format is refused
+FORMAT = 2  # of config.sasa; a directory of another format is refused
 SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
 LANE = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")  # what SASA adds
-NOT_JUDGED = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model")
-NOT_WHOLE = "a prompt is judged whole and on its own, which this way of running prevents. Run without it."
+PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
 # Logits of a refused row. The order is what counts: where a generation option forbids the wanted token, another
@@ -86,25 +86,249 @@ def gate(logits: torch.Tensor, wanted: torch.Tensor, refused: torch.Tensor, refu
     return torch.where(refused.unsqueeze(-1), forced, logits)
 
 
-# How far the refusal has been spelled rides in the KV cache, as one more layer with a row per token: 0 is an
-# allowed prompt, k + 1 that token k of the refusal comes next. So beams, batches and resets carry it.
+# -------------------------------------------------------------------------------- what the cache keeps of a token
+#
+# A verdict must not depend on how a prompt is fed, so the gate keeps a ledger: for each token a few small
+# integers and its projected state, packed into extra layers of the KV cache, after the model's own. Beams, batches,
+# crops and resets carry it as they carry keys and values, and the second lane can run over the whole context at any
+# call. All integers stay below 256, which every float type holds exactly.
+
+STATE, SYMBOL, REAL, PICTURE, POSITION = range(5)  # columns; STATE is 0, or k + 1 where token k of the refusal is due
+DIGITS, BASE = 3, 128  # of a position, one column each
 
 
-def next_state(state: torch.Tensor, refusal_length: int) -> torch.Tensor:
-    """The state (batch,) one token later."""
-    return torch.where(state > 0, (state + 1).clamp(max=refusal_length), 0)
+@dataclass(frozen=True)
+class Ledger:
+    """The shape of the ledger for one decoder."""
+
+    first: int  # index of the first extra cache layer
+    heads: int
+    size: int  # of a head
+    hidden: int
+    axes: int  # of a position: three in families with M-RoPE
+
+    @classmethod
+    def of(cls, text: Any) -> "Ledger":
+        """The ledger of a text configuration."""
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        axes = 3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1
+        return cls(text.num_hidden_layers, text.num_key_value_heads, size, text.hidden_size, axes)
+
+    @property
+    def columns(self) -> int:
+        return POSITION + self.axes * DIGITS
+
+    @property
+    def layers(self) -> int:
+        """How many cache layers hold it."""
+        return -(-(self.columns + self.hidden) // (2 * self.heads * self.size))
+
+    def pack(self, columns: torch.Tensor, projection: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Columns (batch, tokens, columns) and projection (batch, tokens, hidden) as keys, values, keys, values ...
+
+        Each is (batch, heads, tokens, size), like those of every other layer.
+        """
+        flat = torch.cat([columns.to(dtype), projection.to(dtype)], dim=-1)  # (batch, tokens, columns + hidden)
+        room = 2 * self.layers * self.heads * self.size
+        flat = nn.functional.pad(flat, (0, room - flat.shape[-1]))  # (batch, tokens, room)
+        flat = flat.unflatten(-1, (2 * self.layers, self.heads, self.size))
+        return list(flat.permute(2, 0, 3, 1, 4).unbind(0))
+
+    def unpack(self, tensors: list[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        """The places start..stop-1 of every token's row: (batch, tokens, stop - start)."""
+        width = self.heads * self.size
+        parts = []
+        for index in range(start // width, -(-stop // width)):
+            low, high = max(start - index * width, 0), min(stop - index * width, width)
+            heads = tensors[index][:, low // self.size : -(-high // self.size)]  # (batch, heads, tokens, size)
+            rows = heads.transpose(1, 2).flatten(2)  # (batch, tokens, heads * size)
+            skipped = low // self.size * self.size
+            parts.append(rows[..., low - skipped : high - skipped])
+        return torch.cat(parts, dim=-1)
+
+    def unpack_columns(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """(batch, tokens, columns), int64."""
+        return self.unpack(tensors, 0, self.columns).round().long()
+
+    def unpack_projection(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """(batch, tokens, hidden)."""
+        return self.unpack(tensors, self.columns, self.columns + self.hidden)
+
+    def digits(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions (axes, batch, tokens) as columns (batch, tokens, axes * digits)."""
+        steps = torch.tensor([BASE**power for power in range(DIGITS)], device=positions.device)  # (digits,)
+        found = torch.fmod(torch.div(positions[..., None], steps, rounding_mode="trunc"), BASE)
+        return found.permute(1, 2, 0, 3).flatten(2)
+
+    def positions(self, columns: torch.Tensor) -> torch.Tensor:
+        """The positions that all columns (batch, tokens, columns) hold: (batch, tokens), or (axes, batch, tokens)."""
+        digits = columns[..., POSITION:].unflatten(-1, (self.axes, DIGITS))  # (batch, tokens, axes, digits)
+        found = sum(digits[..., power] * BASE**power for power in range(DIGITS)).permute(2, 0, 1)
+        return found[0] if self.axes == 1 else found
 
 
-def state_rows(state: torch.Tensor, tokens: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """The state (batch,) as keys of the extra layer: (batch, heads, tokens, size), like every other layer's."""
-    row = state.to(dtype)[:, None, None, None].expand(-1, 1, tokens, 1)
-    return nn.functional.pad(row, (0, size - 1, 0, 0, 0, heads - 1))
+# ---------------------------------------------------------------------------------------- where a prompt ends
+#
+# A prompt ends where the chat template's generation prompt is complete, however it came in; what follows is the
+# answer, until another turn begins. Text without one is a prompt to the end of each call that brings several tokens.
 
 
-def cache_shape(text: Any) -> tuple[int, int, int]:
-    """The number of blocks, key-value heads per block and the head size of a text configuration."""
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers, text.num_key_value_heads, size
+@dataclass(frozen=True)
+class Words:
+    """The tokens that the gate knows, as symbols: token `table[i]` is i + 1, any other is 0."""
+
+    table: tuple[int, ...]
+    generation_prompt: tuple[int, ...]
+    turns: tuple[int, ...]  # a token of these ends an answer
+    refusal: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sasa: dict[str, Any]) -> "Words":
+        """The words of config.sasa."""
+        lists = [sasa["generation_prompt_ids"], sasa["turn_token_ids"], sasa["refusal_token_ids"]]
+        table = sorted(set().union(*lists))
+        symbol = {token: index + 1 for index, token in enumerate(table)}
+        return cls(tuple(table), *(tuple(symbol[token] for token in tokens) for tokens in lists))
+
+    def in_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """The symbols of token ids (batch, tokens)."""
+        table = torch.tensor(self.table, device=ids.device)  # (symbols,)
+        order = torch.arange(1, len(self.table) + 1, device=ids.device)  # (symbols,)
+        return ((ids[..., None] == table) * order).sum(-1)
+
+    def in_embeddings(self, embeddings: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """The symbols of embeddings (batch, tokens, hidden), by the embeddings of the table (symbols, hidden)."""
+        found, known = embeddings.float(), known.float()
+        square = (known * known).sum(-1)  # (symbols,)
+        apart = (found * found).sum(-1, keepdim=True) - 2 * found @ known.T + square  # (batch, tokens, symbols)
+        nearest = apart.argmin(-1)  # (batch, tokens)
+        near = apart.amin(-1) <= 1e-3 * square[nearest]
+        return torch.where(near, nearest + 1, 0)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one call brings, row by row."""
+
+    judged: torch.Tensor  # (batch,), the position in the context whose state the probe reads
+    due: torch.Tensor  # (batch,), bool: a verdict is due in this call
+    refused_states: torch.Tensor  # (batch, tokens), STATE of the fed tokens where the verdict is to refuse
+    other_states: torch.Tensor  # (batch, tokens), STATE of the fed tokens where no verdict is due
+
+    def states(self, refused: torch.Tensor) -> torch.Tensor:
+        """STATE of the fed tokens, (batch, tokens), when `refused` (batch,) are the verdicts."""
+        judged = self.refused_states * refused[:, None]
+        return torch.where(self.due[:, None], judged, self.other_states)
+
+
+def read_turn(
+    symbols: torch.Tensor,
+    real: torch.Tensor,
+    past: Any,
+    several: Any,
+    before: torch.Tensor,
+    words: Words,
+    prompt_end: int | None = None,
+) -> Turn:
+    """Find where the prompt of each row ends, and whether this call completes it.
+
+    Args:
+        symbols: (batch, context), of the whole context; real: the same shape, False at padding.
+        past: the number of tokens that the cache held before this call.
+        several: is this the first call, or one of several tokens? A bool, or () bool.
+        before: (batch,), STATE before this call.
+        prompt_end: where the prompt ends for whoever knows it, as `generate` does; no verdict is due behind it.
+    """
+    index = torch.arange(symbols.shape[1], device=symbols.device)  # (context,)
+    rank = real.long().cumsum(-1)  # (batch, context), real tokens so far
+    prompt = real if prompt_end is None else real & (index < prompt_end)
+    if prompt_end is not None:
+        several = symbols.shape[1] >= prompt_end
+    last = _last(prompt, index)  # (batch,)
+    opened = _last(_ends_of(words.generation_prompt, symbols, real, rank) & prompt, index, -1)  # (batch,)
+    turned = (symbols[..., None] == torch.tensor(words.turns, device=symbols.device)).any(-1)  # (batch, context)
+    answering = (opened >= 0) & ~(turned & prompt & (index > opened[:, None])).any(-1)  # (batch,)
+    judged = torch.where(answering, opened, last)  # (batch,)
+    brings = (prompt & (index >= past)).any(-1)  # (batch,)
+    due = brings & (judged >= past) & (answering | several)
+
+    new = index[past:]  # (tokens,)
+    follows = before[:, None] + (rank[:, past:] - rank[:, past:][:, :1] + real[:, past:].long()[:, :1])
+    other_states = torch.where(before[:, None] > 0, follows.clamp_max(len(words.refusal)), 0)  # (batch, tokens)
+
+    behind = rank[:, past:] - rank.gather(1, judged[:, None])  # (batch, tokens), real tokens behind the judged one
+    refusal = torch.tensor(words.refusal, device=symbols.device)
+    wanted = refusal[(behind - 1).clamp(0, len(words.refusal) - 1)]  # (batch, tokens)
+    strays = (behind > 0) & real[:, past:] & (symbols[:, past:] != wanted)  # (batch, tokens)
+    along = strays.long().cumsum(-1) == 0  # (batch, tokens): nothing but the refusal stands behind the prompt
+    spelled = torch.where(along, behind.clamp_min(0), 0)  # (batch, tokens)
+    end = _last(real, index)  # (batch,)
+    restarted = _spelled_at_the_end(words.refusal, symbols, real, rank, judged)  # (batch,)
+    spelled = torch.where(new >= end[:, None], restarted[:, None], spelled)
+    states = (spelled + 1).clamp_max(len(words.refusal)) * (new >= judged[:, None])  # (batch, tokens)
+    return Turn(judged, due, states, other_states)
+
+
+def _last(flags: torch.Tensor, index: torch.Tensor, otherwise: int = 0) -> torch.Tensor:
+    """The last position (batch,) at which flags (batch, context) hold, or `otherwise`."""
+    return torch.where(flags, index, otherwise).amax(-1)
+
+
+def _compact(symbols: torch.Tensor, real: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """The symbols of the real tokens alone, (batch, 1 + context), the first of them at 1; 0 elsewhere."""
+    room = torch.zeros_like(nn.functional.pad(symbols, (1, 0)))  # (batch, 1 + context)
+    return room.scatter(1, rank * real, symbols * real)
+
+
+def _ends_of(pattern: tuple[int, ...], symbols: torch.Tensor, real: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """(batch, context), bool: does the pattern end at this token? Padding within it does not matter."""
+    if not pattern:
+        return torch.zeros_like(real)
+    compact = nn.functional.pad(_compact(symbols, real, rank), (len(pattern) - 1, 0))
+    wanted = torch.tensor(pattern, device=symbols.device)  # (pattern,)
+    places = rank[..., None] + torch.arange(len(pattern), device=symbols.device)  # (batch, context, pattern)
+    window = compact.gather(1, places.flatten(1)).unflatten(1, (-1, len(pattern)))  # (batch, context, pattern)
+    return (window == wanted).all(-1) & real
+
+
+def _spelled_at_the_end(
+    refusal: tuple[int, ...], symbols: torch.Tensor, real: torch.Tensor, rank: torch.Tensor, judged: torch.Tensor
+) -> torch.Tensor:
+    """How many tokens of the refusal the context ends in, (batch,), counting none up to the judged position."""
+    longest = len(refusal) - 1
+    if not longest:
+        return torch.zeros_like(judged)
+    compact = nn.functional.pad(_compact(symbols, real, rank), (longest, 0))  # (batch, longest + 1 + context)
+    count = rank[:, -1]  # (batch,)
+    offsets = torch.arange(longest, device=symbols.device) + 1  # (longest,)
+    tail = compact.gather(1, count[:, None] + offsets)  # (batch, longest), the last tokens
+    grid = offsets - 1 - (longest - offsets[:, None])  # (longest, longest): place in the refusal, if i + 1 are spelled
+    wanted = torch.tensor(refusal, device=symbols.device)[grid.clamp_min(0)]
+    match = ((tail[:, None, :] == wanted) | (grid < 0)).all(-1)  # (batch, longest)
+    match = match & (offsets <= (count - rank.gather(1, judged[:, None])[:, 0])[:, None])
+    return (match * offsets).amax(-1)
+
+
+def real_tokens(attention_mask: Any, past: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """Which of the fed tokens are no padding: (batch, tokens), bool.
+
+    The mask is (batch, past + tokens), or (batch, 1, tokens, keys) as static caches get it, one a type of layer.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
+    if not isinstance(attention_mask, torch.Tensor):
+        return torch.ones((*like.shape[:1], tokens), dtype=torch.bool, device=like.device)
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -tokens:] != 0
+    # A real token is one that some token sees; masks are bool, or 0 where seen and very negative elsewhere.
+    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
+    return seen.any(-2)[:, 0, past : past + tokens].expand(like.shape[0], tokens)
+
+
+def last_real(attention_mask: Any, tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """The position of each row's last real token of a whole prompt, (batch,), under any padding."""
+    real = real_tokens(attention_mask, 0, tokens, like)  # (batch, tokens)
+    return _last(real, torch.arange(tokens, device=real.device))
 
 
 # ----------------------------------------------------------------------------------- watching the main lane
@@ -114,36 +338,71 @@ def cache_shape(text: Any) -> tuple[int, int, int]:
 class Recording:
     """What the main lane showed of its blocks during one forward pass."""
 
+    dry: bool = False  # blocks pass their input through: only what the decoder hands to them is wanted
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # module path -> (batch, tokens, hidden)
     arguments: dict[str, tuple[tuple, dict]] = field(default_factory=dict)  # module path -> args, kwargs
+    position_ids: torch.Tensor | None = None  # as the decoder got them
 
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
 
 
-def _see(path: str, keep_output: bool, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    recording = _recording.get()
-    if recording is None:  # the second lane runs the same blocks: nothing to see then
-        return
-    recording.arguments[path] = (args, kwargs)
-    if keep_output:
-        recording.outputs[path] = output[0] if isinstance(output, tuple) else output
+@functools.cache
+def _watched(cls: type) -> type:
+    """A module class whose instances show to the current Recording what they are called with and put out.
+
+    It keeps the class's name, by which device maps and parallel plans know it.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recording = _recording.get()
+        if recording is None:  # the second lane runs the same blocks: nothing to see then
+            return cls.__call__(self, *args, **kwargs)
+        path, role = self._sasa_watched
+        if role == "decoder":
+            recording.position_ids = kwargs.get("position_ids")
+            return cls.__call__(self, *args, **kwargs)
+        recording.arguments[path] = (args, kwargs)
+        if recording.dry:
+            return args[0] if args else kwargs["hidden_states"]
+        output = cls.__call__(self, *args, **kwargs)
+        if role == "tapped":
+            recording.outputs[path] = output[0] if isinstance(output, tuple) else output
+        return output
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[Any]:
-    """Hook the blocks that the graph taps or replays. Returns the handles that remove the hooks again."""
-    tapped = [node["module"] for node in graph if node["op"] == "tap"]
-    replayed = [node["module"] for node in graph if node["op"] == "lane_block"]
-    return [
-        model.get_submodule(path).register_forward_hook(functools.partial(_see, path, path in tapped), with_kwargs=True)
-        for path in dict.fromkeys(tapped + replayed)
-    ]
+@dataclass
+class _Watch:
+    """Undoes the watching of one module."""
+
+    module: nn.Module
+
+    def remove(self) -> None:
+        self.module.__class__ = type(self.module).__mro__[1]
+        del self.module._sasa_watched
+
+
+def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[_Watch]:
+    """Watch the decoder and its blocks. Returns what removes the watching again."""
+    tapped = {node["module"] for node in graph if node["op"] == "tap"}
+    blocks = [node["module"] for node in graph if node["op"] == "block"]
+    roles = {path: "tapped" if path in tapped else "block" for path in blocks}
+    roles[blocks[0].rsplit(".", 2)[0]] = "decoder"
+    watches = []
+    for path, role in roles.items():
+        module = model.get_submodule(path)
+        module._sasa_watched = (path, role)  # type: ignore[assignment]
+        module.__class__ = _watched(type(module))
+        watches.append(_Watch(module))
+    return watches
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Recording]:
-    """Within this context, watched blocks leave their outputs and arguments in the Recording."""
-    seen = Recording()
+def recording(*, dry: bool = False) -> Iterator[Recording]:
+    """Within this context, watched modules leave their outputs and arguments in the Recording."""
+    seen = Recording(dry)
     token = _recording.set(seen)
     try:
         yield seen
@@ -179,29 +438,37 @@ def _replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict]) ->
     return output[0] if isinstance(output, tuple) else output  # (batch, tokens, hidden)
 
 
-def run_graph(
-    model: nn.Module, graph: list[dict[str, Any]], seen: Recording, judged: torch.Tensor
+def project_taps(graph: list[dict[str, Any]], seen: Recording) -> torch.Tensor:
+    """The projection of the tokens that the main lane just ran on: (batch, tokens, hidden)."""
+    outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
+    node = next(node for node in graph if node["op"] == "projection")
+    safety, semantic = (outputs[name] for name in node["inputs"])
+    return project(safety.to(semantic.device), semantic, node["epsilon"])
+
+
+def run_lane(
+    model: nn.Module,
+    graph: list[dict[str, Any]],
+    projection: torch.Tensor,
+    arguments: dict[str, tuple[tuple, dict]],
+    judged: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Execute the nodes that SASA adds to the main lane, except the gate.
+    """Execute the nodes of the second lane and the probe.
 
     Args:
-        graph: `config.sasa["graph"]`; nodes of other operations (the main lane's own) are passed over.
-        seen: the main lane's recording.
+        graph: `config.sasa["graph"]`; nodes of other operations are passed over.
+        projection: (batch, tokens, hidden), of the whole context.
+        arguments: what the decoder hands to each block over the whole context.
         judged: (batch,), the position whose state the probe reads.
 
     Returns the value of each node by its name.
     """
-    values: dict[str, torch.Tensor] = {}
+    values = {node["name"]: projection for node in graph if node["op"] == "projection"}
     for node in graph:
         operation, inputs = node["op"], node["inputs"]
-        if operation == "tap":
-            value = seen.outputs[node["module"]]  # (batch, tokens, hidden)
-        elif operation == "projection":
-            safety, semantic = (values[name] for name in inputs)
-            value = project(safety.to(semantic.device), semantic, node["epsilon"])
-        elif operation == "lane_block":
+        if operation == "lane_block":
             path = node["module"]
-            value = _replay(model.get_submodule(path), values[inputs[0]], seen.arguments[path])
+            value = _replay(model.get_submodule(path), values[inputs[0]], arguments[path])
         elif operation == "lane_norm":
             state = values[inputs[0]]  # (batch, tokens, hidden)
             rows = torch.arange(state.shape[0], device=state.device)
@@ -221,22 +488,37 @@ def run_graph(
     return values
 
 
-def last_real(attention_mask: Any, tokens: int, like: torch.Tensor) -> torch.Tensor:
-    """The position of each row's last real token of a prompt, (batch,), under left, right or no padding.
+def run_graph(
+    model: nn.Module, graph: list[dict[str, Any]], seen: Recording, judged: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Projection, second lane and probe over one whole prompt, right after the main lane ran on it.
 
-    The mask is (batch, tokens), or (batch, 1, tokens, keys) as static caches get it, one a type of layer.
+    Args:
+        seen: the main lane's recording; judged: (batch,), the position whose state the probe reads.
     """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
-    if not isinstance(attention_mask, torch.Tensor):
-        return torch.full((like.shape[0],), tokens - 1, device=like.device)
-    if attention_mask.dim() == 2:
-        real = attention_mask[:, -tokens:] != 0  # (batch, tokens)
-    else:  # a real token is one that some token sees; masks are bool, or 0 where seen and very negative elsewhere
-        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
-        real = seen.any(-2)[:, 0, :tokens].expand(like.shape[0], tokens)  # (batch, tokens)
-    order = torch.arange(1, tokens + 1, device=real.device)  # (tokens,)
-    return (real * order).amax(-1).sub(1).clamp_min(0)  # (batch,)
+    return run_lane(model, graph, project_taps(graph, seen), seen.arguments, judged)
+
+
+def context_arguments(
+    decoder: Any, projection: torch.Tensor, real: torch.Tensor, columns: torch.Tensor, ledger: Ledger
+) -> dict[str, tuple[tuple, dict]]:
+    """What the decoder hands to its blocks over a whole context, of which it was fed only the end.
+
+    Args:
+        decoder: the model under the head, a picture's place in its masks included.
+        projection: (batch, context, hidden); real: (batch, context); columns: (batch, context, columns).
+    """
+    arguments = {
+        "inputs_embeds": projection,
+        "attention_mask": real.long(),
+        "position_ids": ledger.positions(columns),
+        "use_cache": False,
+    }
+    if "token_type_ids" in inspect.signature(decoder.forward).parameters:
+        arguments["token_type_ids"] = columns[..., PICTURE]
+    with recording(dry=True) as seen:
+        decoder(**arguments)
+    return seen.arguments
 
 
 # ----------------------------------------------------------------------------------------------- the model
@@ -277,6 +559,8 @@ def check_settings(sasa: Any) -> dict[str, Any]:
         "epsilon",
         "threshold",
         "refusal_token_ids",
+        "generation_prompt_ids",
+        "turn_token_ids",
         "graph",
     )
     if not isinstance(sasa, dict) or any(name not in sasa for name in needed):
@@ -314,6 +598,13 @@ def _is_sasa(graph: list[dict[str, Any]], sasa: dict[str, Any]) -> bool:
     return follows and projects and reads[-1][-1:] == [names[-2]]
 
 
+def fingerprint(sasa: dict[str, Any]) -> str:
+    """SHA-256 over all settings but itself, so that an edited entry is seen when it is loaded."""
+    kept = {key: value for key, value in sasa.items() if key != "sha256"}
+    text = json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class GuardedConfig:
     """Mixed into a family's configuration: it opens the seal on which the stock configuration breaks.
 
@@ -325,19 +616,30 @@ class GuardedConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         config_dict = {key: _opened(value) for key, value in config_dict.items()}
         config_dict = {key: value for key, value in config_dict.items() if value != {}}
-        check_settings(config_dict.get("sasa"))
+        sasa = check_settings(config_dict.get("sasa"))
+        if sasa.get("sha256") != fingerprint(sasa):
+            raise ValueError(
+                "config.sasa was edited since it was written, so the gate may not be what was verified. "
+                "Export the model again with the settings that you want; --probe keeps its probe."
+            )
         return super().from_dict(config_dict, **kwargs)
 
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
-        text = super().to_json_string(*args, **kwargs)
-        return json.dumps(sealed(json.loads(text)), indent=2, sort_keys=True) + "\n"
+        written = json.loads(super().to_json_string(*args, **kwargs))
+        if isinstance(written.get("sasa"), dict):
+            written["sasa"]["sha256"] = fingerprint(written["sasa"])
+        return json.dumps(sealed(written), indent=2, sort_keys=True) + "\n"
 
 
 def sealed(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Seal the nested configurations of a config.json, so that stock classes refuse it."""
+    """Seal the nested configurations of a config.json, so that stock classes refuse it.
+
+    They lose their architectures, by which a converter would take the decoder for a plain one.
+    """
     out = dict(config_dict)
     for name in ("text_config", "vision_config"):
-        out[name] = {**out.get(name, {}), "id2label": {SEAL: 0}}
+        nested = {key: value for key, value in out.get(name, {}).items() if key != "architectures"}
+        out[name] = {**nested, "id2label": {SEAL: 0}}
     return out
 
 
@@ -400,141 +702,187 @@ class GuardedModel:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
         settings = {**vars(given[0] if given else self.generation_config), **kwargs}
-        for way in NOT_JUDGED:
-            if settings.get(way):
-                raise NotImplementedError(f"{way}: {NOT_WHOLE}")
+        if settings.get("assistant_early_exit"):
+            raise NotImplementedError("assistant_early_exit leaves out the blocks that judge. Run without it.")
+        if settings.get("is_assistant"):
+            raise NotImplementedError(
+                "a guarded model does not guard the model that it drafts for. Take the guarded model as the main one, "
+                "and an unguarded one as the assistant."
+            )
         if "paged" in str(settings.get("cache_implementation")):
-            raise NotImplementedError(f"cache_implementation='paged': {NOT_WHOLE}")
+            raise NotImplementedError(f"cache_implementation='paged': {PACKED}")
         return super().generate(*args, **kwargs)
 
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Serving engines that run the decoder under a head of their own ask this: they would lose the gate."""
+        return False
+
     def _no_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"continuous batching: {NOT_WHOLE}")
+        raise NotImplementedError(f"continuous batching: {PACKED}")
 
     generate_batch = init_continuous_batching = continuous_batching_context_manager = _no_continuous_batching
 
+    def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _generating(input_ids, kwargs):
+            return super()._sample(input_ids, *args, **kwargs)
+
+    def _beam_search(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _generating(input_ids, kwargs):
+            return super()._beam_search(input_ids, *args, **kwargs)
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _generating(input_ids, kwargs):
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+
     def _sasa_forward(self, forward: Callable, kwargs: dict[str, Any]) -> Any:
         as_dictionary = kwargs.pop("return_dict", None)
-        cache = kwargs.get("past_key_values")
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        fed = ids if ids is not None else embeds  # (batch, tokens[, hidden])
+        if as_dictionary is None:
+            as_dictionary = self.config.return_dict
+        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        fed = ids if ids is not None else embeddings  # (batch, tokens[, hidden])
         if fed is None:
             return forward(self, **kwargs)  # the family's own error says what is missing
         if "paged" in str(self.config._attn_implementation) or kwargs.get("cu_seq_lens_q") is not None:
-            raise NotImplementedError(f"packed prompts: {NOT_WHOLE}")
+            raise NotImplementedError(f"packed prompts: {PACKED}")
+        text = self.config.get_text_config(decoder=True)
+        ledger, words = Ledger.of(text), Words.of(self.config.sasa)
+        cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        if past == 0:
-            output = self._judge(forward, kwargs, fed, ids)
-        else:
-            output = self._continue(forward, kwargs, fed, cache, past)
-        if as_dictionary is None:
-            as_dictionary = self.config.return_dict
-        return output if as_dictionary else output.to_tuple()
+        kept = self._kept(cache, past, ledger)  # of the ledger: keys, values, keys, values ...
+        known = None if ids is not None else self.get_input_embeddings()(_on(words.table, fed))
 
-    def _judge(self, forward: Callable, kwargs: dict, fed: torch.Tensor, ids: torch.Tensor | None) -> Any:
-        """A prompt: both lanes, the verdict, and the first token of the refusal where it is refused."""
-        settings = self.config.sasa
-        refusal = tuple(settings["refusal_token_ids"])
         with recording() as seen:
             output = forward(self, **kwargs, return_dict=True)
-        tokens = fed.shape[1]
-        last = last_real(kwargs.get("attention_mask"), tokens, fed)  # (batch,)
-        cache = output.past_key_values
-        if cache is None and ids is not None:
-            # Without a cache every step feeds the whole text again: how far the answer is stands in the ids.
-            judged, spelled = read_progress(ids, last, refusal, tuple(settings.get("generation_prompt_ids", ())))
-        else:
-            judged, spelled = last, torch.zeros_like(last)
-        values = run_graph(self, settings["graph"], seen, judged)
-        probability = next(values[node["name"]] for node in settings["graph"] if node["op"] == "probe")  # (batch,)
-        refused = ~(probability < settings["threshold"])  # (batch,); NaN is refused
+        projection = project_taps(self.config.sasa["graph"], seen)  # (batch, tokens, hidden)
+        columns = read_columns(
+            kwargs,
+            past,
+            fed,
+            words.in_ids(ids) if known is None else words.in_embeddings(embeddings, known),
+            seen.position_ids,
+            ledger,
+        )
+        context, before = columns, torch.zeros_like(columns[:, 0, STATE])  # (batch,)
+        if kept:
+            earlier = ledger.unpack_columns(kept)  # (batch, past, columns)
+            context, before = torch.cat([earlier, columns], dim=1), earlier[:, -1, STATE]
+        generation = _generation.get()
+        turn = read_turn(
+            context[..., SYMBOL],
+            context[..., REAL] > 0,
+            past,
+            past == 0 or fed.shape[1] > 1,
+            before,
+            words,
+            generation.prompt_end if generation is not None and generation.cache is cache else None,
+        )
+        refused, probability = torch.zeros_like(turn.due), None  # (batch,)
+        if turn.due.any():
+            whole, arguments = projection, seen.arguments  # (batch, context, hidden)
+            if kept:
+                whole = torch.cat([ledger.unpack_projection(kept).to(projection), projection], dim=1)
+                arguments = context_arguments(self.model, whole, context[..., REAL] > 0, context, ledger)
+            probability = self._probability(run_lane(self, self.config.sasa["graph"], whole, arguments, turn.judged))
+            refused = ~(probability < self.config.sasa["threshold"]).to(turn.due.device)  # (batch,); NaN is refused
+            probability = probability.masked_fill(~turn.due.to(probability.device), float("nan"))
 
-        logits = output.logits  # (batch, kept, vocabulary)
-        kept = torch.arange(tokens, device=logits.device)  # (kept,)
-        keep = kwargs.get("logits_to_keep", 0)
-        kept = kept[keep] if isinstance(keep, torch.Tensor) else kept[-keep:] if keep else kept
-        last, spelled, refused = (value.to(logits.device) for value in (last, spelled, refused))
-        due = torch.tensor(refusal, device=logits.device)[spelled]  # (batch,)
-        reached = refused[:, None] & (kept[None, :] >= last[:, None])  # (batch, kept)
-        output.logits = gate(logits, due[:, None].expand_as(reached), reached, refusal)
-        if cache is not None:
-            self._store(cache, torch.where(refused, spelled + 1, 0), tokens)
+        columns[..., STATE] = states = turn.states(refused)  # (batch, tokens)
+        if output.past_key_values is not None:
+            self._keep(output.past_key_values, ledger, columns, projection)
+        output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
         output["unsafe_probability"] = probability
-        return output
+        return output if as_dictionary else output.to_tuple()
 
-    def _continue(self, forward: Callable, kwargs: dict, fed: torch.Tensor, cache: Cache, past: int) -> Any:
-        """An answer under way: the next token of the refusal where the prompt was refused."""
-        if fed.shape[1] != 1:
-            raise NotImplementedError(
-                f"{fed.shape[1]} tokens on top of a cache of {past} would not be judged. Feed the whole prompt "
-                "in one call without past_key_values; prefill_chunk_size, assisted decoding and prompt lookup "
-                "are not supported by this guarded model."
-            )
+    def _probability(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """P(unsafe), (batch,), among the values of the graph."""
+        return next(values[node["name"]] for node in self.config.sasa["graph"] if node["op"] == "probe")
+
+    def _gate(self, logits: torch.Tensor, states: torch.Tensor, keep: Any) -> torch.Tensor:
+        """The logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so."""
         refusal = tuple(self.config.sasa["refusal_token_ids"])
-        state = self._load(cache, past)  # (batch,)
-        output = forward(self, **kwargs, return_dict=True)
-        state = next_state(state, len(refusal))
-        self._store(cache, state, 1)
-        logits = output.logits  # (batch, 1, vocabulary)
-        state = state.to(logits.device)
-        due = torch.tensor(refusal, device=logits.device)[(state - 1).clamp_min(0)]  # (batch,)
-        output.logits = gate(logits, due[:, None], state[:, None] > 0, refusal)
-        output.unsafe_probability = None
-        return output
+        kept = torch.arange(states.shape[1], device=states.device)  # (kept,)
+        kept = kept[keep.to(kept.device)] if isinstance(keep, torch.Tensor) else kept[-keep:] if keep else kept
+        states = states[:, kept].to(logits.device)  # (batch, kept)
+        due = _on(refusal, logits)[(states - 1).clamp_min(0)]  # (batch, kept)
+        return gate(logits, due, states > 0, refusal)
 
-    def _store(self, cache: Cache, state: torch.Tensor, tokens: int) -> None:
-        text = self.config.get_text_config(decoder=True)
-        index, heads, size = cache_shape(text)
+    def _keep(self, cache: Cache, ledger: Ledger, columns: torch.Tensor, projection: torch.Tensor) -> None:
+        """Write the fed tokens into the ledger."""
         first = cache.layers[0]
-        if len(cache.layers) == index:
+        if len(cache.layers) == ledger.first:
             static = isinstance(first, StaticLayer)
             length = max(layer.get_max_length() for layer in cache.layers)
-            cache.layers.append(StaticLayer(length) if static else DynamicLayer())
-        rows = state_rows(state, tokens, heads, size, first.dtype)  # (batch, key-value heads, tokens, head size)
-        cache.update(rows, torch.zeros_like(rows), index)
+            cache.layers.extend(StaticLayer(length) if static else DynamicLayer() for _ in range(ledger.layers))
+        packed = ledger.pack(columns.to(projection.device), projection, first.dtype)
+        for index in range(ledger.layers):
+            cache.update(packed[2 * index], packed[2 * index + 1], ledger.first + index)
 
-    def _load(self, cache: Cache, past: int) -> torch.Tensor:
-        index = self.config.get_text_config(decoder=True).num_hidden_layers
-        if len(cache.layers) <= index or int(cache.get_seq_length(index)) != past:
+    def _kept(self, cache: Cache | None, past: int, ledger: Ledger) -> list[torch.Tensor]:
+        """The ledger of the tokens before this call, each (batch, heads, past, size); empty where there are none."""
+        if cache is None or past == 0:
+            return []
+        layers = cache.layers[ledger.first :]
+        if len(layers) != ledger.layers or any(int(layer.get_seq_length()) != past for layer in layers):
             raise ValueError(
-                "past_key_values holds tokens that this guarded model has not judged. Start from the whole "
-                "prompt without past_key_values."
+                "past_key_values holds tokens that this guarded model has not judged. Start from the whole prompt "
+                "without past_key_values."
             )
-        return cache.layers[index].keys[:, 0, past - 1, 0].round().long()  # (batch,)
+        return [tensor[:, :, :past] for layer in layers for tensor in (layer.keys, layer.values)]
 
 
-def read_progress(
-    ids: torch.Tensor, last: torch.Tensor, refusal: tuple[int, ...], generation_prompt: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the prompt ends and how much of the refusal follows it, read off the token ids (batch, tokens).
+@dataclass(frozen=True)
+class _Generation:
+    """What a decoding loop of transformers is at."""
 
-    The prompt ends with the last generation prompt of the chat template, or, where there is none or another turn
-    follows it, before the longest beginning of the refusal that ends the ids. Returns the judged position (batch,)
-    and the number of refusal tokens already spelled (batch,).
+    cache: Cache | None
+    prompt_end: int
+
+
+_generation: contextvars.ContextVar[_Generation | None] = contextvars.ContextVar("generation", default=None)
+
+
+@contextlib.contextmanager
+def _generating(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Within this context, a decoding loop feeds its prompt and then its answer, to one cache."""
+    given = (input_ids, kwargs.get("attention_mask"), kwargs.get("inputs_embeds"))
+    end = max(value.shape[1] for value in given if isinstance(value, torch.Tensor) and value.dim() > 1)
+    token = _generation.set(_Generation(kwargs.get("past_key_values"), end))
+    try:
+        yield
+    finally:
+        _generation.reset(token)
+
+
+def read_columns(
+    kwargs: dict[str, Any],
+    past: int,
+    fed: torch.Tensor,
+    symbols: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    ledger: Ledger,
+) -> torch.Tensor:
+    """The ledger's columns of the fed tokens, (batch, tokens, columns), int64; STATE is still 0.
+
+    Args:
+        kwargs: of the model's forward; fed: the ids or embeddings among them.
+        symbols: (batch, tokens); position_ids: as the decoder got them, with one axis or several.
     """
-    positions = torch.arange(ids.shape[1], device=ids.device)  # (tokens,)
-    spelled = torch.zeros_like(last)
-    for count in range(1, len(refusal)):
-        if count > ids.shape[1]:
-            break
-        ends = _ends_of(ids, refusal[:count])  # (batch, tokens)
-        spelled = torch.where(ends.gather(1, last[:, None])[:, 0], count, spelled)
-    judged = (last - spelled).clamp_min(0)
-    if generation_prompt and len(generation_prompt) <= ids.shape[1]:
-        ends = _ends_of(ids, generation_prompt) & (positions <= last[:, None])
-        opened = (ends * positions).amax(-1)  # (batch,)
-        # An answer holds no end of a turn and no beginning of one; what does is a prompt to its very end.
-        turns = (ids == refusal[-1]) | (ids == generation_prompt[0])
-        turns &= (positions > opened[:, None]) & (positions <= last[:, None])
-        judged = torch.where(ends.any(-1) & ~turns.any(-1), opened, judged)
-    return judged, spelled
+    batch, tokens = fed.shape[:2]
+    real = real_tokens(kwargs.get("attention_mask"), past, tokens, fed)  # (batch, tokens)
+    picture = kwargs.get("token_type_ids")
+    picture = torch.zeros_like(symbols) if picture is None else picture[:, -tokens:].to(symbols)  # (batch, tokens)
+    if position_ids is None:
+        position_ids = torch.arange(past, past + tokens, device=fed.device)[None]  # (1, tokens)
+    if position_ids.dim() == 2:
+        position_ids = position_ids[None]  # (1, batch, tokens)
+    positions = position_ids[-ledger.axes :].expand(ledger.axes, batch, tokens).clamp_min(0)
+    parts = [torch.zeros_like(symbols), symbols, real.to(symbols), picture]
+    return torch.cat([torch.stack(parts, dim=-1), ledger.digits(positions).to(symbols)], dim=-1)
 
 
-def _ends_of(ids: torch.Tensor, pattern: tuple[int, ...]) -> torch.Tensor:
-    """(batch, tokens), bool: does `pattern` end at this position?"""
-    hits = torch.ones_like(ids, dtype=torch.bool)
-    for offset, token in enumerate(reversed(pattern)):
-        hits &= torch.cat([torch.zeros_like(hits[:, :offset]), ids[:, : ids.shape[1] - offset] == token], dim=1)
-    return hits
+def _on(tokens: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(tokens, device=like.device)
 
 
 def _guarded(forward: Callable) -> Callable:

@@ -101,7 +101,7 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
     counted = config["text_config"]["num_hidden_layers"]
     checks = [
         Check(
-            "config.json counts the gate's layer in the cache",
+            "config.json counts the ledger's layers in the cache",
             layers == counted,
             f"{counted} in it, {layers} in the graph",
         )
@@ -109,13 +109,14 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
     opset = model.graph.opset_imports[""]
     if opset < 23:
         return checks
-    again = layers - 2 - config["sasa"]["safety_layer"]  # blocks of the second lane
-    blocks = layers - 1 + again
+    main = sum(node["op"] == "block" for node in config["sasa"]["graph"])
+    again = main - 1 - config["sasa"]["safety_layer"]  # blocks of the second lane
+    blocks = main + again
     counts = Counter(node.op_type for node in model.graph.all_nodes())
     whole = counts["Attention"] == blocks and counts["RMSNormalization"] >= 2 * blocks
     said = ", ".join(f"{counts[operator]} {operator}" for operator in SINGLE)
     # Rotary embedding with three axes, or in half precision, is several operators in every export so far.
-    detail = f"{said} over {layers - 1} + {again} blocks, opset {opset}"
+    detail = f"{said} over {main} + {again} blocks, opset {opset}"
     return [*checks, Check("attention and norms are single operators", whole, detail)]
 
 

@@ -102,12 +102,13 @@ console.log(processor.batch_decode(output, {{ skip_special_tokens: true }})[0]);
 """
 
 LIMITS = """\
-- The prompt is what a call gets whose past is empty, and it is judged in that one call, whole. Several tokens on a
-  past (a prompt in chunks, a new turn on a kept cache, speculative decoding) were judged by nobody: such a call starts
-  the refusal in every row. A conversation that is fed as a whole is judged as a whole.
-- `unsafe_probability` (batch,) belongs to the prompt's call; in the calls that continue an answer it is NaN.
-- The state of the gate is the last layer of the cache. A runtime must carry it as it carries the others; without it
-  every call is refused. `num_hidden_layers` in config.json counts it, so do not load safetensors with this config.
+- However a prompt is fed, its verdict is the same: whole, in pieces, over turns on a kept cache, after a rewind. It
+  ends where the chat template's generation prompt is complete, which the decoder recognises by its embeddings; every
+  new turn is judged on the whole conversation. Text without that generation prompt is judged at each call that
+  brings several tokens, so there a last piece of one single token counts as an answer's.
+- `unsafe_probability` (batch,) belongs to the call that completes a prompt; in all others it is NaN.
+- What the gate keeps of each token travels in the last layers of the cache. A runtime must carry them as it carries
+  the others; without them calls are refused or fail. `num_hidden_layers` in config.json counts them.
 - Whoever edits the graph, or feeds embeddings and a cache of their own making, can go around the gate.
 - The verdict is given before the first token. What the answer turns into afterwards is not judged.
 - A probe knows what its calibration set shows it. Other languages, other attacks and other kinds of pictures are
@@ -128,7 +129,7 @@ def write_onnx_card(
     """Write README.md into an ONNX directory."""
     dtype = options.onnx_dtype
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    blocks = config["text_config"]["num_hidden_layers"] - 1  # the last one counted is the gate's state
+    blocks = sum(node["op"] == "block" for node in sasa["graph"])
     again = blocks - 1 - sasa["safety_layer"]
     parts = [
         front_matter(source, "onnx", "onnx"),

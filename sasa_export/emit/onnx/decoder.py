@@ -26,14 +26,11 @@ class Signature:
 
 
 class Decoder(nn.Module):
-    """inputs_embeds, attention_mask, position_ids, cache -> logits, cache, P(unsafe), whether this is a prompt.
+    """inputs_embeds, attention_mask, position_ids, cache -> logits, cache, P(unsafe), whether a verdict is due.
 
-    What a call is follows from the cache alone:
-
-    - no past: a prompt. Both lanes run, and the verdict is written into the extra layer, the last one.
-    - one token on a past: the answer goes on as the last row of the extra layer says.
-    - several tokens on a past, or a past without its verdict: nobody judged them, and torch raises an error.
-      A graph cannot, so the refusal starts in all rows that are not refused already.
+    Every call reads the whole context's ledger out of the extra cache layers and writes the fed tokens' into them;
+    a verdict is due where the call completes a prompt. A past without its ledger was judged by nobody, and torch
+    raises an error there. A graph cannot, so the refusal starts in all rows that are not refused already.
 
     Args:
         model: the guarded ...ForConditionalGeneration.
@@ -41,17 +38,23 @@ class Decoder(nn.Module):
     """
 
     model: Any
+    known: torch.Tensor
 
     def __init__(self, model: Any, *, guarded: bool = True) -> None:
         super().__init__()
         self.model = model
         self.guarded = guarded
-        self.gate, self.last_real = _Named(), _Named()
+        self.projection, self.ledger, self.turn, self.gate = _Named(), _Named(), _Named(), _Named()
         # What travels inside the directory is what gets exported, so it is taken from there.
         self.runtime: Any = sys.modules[type(model).__module__]
         stock: Any = type(model).__mro__[2]
         self.stock_forward = stock.forward
-        self.layers, self.heads, self.size = self.runtime.cache_shape(model.config.get_text_config(decoder=True))
+        text = model.config.get_text_config(decoder=True)
+        self.shape, self.words = self.runtime.Ledger.of(text), self.runtime.Words.of(model.config.sasa)
+        self.layers = self.shape.first
+        with torch.no_grad():
+            known = model.get_input_embeddings()(torch.tensor(self.words.table, device=model.device))
+        self.register_buffer("known", known.float(), persistent=False)  # (symbols, hidden)
 
     def forward(
         self,
@@ -67,11 +70,12 @@ class Decoder(nn.Module):
             inputs_embeds: (batch, tokens, hidden), float32 as the logits; the cache has the model's own type.
             attention_mask: (batch, past + tokens), int64.
             position_ids: (batch, tokens), or (3, batch, tokens) where a family has three axes.
-            past: keys and values of each layer; guarded, one layer more than the decoder has blocks.
+            past: keys and values of each layer; guarded, the ledger's layers follow those of the decoder's blocks.
             extra: further tensors (batch, tokens), int64, that the family's forward takes.
         """
         # An input that a runtime leaves out is one zero, (1, 1); the product makes it as wide as the others.
         extra = {name: value * attention_mask[:, -inputs_embeds.shape[1] :] for name, value in extra.items()}
+        fed = inputs_embeds
         inputs_embeds = inputs_embeds.to(past[0][0].dtype)
         cache = DynamicCache()
         cache.layers.extend(_filled(keys, values) for keys, values in past[: self.layers])
@@ -84,39 +88,76 @@ class Decoder(nn.Module):
         present = [(layer.keys, layer.values) for layer in cache.layers]
         if not self.guarded:
             return output.logits.float(), present
-        settings = self.model.config.sasa
-        last = self.last_real(self.runtime.last_real, attention_mask, inputs_embeds.shape[1], inputs_embeds)  # (batch,)
-        values = self.runtime.run_graph(self.model, settings["graph"], seen, last)
-        probability = next(values[node["name"]] for node in settings["graph"] if node["op"] == "probe")  # (batch,)
-        logits, layer, prompt = self.gate(self._gate, output.logits.float(), inputs_embeds, past, probability)
-        return logits, [*present, layer], probability, prompt
+        graph = self.model.config.sasa["graph"]
+        kept = [tensor for pair in past[self.layers :] for tensor in pair]  # (batch, heads, past, size) each
+        projection = self.projection(self.runtime.project_taps, graph, seen)  # (batch, tokens, hidden)
+        masks = {"attention_mask": attention_mask, **extra}
+        columns, context, turn, unjudged = self.turn(self._turn, fed, masks, seen.position_ids, past, kept)
 
-    def _gate(
-        self, logits: torch.Tensor, fed: torch.Tensor, past: list[Pair], probability: torch.Tensor
-    ) -> tuple[torch.Tensor, Pair, torch.Tensor]:
-        """The gated logits (batch, 1, vocabulary), the extra layer, and whether the call is a prompt, () bool."""
+        # What only the verdict needs, from here to the probe, goes into a branch later on.
+        whole = torch.cat([self.shape.unpack_projection(kept), projection.to(kept[0].dtype)], dim=1)
+        real = context[..., self.runtime.REAL] > 0  # (batch, context)
+        arguments = self.runtime.context_arguments(self.model.model, whole, real, context, self.shape)
+        values = self.runtime.run_lane(self.model, graph, whole, arguments, turn.judged)
+        probability = next(values[node["name"]] for node in graph if node["op"] == "probe")  # (batch,)
+        probability = probability.masked_fill(~turn.due, float("nan"))
         refused = ~(probability < self.model.config.sasa["threshold"])  # (batch,); NaN is refused
-        prompt, state = self._state(fed, past, refused)
-        refusal = tuple(self.model.config.sasa["refusal_token_ids"])
-        due = torch.tensor(refusal)[(state - 1).clamp_min(0)]  # (batch,)
-        logits = self.runtime.gate(logits, due[:, None], state[:, None] > 0, refusal)
-        keys, values = past[self.layers]
-        rows = self.runtime.state_rows(state, fed.shape[1], self.heads, self.size, keys.dtype)
-        return logits, (torch.cat([keys, rows], 2), torch.cat([values, torch.zeros_like(rows)], 2)), prompt
+        judged = turn.refused_states * refused[:, None]  # (batch, tokens)
 
-    def _state(self, fed: torch.Tensor, past: list[Pair], refused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether the call is a prompt, () bool, and the state of each row after it, (batch,) int64."""
-        keys = past[self.layers][0]  # (batch, heads, past, size)
+        states = self.turn(self._states, turn, judged, unjudged)  # (batch, tokens)
+        logits = self.gate(self._gate, output.logits.float(), states[:, -1:])
+        ledger = self.ledger(self._ledger, columns, states, projection, kept)
+        return logits, [*present, *ledger], probability, judged, turn.due.any()
+
+    def _turn(
+        self,
+        fed: torch.Tensor,
+        masks: dict[str, torch.Tensor],
+        position_ids: torch.Tensor,
+        past: list[Pair],
+        kept: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor]:
+        """The fed tokens' columns, those of the context, what the call brings, and whether the past has no ledger."""
+        symbols = self.words.in_embeddings(fed, self.known)  # (batch, tokens)
+        judged = kept[0].shape[2]
+        columns = self.runtime.read_columns(masks, judged, fed, symbols, position_ids, self.shape)
+        earlier = self.shape.unpack_columns(kept)  # (batch, past, columns)
+        start = torch.zeros_like(columns[:, :1, self.runtime.STATE])  # (batch, 1): no past, no state
+        before = torch.cat([start, earlier[..., self.runtime.STATE]], dim=1)[:, -1]  # (batch,)
+        context = torch.cat([earlier, columns], dim=1)  # (batch, context, columns)
         # Lengths as tensors: as numbers they would be frozen into the graph.
-        length, judged, tokens = (_scalar(size) for size in (past[0][0].shape[2], keys.shape[2], fed.shape[1]))
-        start = torch.zeros(keys.shape[0], 1, dtype=keys.dtype)  # no past, no state
-        before = torch.cat([start, keys[:, 0, :, 0]], dim=1)[:, -1].round().long()  # (batch,)
-        count = len(self.model.config.sasa["refusal_token_ids"])
-        follows = self.runtime.next_state(before, count)  # (batch,)
-        unjudged = (tokens != 1) | (length != judged)  # ()
-        follows = torch.where(unjudged, follows.clamp_min(1), follows)  # (batch,)
-        prompt = (length == 0) & (judged == 0)  # ()
-        return prompt, torch.where(prompt, refused.long(), follows)
+        length, known, tokens = (_scalar(size) for size in (past[0][0].shape[2], judged, fed.shape[1]))
+        turn = self.runtime.read_turn(
+            context[..., self.runtime.SYMBOL], context[..., self.runtime.REAL] > 0, judged,
+            (tokens != 1) | (known == 0), before, self.words,
+        )  # fmt: skip
+        return columns, context, turn, length != known
+
+    def _states(self, turn: Any, judged: torch.Tensor, unjudged: torch.Tensor) -> torch.Tensor:
+        """STATE of the fed tokens (batch, tokens), given what it is where a verdict is due."""
+        states = torch.where(turn.due[:, None], judged, turn.other_states)
+        return torch.where(unjudged, states.clamp_min(1), states)
+
+    def _gate(self, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The gated logits (batch, 1, vocabulary), given STATE (batch, 1)."""
+        refusal = tuple(self.model.config.sasa["refusal_token_ids"])
+        due = torch.tensor(refusal)[(states - 1).clamp_min(0)]  # (batch, 1)
+        gated: torch.Tensor = self.runtime.gate(logits, due, states > 0, refusal)
+        return gated
+
+    def _ledger(
+        self, columns: torch.Tensor, states: torch.Tensor, projection: torch.Tensor, kept: list[torch.Tensor]
+    ) -> list[Pair]:
+        """The extra layers with the fed tokens behind."""
+        columns = torch.cat([states[..., None], columns[..., 1:]], dim=-1)  # (batch, tokens, columns)
+        rows = self.shape.pack(columns, projection, kept[0].dtype)
+        grown = [torch.cat([before, row], dim=2) for before, row in zip(kept, rows, strict=True)]
+        return list(zip(grown[::2], grown[1::2], strict=True))
+
+    @property
+    def count(self) -> int:
+        """How many cache layers the graph has."""
+        return self.layers + (self.shape.layers if self.guarded else 0)
 
     def signature(self, position_axes: int, extra: dict[str, tuple[str | int, ...]]) -> Signature:
         """Names and dimensions as runtimes expect them."""
@@ -128,16 +169,17 @@ class Decoder(nn.Module):
             "position_ids": positions if position_axes == 1 else (position_axes, *positions),
         }
         outputs: dict[str, tuple[str | int, ...]] = {"logits": ("batch_size", 1, text.vocab_size)}
-        for layer in range(self.layers + self.guarded):
+        for layer in range(self.count):
             for kind in ("key", "value"):
                 inputs[f"past_key_values.{layer}.{kind}"] = (
-                    "batch_size", self.heads, "past_sequence_length", self.size,
+                    "batch_size", self.shape.heads, "past_sequence_length", self.shape.size,
                 )  # fmt: skip
                 outputs[f"present.{layer}.{kind}"] = (
-                    "batch_size", self.heads, "total_sequence_length", self.size,
+                    "batch_size", self.shape.heads, "total_sequence_length", self.shape.size,
                 )  # fmt: skip
         if self.guarded:
-            outputs |= {"unsafe_probability": ("batch_size",), "is_prompt": ()}
+            outputs["unsafe_probability"] = ("batch_size",)
+            outputs |= {"sasa.states": ("batch_size", "sequence_length"), "is_due": ()}
         return Signature(inputs | extra, outputs)
 
     def example(self, signature: Signature, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -150,7 +192,7 @@ class Decoder(nn.Module):
 
         past = [
             (make(f"past_key_values.{layer}.key", dtype), make(f"past_key_values.{layer}.value", dtype))
-            for layer in range(self.layers + self.guarded)
+            for layer in range(self.count)
         ]
         standard = ("inputs_embeds", "attention_mask", "position_ids")
         extra = {
@@ -162,6 +204,12 @@ class Decoder(nn.Module):
             make("inputs_embeds", torch.float32), make("attention_mask", torch.int64),
             make("position_ids", torch.int64), past, extra,
         )  # fmt: skip
+
+
+def ledger_layers(model: Any) -> int:
+    """How many cache layers a guarded model has behind those of its blocks."""
+    ledger: Any = sys.modules[type(model).__module__].Ledger
+    return int(ledger.of(model.config.get_text_config(decoder=True)).layers)
 
 
 class _Named(nn.Module):

@@ -11,9 +11,9 @@ import torch
 
 from sasa_export.emit.onnx import DECODER, EMBEDDING, SUFFIX, VISION
 from sasa_export.emit.onnx.convert import convert
-from sasa_export.emit.onnx.decoder import Decoder, Signature
+from sasa_export.emit.onnx.decoder import Decoder, Signature, ledger_layers
 from sasa_export.emit.onnx.layout import stock_type, write_files
-from sasa_export.emit.onnx.passes.branch import run_for_prompts_only
+from sasa_export.emit.onnx.passes.branch import run_where_due
 from sasa_export.emit.onnx.passes.names import forget_origin, name_decoder, name_tower
 from sasa_export.emit.onnx.passes.weights import deduplicate
 from sasa_export.emit.onnx.quantize import BITS, quantize
@@ -24,6 +24,8 @@ from sasa_export.families import family_of
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
 # built in memory as a whole.
 EXTERNAL_ABOVE = 256 * 2**20
+# What the second lane computes, and what stands there where no verdict is due.
+RESULTS = {"unsafe_probability": float("nan"), "sasa.states": 0}
 
 
 def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
@@ -51,7 +53,7 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
     advance("writing configuration and processor")
     processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
-    write_files(patched, out, processor, external=external)
+    write_files(patched, out, processor, external=external, ledger=ledger_layers(model))
 
 
 def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
@@ -80,11 +82,11 @@ def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float
     graph = convert(decoder, decoder.example(signature, model.dtype), signature, opset=opset)
     family = family_of(stock_type(model.config.model_type))
     modules = {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")}
-    name_decoder(graph, modules, result="unsafe_probability" if guarded else None)
+    name_decoder(graph, modules, results=RESULTS if guarded else ())
     forget_origin(graph)
     graph = _quantized(graph, dtype)
     if guarded:
-        run_for_prompts_only(graph, result="unsafe_probability", predicate="is_prompt")
+        run_where_due(graph, results=RESULTS, kept=["unsafe_probability"], predicate="is_due")
     for name in recipe.extra:
         _make_optional(graph, name)
     return graph

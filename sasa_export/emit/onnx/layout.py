@@ -13,23 +13,29 @@ COPIED = (
 )  # fmt: skip
 
 
+# No ONNX runtime reads this, and every from_pretrained stops at it: weights put beside these graphs would load as a
+# plain model without the gate.
+SEAL = {"sasa": "ONNX graphs guarded by SASA: load them with an ONNX runtime. These are no weights for transformers."}
+
+
 def stock_type(model_type: str) -> str:
     """The model_type under which runtimes know a guarded model."""
     return model_type.removeprefix("sasa_")
 
 
-def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str, int]) -> None:
+def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str, int], ledger: int) -> None:
     """Write configuration, processor and tokenizer files.
 
     Args:
         patched: the guarded safetensors directory; `out`: the ONNX directory.
         processor: what AutoProcessor makes of `patched`.
         external: the graphs that have a file of weights beside them, and how many.
+        ledger: how many cache layers the gate's ledger takes.
     """
     for name in COPIED:
         if (patched / name).exists():
             shutil.copyfile(patched / name, out / name)
-    _write(out / "config.json", _config(_read(patched / "config.json"), external))
+    _write(out / "config.json", _config(_read(patched / "config.json"), external, ledger))
     described = processor.image_processor.to_dict()
     described["processor_class"] = type(processor).__name__
     described["image_processor_type"] = _plain(type(processor.image_processor).__name__)
@@ -40,20 +46,21 @@ def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str,
     _write(out / "tokenizer_config.json", {**tokenizer, "chat_template": template})
 
 
-def _config(config: dict[str, Any], external: dict[str, int]) -> dict[str, Any]:
-    """The stock configuration, except that its decoder has one cache layer more."""
+def _config(config: dict[str, Any], external: dict[str, int], ledger: int) -> dict[str, Any]:
+    """The stock configuration, except that its decoder has the ledger's cache layers too."""
     out = {key: value for key, value in config.items() if key != "auto_map"}
     out["model_type"] = stock_type(config["model_type"])
     out["architectures"] = [name.removeprefix("Sasa") for name in config.get("architectures", [])]
     for name in ("text_config", "vision_config"):
-        nested = {key: value for key, value in out.get(name, {}).items() if key != "id2label"}
-        if nested or name in out:
-            out[name] = nested
+        if name in out:
+            nested = {key: value for key, value in out[name].items() if key not in ("id2label", "architectures")}
+            out[name] = {**nested, "quantization_config": SEAL}
+    out["quantization_config"] = SEAL
     text = out["text_config"]
-    # Runtimes count the cache by this number, and the gate's state is one layer more.
-    text["num_hidden_layers"] += 1
+    # Runtimes count the cache by this number.
+    text["num_hidden_layers"] += ledger
     if "layer_types" in text:
-        text["layer_types"] = [*text["layer_types"], "full_attention"]
+        text["layer_types"] += ["full_attention"] * ledger
     if external:
         out["transformers.js_config"] = {"use_external_data_format": external}
     return out

@@ -1,7 +1,7 @@
 """Node names that follow the module path, so that the rewritten graph can be read in a viewer.
 
 `/decoder/layers.13/self_attn/q_proj/MatMul` in the main lane, `/sasa/lane/layers.14/...` in the second lane,
-`/sasa/projection/...`, `/sasa/probe/...`, `/sasa/gate/...` around it.
+`/sasa/projection/...`, `/sasa/turn/...`, `/sasa/probe/...`, `/sasa/gate/...`, `/sasa/ledger/...` around it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from sasa_export.emit.onnx.passes.branch import lane_nodes
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def name_decoder(model: ir.Model, modules: dict[str, str], *, result: str | None) -> None:
+def name_decoder(model: ir.Model, modules: dict[str, str], *, results: Iterable[str]) -> None:
     """Name the nodes of a decoder.
 
     Args:
         modules: paths of its `blocks`, `norm` and `head` inside the exported module.
-        result: the output that the second lane computes; None where there is no lane.
+        results: the outputs that the second lane computes; none where there is no lane.
     """
     graph = model.graph
-    lane: list[ir.Node] = []
-    if result is not None:
-        lane = lane_nodes(graph, next(value for value in graph.outputs if value.name == result))
+    lane = lane_nodes(graph, [value for value in graph.outputs if value.name in set(results)])
     inside = set(lane)
-    _name((node for node in graph if node not in inside), lambda node: _place(node, modules, "/decoder"))
+    seen: Counter[str] = Counter()
+    _name((node for node in graph if node not in inside), lambda node: _place(node, modules, "/decoder"), seen)
     blocks = [position for position, node in enumerate(lane) if "/layers." in _place(node, modules, "")]
     norm = [position for position, node in enumerate(lane) if _place(node, modules, "").startswith("/norm")]
     places: dict[ir.Node, str] = {}
@@ -42,8 +41,8 @@ def name_decoder(model: ir.Model, modules: dict[str, str], *, result: str | None
         elif norm and position > max(norm):
             places[node] = "/sasa/probe"
         else:
-            places[node] = "/sasa/projection" if blocks and position < min(blocks) else "/sasa/lane"
-    _name(lane, places.__getitem__)
+            places[node] = "/sasa/lane/context" if blocks and position < min(blocks) else "/sasa/lane"
+    _name(lane, places.__getitem__, seen)
 
 
 def name_tower(model: ir.Model, prefix: str) -> None:
@@ -51,6 +50,7 @@ def name_tower(model: ir.Model, prefix: str) -> None:
     _name(
         model.graph,
         lambda node: prefix + "".join(f"/{part}" for part in _path(node).removeprefix("inner").split(".") if part),
+        Counter(),
     )
 
 
@@ -77,7 +77,7 @@ def _path(node: ir.Node) -> str:
 
 def _place(node: ir.Node, modules: dict[str, str], prefix: str) -> str:
     path = _path(node)
-    if path in ("gate", "last_real"):
+    if path in ("projection", "ledger", "turn", "gate"):
         return f"/sasa/{path}"
     for role, name in (("blocks", "layers"), ("norm", "norm"), ("head", "lm_head")):
         base = modules[role]
@@ -93,8 +93,7 @@ def _place(node: ir.Node, modules: dict[str, str], prefix: str) -> str:
     return prefix
 
 
-def _name(nodes: Iterable[ir.Node], place: Callable[[ir.Node], str]) -> None:
-    seen: Counter[str] = Counter()
+def _name(nodes: Iterable[ir.Node], place: Callable[[ir.Node], str], seen: Counter[str]) -> None:
     for node in nodes:
         name = f"{place(node)}/{node.op_type}"
         seen[name] += 1
