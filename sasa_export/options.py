@@ -66,6 +66,13 @@ class Options:
         "auto, by cross-validation.",
         group="Probe",
     )
+    gate: str = _option(
+        "prompt",
+        "What is judged. prompt: every prompt, before its answer begins. every-token: also each token of the answer, "
+        "at the cost of the second lane and of its cache.",
+        group="Probe",
+        choices=("prompt", "every-token"),
+    )
     refusal: str = _option(REFUSAL, "What the model says when it refuses.", group="Probe")
 
     format: str = _option(
@@ -115,6 +122,8 @@ class Options:
                 raise SasaExportError(f"{flag} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
         if self.probe is not None and self.calibration:
             raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
+        if self.gate == "every-token" and self.format != "safetensors":
+            raise SasaExportError("--gate every-token is for safetensors alone. Give --format safetensors.")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise SasaExportError(f"--threshold is {self.threshold:g}; it must lie between 0 and 1.")
         if not 0.0 <= self.max_false_positive_rate < 1.0:

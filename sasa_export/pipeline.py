@@ -79,6 +79,7 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
         refusal_token_ids=refusal_ids(processor, source.directory, options.refusal),
         generation_prompt_ids=opening,
         turn_token_ids=turn_token_ids(processor, source.directory, opening),
+        gate=options.gate,
     )
     report.step("rewrite", f"second lane from block {safety + 1}, threshold {probe.threshold:.4f}")
 

@@ -206,7 +206,7 @@ TAMPERED: dict[str, Edit] = {
     "no settings": of_config(lambda config: config.pop("sasa")),
     "null settings": of_config(lambda config: config.update(sasa=None)),
     "empty settings": of_config(lambda config: config.update(sasa={})),
-    "another format": setting(format=2),
+    "another format": setting(format=99),
     "no format": of_config(lambda config: config["sasa"].pop("format")),
     "safety layer below 0": setting(safety_layer=-1),
     "safety layer behind semantic layer": setting(safety_layer=4, semantic_layer=2),

@@ -93,8 +93,13 @@ def test_random_chunkings(guard: Guards, family: str, images: bool) -> None:
             assert torch.equal(said == guarded.refusal[0], refused), ends
 
 
-def read(ids: list[list[int]], past: int, before: list[int], prompt_end: int | None = None) -> tuple[Any, Any, Any]:
-    """`read_turn` where 0 is padding, (7, 8) the generation prompt, 2 an end of turn and (11, 12, 2) the refusal."""
+def read(
+    ids: list[list[int]], past: int, before: list[int], prompt_end: int | None = None, covered: bool = True
+) -> tuple[Any, Any, Any]:
+    """`read_turn` with a past that a verdict covers or not.
+
+    0 is padding, (7, 8) the generation prompt, 2 an end of turn and (11, 12, 2) the refusal.
+    """
     from sasa_export.runtime import modeling_sasa
 
     words = modeling_sasa.Words.of(
@@ -102,8 +107,9 @@ def read(ids: list[list[int]], past: int, before: list[int], prompt_end: int | N
     )
     tokens = torch.tensor(ids)
     several = past == 0 or tokens.shape[1] - past > 1
+    marks = (torch.arange(tokens.shape[1]) < past).expand_as(tokens) & covered
     turn = modeling_sasa.read_turn(
-        words.in_ids(tokens), tokens != 0, past, several, torch.tensor(before), words, prompt_end
+        words.in_ids(tokens), tokens != 0, past, several, torch.tensor(before), marks, words, prompt_end
     )
     refused = turn.states(torch.ones(len(ids), dtype=torch.bool))
     return turn.judged.tolist(), turn.due.tolist(), refused.tolist()
@@ -127,6 +133,13 @@ def test_an_answer_is_not_judged() -> None:
     assert due == [False, False] and states == [[0], [2]]
     _, due, states = read([[5, 7, 8, 9, 9], [5, 7, 8, 11, 12]], 3, [0, 1])  # as drafts are fed
     assert due == [False, False] and states == [[0, 0], [2, 3]]
+
+
+def test_a_past_without_a_verdict_is_judged() -> None:
+    """Whoever crops a conversation back behind an earlier prompt finds no verdict there."""
+    judged, due, states = read([[5, 7, 8, 9], [5, 7, 8, 11], [5, 5, 5, 9]], 3, [0, 0, 0], covered=False)
+    assert judged == [2, 2, 3] and due == [True] * 3
+    assert states == [[1], [2], [1]]
 
 
 def test_text_without_a_template() -> None:

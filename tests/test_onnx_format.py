@@ -281,7 +281,7 @@ def test_a_failed_check_writes_nothing(
     words = arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", verify="files")
     result = run(*words)
     assert result.exit_code == 1
-    assert "✗ config.json counts the gate's layer in the cache" in result.stderr
+    assert "✗ config.json counts the ledger's layers in the cache" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: 1 of ")
     assert not list(tmp_path.iterdir())
 

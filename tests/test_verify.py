@@ -21,7 +21,8 @@ def checks(monkeypatch: pytest.MonkeyPatch, directory: Path, found: list[tuple[f
     ]
     (directory / verify.cases.FOLDER).mkdir()
     (directory / verify.cases.FOLDER / verify.cases.CASES).write_text(json.dumps({"dtype": "float32", "cases": cases}))
-    (directory / "config.json").write_text(json.dumps({"sasa": {"threshold": 0.5, "refusal_token_ids": REFUSAL}}))
+    sasa = {"threshold": 0.5, "refusal_token_ids": REFUSAL, "gate": "prompt"}
+    (directory / "config.json").write_text(json.dumps({"sasa": sasa}))
     outcome = {
         "bypasses": {"through a stock class": "ValueError"},
         "model_class": "SasaLlavaForConditionalGeneration",

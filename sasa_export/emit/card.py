@@ -22,11 +22,17 @@ LIMITS = """\
   otherwise at each call that brings several tokens: there a last piece of one single token counts as an answer's.
 - As the assistant in assisted decoding it raises an error, since it would not guard the main model; as the main model
   it guards. `assistant_early_exit` and continuous (paged) batching raise an error too.
-- The verdict is given before the first token. What the answer turns into afterwards is not judged.
+{answers}
 - Loaders that take the weights and run a model of their own (GGUF, vLLM's own model classes) drop the gate.
 - A probe knows what its calibration set shows it. Other languages, other attacks and other kinds of pictures are
   judged by generalisation alone: measure them before you rely on it.
 """
+
+ANSWERS = {
+    "prompt": "- The verdict is given before the first token. What the answer turns into afterwards is not judged.",
+    "every-token": "- Each token of the answer is judged as well, at the prompt's threshold. No rate of false alarms "
+    "was measured on answers: a harmless answer may be cut off by the refusal.",
+}
 
 HOW = {
     "full": "Checked in a fresh process with plain `from_pretrained`, against the original model:",
@@ -67,15 +73,15 @@ def write_card(
         "## Layers and threshold\n",
         f"Safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']} of {blocks} blocks "
         f"({sasa['layers_from']}). Refused from P(unsafe) >= {sasa['threshold']:.4f} on. Over the prompt {blocks} + "
-        f"{again} blocks run, {(blocks + again) / blocks:.2f} times the original's; each token after that costs what "
-        "it did.\n",
+        f"{again} blocks run, {(blocks + again) / blocks:.2f} times the original's; each token after that costs "
+        f"{'what it did' if sasa['gate'] == 'prompt' else 'the second lane too'}.\n",
         "```mermaid\n" + mermaid(graph) + "```\n",
         "## Calibration\n",
         calibration_section(calibration),
         "## Verification\n",
         verification_section(checks, HOW[verified]),
         "## Limits\n",
-        LIMITS,
+        LIMITS.format(answers=ANSWERS[sasa["gate"]]),
     ]
     (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
 

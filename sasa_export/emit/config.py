@@ -26,6 +26,7 @@ def sasa_settings(
     refusal_token_ids: list[int],
     generation_prompt_ids: list[int],
     turn_token_ids: list[int],
+    gate: str,
 ) -> dict[str, Any]:
     """What config.json holds under `sasa`; the modeling file executes it."""
     from sasa_export.runtime.modeling_sasa import FORMAT, fingerprint
@@ -43,6 +44,7 @@ def sasa_settings(
         "refusal_token_ids": refusal_token_ids,
         "generation_prompt_ids": generation_prompt_ids,
         "turn_token_ids": turn_token_ids,
+        "gate": gate,
         "graph": nodes,
     }
     return {**settings, "sha256": fingerprint(settings)}

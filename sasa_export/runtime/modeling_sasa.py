@@ -14,13 +14,14 @@ last lines name the classes of the family that this directory holds.
 
 import contextlib
 import contextvars
+import copy
 import functools
 import hashlib
 import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from transformers.conversion_mapping import (
 FORMAT = 2  # of config.sasa; a directory of another format is refused
 SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
 LANE = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")  # what SASA adds
+PROMPT, EVERY_TOKEN = "prompt", "every-token"  # what config.sasa["gate"] has judged
 PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
@@ -66,7 +68,7 @@ def project(safety: torch.Tensor, semantic: torch.Tensor, epsilon: float) -> tor
 
 
 def unsafe_probability(state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Logistic regression on the lane's state (batch, features): P(unsafe), (batch,), float32."""
+    """Logistic regression on the lane's state (..., features): P(unsafe), (...), float32."""
     return torch.sigmoid((state.float() * weight.float()).sum(-1) + bias.float())
 
 
@@ -93,7 +95,8 @@ def gate(logits: torch.Tensor, wanted: torch.Tensor, refused: torch.Tensor, refu
 # crops and resets carry it as they carry keys and values, and the second lane can run over the whole context at any
 # call. All integers stay below 256, which every float type holds exactly.
 
-STATE, SYMBOL, REAL, PICTURE, POSITION = range(5)  # columns; STATE is 0, or k + 1 where token k of the refusal is due
+# Its columns. STATE is 0, or k + 1 where token k of the refusal is due; JUDGED is 1 where a verdict covers the token.
+STATE, SYMBOL, REAL, PICTURE, JUDGED, POSITION = range(6)
 DIGITS, BASE = 3, 128  # of a position, one column each
 
 
@@ -104,15 +107,16 @@ class Ledger:
     first: int  # index of the first extra cache layer
     heads: int
     size: int  # of a head
-    hidden: int
+    hidden: int  # of a projected state
     axes: int  # of a position: three in families with M-RoPE
 
     @classmethod
-    def of(cls, text: Any) -> "Ledger":
-        """The ledger of a text configuration."""
+    def of(cls, text: Any, sasa: dict[str, Any]) -> "Ledger":
+        """The ledger of a text configuration. A lane that keeps its own cache needs no projected states in it."""
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         axes = 3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1
-        return cls(text.num_hidden_layers, text.num_key_value_heads, size, text.hidden_size, axes)
+        hidden = 0 if sasa["gate"] == EVERY_TOKEN else text.hidden_size
+        return cls(text.num_hidden_layers, text.num_key_value_heads, size, hidden, axes)
 
     @property
     def columns(self) -> int:
@@ -214,11 +218,21 @@ class Turn:
     due: torch.Tensor  # (batch,), bool: a verdict is due in this call
     refused_states: torch.Tensor  # (batch, tokens), STATE of the fed tokens where the verdict is to refuse
     other_states: torch.Tensor  # (batch, tokens), STATE of the fed tokens where no verdict is due
+    covered: torch.Tensor  # (batch, tokens), bool: a verdict covers the fed token
+    answer: torch.Tensor  # (batch, tokens), bool: real tokens that no verdict on the prompt is about
+    rank: torch.Tensor  # (batch, tokens), real tokens so far
 
     def states(self, refused: torch.Tensor) -> torch.Tensor:
         """STATE of the fed tokens, (batch, tokens), when `refused` (batch,) are the verdicts."""
         judged = self.refused_states * refused[:, None]
         return torch.where(self.due[:, None], judged, self.other_states)
+
+    def late_states(self, states: torch.Tensor, unsafe: torch.Tensor, longest: int) -> torch.Tensor:
+        """`states`, and a refusal from the first answer token on that is unsafe, (batch, tokens) bool."""
+        turned = (unsafe & self.answer & (states == 0)).long().cumsum(-1) > 0  # (batch, tokens)
+        begun = torch.where(turned, self.rank, self.rank.shape[1] + self.rank.amax()).amin(-1, keepdim=True)
+        late = (self.rank - begun + 1).clamp(0, longest)  # (batch, tokens)
+        return torch.where(turned & (states == 0), late, states)
 
 
 def read_turn(
@@ -227,6 +241,7 @@ def read_turn(
     past: Any,
     several: Any,
     before: torch.Tensor,
+    covered: torch.Tensor,
     words: Words,
     prompt_end: int | None = None,
 ) -> Turn:
@@ -237,20 +252,24 @@ def read_turn(
         past: the number of tokens that the cache held before this call.
         several: is this the first call, or one of several tokens? A bool, or () bool.
         before: (batch,), STATE before this call.
+        covered: (batch, context), bool, JUDGED of the context; False at the fed tokens.
         prompt_end: where the prompt ends for whoever knows it, as `generate` does; no verdict is due behind it.
     """
     index = torch.arange(symbols.shape[1], device=symbols.device)  # (context,)
     rank = real.long().cumsum(-1)  # (batch, context), real tokens so far
     prompt = real if prompt_end is None else real & (index < prompt_end)
-    if prompt_end is not None:
-        several = symbols.shape[1] >= prompt_end
     last = _last(prompt, index)  # (batch,)
     opened = _last(_ends_of(words.generation_prompt, symbols, real, rank) & prompt, index, -1)  # (batch,)
     turned = (symbols[..., None] == torch.tensor(words.turns, device=symbols.device)).any(-1)  # (batch, context)
     answering = (opened >= 0) & ~(turned & prompt & (index > opened[:, None])).any(-1)  # (batch,)
     judged = torch.where(answering, opened, last)  # (batch,)
-    brings = (prompt & (index >= past)).any(-1)  # (batch,)
-    due = brings & (judged >= past) & (answering | several)
+    # Due is a verdict on a prompt that ends in this call, and on one in the cache that has none yet, as whoever crops a
+    # conversation back behind an earlier prompt will find.
+    known = covered.gather(1, judged[:, None])[:, 0]  # (batch,)
+    inherited = (covered & (index == past - 1)).any(-1)  # (batch,)
+    closed = several | ~inherited if prompt_end is None else symbols.shape[1] >= prompt_end
+    brings = (real & (index >= past)).any(-1)  # (batch,)
+    due = brings & ((judged >= past) | ~known) & (answering | closed)
 
     new = index[past:]  # (tokens,)
     follows = before[:, None] + (rank[:, past:] - rank[:, past:][:, :1] + real[:, past:].long()[:, :1])
@@ -266,7 +285,25 @@ def read_turn(
     restarted = _spelled_at_the_end(words.refusal, symbols, real, rank, judged)  # (batch,)
     spelled = torch.where(new >= end[:, None], restarted[:, None], spelled)
     states = (spelled + 1).clamp_max(len(words.refusal)) * (new >= judged[:, None])  # (batch, tokens)
-    return Turn(judged, due, states, other_states)
+    answer = real[:, past:] & ((new > judged[:, None]) | ~due[:, None])  # (batch, tokens)
+    reached = torch.where(due[:, None], new >= judged[:, None], inherited[:, None])  # (batch, tokens)
+    return Turn(judged, due, states, other_states, reached, answer, rank[:, past:])
+
+
+def earlier_answers(
+    symbols: torch.Tensor, real: torch.Tensor, past: int, judged: torch.Tensor, words: Words
+) -> torch.Tensor:
+    """Where the fed tokens hold answers of earlier turns: (batch, tokens).
+
+    That is the position among the fed tokens of the generation prompt which a token answers, or -1.
+    """
+    index = torch.arange(symbols.shape[1], device=symbols.device)  # (context,)
+    ends = _ends_of(words.generation_prompt, symbols, real, real.long().cumsum(-1))  # (batch, context)
+    turned = (symbols[..., None] == torch.tensor(words.turns, device=symbols.device)).any(-1) & real
+    opened = torch.where(ends, index, -1).cummax(-1).values  # (batch, context)
+    closed = torch.where(turned, index, -1).cummax(-1).values  # (batch, context)
+    found = torch.where((opened >= past) & (closed <= opened) & (index < judged[:, None]), opened - past, -1)
+    return found[:, past:]
 
 
 def _last(flags: torch.Tensor, index: torch.Tensor, otherwise: int = 0) -> torch.Tensor:
@@ -342,6 +379,7 @@ class Recording:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # module path -> (batch, tokens, hidden)
     arguments: dict[str, tuple[tuple, dict]] = field(default_factory=dict)  # module path -> args, kwargs
     position_ids: torch.Tensor | None = None  # as the decoder got them
+    lane: "LiveLane | None" = None  # runs along with the main lane, where every token is judged
 
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
@@ -365,9 +403,14 @@ def _watched(cls: type) -> type:
         recording.arguments[path] = (args, kwargs)
         if recording.dry:
             return args[0] if args else kwargs["hidden_states"]
+        lane = recording.lane
+        if lane is not None and lane.state is not None:
+            return lane.along(functools.partial(cls.__call__, self), path, args, kwargs)
         output = cls.__call__(self, *args, **kwargs)
         if role == "tapped":
             recording.outputs[path] = output[0] if isinstance(output, tuple) else output
+            if lane is not None and path == lane.semantic:
+                lane.start(recording)
         return output
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
@@ -400,9 +443,9 @@ def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[_Watch]:
 
 
 @contextlib.contextmanager
-def recording(*, dry: bool = False) -> Iterator[Recording]:
+def recording(*, dry: bool = False, lane: "LiveLane | None" = None) -> Iterator[Recording]:
     """Within this context, watched modules leave their outputs and arguments in the Recording."""
-    seen = Recording(dry)
+    seen = Recording(dry, lane=lane)
     token = _recording.set(seen)
     try:
         yield seen
@@ -413,18 +456,22 @@ def recording(*, dry: bool = False) -> Iterator[Recording]:
 # ------------------------------------------------------------------------------------- executing the graph
 
 
-def _replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict]) -> torch.Tensor:
-    """Run a block on another state with the arguments of the main lane, away from the main lane's cache."""
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def _replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict], cache: Any = None) -> torch.Tensor:
+    """Run a block on another state with the arguments of the main lane, on another cache than the main lane's."""
     args, kwargs = seen
     kwargs = dict(kwargs)
-    for name in ("past_key_values", "past_key_value", "layer_past"):
+    for name in CACHES:
         if name in kwargs:
-            kwargs[name] = None
+            kwargs[name] = cache
     if "use_cache" in kwargs:
-        kwargs["use_cache"] = False
+        kwargs["use_cache"] = cache is not None
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4:  # a static cache's mask spans its whole length
-        kwargs["attention_mask"] = mask[..., : state.shape[1]]
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        if cache is None:  # a static cache's mask spans its whole length
+            kwargs["attention_mask"] = mask[..., : state.shape[1]]
     elif mask is not None and not isinstance(mask, torch.Tensor):
         raise NotImplementedError(
             f"the second lane cannot replay an attention mask of type {type(mask).__name__}. "
@@ -465,23 +512,37 @@ def run_lane(
     """
     values = {node["name"]: projection for node in graph if node["op"] == "projection"}
     for node in graph:
-        operation, inputs = node["op"], node["inputs"]
-        if operation == "lane_block":
+        if node["op"] == "lane_block":
             path = node["module"]
-            value = _replay(model.get_submodule(path), values[inputs[0]], arguments[path])
-        elif operation == "lane_norm":
-            state = values[inputs[0]]  # (batch, tokens, hidden)
-            rows = torch.arange(state.shape[0], device=state.device)
-            last = state[rows, judged.to(state.device)]  # (batch, hidden)
-            value = model.get_submodule(node["module"])(last.unsqueeze(1)).squeeze(1)  # (batch, hidden)
+            values[node["name"]] = _replay(model.get_submodule(path), values[node["inputs"][0]], arguments[path])
+    rows = torch.arange(projection.shape[0], device=projection.device)
+    last = values[graph_end(graph)][rows, judged.to(projection.device)]  # (batch, hidden)
+    return values | run_probe(model, graph, last)
+
+
+def graph_end(graph: list[dict[str, Any]]) -> str:
+    """The name of the second lane's last block."""
+    return str(next(node for node in graph if node["op"] == "lane_norm")["inputs"][0])
+
+
+def run_probe(model: nn.Module, graph: list[dict[str, Any]], state: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Execute what follows the second lane's last block, on its output (..., hidden) at the judged positions.
+
+    Returns the value of each node by its name; that of the probe is P(unsafe), (...).
+    """
+    values = {graph_end(graph): state}
+    for node in graph:
+        operation, inputs = node["op"], node["inputs"]
+        if operation == "lane_norm":
+            shaped = state if state.dim() == 3 else state.unsqueeze(1)  # (batch, positions, hidden)
+            value = model.get_submodule(node["module"])(shaped).reshape(state.shape)  # (..., hidden)
         elif operation == "lane_head":
-            value = model.get_submodule(node["module"])(values[inputs[0]])  # (batch, vocabulary)
+            value = model.get_submodule(node["module"])(values[inputs[0]])  # (..., vocabulary)
             if node.get("softcap"):
                 value = torch.tanh(value.float() / node["softcap"]) * node["softcap"]
         elif operation == "probe":
-            probe = model.get_submodule(node["module"])
-            state = values[inputs[0]]
-            value = unsafe_probability(state, probe.weight.to(state.device), probe.bias.to(state.device))  # (batch,)
+            probe, read = model.get_submodule(node["module"]), values[inputs[0]]  # (..., features)
+            value = unsafe_probability(read, probe.weight.to(read.device), probe.bias.to(read.device))  # (...)
         else:
             continue
         values[node["name"]] = value
@@ -519,6 +580,97 @@ def context_arguments(
     with recording(dry=True) as seen:
         decoder(**arguments)
     return seen.arguments
+
+
+# ------------------------------------------------------------------------------------- judging every token
+
+
+class LiveLane:
+    """The second lane beside the main lane, with keys and values of its own: every token's state at each call.
+
+    Blocks s+1..f run for it once the main lane is through block f; from there on both lanes go through each block
+    as one batch, so that its weights are read once.
+
+    Args:
+        model: the guarded model; graph: `config.sasa["graph"]`.
+        kept: the lane's cache layers of the tokens before this call, from block s+1 on; empty at the start.
+    """
+
+    def __init__(self, model: nn.Module, graph: list[dict[str, Any]], kept: list[Any]) -> None:
+        self.model, self.graph = model, graph
+        self.paths = [node["module"] for node in graph if node["op"] == "lane_block"]
+        self.semantic = [node["module"] for node in graph if node["op"] == "tap"][-1]
+        self.layers = dict(zip(self.paths, kept, strict=False))
+        self.state: torch.Tensor | None = None  # (batch, tokens, hidden)
+
+    def start(self, seen: Recording) -> None:
+        """Project the two taps and run the lane through block f."""
+        state = project_taps(self.graph, seen)  # (batch, tokens, hidden)
+        unseen = _recording.set(None)
+        try:
+            for path in self.paths[: self.paths.index(self.semantic) + 1]:
+                cache = next(
+                    (seen.arguments[path][1][name] for name in CACHES if seen.arguments[path][1].get(name)), None
+                )
+                own = None if cache is None else _Keys(self, path, cache, both=False)
+                state = _replay(self.model.get_submodule(path), state, seen.arguments[path], own)
+        finally:
+            _recording.reset(unseen)
+        self.state = state
+
+    def along(self, run: Callable, path: str, args: tuple, kwargs: dict) -> Any:
+        """Run a block on both lanes; returns the main lane's output (batch, tokens, hidden)."""
+        hidden = args[0] if args else kwargs["hidden_states"]  # (batch, tokens, hidden)
+        assert self.state is not None
+        both = torch.cat([hidden, self.state.to(hidden)])  # (2 * batch, tokens, hidden)
+        args = (both, *(_twice(value, len(hidden)) for value in args[1:])) if args else ()
+        twice = {name: _twice(value, len(hidden)) for name, value in kwargs.items()}
+        if not args:
+            twice["hidden_states"] = both
+        for name in CACHES:
+            if kwargs.get(name) is not None:
+                twice[name] = _Keys(self, path, kwargs[name], both=True)
+        output = run(*args, **twice)
+        main, self.state = (output[0] if isinstance(output, tuple) else output).chunk(2)
+        return (main, *output[1:]) if isinstance(output, tuple) else main
+
+
+class _Keys:
+    """Stands for the cache within one block: the lane's own keys and values, behind those of the main lane if both."""
+
+    def __init__(self, lane: LiveLane, path: str, cache: Cache, *, both: bool) -> None:
+        self.lane, self.path, self.cache, self.both = lane, path, cache, both
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, index: int, *args: Any, **kwargs: Any) -> Any:
+        first: tuple = ()
+        if self.both:
+            (main_keys, keys), (main_values, values) = keys.chunk(2), values.chunk(2)
+            first = self.cache.update(main_keys, main_values, index, *args, **kwargs)
+        if self.path not in self.lane.layers:
+            self.lane.layers[self.path] = _emptied(self.cache.layers[index])
+        own = self.lane.layers[self.path].update(keys, values, *args, **kwargs)
+        return tuple(torch.cat(pair) for pair in zip(first, own, strict=True)) if self.both else own
+
+
+def _emptied(layer: Any) -> Any:
+    """A cache layer of the same kind, with nothing in it."""
+    twin = copy.copy(layer)
+    twin.keys = twin.values = None
+    twin.is_initialized = False
+    twin.reset()
+    return twin
+
+
+def _twice(value: Any, batch: int) -> Any:
+    """An argument of a block, for two lanes: whatever has a row for each of the batch gets them twice."""
+    if isinstance(value, torch.Tensor):
+        return torch.cat([value, value]) if value.dim() > 1 and value.shape[0] == batch else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_twice(item, batch) for item in value)
+    return {name: _twice(item, batch) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 # ----------------------------------------------------------------------------------------------- the model
@@ -561,6 +713,7 @@ def check_settings(sasa: Any) -> dict[str, Any]:
         "refusal_token_ids",
         "generation_prompt_ids",
         "turn_token_ids",
+        "gate",
         "graph",
     )
     if not isinstance(sasa, dict) or any(name not in sasa for name in needed):
@@ -571,6 +724,8 @@ def check_settings(sasa: Any) -> dict[str, Any]:
         raise ValueError(f"config.sasa needs 0 <= safety_layer < semantic_layer. {HOW_TO_LOAD}")
     if not 0.0 < sasa["threshold"] < 1.0 or not sasa["refusal_token_ids"]:
         raise ValueError(f"config.sasa has no usable threshold or refusal. {HOW_TO_LOAD}")
+    if sasa["gate"] not in (PROMPT, EVERY_TOKEN):
+        raise ValueError(f"config.sasa's gate is {sasa['gate']!r}, which nothing here runs. {HOW_TO_LOAD}")
     if not _is_sasa(sasa["graph"], sasa):
         raise ValueError(f"config.sasa's graph is not that of its layers, from tap to gate. {HOW_TO_LOAD}")
     return sasa
@@ -704,6 +859,15 @@ class GuardedModel:
         settings = {**vars(given[0] if given else self.generation_config), **kwargs}
         if settings.get("assistant_early_exit"):
             raise NotImplementedError("assistant_early_exit leaves out the blocks that judge. Run without it.")
+        if settings.get("assistant_ensemble_weight") is not None:
+            raise NotImplementedError(
+                "assistant_ensemble_weight mixes the words of an unguarded model into the answer. Run without it."
+            )
+        if settings.get("guidance_scale") not in (None, 1, 1.0):
+            raise NotImplementedError(
+                "guidance_scale mixes in the answer to a second, negative prompt, which may be refused apart from the "
+                "first. Run without it."
+            )
         if settings.get("is_assistant"):
             raise NotImplementedError(
                 "a guarded model does not guard the model that it drafts for. Take the guarded model as the main one, "
@@ -745,58 +909,89 @@ class GuardedModel:
             return forward(self, **kwargs)  # the family's own error says what is missing
         if "paged" in str(self.config._attn_implementation) or kwargs.get("cu_seq_lens_q") is not None:
             raise NotImplementedError(f"packed prompts: {PACKED}")
-        text = self.config.get_text_config(decoder=True)
-        ledger, words = Ledger.of(text), Words.of(self.config.sasa)
+        sasa = self.config.sasa
+        ledger, words = Ledger.of(self.config.get_text_config(decoder=True), sasa), Words.of(sasa)
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        kept = self._kept(cache, past, ledger)  # of the ledger: keys, values, keys, values ...
+        kept, lane_layers = self._kept(cache, past, ledger)
         known = None if ids is not None else self.get_input_embeddings()(_on(words.table, fed))
+        symbols = words.in_ids(ids) if known is None else words.in_embeddings(embeddings, known)  # (batch, tokens)
 
-        with recording() as seen:
+        lane = LiveLane(self, sasa["graph"], lane_layers) if sasa["gate"] == EVERY_TOKEN else None
+        with recording(lane=lane) as seen:
             output = forward(self, **kwargs, return_dict=True)
-        projection = project_taps(self.config.sasa["graph"], seen)  # (batch, tokens, hidden)
-        columns = read_columns(
-            kwargs,
-            past,
-            fed,
-            words.in_ids(ids) if known is None else words.in_embeddings(embeddings, known),
-            seen.position_ids,
-            ledger,
-        )
+        columns = read_columns(kwargs, past, fed, symbols, seen.position_ids, ledger)
         context, before = columns, torch.zeros_like(columns[:, 0, STATE])  # (batch,)
         if kept:
             earlier = ledger.unpack_columns(kept)  # (batch, past, columns)
             context, before = torch.cat([earlier, columns], dim=1), earlier[:, -1, STATE]
+        symbols, real, several = context[..., SYMBOL], context[..., REAL] > 0, past == 0 or fed.shape[1] > 1
         generation = _generation.get()
-        turn = read_turn(
-            context[..., SYMBOL],
-            context[..., REAL] > 0,
-            past,
-            past == 0 or fed.shape[1] > 1,
-            before,
-            words,
-            generation.prompt_end if generation is not None and generation.cache is cache else None,
-        )
-        refused, probability = torch.zeros_like(turn.due), None  # (batch,)
-        if turn.due.any():
-            whole, arguments = projection, seen.arguments  # (batch, context, hidden)
-            if kept:
-                whole = torch.cat([ledger.unpack_projection(kept).to(projection), projection], dim=1)
-                arguments = context_arguments(self.model, whole, context[..., REAL] > 0, context, ledger)
-            probability = self._probability(run_lane(self, self.config.sasa["graph"], whole, arguments, turn.judged))
-            refused = ~(probability < self.config.sasa["threshold"]).to(turn.due.device)  # (batch,); NaN is refused
-            probability = probability.masked_fill(~turn.due.to(probability.device), float("nan"))
+        prompt_end = generation.prompt_end if generation is not None and generation.cache is cache else None
+        covered = context[..., JUDGED] > 0  # (batch, context)
+        turn = read_turn(symbols, real, past, several, before, covered, words, prompt_end)
+        projection = project_taps(sasa["graph"], seen)  # (batch, tokens, hidden)
+        if lane is None:
+            probability, states = self._judge(turn, projection, kept, seen, context, ledger)
+        else:
+            probability, states = self._judge_all(turn, lane, past)
 
-        columns[..., STATE] = states = turn.states(refused)  # (batch, tokens)
+        columns[..., STATE], columns[..., JUDGED] = states, turn.covered
         if output.past_key_values is not None:
-            self._keep(output.past_key_values, ledger, columns, projection)
+            self._keep(output.past_key_values, ledger, columns, projection, lane)
         output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
         output["unsafe_probability"] = probability
         return output if as_dictionary else output.to_tuple()
 
-    def _probability(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """P(unsafe), (batch,), among the values of the graph."""
+    def _judge(
+        self,
+        turn: Turn,
+        projection: torch.Tensor,
+        kept: list[torch.Tensor],
+        seen: Recording,
+        context: torch.Tensor,
+        ledger: Ledger,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """P(unsafe) where a verdict on a prompt is due, (batch,), NaN in other rows, and STATE (batch, tokens)."""
+        if not turn.due.any():
+            return None, turn.other_states
+        whole, arguments = projection, seen.arguments  # (batch, context, hidden)
+        if kept:
+            whole = torch.cat([ledger.unpack_projection(kept).to(projection), projection], dim=1)
+            arguments = context_arguments(self.model, whole, context[..., REAL] > 0, context, ledger)
+        graph, words = self.config.sasa["graph"], Words.of(self.config.sasa)
+        values = run_lane(self, graph, whole, arguments, turn.judged)
+        probability = self._read(values)  # (batch,)
+        states = turn.states(self._unsafe(probability).to(turn.due.device))
+        past = context.shape[1] - projection.shape[1]
+        earlier = earlier_answers(context[..., SYMBOL], context[..., REAL] > 0, past, turn.judged, words)
+        if (earlier >= 0).any():  # a conversation in one call: the logits of its earlier answers are judged too
+            all_states = values[graph_end(graph)][:, past:]  # (batch, tokens, hidden)
+            unsafe = self._unsafe(self._read(run_probe(self, graph, all_states))).to(earlier.device)  # (batch, tokens)
+            states = torch.where((earlier >= 0) & unsafe.gather(1, earlier.clamp_min(0)), 1, states)
+        return probability.masked_fill(~turn.due.to(probability.device), float("nan")), states
+
+    def _judge_all(self, turn: Turn, lane: LiveLane, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest P(unsafe) among the positions that this call judges, (batch,), and STATE (batch, tokens)."""
+        found = self._read(run_probe(self, self.config.sasa["graph"], lane.state)).to(
+            turn.due.device
+        )  # (batch, tokens)
+        unsafe = self._unsafe(found)  # (batch, tokens)
+        turn = replace(turn, due=turn.due & (turn.judged >= past))  # earlier tokens had theirs
+        place = (turn.judged - past).clamp_min(0)[:, None]  # (batch, 1)
+        states = turn.states(unsafe.gather(1, place)[:, 0])
+        states = turn.late_states(states, unsafe, len(self.config.sasa["refusal_token_ids"]))
+        here = torch.zeros_like(unsafe).scatter(1, place, turn.due[:, None]) | turn.answer  # (batch, tokens)
+        largest = found.masked_fill(~here, -1.0).amax(-1)  # (batch,); NaN stays NaN
+        return largest.masked_fill(~here.any(-1), float("nan")), states
+
+    def _read(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """P(unsafe), (...), among the values of the graph."""
         return next(values[node["name"]] for node in self.config.sasa["graph"] if node["op"] == "probe")
+
+    def _unsafe(self, probability: torch.Tensor) -> torch.Tensor:
+        """The verdicts, (...), bool; NaN is unsafe."""
+        return ~(probability < self.config.sasa["threshold"])
 
     def _gate(self, logits: torch.Tensor, states: torch.Tensor, keep: Any) -> torch.Tensor:
         """The logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so."""
@@ -807,28 +1002,40 @@ class GuardedModel:
         due = _on(refusal, logits)[(states - 1).clamp_min(0)]  # (batch, kept)
         return gate(logits, due, states > 0, refusal)
 
-    def _keep(self, cache: Cache, ledger: Ledger, columns: torch.Tensor, projection: torch.Tensor) -> None:
-        """Write the fed tokens into the ledger."""
+    def _keep(
+        self, cache: Cache, ledger: Ledger, columns: torch.Tensor, projection: torch.Tensor, lane: LiveLane | None
+    ) -> None:
+        """Write the fed tokens into the ledger, and put the lane's own cache layers behind it."""
         first = cache.layers[0]
         if len(cache.layers) == ledger.first:
             static = isinstance(first, StaticLayer)
             length = max(layer.get_max_length() for layer in cache.layers)
             cache.layers.extend(StaticLayer(length) if static else DynamicLayer() for _ in range(ledger.layers))
-        packed = ledger.pack(columns.to(projection.device), projection, first.dtype)
+        packed = ledger.pack(columns.to(projection.device), projection[..., : ledger.hidden], first.dtype)
         for index in range(ledger.layers):
             cache.update(packed[2 * index], packed[2 * index + 1], ledger.first + index)
+        if lane is not None and len(cache.layers) == ledger.first + ledger.layers:
+            cache.layers.extend(lane.layers[path] for path in lane.paths)
 
-    def _kept(self, cache: Cache | None, past: int, ledger: Ledger) -> list[torch.Tensor]:
-        """The ledger of the tokens before this call, each (batch, heads, past, size); empty where there are none."""
+    def _kept(self, cache: Cache | None, past: int, ledger: Ledger) -> tuple[list[torch.Tensor], list[Any]]:
+        """What the cache holds of the tokens before this call; nothing where there are none.
+
+        Returns the ledger, tensors (batch, heads, past, size), and the lane's own cache layers.
+        """
         if cache is None or past == 0:
-            return []
+            return [], []
+        end, sasa = ledger.first + ledger.layers, self.config.sasa
+        own = sum(node["op"] == "lane_block" for node in sasa["graph"]) if sasa["gate"] == EVERY_TOKEN else 0
         layers = cache.layers[ledger.first :]
-        if len(layers) != ledger.layers or any(int(layer.get_seq_length()) != past for layer in layers):
+        if len(cache.layers) != end + own or any(int(layer.get_seq_length()) != past for layer in layers):
             raise ValueError(
                 "past_key_values holds tokens that this guarded model has not judged. Start from the whole prompt "
                 "without past_key_values."
             )
-        return [tensor[:, :, :past] for layer in layers for tensor in (layer.keys, layer.values)]
+        kept = [
+            tensor[:, :, :past] for layer in cache.layers[ledger.first : end] for tensor in (layer.keys, layer.values)
+        ]
+        return kept, cache.layers[end:]
 
 
 @dataclass(frozen=True)
@@ -862,7 +1069,7 @@ def read_columns(
     position_ids: torch.Tensor | None,
     ledger: Ledger,
 ) -> torch.Tensor:
-    """The ledger's columns of the fed tokens, (batch, tokens, columns), int64; STATE is still 0.
+    """The ledger's columns of the fed tokens, (batch, tokens, columns), int64; STATE and JUDGED are still 0.
 
     Args:
         kwargs: of the model's forward; fed: the ids or embeddings among them.
@@ -877,7 +1084,8 @@ def read_columns(
     if position_ids.dim() == 2:
         position_ids = position_ids[None]  # (1, batch, tokens)
     positions = position_ids[-ledger.axes :].expand(ledger.axes, batch, tokens).clamp_min(0)
-    parts = [torch.zeros_like(symbols), symbols, real.to(symbols), picture]
+    unset = torch.zeros_like(symbols)
+    parts = [unset, symbols, real.to(symbols), picture, unset]
     return torch.cat([torch.stack(parts, dim=-1), ledger.digits(positions).to(symbols)], dim=-1)
 
 

@@ -85,6 +85,10 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
     allowed = [(want, have) for (_, want), (score, have) in zip(expected, got, strict=True) if score < threshold]
     equal = sum(want == have for want, have in allowed)
     detail = f"{equal} of {len(allowed)}, token for token over {TOKENS} greedy tokens"
+    if sasa["gate"] == "every-token":
+        cut = sum(want != have and _cut(want, have, refusal) for want, have in allowed)
+        equal += cut
+        detail += f", {cut} of them until the refusal took over"
     checks.append(
         Check(
             "allowed prompts are answered as by the original",
@@ -93,3 +97,9 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
         )
     )
     return checks
+
+
+def _cut(original: list[int], found: list[int], refusal: list[int]) -> bool:
+    """Is an answer the original's up to a place, and from there on the refusal?"""
+    same = next((at for at, pair in enumerate(zip(original, found, strict=False)) if pair[0] != pair[1]), len(found))
+    return found[same:] == refusal[: len(found) - same]

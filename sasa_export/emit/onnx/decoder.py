@@ -50,7 +50,8 @@ class Decoder(nn.Module):
         stock: Any = type(model).__mro__[2]
         self.stock_forward = stock.forward
         text = model.config.get_text_config(decoder=True)
-        self.shape, self.words = self.runtime.Ledger.of(text), self.runtime.Words.of(model.config.sasa)
+        sasa = model.config.sasa
+        self.shape, self.words = self.runtime.Ledger.of(text, sasa), self.runtime.Words.of(sasa)
         self.layers = self.shape.first
         with torch.no_grad():
             known = model.get_input_embeddings()(torch.tensor(self.words.table, device=model.device))
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
 
         states = self.turn(self._states, turn, judged, unjudged)  # (batch, tokens)
         logits = self.gate(self._gate, output.logits.float(), states[:, -1:])
-        ledger = self.ledger(self._ledger, columns, states, projection, kept)
+        ledger = self.ledger(self._ledger, columns, states, turn.covered, projection, kept)
         return logits, [*present, *ledger], probability, judged, turn.due.any()
 
     def _turn(
@@ -127,10 +128,13 @@ class Decoder(nn.Module):
         context = torch.cat([earlier, columns], dim=1)  # (batch, context, columns)
         # Lengths as tensors: as numbers they would be frozen into the graph.
         length, known, tokens = (_scalar(size) for size in (past[0][0].shape[2], judged, fed.shape[1]))
-        turn = self.runtime.read_turn(
-            context[..., self.runtime.SYMBOL], context[..., self.runtime.REAL] > 0, judged,
-            (tokens != 1) | (known == 0), before, self.words,
-        )  # fmt: skip
+        symbols, real, covered = (
+            context[..., self.runtime.SYMBOL],
+            context[..., self.runtime.REAL] > 0,
+            context[..., self.runtime.JUDGED] > 0,
+        )  # (batch, context)
+        several = (tokens != 1) | (known == 0)  # ()
+        turn = self.runtime.read_turn(symbols, real, judged, several, before, covered, self.words)
         return columns, context, turn, length != known
 
     def _states(self, turn: Any, judged: torch.Tensor, unjudged: torch.Tensor) -> torch.Tensor:
@@ -146,10 +150,16 @@ class Decoder(nn.Module):
         return gated
 
     def _ledger(
-        self, columns: torch.Tensor, states: torch.Tensor, projection: torch.Tensor, kept: list[torch.Tensor]
+        self,
+        columns: torch.Tensor,
+        states: torch.Tensor,
+        covered: torch.Tensor,
+        projection: torch.Tensor,
+        kept: list[torch.Tensor],
     ) -> list[Pair]:
         """The extra layers with the fed tokens behind."""
-        columns = torch.cat([states[..., None], columns[..., 1:]], dim=-1)  # (batch, tokens, columns)
+        found = {self.runtime.STATE: states, self.runtime.JUDGED: covered.to(columns)}  # (batch, tokens) each
+        columns = torch.stack([found.get(index, column) for index, column in enumerate(columns.unbind(-1))], dim=-1)
         rows = self.shape.pack(columns, projection, kept[0].dtype)
         grown = [torch.cat([before, row], dim=2) for before, row in zip(kept, rows, strict=True)]
         return list(zip(grown[::2], grown[1::2], strict=True))
@@ -209,7 +219,7 @@ class Decoder(nn.Module):
 def ledger_layers(model: Any) -> int:
     """How many cache layers a guarded model has behind those of its blocks."""
     ledger: Any = sys.modules[type(model).__module__].Ledger
-    return int(ledger.of(model.config.get_text_config(decoder=True)).layers)
+    return int(ledger.of(model.config.get_text_config(decoder=True), model.config.sasa).layers)
 
 
 class _Named(nn.Module):
