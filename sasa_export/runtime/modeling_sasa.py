@@ -286,7 +286,7 @@ def read_turn(
     spelled = torch.where(new >= end[:, None], restarted[:, None], spelled)
     states = (spelled + 1).clamp_max(len(words.refusal)) * (new >= judged[:, None])  # (batch, tokens)
     answer = real[:, past:] & ((new > judged[:, None]) | ~due[:, None])  # (batch, tokens)
-    reached = torch.where(due[:, None], new >= judged[:, None], inherited[:, None])  # (batch, tokens)
+    reached = (due[:, None] & (new >= judged[:, None])) | (~due & inherited)[:, None]  # (batch, tokens)
     return Turn(judged, due, states, other_states, reached, answer, rank[:, past:])
 
 
@@ -704,6 +704,13 @@ class Probe(nn.Module):
 
 def check_settings(sasa: Any) -> dict[str, Any]:
     """Return config.sasa, or raise ValueError where the gate could not run on it."""
+    try:
+        return _checked(sasa)
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"config.sasa is damaged ({type(error).__name__}: {error}). {HOW_TO_LOAD}") from None
+
+
+def _checked(sasa: Any) -> dict[str, Any]:
     needed = (
         "format",
         "safety_layer",
@@ -815,6 +822,8 @@ class GuardedModel:
             return
         family = cls.__bases__[cls.__bases__.index(GuardedModel) + 1]  # the stock class
         cls.forward = _guarded(family.forward)
+        if not hasattr(family.__init__, "sealed_by_sasa"):
+            family.__init__ = _sealed(family.__init__)
         stock, own = family.config_class.model_type, cls.config_class.model_type
         mapping = get_checkpoint_conversion_mapping(family.__name__) or get_checkpoint_conversion_mapping(stock)
         if mapping is not None:  # old names in the shards are renamed as for the stock class
@@ -1091,6 +1100,19 @@ def read_columns(
 
 def _on(tokens: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(tokens, device=like.device)
+
+
+def _sealed(init: Callable) -> Callable:
+    """The stock class's `__init__`, which refuses a guarded configuration that it is handed already opened."""
+
+    @functools.wraps(init)
+    def sealed_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if hasattr(config, "sasa") and not hasattr(type(self), "_sasa_forward"):
+            raise ValueError(SEAL)
+        init(self, config, *args, **kwargs)
+
+    sealed_init.sealed_by_sasa = True
+    return sealed_init
 
 
 def _guarded(forward: Callable) -> Callable:
