@@ -273,8 +273,6 @@ def read_turn(
 
     new = index[past:]  # (tokens,)
     follows = before[:, None] + (rank[:, past:] - rank[:, past:][:, :1] + real[:, past:].long()[:, :1])
-    other_states = torch.where(before[:, None] > 0, follows.clamp_max(len(words.refusal)), 0)  # (batch, tokens)
-
     behind = rank[:, past:] - rank.gather(1, judged[:, None])  # (batch, tokens), real tokens behind the judged one
     refusal = torch.tensor(words.refusal, device=symbols.device)
     wanted = refusal[(behind - 1).clamp(0, len(words.refusal) - 1)]  # (batch, tokens)
@@ -285,6 +283,10 @@ def read_turn(
     restarted = _spelled_at_the_end(words.refusal, symbols, real, rank, judged)  # (batch,)
     spelled = torch.where(new >= end[:, None], restarted[:, None], spelled)
     states = (spelled + 1).clamp_max(len(words.refusal)) * (new >= judged[:, None])  # (batch, tokens)
+    # A refusal under way goes on with each token, and begins anew behind an answer that its prompt still brings.
+    still = several if prompt_end is None else symbols.shape[1] <= prompt_end
+    follows = torch.where((new >= end[:, None]) & still, restarted[:, None] + 1, follows)
+    other_states = torch.where(before[:, None] > 0, follows.clamp_max(len(words.refusal)), 0)  # (batch, tokens)
     answer = real[:, past:] & ((new > judged[:, None]) | ~due[:, None])  # (batch, tokens)
     reached = (due[:, None] & (new >= judged[:, None])) | (~due & inherited)[:, None]  # (batch, tokens)
     return Turn(judged, due, states, other_states, reached, answer, rank[:, past:])
@@ -517,7 +519,7 @@ def run_lane(
             values[node["name"]] = _replay(model.get_submodule(path), values[node["inputs"][0]], arguments[path])
     rows = torch.arange(projection.shape[0], device=projection.device)
     last = values[graph_end(graph)][rows, judged.to(projection.device)]  # (batch, hidden)
-    return values | run_probe(model, graph, last)
+    return run_probe(model, graph, last) | values
 
 
 def graph_end(graph: list[dict[str, Any]]) -> str:
@@ -541,8 +543,7 @@ def run_probe(model: nn.Module, graph: list[dict[str, Any]], state: torch.Tensor
             if node.get("softcap"):
                 value = torch.tanh(value.float() / node["softcap"]) * node["softcap"]
         elif operation == "probe":
-            probe, read = model.get_submodule(node["module"]), values[inputs[0]]  # (..., features)
-            value = unsafe_probability(read, probe.weight.to(read.device), probe.bias.to(read.device))  # (...)
+            value = model.get_submodule(node["module"])(values[inputs[0]])  # (...)
         else:
             continue
         values[node["name"]] = value
@@ -684,6 +685,10 @@ class Probe(nn.Module):
         unset = float("nan")  # a probe that was never loaded must not pass for one
         self.weight = nn.Parameter(torch.full((features,), unset, dtype=torch.float32), requires_grad=False)
         self.bias = nn.Parameter(torch.full((), unset, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """P(unsafe), (...), of the lane's state (..., features)."""
+        return unsafe_probability(state, self.weight.to(state.device), self.bias.to(state.device))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Probe":
         before = {name: tensor.data for name, tensor in self.named_parameters()}
@@ -877,6 +882,8 @@ class GuardedModel:
                 "guidance_scale mixes in the answer to a second, negative prompt, which may be refused apart from the "
                 "first. Run without it."
             )
+        if self.training and self.is_gradient_checkpointing and settings.get("use_cache") is not False:
+            raise NotImplementedError("gradient checkpointing keeps no cache to generate with. Call eval() first.")
         if settings.get("is_assistant"):
             raise NotImplementedError(
                 "a guarded model does not guard the model that it drafts for. Take the guarded model as the main one, "
@@ -946,7 +953,7 @@ class GuardedModel:
             probability, states = self._judge_all(turn, lane, past)
 
         columns[..., STATE], columns[..., JUDGED] = states, turn.covered
-        if output.past_key_values is not None:
+        if output.past_key_values is not None and output.past_key_values.get_seq_length():
             self._keep(output.past_key_values, ledger, columns, projection, lane)
         output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
         output["unsafe_probability"] = probability
