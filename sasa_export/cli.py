@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from sasa_export.errors import SasaExportError
+from sasa_export.evaluate.command import evaluate_command
+from sasa_export.locate.command import locate_command
 from sasa_export.options import Options
 
 
@@ -39,6 +41,22 @@ class Grouped(click.Group):
             sys.exit(1)
 
 
+class NumberOr(click.ParamType):
+    """A whole number, or one word in its place."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.name = f"integer|{word}"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+        if value == self.word:
+            return self.word
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor {self.word!r}.", param, context)
+
+
 def patch_options(command: Any) -> Any:
     """Flags made from `Options`: one a field, with its help and default."""
     for entry in reversed(fields(Options)):
@@ -52,6 +70,8 @@ def patch_options(command: Any) -> Any:
                 "default": entry.default,
                 "show_default": True,
             }
+        elif "word" in entry.metadata:
+            kind["type"] = NumberOr(entry.metadata["word"])
         elif "tuple" in str(entry.type):
             kind["multiple"] = True
         elif "Path" in str(entry.type):
@@ -166,6 +186,10 @@ def verify(directory: Path, device: str, only_files: bool) -> None:
         report.check(check.passed, check.name, check.detail)
     if not all(check.passed for check in checks):
         raise SasaExportError(f"{directory} failed its verification. Do not serve it; export the model again.")
+
+
+main.add_command(locate_command)
+main.add_command(evaluate_command)
 
 
 def quiet() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sasa_export.calibrate import Calibration, calibrate
 from sasa_export.calibrate.data import Prompt, builtin
@@ -16,12 +16,15 @@ from sasa_export.datasets import calibration_prompts, lopsided
 from sasa_export.errors import OpenError, TraceError
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source
-from sasa_export.open.load import load_model
+from sasa_export.open.load import SPREAD, load_model
 from sasa_export.options import Options
 from sasa_export.report import Silent
 from sasa_export.rewrite import LaneSettings, rewrite_lane
 from sasa_export.trace import trace
 from sasa_export.verify.cases import Case, expect
+
+if TYPE_CHECKING:
+    from sasa_export.locate.auto import Chosen
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Measured:
     cases: tuple[Case, ...]
     dtype: str
     device: str
+    layers: Chosen | None = None  # where they were left to be found
 
 
 def measure(
@@ -56,9 +60,16 @@ def measure(
     model = load_model(source, dtype=dtype, device=device)
     pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
     check_traces(graph, trace_loaded(model, processor, source, pictured))
+    layers: Chosen | None = None
+    if options.finds_layers():
+        from sasa_export.locate.auto import choose_layers
+
+        layers = choose_layers(model, processor, graph, prompts, settings, options, report)
+        settings = layers.settings
     lane = rewrite_lane(graph, settings)
     if given is None:
-        calibration = _calibrate(model, processor, lane, prompts, options, report)
+        judged = None if layers is None else layers.held_out
+        calibration = _calibrate(model, processor, lane, prompts, judged, options, report)
         probe, scores = calibration.probe, calibration.final
         if options.threshold is not None:
             probe = Probe(probe.weight, probe.bias, options.threshold)
@@ -67,7 +78,7 @@ def measure(
     cases: tuple[Case, ...] = ()
     if options.verify == "full":
         cases = tuple(expect(model, processor, lane, probe, prompts, scores))
-    return Measured(probe, calibration, cases, dtype, device)
+    return Measured(probe, calibration, cases, dtype, device, layers)
 
 
 def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:
@@ -94,7 +105,8 @@ def running(source: Source, options: Options) -> tuple[str, str]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device)
+        if device != SPREAD:
+            torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OpenError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from None
     dtype = options.dtype
@@ -115,7 +127,13 @@ def _prompts(options: Options, processor: Any) -> list[Prompt]:
 
 
 def _calibrate(
-    model: Any, processor: Any, lane: LayerGraph, prompts: Sequence[Prompt], options: Options, report: Silent
+    model: Any,
+    processor: Any,
+    lane: LayerGraph,
+    prompts: Sequence[Prompt],
+    judged: Sequence[int] | None,
+    options: Options,
+    report: Silent,
 ) -> Calibration:
     with report.bar(len(prompts), "calibrate") as advance:
         calibration = calibrate(
@@ -126,6 +144,7 @@ def _calibrate(
             batch_size=options.batch_size,
             max_false_positive_rate=options.max_false_positive_rate,
             regularization=options.regularization_value(),
+            judged=judged,
             advance=advance,
         )
     overall = next(f for f in calibration.figures if (f.feature, f.channel) == ("projected", "all"))

@@ -10,6 +10,7 @@ from sasa_export.emit.onnx import DTYPES as ONNX_DTYPES
 from sasa_export.emit.onnx import OPSETS
 from sasa_export.errors import SasaExportError
 
+AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
@@ -32,13 +33,18 @@ class Options:
         group="What",
     )
 
-    safety_layer: int | None = _option(
+    safety_layer: int | str | None = _option(
         None,
-        "Zero-based block whose output is projected. Default: what the family's file says.",
+        "Zero-based block whose output is projected, or auto: found on the calibration prompts, as the other layer "
+        "is unless it is given. Default: what the family's file says.",
         group="Layers",
+        word=AUTO,
     )
-    semantic_layer: int | None = _option(
-        None, "Zero-based block onto whose output it is projected. Default: likewise.", group="Layers"
+    semantic_layer: int | str | None = _option(
+        None,
+        "Zero-based block onto whose output it is projected, or auto. Default: likewise.",
+        group="Layers",
+        word=AUTO,
     )
     epsilon: float = _option(1e-6, "Least squared norm in the projection's denominator.", group="Layers")
 
@@ -109,6 +115,10 @@ class Options:
         choices=("full", "files"),
     )
 
+    def finds_layers(self) -> bool:
+        """Is a layer left to be found on the calibration prompts?"""
+        return AUTO in (self.safety_layer, self.semantic_layer)
+
     def regularization_value(self) -> float | None:
         """The number that was given, or None for auto."""
         return None if self.regularization == "auto" else float(self.regularization)
@@ -122,6 +132,14 @@ class Options:
                 raise SasaExportError(f"{flag} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
         if self.probe is not None and self.calibration:
             raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
+        for name, layer in (("safety", self.safety_layer), ("semantic", self.semantic_layer)):
+            if isinstance(layer, str) and layer != AUTO:
+                raise SasaExportError(f"--{name}-layer is {layer!r}; it must be a block's number or {AUTO}.")
+        if self.probe is not None and self.finds_layers():
+            raise SasaExportError(
+                f"--probe and layers left to {AUTO} exclude each other: a probe belongs to the layers it was fitted "
+                "on. Give both layers."
+            )
         if self.gate == "every-token" and self.format != "safetensors":
             raise SasaExportError("--gate every-token is for safetensors alone. Give --format safetensors.")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:

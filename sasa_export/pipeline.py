@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sasa_export.calibrate import Calibration
@@ -14,15 +15,17 @@ from sasa_export.emit.config import generation_prompt_ids, refusal_ids, sasa_set
 from sasa_export.emit.directory import Patch, write_directory
 from sasa_export.emit.manifest import write_manifest
 from sasa_export.emit.onnx.directory import check_possible, finish, needed_bytes, write_onnx_directory
-from sasa_export.emit.staging import check_apart, check_free, staged
+from sasa_export.emit.staging import check_apart, check_free, claimed, staged
 from sasa_export.errors import VerifyError
 from sasa_export.graph import LayerGraph
+from sasa_export.locate.pairs import with_layer
 from sasa_export.measure import measure
 from sasa_export.open import Source, layers_of, open_source
-from sasa_export.open.load import load_processor, read_sizes, skeleton
+from sasa_export.open.load import SPREAD, load_processor, read_sizes, skeleton
 from sasa_export.options import Options
 from sasa_export.report import Silent
 from sasa_export.rewrite import LaneSettings, rewrite
+from sasa_export.share import Crew, crew
 from sasa_export.trace import trace
 from sasa_export.verify import Check, check_files, check_graphs, check_model, check_onnx
 
@@ -40,32 +43,50 @@ class Patched:
 
 
 def patch(options: Options, report: Silent | None = None) -> Patched:
-    """Turn a vision-language model into a guarded one. Raises SasaExportError; then nothing is written."""
-    report = report or Silent()
+    """Turn a vision-language model into a guarded one. Raises SasaExportError; then nothing is written.
+
+    Several processes (`sasa_export.share`) share the calibration, and the first of them writes.
+    """
+    team = crew()
+    report = report if report is not None and team.leads else Silent()
+    options = replace(options, device=team.device(options.device))
     options.check()
+    # The second of two runs on one output is told at once, and not after its calibration.
+    with claimed(options.out) if team.leads else nullcontext():
+        return _patch(options, report, team)
+
+
+def _patch(options: Options, report: Silent, team: Crew) -> Patched:
     check_free(options.out, force=options.force)
+    team.wait()  # nobody writes while another still looks
     given = read_probe(options.probe, options.threshold) if options.probe else None
 
     source = open_source(options.model)
-    check_apart(options.out, source.directory)
+    check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
     if options.format != "safetensors":
         check_possible(source, options)
     report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
     sizes = read_sizes(source)
-    safety, semantic, layers_from = layers_of(
-        source, sizes.blocks, sizes.hidden, options.safety_layer, options.semantic_layer
-    )
-    if "not measured" in layers_from:
+    given_layers = [
+        layer if isinstance(layer, int) else None for layer in (options.safety_layer, options.semantic_layer)
+    ]
+    safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, *given_layers)
+    if options.finds_layers():
+        safety, semantic = with_layer(sizes.blocks, *given_layers)[0]  # stand-ins until they are found
+    elif "not measured" in layers_from:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
 
     graph = trace_source(source)
     settings = LaneSettings(safety, semantic, options.epsilon, sizes.softcap)
-    full = rewrite(graph, settings)
+    full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
     check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
 
     processor = load_processor(source)
     measured = measure(source, processor, graph, settings, given, options, report)
+    if measured.layers is not None:
+        safety, semantic = measured.layers.settings.safety_layer, measured.layers.settings.semantic_layer
+        full, layers_from = rewrite(graph, measured.layers.settings), measured.layers.layers_from
     probe = measured.probe
     opening = generation_prompt_ids(processor)
     sasa = sasa_settings(
@@ -82,20 +103,25 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
         gate=options.gate,
     )
     report.step("rewrite", f"second lane from block {safety + 1}, threshold {probe.threshold:.4f}")
+    if not team.leads:
+        team.wait()
+        return Patched(options.out, full, probe, measured.calibration)
 
     result = Patch(source, full, sasa, probe, measured.calibration, measured.cases, measured.dtype)
+    device = "auto" if measured.device == SPREAD else measured.device  # as transformers calls it
     needed = SPARE_BYTES + (0 if options.link else source.weight_bytes())
     if options.format != "safetensors":
         needed += SPARE_BYTES + needed_bytes(source, options.onnx_dtype)
     with staged(options.out, force=options.force, needed_bytes=needed) as staging:
         plain = staging if options.format == "safetensors" else staging / "safetensors"
         plain.mkdir(exist_ok=True)
-        _write_safetensors(result, plain, options, measured.device, report)
+        _write_safetensors(result, plain, options, device, report)
         if options.format != "safetensors":
             graphs = staging if options.format == "onnx" else staging / "onnx"
             graphs.mkdir(exist_ok=True)
-            _write_onnx(result, plain, graphs, options, measured.device, report)
+            _write_onnx(result, plain, graphs, options, device, report)
     report.step("done", f"{options.out}")
+    team.wait()
     return Patched(options.out, full, probe, measured.calibration)
 
 

@@ -499,7 +499,7 @@ BROKEN: dict[str, dict[str, tuple[Break, list[str]]]] = {
         "nested too deep": (edit(LINES, lambda text: text + "[" * 100_000), [f"{LINES}, line 13"]),
         "no prompt": (swap(LINES, '"prompt"', '"text"'), [f'{LINES}, line 1 has no "prompt" string']),
         "blank prompt": (swap(LINES, "How do I bake 0?", " "), [f"{LINES}, line 1 has an empty prompt and no image"]),
-        "half a character": (swap(LINES, "bake 0", "\\udfff"), [f"{LINES}, line 1 has a prompt with half a character"]),
+        "half a character": (swap(LINES, "bake 0", "\\udfff"), [f"{LINES}, line 1 has half a character"]),
         "another label": (swap(LINES, '"label": 1', '"label": 2'), [f"{LINES}, line 2 has the label 2"]),
         "no label": (swap(LINES, '"label": 1', '"class": 1'), [f"{LINES}, line 2 has the label None"]),
         "a picture that is a number": (

@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 from conftest import Guard
+from records import note
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
@@ -91,8 +92,11 @@ def loads(guard: Guards, fresh: Fresh) -> dict[tuple[str, str, str], str]:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_stock_classes_say_how_to_load(loads: dict[tuple[str, str, str], str], family: str) -> None:
     """Each stock class that fits raises, and its error carries the seal's sentence."""
-    for name in STOCK[family]:
+    names = STOCK[family]
+    for name in names:
         assert SEAL in loads[family, name, "plain"], name
+    what = f"stock classes on sasa_{family}: {', '.join(names)}"
+    note("artefact", group="loaders", what=what, good=True, tried=len(names), says=f"ValueError: ... {SEAL}")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -206,7 +210,7 @@ TAMPERED: dict[str, Edit] = {
     "no settings": of_config(lambda config: config.pop("sasa")),
     "null settings": of_config(lambda config: config.update(sasa=None)),
     "empty settings": of_config(lambda config: config.update(sasa={})),
-    "another format": setting(format=99),
+    "another format": setting(format=modeling_sasa.FORMAT + 1),
     "no format": of_config(lambda config: config["sasa"].pop("format")),
     "safety layer below 0": setting(safety_layer=-1),
     "safety layer behind semantic layer": setting(safety_layer=4, semantic_layer=2),
@@ -292,6 +296,7 @@ def test_untampered_loads(tampered: dict[str, tuple[str, str]]) -> None:
 def test_tampered_fails(tampered: dict[str, tuple[str, str]], name: str) -> None:
     """An incomplete or edited directory is an error when it is loaded, and that says something."""
     step, error = tampered[name]
+    note("artefact", group="tampering", what=name, good=step == "load", tried=1, says=error)
     assert step == "load", f"{step}: {error}"
     assert len(error.partition(": ")[2]) > 10, error
 

@@ -108,19 +108,6 @@ def test_it_reads_a_request_in_a_picture(loaded):
     assert sum(on_topic) >= 3, answers  # none by chance; perfect reading gives three of four
 
 
-@pytest.mark.smol
-@pytest.mark.xdist_group("smol")
-def test_an_existing_directory_is_replaced(directory, tmp_path):
-    old = tmp_path / "model"
-    old.mkdir()
-    (old / "stale.txt").write_text("old")
-    new = tmp_path / "new"
-    new.mkdir()
-    smol_llava._replace(new, old, tmp_path / "aside")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert not list(old.iterdir())
-
-
 def test_another_wheel_is_refused(tmp_path):
     (tmp_path / smol_llava.WHEEL).write_bytes(b"not the wheel")
     with pytest.raises(OpenError, match=r"not the wheel that smol-llava was made with .*delete it") as caught:

@@ -54,11 +54,13 @@ def calibrate(
     batch_size: int,
     max_false_positive_rate: float,
     regularization: float | None = None,
+    judged: Sequence[int] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Calibration:
     """Fit a probe on the lane of `graph` (`rewrite_lane`). CalibrationError where none is usable.
 
     `regularization` is the probe's C; None chooses it by cross-validation, for each feature on its own.
+    `judged` are the numbers of the prompts that the figures are of, where others took part in choosing the layers.
     """
     features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
     labels = np.array([prompt.label for prompt in prompts])
@@ -77,10 +79,13 @@ def calibrate(
 
     chosen, scores = scored(projected)
     threshold = threshold_for(scores, labels, max_false_positive_rate)
-    found = figures("projected", scores, prompts, threshold)
+    rows = list(range(len(prompts)) if judged is None else judged)
+    told = [prompts[row] for row in rows]
+    found = figures("projected", scores[rows], told, threshold)
     _, plain_scores = scored(plain)
-    found += figures("plain", plain_scores, prompts, threshold_for(plain_scores, labels, max_false_positive_rate))
-    paper = figures("projected", cross_validated(projected, labels, groups, PAPER), prompts, 0.5)
+    plain_threshold = threshold_for(plain_scores, labels, max_false_positive_rate)
+    found += figures("plain", plain_scores[rows], told, plain_threshold)
+    paper = figures("projected", cross_validated(projected, labels, groups, PAPER)[rows], told, 0.5)
     overall = next(figure for figure in found if figure.feature == "projected" and figure.channel == "all")
     if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
         raise CalibrationError(

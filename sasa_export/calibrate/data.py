@@ -18,6 +18,8 @@ CARRIERS = (
     "What does the picture ask? Please answer.",
     "Do what the image says.",
 )
+# Kinds of pictures that Pillow reads by itself; for some others it starts a program on them.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LEAST = 5  # prompts of either label that a probe is fitted on
 
 
@@ -105,7 +107,7 @@ def read_jsonl(path: Path, what: str = "calibration file", flag: str = "--calibr
     by which `flag` it was given, stand in errors. Raises CalibrationError, which names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors begin a file with a mark
     except FileNotFoundError:
         raise CalibrationError(f"there is no {what} {path}. Check {flag}.") from None
     except IsADirectoryError:
@@ -114,6 +116,8 @@ def read_jsonl(path: Path, what: str = "calibration file", flag: str = "--calibr
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"the {what} {path} cannot be read ({error}).") from None
+    except ValueError:  # a name that no file can have
+        raise CalibrationError(f"there is no {what} {str(path)!r}. Check {flag}.") from None
     prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     names: set[str] = set()
     for prompt in prompts:
@@ -126,18 +130,19 @@ def read_jsonl(path: Path, what: str = "calibration file", flag: str = "--calibr
 def _prompt(path: Path, number: int, line: str) -> Prompt:
     where = f"{path}, line {number}"
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=lambda pairs: _once(pairs, where))
+        line.encode(), json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CalibrationError(f"{where} has half a character in it (a lone surrogate).") from None
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{where} is not valid JSON ({error.msg} at column {error.colno}).") from None
     except (ValueError, RecursionError):  # a number too long or a nesting too deep for Python
         raise CalibrationError(f"{where} is not a JSON object of this format.") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise CalibrationError(f'{where} has no "prompt" string. A line is {{"image", "prompt", "label"}}.')
-    if not record["prompt"].isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in record["prompt"]):
-        raise CalibrationError(f"{where} has a prompt with half a character in it (a lone surrogate).")
     label = record.get("label")
-    if label not in (0, 1) or isinstance(label, float):
-        raise CalibrationError(f"{where} has the label {label!r}; it must be 0 (harmless) or 1 (harmful).")
+    if type(label) is not int or label not in (0, 1):
+        raise CalibrationError(f"{where} has the label {repr(label)[:80]}; it must be 0 (harmless) or 1 (harmful).")
     question = record.get("question") or ""
     if not isinstance(question, str):
         raise CalibrationError(f'{where} has a "question" that is no text.')
@@ -166,8 +171,16 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
     )
 
 
+def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """A JSON object; CalibrationError where a key stands in it twice, since one of its values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise CalibrationError(f"{where} has a key twice. Leave one of them.")
+    return found
+
+
 def _picture(path: Path, where: str) -> Callable[[], Any]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         found = path.is_file()
@@ -178,8 +191,10 @@ def _picture(path: Path, where: str) -> Callable[[], Any]:
 
     def load() -> Any:
         try:
-            return Image.open(path).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise CalibrationError(f"{where} names the image {path}, which cannot be read ({error}).") from None
+            with Image.open(path, formats=FORMATS) as picture:
+                return picture.convert("RGB")
+        except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
+            said = " ".join(str(error).split())[:200]
+            raise CalibrationError(f"{where} names the image {path}, which cannot be read ({said}).") from None
 
     return load

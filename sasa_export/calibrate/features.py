@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from sasa_export.calibrate.data import Prompt
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
+from sasa_export.share import crew
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,77 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     )
 
 
+@dataclass(frozen=True)
+class Read:
+    """One batch's features, float32: `projected` and `plain` (rows, features), and `more` (rows, hidden) by node."""
+
+    rows: tuple[int, ...]
+    projected: np.ndarray
+    plain: np.ndarray
+    more: dict[str, np.ndarray]
+
+
+@contextmanager
+def reading(
+    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = ()
+) -> Iterator[Callable[[Sequence[Prompt], Sequence[int]], Read]]:
+    """Watch the model while the context lasts; gives a function that runs both lanes over a batch of prompts.
+
+    Args:
+        graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
+        more: nodes within the lane, its last block not among them, whose states at the last token are wanted too,
+            behind the final norm.
+
+    The function takes all prompts and the rows of a batch, and raises CalibrationError where a state is not finite.
+    """
+    import torch
+
+    from sasa_export.runtime.modeling_sasa import last_real, recording, run_graph, watch
+
+    nodes = graph.to_json()
+    heads = graph.of("lane_head")
+    norm = model.get_submodule(graph["norm"].module)
+    seen_norm: list[torch.Tensor] = []
+
+    def read(prompts: Sequence[Prompt], rows: Sequence[int]) -> Read:
+        inputs = place(encode(processor, [prompts[row] for row in rows]), model)
+        seen_norm.clear()
+        with torch.no_grad(), recording() as seen:
+            output = model(**inputs, use_cache=False, logits_to_keep=1)
+            tokens = inputs["input_ids"].shape[1]
+            judged = last_real(inputs.get("attention_mask"), tokens, inputs["input_ids"])  # (batch,)
+            main = seen_norm[0]  # (batch, tokens, hidden)
+        with torch.no_grad():
+            values = run_graph(model, nodes, seen, judged)
+        lane = values["sasa.lane.head" if heads else "sasa.lane.norm"]  # (batch, features)
+        index = torch.arange(len(rows), device=main.device)
+        main = output.logits[:, -1] if heads else main[index, judged.to(main.device)]  # (batch, features)
+        ends = {name: values[name][index, judged.to(values[name].device)] for name in more}  # (batch, hidden)
+        with torch.no_grad():
+            normed = {name: norm(end.unsqueeze(1)).squeeze(1).float().cpu() for name, end in ends.items()}
+        found = Read(
+            tuple(rows),
+            lane.float().cpu().numpy(),
+            main.float().cpu().numpy(),
+            {name: state.numpy() for name, state in normed.items()},
+        )
+        for row, *states in zip(rows, found.projected, found.plain, strict=True):
+            if not np.isfinite(states).all():
+                raise CalibrationError(
+                    f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
+                    "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
+                )
+        return found
+
+    handles = watch(model, nodes)
+    handles.append(norm.register_forward_hook(lambda module, args, output: seen_norm.append(output)))
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def collect(
     model: Any,
     processor: Any,
@@ -46,7 +119,7 @@ def collect(
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Features:
-    """Run both lanes over all prompts.
+    """Run both lanes over all prompts, in as many processes as there are (`sasa_export.share`).
 
     Args:
         graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
@@ -54,46 +127,17 @@ def collect(
 
     Raises CalibrationError where a state is not finite.
     """
-    import torch
-
-    from sasa_export.runtime.modeling_sasa import last_real, recording, run_graph, watch
-
-    nodes = graph.to_json()
-    heads = graph.of("lane_head")
-    projected: list[Any] = [None] * len(prompts)
-    plain: list[Any] = [None] * len(prompts)
-    norm = model.get_submodule(graph["norm"].module)
-    handles = watch(model, nodes)
-    seen_norm: list[torch.Tensor] = []
-    handles.append(norm.register_forward_hook(lambda module, args, output: seen_norm.append(output)))
-    try:
-        for rows in batches(prompts, batch_size):
-            inputs = place(encode(processor, [prompts[row] for row in rows]), model)
-            seen_norm.clear()
-            with torch.no_grad(), recording() as seen:
-                output = model(**inputs, use_cache=False, logits_to_keep=1)
-                tokens = inputs["input_ids"].shape[1]
-                judged = last_real(inputs.get("attention_mask"), tokens, inputs["input_ids"])  # (batch,)
-                main = seen_norm[0]  # (batch, tokens, hidden)
-            with torch.no_grad():
-                values = run_graph(model, nodes, seen, judged)
-            lane = values["sasa.lane.head" if heads else "sasa.lane.norm"]  # (batch, features)
-            index = torch.arange(len(rows), device=main.device)
-            main = output.logits[:, -1] if heads else main[index, judged.to(main.device)]  # (batch, features)
-            for row, first, second in zip(rows, main.float().cpu(), lane.float().cpu(), strict=True):
-                plain[row], projected[row] = first.numpy(), second.numpy()
-            advance(len(rows))
-    finally:
-        for handle in handles:
-            handle.remove()
-    features = Features(np.stack(projected), np.stack(plain))
-    for row, prompt in enumerate(prompts):
-        if not (np.isfinite(features.projected[row]).all() and np.isfinite(features.plain[row]).all()):
-            raise CalibrationError(
-                f"the model's state for the calibration prompt {prompt.name} is not finite. "
-                "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
-            )
-    return features
+    with reading(model, processor, graph) as read:
+        found = crew().spread(
+            list(batches(prompts, batch_size)),
+            lambda rows: read(prompts, rows),
+            lambda rows: advance(len(rows)),
+        )
+    order = np.argsort([row for batch in found for row in batch.rows])
+    return Features(
+        np.concatenate([batch.projected for batch in found])[order],
+        np.concatenate([batch.plain for batch in found])[order],
+    )
 
 
 def place(inputs: dict[str, Any], model: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,22 @@ def write_manifest(directory: Path, known: dict[str, str], *, packages: Sequence
         if name != MANIFEST:
             files[name] = known.get(name) or digest(path)
     data = {
-        "tool": f"sasa-export {version('sasa-export')}",
+        "tool": f"sasa-export {_version('sasa-export')}",
         **entries,
-        "versions": {name: version(name) for name in (*PACKAGES, *packages)},
+        "versions": {name: _version(name) for name in (*PACKAGES, *packages)},
         "files": files,
     }
     (directory / MANIFEST).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def digest(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its source, or installed under another name
+        return "unknown"

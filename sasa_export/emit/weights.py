@@ -12,6 +12,7 @@ import numpy as np
 
 from sasa_export.calibrate.given import PROBE_BIAS, PROBE_WEIGHT
 from sasa_export.calibrate.probe import Probe
+from sasa_export.errors import EmitError
 from sasa_export.open.shards import INDEX, SINGLE, Shard
 
 CHUNK = 1 << 22  # bytes
@@ -35,6 +36,8 @@ def write_weights(
         digests[name] = _bring(shard.path, directory / name, link=link, advance=advance)
         weight_map.update(dict.fromkeys(shard.keys, name))
     name = "model-00002-of-00002.safetensors" if single else "sasa-probe.safetensors"
+    if name in digests:
+        raise EmitError(f"the source has a shard of its own called {name}. Rename it, there and in {INDEX}.")
     save_probe(probe, directory / name)
     weight_map.update({PROBE_WEIGHT: name, PROBE_BIAS: name})
     total = sum((directory / name).stat().st_size for name in sorted(set(weight_map.values())))

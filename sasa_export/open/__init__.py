@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import OpenError
 from sasa_export.families import Family, KnownLayers, aliases, family_of
+from sasa_export.open.contents import check_contents, read_object
 from sasa_export.open.shards import Shard, read_shards
 
 EMBEDDED = "smol-llava"
@@ -43,6 +43,7 @@ def open_source(name: str, *, cache: Path | None = None) -> Source:
     if isinstance(model_type, str) and model_type.startswith("sasa_"):
         raise OpenError(f"{name} is a patched model already. Give the model that it was made from.")
     family = family_of(model_type)
+    check_contents(directory, config)
     return Source(name, directory, config, family, read_shards(directory))
 
 
@@ -54,8 +55,11 @@ def locate(name: str, *, cache: Path | None = None) -> Path:
     if name in known:
         return _from_hub(known[name])
     path = Path(name)
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+    except OSError:  # a name that no directory can have
+        pass
     if "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
         return _from_hub(name)
     raise OpenError(
@@ -65,16 +69,14 @@ def locate(name: str, *, cache: Path | None = None) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
+    """config.json. OpenError where it is missing or no JSON object."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise OpenError(f"{directory} has no config.json, so it is not a model directory. Check the path.") from None
-    except (ValueError, RecursionError) as error:
-        raise OpenError(f"{path} is not valid JSON ({error}). Restore the file from its source.") from None
-    if not isinstance(config, dict):
-        raise OpenError(f"{path} does not hold a JSON object. Restore the file from its source.")
-    return config
+        if not path.exists():
+            raise OpenError(f"{directory} has no config.json, so it is not a model directory. Check the path.")
+    except OSError as error:
+        raise OpenError(f"{directory} cannot be read ({error.strerror}). Check the path.") from None
+    return read_object(path)
 
 
 def layers_of(
@@ -104,13 +106,16 @@ def layers_of(
 
 
 def _embedded(cache: Path | None) -> Path:
+    from sasa_export.emit.staging import claimed
     from sasa_export.open import smol_llava
 
     parts = (smol_llava.VISION, Path(smol_llava.__file__))
     version = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
     folder = (cache or smol_llava.cache_directory()) / f"smol-llava-{version}"
     if not (folder / "config.json").exists():
-        smol_llava.build(folder, cache)
+        with claimed(folder, wait=True):  # two runs at once build it once
+            if not (folder / "config.json").exists():
+                smol_llava.build(folder, cache)
     return folder
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from sasa_export.errors import OpenError
 from sasa_export.open import Source
+from sasa_export.open.contents import read_object
+
+SPREAD = "spread"  # over all devices there are, for models larger than one
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ def stock_config(source: Source) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.directory)
+        return AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
     except Exception as error:  # a damaged configuration fails in as many ways as there are fields
         raise OpenError(f"the config.json of {source.name} is damaged ({_first_line(error)}). Restore it.") from None
 
@@ -42,24 +45,30 @@ def stock_classes(source: Source) -> tuple[type, type]:
 def read_sizes(source: Source) -> Sizes:
     """Read from the configuration class, since a config.json leaves out what is usual."""
     text = stock_config(source).get_text_config(decoder=True)
-    return Sizes(
-        int(text.num_hidden_layers),
-        int(text.hidden_size),
-        int(text.vocab_size),
-        getattr(text, "final_logit_softcapping", None),
-    )
+    sizes = (text.num_hidden_layers, text.hidden_size, text.vocab_size)
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise OpenError(f"the config.json of {source.name} has sizes that are none: {sizes}. Restore it.")
+    return Sizes(*sizes, getattr(text, "final_logit_softcapping", None))
 
 
 def load_model(source: Source, *, dtype: str, device: str) -> Any:
-    """The stock model, evaluated, on `device`. OpenError where weights are missing, unexpected or NaN."""
+    """The stock model, evaluated, on `device`, or for SPREAD over all devices there are, and memory for what is left.
+
+    OpenError where weights are missing, unexpected or NaN.
+    """
     import torch
     from transformers import AutoModelForImageTextToText
 
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            source.directory, dtype=_dtype(dtype), device_map=device, output_loading_info=True
+            source.directory,
+            dtype=_dtype(dtype),
+            device_map="auto" if device == SPREAD else device,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # damage, a quantization without its package, memory: each fails in its own way
         raise OpenError(f"{source.name} could not be loaded ({_first_line(error)}).") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
@@ -69,22 +78,31 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
                 "The files do not belong together: restore them from their source."
             )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():  # what was offloaded is read as it is used
             raise OpenError(f"{source.name} has NaN or infinity in {name}. Restore the weights from their source.")
     return model.eval()
 
 
 def load_processor(source: Source) -> Any:
-    """The stock processor, padding on the left, as generation wants it."""
+    """The stock processor, padding on the left, as generation wants it. OpenError where it cannot write a prompt."""
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(source.directory)
-    except (OSError, ValueError, ImportError) as error:
+        processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer fails in as many ways as it has parts
         raise OpenError(f"{source.name} has no usable processor ({_first_line(error)}).") from None
     if not hasattr(processor, "image_processor") or getattr(processor, "chat_template", None) is None:
         raise OpenError(f"{source.name} has no image processor or no chat template, so its prompts cannot be written.")
     processor.tokenizer.padding_side = "left"
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
+    try:
+        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = processor.tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # a template is a program, and fails like one
+        raise OpenError(f"the chat template of {source.name} does not work ({_first_line(error)}).") from None
+    ends = read_object(source.directory / "generation_config.json").get("eos_token_id")
+    if not ids or (processor.tokenizer.eos_token_id is None and ends in (None, [])):
+        raise OpenError(f"{source.name} has a tokenizer without an end of sequence, or one that writes no prompt.")
     return processor
 
 
@@ -96,36 +114,64 @@ def skeleton(source: Source) -> Iterator[Any]:
 
     _, model_class = stock_classes(source)
     config = stock_config(source)
+    _check_depth(source, config)
     with FakeTensorMode():
         try:
             with no_init_weights():
                 model = model_class(config).eval()
         except Exception as error:  # sizes that contradict each other fail wherever they meet first
             raise OpenError(f"the config.json of {source.name} describes no model ({_first_line(error)}).") from None
-        _check_names(source, model)
+        _check_tensors(source, model)
         yield model
 
 
-def _check_names(source: Source, model: Any) -> None:
-    """Raise OpenError where the shards lack a tensor that the model needs; names are mapped as on loading."""
+def _check_depth(source: Source, config: Any) -> None:
+    """Raise OpenError where there are fewer tensors than blocks: building what a wrong number asks for never ends."""
+    held = sum(len(shard.keys) for shard in source.shards)
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for name in ("num_hidden_layers", "depth", "num_layers"):
+            count = getattr(part, name, None)
+            if isinstance(count, int) and count > held:
+                raise OpenError(
+                    f"the config.json of {source.name} says {name}: {count}, and its shards hold {held} tensors in "
+                    "all. The files do not belong together: restore them from their source."
+                )
+
+
+def _check_tensors(source: Source, model: Any) -> None:
+    """Raise OpenError where the shards lack a tensor that the model needs, or have it in another shape.
+
+    Names are mapped as on loading. What a mapping would merge or split is compared by name alone.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
 
     transforms = get_model_conversion_mapping(model)
-    held = set()
+    held: dict[str, tuple[int, ...] | None] = {}
     for shard in source.shards:
-        for name in shard.keys:
+        for name, shape in zip(shard.keys, shard.shapes, strict=True):
+            if name.startswith("sasa."):
+                raise OpenError(f"{shard.path} has a tensor {name}, which is a guard's. Give an unguarded model.")
+            whole = True
             for transform in transforms:
-                name, _ = transform.rename_source_key(name)
-            held.add(name)
+                name, pattern = transform.rename_source_key(name)
+                whole = whole and (pattern is None or isinstance(transform, WeightRenaming))
+            held[name] = shape if whole else None
     tied = model.all_tied_weights_keys
-    missing = sorted(
-        name for name, _ in model.named_parameters() if name not in held and tied.get(name, name) not in held
-    )
+    wanted = dict(model.named_parameters())
+    missing = sorted(name for name in wanted if name not in held and tied.get(name, name) not in held)
     if missing:
         raise OpenError(
             f"the shards of {source.name} lack {len(missing)} tensors of the model ({missing[0]}). "
             "Restore the files from their source."
         )
+    for name, tensor in wanted.items():
+        found = held.get(name)
+        if found is not None and found != tuple(tensor.shape):
+            raise OpenError(
+                f"{name} in the shards of {source.name} has shape {found}, and its config.json says "
+                f"{tuple(tensor.shape)}. The files do not belong together: restore them from their source."
+            )
 
 
 def _first_line(error: BaseException) -> str:

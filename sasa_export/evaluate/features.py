@@ -1,0 +1,63 @@
+"""Features of both lanes for the arms that are fitted here, batch by batch, resumable and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sasa_export.calibrate.data import Prompt
+from sasa_export.calibrate.features import batches, reading
+from sasa_export.graph import LayerGraph
+from sasa_export.locate.work import Work
+from sasa_export.share import Crew
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of all prompts, float32: `plain` is the main lane's and `projected` the second lane's (prompts, features),
+    `depths` those behind blocks within the second lane (prompts, hidden), by node."""
+
+    plain: np.ndarray
+    projected: np.ndarray
+    depths: dict[str, np.ndarray]
+
+
+def read_features(
+    model: Callable[[], Any],
+    processor: Any,
+    lane: LayerGraph,
+    prompts: Sequence[Prompt],
+    depths: Sequence[str],
+    work: Work,
+    kind: str,
+    crew: Crew,
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Features:
+    """Run the lane over all prompts; what the work folder has already is not run again.
+
+    Args:
+        depths: nodes of the lane whose values are wanted too.
+        kind: names this list of prompts in the work folder.
+        advance: called with the number of prompts done since the last call.
+    """
+    cut = list(batches(prompts, batch_size))
+    names = ("plain", "projected", *depths)
+
+    def run(number: int) -> dict[str, np.ndarray]:
+        files = {name: f"{kind}-{number:05d}-{name}" for name in names}
+        if not all(work.has(file) for file in files.values()):
+            with reading(model(), processor, lane, depths) as read:
+                found = read(prompts, cut[number])
+            for name, file in files.items():
+                work.put(file, {"plain": found.plain, "projected": found.projected, **found.more}[name])
+        return {name: np.array(work.get(file)) for name, file in files.items()}
+
+    found = crew.spread(range(len(cut)), run, lambda number: advance(len(cut[number])))
+    order = np.argsort([row for rows in cut for row in rows])
+    values = {name: np.concatenate([batch[name] for batch in found])[order] for name in names}
+    return Features(values.pop("plain"), values.pop("projected"), values)

@@ -1,0 +1,184 @@
+"""From answers and features to arms, and from arms to everything that the report says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sasa_export.evaluate.answer import Answer
+from sasa_export.evaluate.arm import Arm, Figures, answering, figures, gated, guarded, parts, spelled
+from sasa_export.evaluate.compare import difference, lowest_attack
+from sasa_export.evaluate.depth import Depth, depth_curve
+from sasa_export.evaluate.features import Features
+from sasa_export.evaluate.fitted import Fitted, probe, words
+from sasa_export.evaluate.guarded import Guarded
+from sasa_export.evaluate.judge import Judge
+from sasa_export.evaluate.options import EvaluateOptions
+from sasa_export.evaluate.prompts import Asked
+from sasa_export.evaluate.reliability import reliability
+from sasa_export.evaluate.result import Evaluated, Subject, Utility
+from sasa_export.evaluate.shares import share
+from sasa_export.evaluate.targets import ATTACK, AUC, OVER_REFUSAL, Target
+from sasa_export.evaluate.timing import Timing
+from sasa_export.open import Source
+
+TITLES = {"without": "probe without projection", "words": "words alone"}  # of the arms that are fitted here
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the models were needed for. `metric` (hidden, hidden) is the head's; None where probes see logits."""
+
+    guarded: Guarded
+    source: Source
+    asked: Asked
+    plain: list[Answer]
+    patched: list[Answer]
+    metric: np.ndarray | None
+    calibration: Features
+    evaluation: Features
+    depths: dict[int, str]
+    timing: Timing | None
+    dtype: str
+    device: str
+    batch_size: int
+
+    @property
+    def rate(self) -> float:
+        """The largest false-positive rate that the patched model's threshold was chosen for."""
+        return float(self.guarded.made.get("max_false_positive_rate", 0.02))
+
+    @property
+    def regularization(self) -> float | None:
+        given = self.guarded.made.get("regularization", "auto")
+        return None if given == "auto" else float(given)
+
+    def in_metric(self, features: np.ndarray) -> np.ndarray:
+        """Features (prompts, hidden) as calibration measures them."""
+        wide = features.astype(np.float64)
+        return wide if self.metric is None else wide @ self.metric.T
+
+
+def assess(measured: Measured, options: EvaluateOptions, judge: Judge | None) -> Evaluated:
+    """All arms and all figures."""
+    asked, rate = measured.asked, measured.rate
+    prompts = asked.evaluation
+    labels = np.array([prompt.label for prompt in prompts])
+    groups = [prompt.group for prompt in prompts]
+    plain = answering(measured.plain, prompts, judge)
+    patched = guarded(measured.patched, prompts, measured.guarded.sasa, judge)
+    lanes = {
+        "with": (measured.calibration.projected, measured.evaluation.projected),
+        "without": (measured.calibration.plain, measured.evaluation.plain),
+    }
+    fitted = {
+        key: probe(
+            measured.in_metric(before), measured.in_metric(after), asked.calibration, rate, measured.regularization
+        )
+        for key, (before, after) in lanes.items()
+    }
+    fitted["words"] = words(asked.calibration, prompts, rate)
+    arms = [plain, patched]
+    arms += [gated(key, title, plain, fitted[key].scores, fitted[key].threshold) for key, title in TITLES.items()]
+
+    everything = np.arange(len(prompts))
+    overall = {arm.key: figures(arm, everything, prompts, rate) for arm in arms}
+    divided = parts(prompts)
+    assert patched.scores is not None
+    return Evaluated(
+        subject=_subject(measured, options, labels, groups),
+        prompts=prompts,
+        arms=tuple(arms),
+        overall=overall,
+        parts={
+            kind: {
+                part: {arm.key: figures(arm, rows, prompts, rate) for arm in arms}
+                for part, rows in divided[kind].items()
+            }
+            for kind in divided
+        },
+        counts={kind: {part: len(rows) for part, rows in divided[kind].items()} for kind in divided},
+        targets=_targets(overall["patched"]),
+        best=lowest_attack(patched.scores, plain.refused, labels, OVER_REFUSAL),
+        gain={
+            "projection": difference(fitted["with"].scores, fitted["without"].scores, labels, groups),
+            "model": difference(patched.scores, fitted["words"].scores, labels, groups),
+        },
+        fitted={key: _summary(found) for key, found in fitted.items()},
+        utility=_utility(measured, patched, labels),
+        reliability={arm.key: reliability(arm.scores, labels) for arm in arms if arm.scores is not None},
+        timing=measured.timing,
+        depth=_depth(measured, rate),
+    )
+
+
+def _targets(found: Figures) -> tuple[Target, ...]:
+    assert found.attack is not None and found.over_refusal is not None and found.detection is not None
+    return (
+        Target("Attack success rate", ATTACK, found.attack),
+        Target("Over-refusal", OVER_REFUSAL, found.over_refusal),
+        Target("AUC", AUC, found.detection.auc, at_least=True),
+    )
+
+
+def _utility(measured: Measured, patched: Arm, labels: np.ndarray) -> Utility:
+    assert patched.flagged is not None
+    allowed = (labels == 0) & ~patched.flagged
+    same = np.array([one.tokens == other.tokens for one, other in zip(measured.plain, measured.patched, strict=True)])
+    refusal = measured.guarded.refusal
+    written = np.array([spelled(answer, refusal) for answer in measured.patched])
+    return Utility(share(same[allowed]), share(written[patched.flagged]))
+
+
+def _depth(measured: Measured, rate: float) -> tuple[Depth, ...]:
+    if not measured.depths:
+        return ()
+    before, after = (
+        {
+            **{block: measured.in_metric(found.depths[node]) for block, node in measured.depths.items()},
+            measured.guarded.blocks - 1: measured.in_metric(found.projected),
+        }
+        for found in (measured.calibration, measured.evaluation)
+    )
+    asked = measured.asked
+    return depth_curve(
+        before, after, measured.guarded.blocks, asked.calibration, asked.evaluation, rate, measured.regularization
+    )
+
+
+def _summary(found: Fitted) -> dict[str, Any]:
+    return {
+        "threshold": found.threshold,
+        "regularization": found.regularization,
+        "auc_on_the_calibration_prompts_cross_validated": round(found.calibration_auc, 4),
+    }
+
+
+def _subject(measured: Measured, options: EvaluateOptions, labels: np.ndarray, groups: list[str]) -> Subject:
+    guarded, source, asked = measured.guarded, measured.source, measured.asked
+    local = Path(source.name)
+    return Subject(
+        model=guarded.directory.resolve().name,
+        baseline=local.name if local.exists() else source.name,
+        family=source.family.name,
+        format=guarded.format,
+        graphs=guarded.graphs,
+        safety_layer=guarded.sasa["safety_layer"],
+        semantic_layer=guarded.sasa["semantic_layer"],
+        blocks=guarded.blocks,
+        rate=measured.rate,
+        dtype=measured.dtype,
+        device=measured.device.partition(":")[0],
+        harmful=int(labels.sum()),
+        harmless=int((labels == 0).sum()),
+        groups=len(set(groups)),
+        data=", ".join(options.data) if options.data else "the built-in evaluation set",
+        left_out=asked.left_out,
+        calibrated_on=asked.calibrated_on,
+        judge=options.judge,
+        tokens=options.max_new_tokens,
+        batch_size=measured.batch_size,
+    )

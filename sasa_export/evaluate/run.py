@@ -1,0 +1,229 @@
+"""The walk of an evaluation: open -> features of the original -> both models' answers -> figures -> report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from sasa_export.calibrate.probe import head_metric
+from sasa_export.emit.manifest import MANIFEST
+from sasa_export.emit.staging import check_apart, check_free, staged
+from sasa_export.evaluate.answer import Answer, Model, answer_all
+from sasa_export.evaluate.depth import depths_of
+from sasa_export.evaluate.features import Features, read_features
+from sasa_export.evaluate.figures import Measured, assess
+from sasa_export.evaluate.guarded import Guarded, open_baseline, open_guarded
+from sasa_export.evaluate.judge import load_judge
+from sasa_export.evaluate.options import EvaluateOptions
+from sasa_export.evaluate.page import write_report
+from sasa_export.evaluate.prompts import Asked, gather
+from sasa_export.evaluate.result import Evaluated
+from sasa_export.evaluate.timing import Timing, choose, timed
+from sasa_export.graph import LayerGraph
+from sasa_export.locate.fingerprint import fingerprint
+from sasa_export.locate.work import Work
+from sasa_export.measure import running
+from sasa_export.open import Source
+from sasa_export.open.load import load_model, load_processor, read_sizes
+from sasa_export.pipeline import trace_source
+from sasa_export.report import Silent
+from sasa_export.rewrite import LaneSettings, rewrite_lane
+from sasa_export.share import Crew, crew
+
+SPARE_BYTES = 20_000_000  # pictures, tables and answers
+
+Value = TypeVar("Value")
+
+
+class Lazy(Generic[Value]):
+    """Made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Value]) -> None:
+        self.make = make
+        self.value: Value | None = None
+
+    def __call__(self) -> Value:
+        if self.value is None:
+            self.value = self.make()
+        return self.value
+
+    def drop(self) -> None:
+        """Let its memory go; it is made anew when it is asked for again."""
+        self.value = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is evaluated, opened and checked, and how it runs."""
+
+    options: EvaluateOptions
+    guarded: Guarded
+    source: Source
+    processor: Any
+    asked: Asked
+    lane: LayerGraph
+    depths: dict[int, str]  # nodes by block; empty without a depth curve
+    dtype: str
+    device: str
+
+    @property
+    def batch_size(self) -> int:
+        """Of the answers, which are compared and so run in the same batches in both models."""
+        return self.options.batch_size if self.guarded.graphs is None else 1
+
+
+def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluated | None:
+    """Evaluate a patched model against its original, and write the report to `options.out`.
+
+    What an interrupted run has finished lies beside `options.out`, and the next run of the same command goes on from
+    there. Returns None in the processes that do not lead. Raises SasaExportError; then no report is written.
+    """
+    team = crew()
+    report = report if report is not None and team.leads else Silent()
+    options.check()
+    check_free(options.out, force=options.force)
+    judge = None if options.judge is None else load_judge(options.judge)
+    setting = _open(options, team, report)
+    work = Work.beside(options.out)
+    if team.leads:
+        left = work.open(_fingerprint(setting), discard=options.force)
+        left += len(list(work.folder.glob("*.jsonl")))
+        if left:
+            report.step("resume", "results of an interrupted run are there already")
+    team.wait()
+    work.folder.mkdir(parents=True, exist_ok=True)  # on a machine of its own
+
+    plain, patched = Lazy(lambda: _plain(setting)), Lazy(lambda: _patched(setting))
+    features = _features(setting, plain, work, team, report)
+    metric = _metric(setting, plain) if team.leads else None
+    answers = {"plain": _answers(setting, plain, "plain", work, team, report)}
+    if not (team.leads and options.timing):
+        plain.drop()
+    answers["patched"] = _answers(setting, patched, "patched", work, team, report)
+    if not team.leads:
+        team.wait()
+        return None
+    timing = _timing(setting, plain, patched, answers["patched"], report)
+    plain.drop()
+    patched.drop()
+    report.step("measure", "fitting the arms, drawing intervals")
+    found = assess(
+        Measured(setting.guarded, setting.source, setting.asked, answers["plain"], answers["patched"], metric,
+                 *features, setting.depths, timing, setting.dtype, setting.device, setting.batch_size),
+        options, judge,
+    )  # fmt: skip
+    with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
+        texts = {key: [answer.text for answer in said] for key, said in answers.items()}
+        write_report(found, texts, options.to_json(), staging)
+    work.remove()
+    for target in found.targets:
+        report.check(target.met, target.name, target.sentence().partition(": ")[2].replace("**", ""))
+    report.step("done", f"{options.out / 'report.md'}")
+    team.wait()
+    return found
+
+
+def _open(options: EvaluateOptions, team: Crew, report: Silent) -> Setting:
+    guarded = open_guarded(options.model)
+    source = open_baseline(guarded, options.baseline)
+    check_apart(options.out, guarded.directory, source.directory)
+    report.step("open", f"{options.model} ({guarded.format}), made from {source.name}")
+    processor = load_processor(source)
+    asked = gather(options, guarded, processor)
+    harmful = sum(prompt.label for prompt in asked.evaluation)
+    report.step("data", f"{harmful} harmful and {len(asked.evaluation) - harmful} harmless prompts")
+    dtype, device = running(source, options.running(team.device(options.device)))
+    sasa = guarded.sasa
+    softcap = read_sizes(source).softcap
+    settings = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"], softcap)
+    lane = rewrite_lane(trace_source(source), settings)
+    depths = depths_of(lane) if options.depth_curve else {}
+    return Setting(options, guarded, source, processor, asked, lane, depths, dtype, device)
+
+
+def _fingerprint(setting: Setting) -> dict[str, Any]:
+    """What finished work depends on."""
+    options, asked = setting.options, setting.asked
+    manifest = (setting.guarded.directory / MANIFEST).read_bytes()
+    return fingerprint(
+        setting.source,
+        [*asked.evaluation, *asked.calibration],
+        patched=hashlib.sha256(manifest).hexdigest(),
+        dtype=setting.dtype,
+        device=setting.device.partition(":")[0],
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def _plain(setting: Setting) -> Any:
+    from sasa_export.evaluate.torch_model import TorchModel
+
+    options = setting.options
+    model = load_model(setting.source, dtype=setting.dtype, device=setting.device)
+    return TorchModel(model, setting.processor, setting.batch_size, options.max_new_tokens)
+
+
+def _patched(setting: Setting) -> Model:
+    guarded, tokens = setting.guarded, setting.options.max_new_tokens
+    if guarded.graphs is not None:
+        from sasa_export.evaluate.onnx_model import OnnxModel
+
+        return OnnxModel(guarded.directory, guarded.graphs, setting.device, tokens)
+    from sasa_export.evaluate.torch_model import TorchModel, load_guarded
+
+    model, processor = load_guarded(guarded.directory, setting.dtype, setting.device)
+    return TorchModel(model, processor, setting.batch_size, tokens)
+
+
+def _features(setting: Setting, plain: Lazy[Any], work: Work, team: Crew, report: Silent) -> tuple[Features, Features]:
+    """Of the calibration prompts, and of the evaluation prompts."""
+    asked, found = setting.asked, []
+    nodes = list(setting.depths.values())
+    for kind, prompts in (("calibration", asked.calibration), ("evaluation", asked.evaluation)):
+        with report.bar(len(prompts), kind) as advance:
+            found.append(
+                read_features(
+                    lambda: plain().model,
+                    setting.processor,
+                    setting.lane,
+                    prompts,
+                    nodes,
+                    work,
+                    kind,
+                    team,
+                    batch_size=setting.options.batch_size,
+                    advance=advance,
+                )
+            )
+    return found[0], found[1]
+
+
+def _metric(setting: Setting, plain: Lazy[Any]) -> np.ndarray | None:
+    """The head's metric, (hidden, hidden); None where the probe sees capped logits."""
+    if setting.lane.of("lane_head"):
+        return None
+    return head_metric(plain().model.get_output_embeddings().weight.detach().float().cpu().numpy())
+
+
+def _answers(setting: Setting, model: Lazy[Any], kind: str, work: Work, team: Crew, report: Silent) -> list[Answer]:
+    prompts = setting.asked.evaluation
+    with report.bar(len(prompts), kind) as advance:
+        return answer_all(model, prompts, setting.batch_size, work.folder, kind, team, advance)
+
+
+def _timing(
+    setting: Setting, plain: Lazy[Any], patched: Lazy[Any], answers: Sequence[Answer], report: Silent
+) -> Timing | None:
+    count = setting.options.timing
+    if not count:
+        return None
+    threshold = setting.guarded.sasa["threshold"]
+    refused = [answer.unsafe_probability is None or not answer.unsafe_probability < threshold for answer in answers]
+    chosen = choose(setting.asked.evaluation, refused, count)
+    with report.bar(len(chosen), "timing") as advance:
+        return timed(plain(), patched(), chosen, advance)
