@@ -104,6 +104,17 @@ def test_an_answer_that_turns_unsafe_is_refused_from_there(guard: Guards, family
     assert turned
 
 
+@every_family
+@torch.no_grad()
+def test_a_static_cache_says_what_a_growing_one_says(guard: Guards, family: str) -> None:
+    guarded = guard(family, gate="every-token")
+    inputs = batch(guarded, count=4)
+    with guarded.halved(inputs):
+        expected = guarded.model.generate(**inputs, max_new_tokens=STEPS)
+        found = guarded.model.generate(**inputs, max_new_tokens=STEPS, cache_implementation="static")
+    assert torch.equal(found, expected)
+
+
 def test_an_answer_may_end_in_the_refusal() -> None:
     from sasa_export.verify import _cut
 

@@ -661,6 +661,9 @@ def _emptied(layer: Any) -> Any:
     twin = copy.copy(layer)
     twin.keys = twin.values = None
     twin.is_initialized = False
+    for name, value in vars(layer).items():  # lengths that layers count in place must not be shared
+        if isinstance(value, torch.Tensor) and name not in ("keys", "values"):
+            setattr(twin, name, value.clone())
     twin.reset()
     return twin
 

@@ -14,6 +14,7 @@ from typing import Any
 import accelerate
 import oracle
 import peft
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, QuantoConfig, TorchAoConfig, pipeline
@@ -99,9 +100,8 @@ def overflow(bench: Bench) -> Outcome:
 
 @row("torch", SECTION, "weights in int8 (torchao)")
 def torchao_weights(bench: Bench) -> Outcome:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    model, stock = loaded(bench, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    kind = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
+    model, stock = loaded(bench, quantization_config=TorchAoConfig(kind.Int8WeightOnlyConfig()))
     kinds = {type(one.model.language_model.layers[3].mlp.up_proj.weight).__name__ for one in (model, stock)}
     assert kinds == {type(stock.model.language_model.layers[0].mlp.up_proj.weight).__name__} != {"Parameter"}
     return holds_like(bench, model, stock).but("probe float32 to the bit")
