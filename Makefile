@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test matrix fuzz lint bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,26 @@ demo: setup
 test: setup
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+# Every way of running, the slow ones on smol-llava too, and what became of it as a table. With torchao installed
+# everything that imports transformers warns, so this environment is one of its own.
+MATRIX := build/matrix-venv
+matrix:
+	@test -x $(MATRIX)/bin/pip || $(PYTHON) -m venv $(MATRIX)
+	@$(MATRIX)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,matrix]'
+	@rm -rf build/matrix
+	-@SASA_MATRIX_OUT=$(CURDIR)/build/matrix SASA_MATRIX_SLOW=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		HF_HUB_OFFLINE=1 $(MATRIX)/bin/python -m pytest -n 2 --dist loadgroup \
+		tests/test_matrix_torch.py tests/test_matrix_onnx.py tests/test_matrix_smol.py
+	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix docs/bypass-matrix.md
+
+# More inputs and more faults than the test suite tries, and the tables of what was tried.
+fuzz: setup
+	@rm -rf build/records
+	@SASA_RECORDS=$(CURDIR)/build/records SASA_FUZZ=400 SASA_FAULTS=all OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/test_faults.py tests/test_fuzz_*.py \
+		tests/test_artefact.py tests/test_fail_closed.py tests/test_tampering.py tests/test_source_files.py
+	@$(BIN)/python tests/tables.py build/records
 
 lint: setup
 	$(BIN)/ruff check .

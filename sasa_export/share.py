@@ -44,7 +44,7 @@ class Crew:
         """The lists of all processes, one after the other, in every process."""
         if self.count == 1:
             return mine
-        from accelerate.utils import gather_object  # type: ignore[import-untyped]
+        from accelerate.utils import gather_object
 
         return list(gather_object(mine))
 
@@ -92,7 +92,7 @@ def _state() -> Any:
     from datetime import timedelta
 
     import torch
-    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate import PartialState
 
     # The others wait while the first process fits, writes and verifies, which may take hours for a large model.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import tiny
 from numpy.typing import NDArray
@@ -20,6 +21,16 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def lane_of(decoder: ir.Model) -> ir.Graph:
+    """The branch that holds the second lane, within the branch that reads the context."""
+    graph = decoder.graph
+    for name in ("/sasa/turn/read", "/sasa/lane"):
+        (branch,) = (node for node in graph if node.op_type == "If")
+        assert branch.name == name
+        graph = branch.attributes["then_branch"].as_graph()
+    return graph
 
 
 class Runner:

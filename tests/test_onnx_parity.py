@@ -12,7 +12,11 @@ from sasa_export.emit.onnx.recipes import RECIPES
 
 TOLERANCE = 1e-4
 STEPS = 15  # beyond the end of the refusal
-FAMILIES = [family for family in tiny.FAMILIES if family in RECIPES]
+FAMILIES = [
+    pytest.param(family, marks=pytest.mark.xdist_group(f"onnx-{family}"))
+    for family in tiny.FAMILIES
+    if family in RECIPES
+]
 
 
 def further(runner: Runner, inputs: Any) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def test_right_padding(family: str, split: Any, exported: Any) -> None:
     assert max(differences) < TOLERANCE
 
 
+@pytest.mark.xdist_group("onnx-llava")
 def test_old_opset(split: Any, exported: Any) -> None:
     guard = split("llava")
     runner = Runner(exported(guard.directory, opset=20))

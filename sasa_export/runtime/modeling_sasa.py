@@ -135,8 +135,8 @@ class Ledger:
         flat = torch.cat([columns.to(dtype), projection.to(dtype)], dim=-1)  # (batch, tokens, columns + hidden)
         room = 2 * self.layers * self.heads * self.size
         flat = nn.functional.pad(flat, (0, room - flat.shape[-1]))  # (batch, tokens, room)
-        flat = flat.unflatten(-1, (2 * self.layers, self.heads, self.size))
-        return list(flat.permute(2, 0, 3, 1, 4).unbind(0))
+        flat = flat.unflatten(-1, (2 * self.layers * self.heads, self.size))
+        return list(flat.transpose(1, 2).split(self.heads, dim=1))
 
     def unpack(self, tensors: list[torch.Tensor], start: int, stop: int) -> torch.Tensor:
         """The places start..stop-1 of every token's row: (batch, tokens, stop - start)."""
@@ -160,8 +160,8 @@ class Ledger:
 
     def digits(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions (axes, batch, tokens) as columns (batch, tokens, axes * digits)."""
-        steps = torch.tensor([BASE**power for power in range(DIGITS)], device=positions.device)  # (digits,)
-        found = torch.fmod(torch.div(positions[..., None], steps, rounding_mode="trunc"), BASE)
+        steps = torch.tensor([BASE**-power for power in range(DIGITS)], device=positions.device)  # (digits,), exact
+        found = torch.fmod(torch.floor(positions[..., None].float() * steps), BASE)
         return found.permute(1, 2, 0, 3).flatten(2)
 
     def positions(self, columns: torch.Tensor) -> torch.Tensor:
@@ -205,9 +205,8 @@ class Words:
         found, known = embeddings.float(), known.float()
         square = (known * known).sum(-1)  # (symbols,)
         apart = (found * found).sum(-1, keepdim=True) - 2 * found @ known.T + square  # (batch, tokens, symbols)
-        nearest = apart.argmin(-1)  # (batch, tokens)
-        near = apart.amin(-1) <= 1e-3 * square[nearest]
-        return torch.where(near, nearest + 1, 0)
+        apart = apart / square  # (batch, tokens, symbols), relative
+        return torch.where(apart.amin(-1) <= 1e-3, apart.argmin(-1) + 1, 0)
 
 
 @dataclass(frozen=True)
@@ -292,6 +291,27 @@ def read_turn(
     return Turn(judged, due, states, other_states, reached, answer, rank[:, past:])
 
 
+def goes_on(last: torch.Tensor, symbols: torch.Tensor, words: Words) -> torch.Tensor:
+    """Rows (batch,) in which one more token is an answer's for sure, so that `read_turn` has nothing to find.
+
+    A verdict covers the token before it, and no generation prompt ends in it.
+
+    Args:
+        last: (batch, columns), the ledger of the token before; symbols: (batch, 1).
+    """
+    covered = last[:, JUDGED] > 0
+    return covered & (symbols[:, 0] != words.generation_prompt[-1]) if words.generation_prompt else covered
+
+
+def states_going_on(before: torch.Tensor, real: torch.Tensor, words: Words) -> torch.Tensor:
+    """STATE (batch, tokens) of a token that goes on with an answer or a refusal.
+
+    Args: before (batch,), STATE of the token before; real (batch, tokens), bool.
+    """
+    following = (before[:, None] + real.long()).clamp_max(len(words.refusal))  # (batch, tokens)
+    return torch.where(before[:, None] > 0, following, 0)
+
+
 def earlier_answers(
     symbols: torch.Tensor, real: torch.Tensor, past: int, judged: torch.Tensor, words: Words
 ) -> torch.Tensor:
@@ -353,15 +373,72 @@ def real_tokens(attention_mask: Any, past: int, tokens: int, like: torch.Tensor)
 
     The mask is (batch, past + tokens), or (batch, 1, tokens, keys) as static caches get it, one a type of layer.
     """
+    return _seen(attention_mask, past + tokens, like)[:, past:]
+
+
+def _seen(attention_mask: Any, context: int, like: torch.Tensor) -> torch.Tensor:
+    """Which tokens of the context a mask shows: (batch, context), bool."""
+    mask = _widest(attention_mask)
+    if mask is None:
+        return torch.ones((*like.shape[:1], context), dtype=torch.bool, device=like.device)
+    if mask.dim() == 2:
+        return mask[:, :context] != 0
+    # A real token is one that some token sees; masks are bool, or 0 where seen and very negative elsewhere.
+    seen = mask if mask.dtype == torch.bool else mask > -1.0
+    return seen.any(-2)[:, 0, :context].expand(like.shape[0], context)
+
+
+def _widest(attention_mask: Any) -> torch.Tensor | None:
+    """The mask of the layers that attend to everything, where there is one a type of layer."""
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
-    if not isinstance(attention_mask, torch.Tensor):
-        return torch.ones((*like.shape[:1], tokens), dtype=torch.bool, device=like.device)
-    if attention_mask.dim() == 2:
-        return attention_mask[:, -tokens:] != 0
-    # A real token is one that some token sees; masks are bool, or 0 where seen and very negative elsewhere.
-    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1.0
-    return seen.any(-2)[:, 0, past : past + tokens].expand(like.shape[0], tokens)
+    return attention_mask if isinstance(attention_mask, torch.Tensor) else None
+
+
+MASKED_LATER = (
+    "attention_mask shows or hides tokens of past_key_values otherwise than when they were judged, so the verdict "
+    "would be on another prompt. Pass the mask that they were fed with, and 1 for each new token."
+)
+
+
+def check_mask(attention_mask: Any, earlier: torch.Tensor, tokens: int, like: torch.Tensor, *, own: bool) -> None:
+    """Raise ValueError where a call's mask would have the main lane see other tokens than are judged.
+
+    Args:
+        earlier: (batch, past), bool: which tokens of the cache were real when they came in.
+        tokens: how many this call brings; like: they.
+        own: did transformers itself make the mask, as `generate` does for static caches?
+    """
+    mask, past = _widest(attention_mask), earlier.shape[1]
+    if attention_mask is None or (own and mask is None):
+        wrong = ~earlier
+    elif not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        if not own:
+            raise NotImplementedError(
+                "attention_mask must be (batch, tokens), 1 for each real token: what other masks show cannot be judged."
+            )
+        if mask.shape[-1] < past + tokens:  # keys of a window alone
+            return
+        seen = _seen(mask, past + tokens, like)  # (batch, context)
+        wrong = (seen[:, :past] != earlier) & seen.any(-1, keepdim=True)  # (batch, past)
+    else:
+        if attention_mask.shape[1] != past + tokens:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {past} tokens of past_key_values and "
+                f"{tokens} new ones. Pass one column for each of them."
+            )
+        wrong = (attention_mask[:, :past] != 0) != earlier  # (batch, past)
+    if past and wrong.any():
+        raise ValueError(MASKED_LATER)
+
+
+def is_sound(projection: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Is a token's state a number, or the token no real one? (batch, tokens), bool. Nothing could judge the others.
+
+    Args: projection (batch, tokens, hidden); real (batch, tokens), bool.
+    """
+    number = (projection * 0).sum(-1) == 0  # (batch, tokens); infinity and NaN make NaN
+    return number.to(real.device) | ~real
 
 
 def last_real(attention_mask: Any, tokens: int, like: torch.Tensor) -> torch.Tensor:
@@ -488,9 +565,14 @@ def _replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict], ca
 
 
 def project_taps(graph: list[dict[str, Any]], seen: Recording) -> torch.Tensor:
-    """The projection of the tokens that the main lane just ran on: (batch, tokens, hidden)."""
+    """The projection of the tokens that the main lane just ran on: (batch, tokens, hidden).
+
+    Without one it is the output of the last block, which the probe then reads.
+    """
     outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
-    node = next(node for node in graph if node["op"] == "projection")
+    node = _entry(graph)
+    if node["op"] == "tap":
+        return outputs[node["name"]]
     safety, semantic = (outputs[name] for name in node["inputs"])
     return project(safety.to(semantic.device), semantic, node["epsilon"])
 
@@ -512,7 +594,7 @@ def run_lane(
 
     Returns the value of each node by its name.
     """
-    values = {node["name"]: projection for node in graph if node["op"] == "projection"}
+    values = {_entry(graph)["name"]: projection}
     for node in graph:
         if node["op"] == "lane_block":
             path = node["module"]
@@ -522,8 +604,13 @@ def run_lane(
     return run_probe(model, graph, last) | values
 
 
+def _entry(graph: list[dict[str, Any]]) -> dict[str, Any]:
+    """The node that the second lane starts from: the projection; without one, the tap that the probe reads."""
+    return [node for node in graph if node["op"] in ("tap", "projection")][-1]
+
+
 def graph_end(graph: list[dict[str, Any]]) -> str:
-    """The name of the second lane's last block."""
+    """The name of the second lane's last block, or of the main lane's tap where there is no second lane."""
     return str(next(node for node in graph if node["op"] == "lane_norm")["inputs"][0])
 
 
@@ -609,7 +696,7 @@ class LiveLane:
         state = project_taps(self.graph, seen)  # (batch, tokens, hidden)
         unseen = _recording.set(None)
         try:
-            for path in self.paths[: self.paths.index(self.semantic) + 1]:
+            for path in self.paths[: self.paths.index(self.semantic) + 1] if self.paths else ():
                 cache = next(
                     (seen.arguments[path][1][name] for name in CACHES if seen.arguments[path][1].get(name)), None
                 )
@@ -735,7 +822,8 @@ def _checked(sasa: Any) -> dict[str, Any]:
         raise ValueError(f"config.json has no complete `sasa` entry, so there is no gate. {HOW_TO_LOAD}")
     if sasa["format"] != FORMAT:
         raise ValueError(f"config.sasa has format {sasa['format']}, this file reads {FORMAT}. {HOW_TO_LOAD}")
-    if not 0 <= sasa["safety_layer"] < sasa["semantic_layer"]:
+    layers = sasa["safety_layer"], sasa["semantic_layer"]
+    if layers != (None, None) and not 0 <= layers[0] < layers[1]:  # none: the probe reads the main lane
         raise ValueError(f"config.sasa needs 0 <= safety_layer < semantic_layer. {HOW_TO_LOAD}")
     if not 0.0 < sasa["threshold"] < 1.0 or not sasa["refusal_token_ids"]:
         raise ValueError(f"config.sasa has no usable threshold or refusal. {HOW_TO_LOAD}")
@@ -750,21 +838,24 @@ def _is_sasa(graph: list[dict[str, Any]], sasa: dict[str, Any]) -> bool:
     """Is this graph the main lane, and behind it exactly the chain that the layers of `sasa` call for?"""
     main: dict[Any, Any] = {node.get("index"): node for node in graph if node["op"] == "block"}
     safety, semantic = sasa["safety_layer"], sasa["semantic_layer"]
-    if sorted(main) != list(range(len(main))) or semantic not in main:
+    if sorted(main) != list(range(len(main))) or (semantic is not None and semantic not in main):
         return False
     chain = [node for node in graph if node["op"] in LANE]
-    lane = [main[index]["module"] for index in range(safety + 1, len(main))]
-    taps = [main[safety]["module"], main[semantic]["module"]]
-    wanted = [*(("tap", path) for path in taps), ("projection", None), *(("lane_block", path) for path in lane)]
-    wanted += [("lane_norm", None)]
+    if safety is None:
+        start = [("tap", main[len(main) - 1]["module"])]
+    else:
+        lane = [main[index]["module"] for index in range(safety + 1, len(main))]
+        taps = [main[safety]["module"], main[semantic]["module"]]
+        start = [*(("tap", path) for path in taps), ("projection", None), *(("lane_block", path) for path in lane)]
+    wanted = [*start, ("lane_norm", None)]
     tail = ["lane_head", "probe", "gate"] if sasa.get("probe_space") == "logits" else ["probe", "gate"]
     found = [(node["op"], node.get("module") if node["op"] in ("tap", "lane_block") else None) for node in chain]
     if found != wanted + [(operation, None) for operation in tail]:
         return False
     names = [node["name"] for node in chain]
     reads = [node["inputs"] for node in chain]
-    follows = all(reads[at] == [names[at - 1]] for at in range(3, len(chain) - 1))
-    projects = reads[2] == names[:2] and chain[2].get("epsilon") == sasa["epsilon"]
+    follows = all(reads[at] == [names[at - 1]] for at in range(1 if safety is None else 3, len(chain) - 1))
+    projects = safety is None or (reads[2] == names[:2] and chain[2].get("epsilon") == sasa["epsilon"])
     return follows and projects and reads[-1][-1:] == [names[-2]]
 
 
@@ -933,32 +1024,46 @@ class GuardedModel:
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         kept, lane_layers = self._kept(cache, past, ledger)
+        generation = _generation.get()
+        own, prompt_end = generation is not None, None
+        if generation is not None and generation.cache is cache:
+            prompt_end = generation.prompt_end
+        shown = ledger.unpack(kept, REAL, REAL + 1)[..., 0] > 0.5 if kept else fed.new_zeros((len(fed), 0)).bool()
+        check_mask(kwargs.get("attention_mask"), shown, fed.shape[1], fed, own=own)
         known = None if ids is not None else self.get_input_embeddings()(_on(words.table, fed))
         symbols = words.in_ids(ids) if known is None else words.in_embeddings(embeddings, known)  # (batch, tokens)
+        last = ledger.unpack_columns([tensor[:, :, -1:] for tensor in kept])[:, 0] if kept else None  # (batch, columns)
+        is_answer = sasa["gate"] == PROMPT and fed.shape[1] == 1 and (prompt_end is None or past >= prompt_end)
+        is_answer = is_answer and last is not None and bool(goes_on(last, symbols, words).all())
 
         lane = LiveLane(self, sasa["graph"], lane_layers) if sasa["gate"] == EVERY_TOKEN else None
         with recording(lane=lane) as seen:
             output = forward(self, **kwargs, return_dict=True)
         columns = read_columns(kwargs, past, fed, symbols, seen.position_ids, ledger)
-        context, before = columns, torch.zeros_like(columns[:, 0, STATE])  # (batch,)
-        if kept:
-            earlier = ledger.unpack_columns(kept)  # (batch, past, columns)
-            context, before = torch.cat([earlier, columns], dim=1), earlier[:, -1, STATE]
-        symbols, real, several = context[..., SYMBOL], context[..., REAL] > 0, past == 0 or fed.shape[1] > 1
-        generation = _generation.get()
-        prompt_end = generation.prompt_end if generation is not None and generation.cache is cache else None
-        covered = context[..., JUDGED] > 0  # (batch, context)
-        turn = read_turn(symbols, real, past, several, before, covered, words, prompt_end)
+        before = torch.zeros_like(columns[:, 0, STATE]) if last is None else last[:, STATE]  # (batch,)
         projection = project_taps(sasa["graph"], seen)  # (batch, tokens, hidden)
-        if lane is None:
-            probability, states = self._judge(turn, projection, kept, seen, context, ledger)
-        else:
-            probability, states = self._judge_all(turn, lane, past)
+        real = columns[..., REAL] > 0  # (batch, tokens)
+        covered, nothing = torch.ones_like(real), torch.zeros_like(real[:, :1])
+        probability, states = None, states_going_on(before, real, words)  # (batch, tokens)
+        if not is_answer:
+            context = torch.cat([ledger.unpack_columns(kept), columns], dim=1) if kept else columns
+            turn = read_turn(
+                context[..., SYMBOL], context[..., REAL] > 0, past, past == 0 or fed.shape[1] > 1, before,
+                context[..., JUDGED] > 0, words, prompt_end,
+            )  # fmt: skip
+            if lane is None:
+                probability, states = self._judge(turn, projection, kept, seen, context, ledger)
+            else:
+                probability, states = self._judge_all(turn, lane, past)
+            # A row of padding alone has no prompt to judge, and attention over no key is attention over all.
+            covered, nothing = turn.covered, turn.rank[:, -1:] == 0
+        states = torch.where(is_sound(projection, real), states, states.clamp_min(1))  # (batch, tokens)
 
-        columns[..., STATE], columns[..., JUDGED] = states, turn.covered
+        columns[..., STATE], columns[..., JUDGED] = states, covered
         if output.past_key_values is not None and output.past_key_values.get_seq_length():
             self._keep(output.past_key_values, ledger, columns, projection, lane)
-        output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
+        said = torch.where(nothing, states.clamp_min(1), states)  # (batch, tokens)
+        output.logits = self._gate(output.logits, said, kwargs.get("logits_to_keep", 0))
         output["unsafe_probability"] = probability
         return output if as_dictionary else output.to_tuple()
 

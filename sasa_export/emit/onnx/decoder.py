@@ -26,11 +26,12 @@ class Signature:
 
 
 class Decoder(nn.Module):
-    """inputs_embeds, attention_mask, position_ids, cache -> logits, cache, P(unsafe), whether a verdict is due.
+    """inputs_embeds, attention_mask, position_ids, cache -> logits, cache, and what the branches are cut along.
 
-    Every call reads the whole context's ledger out of the extra cache layers and writes the fed tokens' into them;
-    a verdict is due where the call completes a prompt. A past without its ledger was judged by nobody, and torch
-    raises an error there. A graph cannot, so the refusal starts in all rows that are not refused already.
+    A call that may complete a prompt reads the whole context's ledger out of the extra cache layers, and where it
+    does complete one, a verdict is due; every call writes the fed tokens' ledger into them. A past without its
+    ledger was judged by nobody, and torch raises an error there. A graph cannot, so the refusal starts in all rows
+    that are not refused already.
 
     Args:
         model: the guarded ...ForConditionalGeneration.
@@ -93,9 +94,12 @@ class Decoder(nn.Module):
         kept = [tensor for pair in past[self.layers :] for tensor in pair]  # (batch, heads, past, size) each
         projection = self.projection(self.runtime.project_taps, graph, seen)  # (batch, tokens, hidden)
         masks = {"attention_mask": attention_mask, **extra}
-        columns, context, turn, unjudged = self.turn(self._turn, fed, masks, seen.position_ids, past, kept)
-
-        # What only the verdict needs, from here to the probe, goes into a branch later on.
+        columns, last, unjudged, is_read = self.turn(
+            self._columns, fed, masks, seen.position_ids, past, kept, projection
+        )
+        # What only a call needs that may complete a prompt goes into a branch later on,
+        context, turn = self.turn(self._turn, columns, last, kept)
+        # and what only the verdict needs, from here to the probe, into a branch of that.
         whole = torch.cat([self.shape.unpack_projection(kept), projection.to(kept[0].dtype)], dim=1)
         real = context[..., self.runtime.REAL] > 0  # (batch, context)
         arguments = self.runtime.context_arguments(self.model.model, whole, real, context, self.shape)
@@ -105,47 +109,80 @@ class Decoder(nn.Module):
         refused = ~(probability < self.model.config.sasa["threshold"])  # (batch,); NaN is refused
         judged = turn.refused_states * refused[:, None]  # (batch, tokens)
 
-        states = self.turn(self._states, turn, judged, unjudged)  # (batch, tokens)
-        logits = self.gate(self._gate, output.logits.float(), states[:, -1:])
-        ledger = self.ledger(self._ledger, columns, states, turn.covered, projection, kept)
-        return logits, [*present, *ledger], probability, judged, turn.due.any()
+        states = self.turn(self._states, turn, judged)  # (batch, tokens)
+        covered = turn.covered.to(columns)  # (batch, tokens)
+        going_on = self.turn(self._going_on, columns, last)  # (batch, tokens)
+        said = self.gate(self._said, states, unjudged)  # (batch, tokens)
+        logits = self.gate(self._gate, output.logits.float(), said[:, -1:], attention_mask)
+        ledger = self.ledger(self._ledger, columns, said, covered, projection, kept)
+        return logits, [*present, *ledger], probability, judged, turn.due.any(), states, covered, going_on, is_read
 
-    def _turn(
+    def _columns(
         self,
         fed: torch.Tensor,
         masks: dict[str, torch.Tensor],
         position_ids: torch.Tensor,
         past: list[Pair],
         kept: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor]:
-        """The fed tokens' columns, those of the context, what the call brings, and whether the past has no ledger."""
+        projection: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What every call needs.
+
+        Returns the fed tokens' columns (batch, tokens, columns); the first five of the token before them, (batch, 5),
+        all 0 where there is none; where nothing can be judged, (batch, tokens), bool, since the past has no ledger,
+        or the mask shows or hides other tokens than were judged, or a real token's state is no number; and whether
+        the call may complete a prompt, ().
+        """
+        runtime = self.runtime
         symbols = self.words.in_embeddings(fed, self.known)  # (batch, tokens)
         judged = kept[0].shape[2]
-        columns = self.runtime.read_columns(masks, judged, fed, symbols, position_ids, self.shape)
-        earlier = self.shape.unpack_columns(kept)  # (batch, past, columns)
-        start = torch.zeros_like(columns[:, :1, self.runtime.STATE])  # (batch, 1): no past, no state
-        before = torch.cat([start, earlier[..., self.runtime.STATE]], dim=1)[:, -1]  # (batch,)
-        context = torch.cat([earlier, columns], dim=1)  # (batch, context, columns)
+        columns = runtime.read_columns(masks, judged, fed, symbols, position_ids, self.shape)
+        kinds = runtime.JUDGED + 1  # STATE to JUDGED, which is all that is wanted of the past here
+        earlier = self.shape.unpack(kept, 0, kinds).round().to(columns)  # (batch, past, kinds)
+        last = nn.functional.pad(earlier, (0, 0, 1, 0))[:, -1]  # (batch, kinds)
         # Lengths as tensors: as numbers they would be frozen into the graph.
         length, known, tokens = (_scalar(size) for size in (past[0][0].shape[2], judged, fed.shape[1]))
+        shown = (masks["attention_mask"] != 0).to(columns)  # (batch, context)
+        real = torch.cat([earlier[..., runtime.REAL], columns[..., runtime.REAL]], dim=1)  # (batch, context)
+        changed = (shown - real).abs().amax(-1, keepdim=True) > 0  # (batch, 1)
+        sound = runtime.is_sound(projection, columns[..., runtime.REAL] > 0)  # (batch, tokens)
+        goes_on = runtime.goes_on(last, symbols, self.words)  # (batch,)
+        return columns, last, (length != known) | changed | ~sound, (tokens != 1) | (~goes_on).any()
+
+    def _turn(self, columns: torch.Tensor, last: torch.Tensor, kept: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The columns of the whole context, (batch, context, columns), and what the call brings."""
+        context = torch.cat([self.shape.unpack_columns(kept), columns], dim=1)  # (batch, context, columns)
+        judged = kept[0].shape[2]
+        known, tokens = _scalar(judged), _scalar(columns.shape[1])
         symbols, real, covered = (
             context[..., self.runtime.SYMBOL],
             context[..., self.runtime.REAL] > 0,
             context[..., self.runtime.JUDGED] > 0,
         )  # (batch, context)
         several = (tokens != 1) | (known == 0)  # ()
-        turn = self.runtime.read_turn(symbols, real, judged, several, before, covered, self.words)
-        return columns, context, turn, length != known
+        before = last[:, self.runtime.STATE]  # (batch,)
+        return context, self.runtime.read_turn(symbols, real, judged, several, before, covered, self.words)
 
-    def _states(self, turn: Any, judged: torch.Tensor, unjudged: torch.Tensor) -> torch.Tensor:
+    def _states(self, turn: Any, judged: torch.Tensor) -> torch.Tensor:
         """STATE of the fed tokens (batch, tokens), given what it is where a verdict is due."""
-        states = torch.where(turn.due[:, None], judged, turn.other_states)
+        return torch.where(turn.due[:, None], judged, turn.other_states)
+
+    def _going_on(self, columns: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """STATE (batch, tokens) in a call that cannot complete a prompt."""
+        real = columns[..., self.runtime.REAL] > 0  # (batch, tokens)
+        states: torch.Tensor = self.runtime.states_going_on(last[:, self.runtime.STATE], real, self.words)
+        return states
+
+    def _said(self, states: torch.Tensor, unjudged: torch.Tensor) -> torch.Tensor:
+        """STATE (batch, tokens) with a refusal where nothing can be judged."""
         return torch.where(unjudged, states.clamp_min(1), states)
 
-    def _gate(self, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def _gate(self, logits: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The gated logits (batch, 1, vocabulary), given STATE (batch, 1)."""
         refusal = tuple(self.model.config.sasa["refusal_token_ids"])
-        due = torch.tensor(refusal)[(states - 1).clamp_min(0)]  # (batch, 1)
+        nothing = attention_mask.amax(-1, keepdim=True) == 0  # (batch, 1): no prompt to judge
+        states = torch.where(nothing, states.clamp_min(1), states)
+        due = torch.tensor(refusal).index_select(0, (states[:, 0] - 1).clamp_min(0))[:, None]  # (batch, 1)
         gated: torch.Tensor = self.runtime.gate(logits, due, states > 0, refusal)
         return gated
 
@@ -158,8 +195,10 @@ class Decoder(nn.Module):
         kept: list[torch.Tensor],
     ) -> list[Pair]:
         """The extra layers with the fed tokens behind."""
-        found = {self.runtime.STATE: states, self.runtime.JUDGED: covered.to(columns)}  # (batch, tokens) each
-        columns = torch.stack([found.get(index, column) for index, column in enumerate(columns.unbind(-1))], dim=-1)
+        runtime = self.runtime
+        assert (runtime.STATE, runtime.JUDGED) == (0, runtime.POSITION - 1)
+        middle, places = columns[..., 1 : runtime.JUDGED], columns[..., runtime.POSITION :]
+        columns = torch.cat([states[..., None], middle, covered[..., None], places], dim=-1)
         rows = self.shape.pack(columns, projection, kept[0].dtype)
         grown = [torch.cat([before, row], dim=2) for before, row in zip(kept, rows, strict=True)]
         return list(zip(grown[::2], grown[1::2], strict=True))
@@ -189,7 +228,9 @@ class Decoder(nn.Module):
                 )  # fmt: skip
         if self.guarded:
             outputs["unsafe_probability"] = ("batch_size",)
-            outputs |= {"sasa.states": ("batch_size", "sequence_length"), "is_due": ()}
+            tokens = ("batch_size", "sequence_length")
+            outputs |= {"sasa.judged": tokens, "is_due": ()}
+            outputs |= {"sasa.states": tokens, "sasa.covered": tokens, "sasa.going_on": tokens, "is_read": ()}
         return Signature(inputs | extra, outputs)
 
     def example(self, signature: Signature, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sasa_export.emit.onnx import DECODER, EMBEDDING, SUFFIX, VISION
 from sasa_export.emit.onnx.convert import convert
 from sasa_export.emit.onnx.decoder import Decoder, Signature, ledger_layers
 from sasa_export.emit.onnx.layout import stock_type, write_files
-from sasa_export.emit.onnx.passes.branch import run_where_due
+from sasa_export.emit.onnx.passes.branch import run_where
 from sasa_export.emit.onnx.passes.names import forget_origin, name_decoder, name_tower
 from sasa_export.emit.onnx.passes.weights import deduplicate
 from sasa_export.emit.onnx.quantize import BITS, quantize
@@ -25,7 +26,11 @@ from sasa_export.families import family_of
 # built in memory as a whole.
 EXTERNAL_ABOVE = 256 * 2**20
 # What the second lane computes, and what stands there where no verdict is due.
-RESULTS = {"unsafe_probability": float("nan"), "sasa.states": 0}
+VERDICT: dict[str, float | str] = {"unsafe_probability": float("nan"), "sasa.judged": 0}
+# What reading the context gives, and what stands there where the call cannot complete a prompt.
+READING: dict[str, float | str] = {
+    "unsafe_probability": float("nan"), "sasa.states": "sasa.going_on", "sasa.covered": 1,
+}  # fmt: skip
 
 
 def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
@@ -54,6 +59,17 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     advance("writing configuration and processor")
     processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
     write_files(patched, out, processor, external=external, ledger=ledger_layers(model))
+    _forget(model)
+
+
+def _forget(model: Any) -> None:
+    """Let go of a model's weights before the graphs are verified.
+
+    The exporter's rewriting rules live as long as the process, and remember the graph that they were last tried on.
+    """
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    gc.collect()
 
 
 def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
@@ -82,11 +98,13 @@ def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float
     graph = convert(decoder, decoder.example(signature, model.dtype), signature, opset=opset)
     family = family_of(stock_type(model.config.model_type))
     modules = {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")}
-    name_decoder(graph, modules, results=RESULTS if guarded else ())
+    name_decoder(graph, modules, results=VERDICT if guarded else ())
     forget_origin(graph)
     graph = _quantized(graph, dtype)
     if guarded:
-        run_where_due(graph, results=RESULTS, kept=["unsafe_probability"], predicate="is_due")
+        kept = ["unsafe_probability"]
+        run_where(graph, "/sasa/lane", results=VERDICT, kept=[*kept, *READING], predicate="is_due")
+        run_where(graph, "/sasa/turn/read", results=READING, kept=kept, predicate="is_read")
     for name in recipe.extra:
         _make_optional(graph, name)
     return graph

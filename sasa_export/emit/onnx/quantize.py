@@ -14,15 +14,23 @@ BLOCK = 32  # weights that share one scale
 def quantize(model: ir.Model, dtype: str) -> ir.Model:
     """The same graph with the weights of each MatMul in blocks of 8 or 4 bits; all arithmetic stays as it was.
 
-    The projection, the probe and the threshold are no matrix products, so they stay in float32. Run it while both
-    lanes lie in one graph: equal quantized weights are merged afterwards as any others.
+    Of the gate, only the second lane is quantized, whose weights are the decoder's; the comparison of embeddings
+    with the template's stays exact. Run it while both lanes lie in one graph: equal quantized weights are merged
+    afterwards as any others.
     """
     version = model.ir_version
-    quantizer = _quantizer()(ir.to_proto(model), bits=BITS[dtype], block_size=BLOCK, is_symmetric=True)
+    exact = [node.name for node in model.graph.all_nodes() if node.name and _is_gate(node.name)]
+    quantizer = _quantizer()(
+        ir.to_proto(model), bits=BITS[dtype], block_size=BLOCK, is_symmetric=True, nodes_to_exclude=exact
+    )
     quantizer.process()
     quantized = ir.from_proto(quantizer.model.model)
     quantized.ir_version = version
     return quantized
+
+
+def _is_gate(name: str) -> bool:
+    return name.startswith("/sasa/") and not name.startswith("/sasa/lane/")
 
 
 def _quantizer() -> Any:
