@@ -2,7 +2,13 @@
 
 
 class SasaExportError(Exception):
-    """The base of all errors that sasa-export raises on purpose."""
+    """The base of all errors that sasa-export raises on purpose.
+
+    The message keeps to one line of printable letters, whatever names of files and records it holds.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message))
 
 
 class OpenError(SasaExportError):

@@ -9,6 +9,7 @@ from matrix import (  # noqa: F401
     torch_caches,
     torch_decoding,
     torch_drafts,
+    torch_every_token,
     torch_feeding,
     torch_forward,
     torch_loading,
@@ -30,4 +31,5 @@ CASES = [
 def test_way(guard: Callable[..., Guard], one: Row, family: str) -> None:
     """Harmful refused and harmless unchanged, or a loud error."""
     with recorded(one, family) as found:
-        found.append(one.run(Bench(guard(family))))
+        gate = "every-token" if one.section == torch_every_token.SECTION else "prompt"
+        found.append(one.run(Bench(guard(family, gate=gate) if gate != "prompt" else guard(family))))

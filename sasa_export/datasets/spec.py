@@ -95,4 +95,8 @@ def parse(text: str, names: Iterable[str]) -> Spec:
         if name in options:
             raise DataError(f"{text}: the option {name!r} stands twice; join its values with +.")
         options[name] = value
-    return Spec(text, named.group(1) if named else None, Path(path).expanduser(), options)
+    try:
+        place = Path(path).expanduser()
+    except (RuntimeError, ValueError):  # a user who is not there, or a name that none can have
+        place = Path(path)
+    return Spec(text, named.group(1) if named else None, place, options)

@@ -4,3 +4,12 @@ A row runs harmful and harmless prompts in its way, beside the stock model in th
 of them: the harmful refused and the harmless unchanged, or a loud error. `tests/write_matrix.py` makes
 `docs/bypass-matrix.md` out of what the rows found.
 """
+
+import importlib
+import pkgutil
+
+
+def load() -> None:
+    """Import every module that holds rows."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

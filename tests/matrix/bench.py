@@ -20,6 +20,7 @@ from matrix.outcome import HOLDS, LOUD, REFUSED, UNCHANGED, WORDS, Outcome, one_
 
 Inputs = dict[str, Any]
 Way = Callable[[Any, Inputs], Tensor]  # a model and inputs -> what it says, (rows, tokens)
+Named = dict[str, dict[str, Any]]  # options of `generate` by what a row calls them
 
 TOKENS = 14  # more than the refusal has
 MARGIN = 1e-3  # between the oracle's P(unsafe) and a threshold that it should pass or miss

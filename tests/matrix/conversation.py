@@ -60,10 +60,10 @@ def _chosen(guarded: Guard) -> tuple[list[list[int]], float, float]:
     bench = Bench(guarded)
     texts = [chat[0]["content"][0]["text"] for chat in tiny.conversations(images=False, count=CANDIDATES, seed=8)]
     first = [bench.chat(("user", text))["input_ids"][0].tolist() for text in texts]
-    tails = [_tail(bench, text) for text in texts]
-    harmless = [words for words in first if not bench.guarded.ends & set(_answer(bench, words))]
+    tails = [further_turn(bench, text) for text in texts]
+    harmless = [words for words in first if not bench.guarded.ends & set(greedy_answer(bench, words))]
     safe, words = min((_score(bench, words), words) for words in harmless)
-    history = words + _answer(bench, words)
+    history = words + greedy_answer(bench, words)
     unsafe, second = max((_score(bench, history + tail), tail) for tail in tails)
     history += second + guarded.refusal
     tails = [tail[1:] if tail[0] == guarded.refusal[-1] else tail for tail in tails]
@@ -71,7 +71,7 @@ def _chosen(guarded: Guard) -> tuple[list[list[int]], float, float]:
     return [words, second, third], max(safe, again), unsafe
 
 
-def _tail(bench: Bench, text: str) -> list[int]:
+def further_turn(bench: Bench, text: str) -> list[int]:
     """What a further user's turn adds behind an answer: its text within the template."""
     chat = [
         {"role": role, "content": [{"type": "text", "text": said}]}
@@ -82,7 +82,7 @@ def _tail(bench: Bench, text: str) -> list[int]:
     return ids
 
 
-def _answer(bench: Bench, words: list[int]) -> list[int]:
+def greedy_answer(bench: Bench, words: list[int]) -> list[int]:
     said: list[int] = generate(bench.stock, bench.of_ids(words), max_new_tokens=TOKENS)[0].tolist()
     return said
 

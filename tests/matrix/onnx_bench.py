@@ -137,7 +137,7 @@ class OnnxBench(Bench):
 
     graphs: Graphs
     directories: Callable[..., Path]  # opset=, dtype= -> the directory of graphs exported so
-    scratch: Callable[[], Path]  # a new directory
+    plain: Callable[[str], Path]  # a type -> the file of the decoder without the gate
 
     def another(self, *, options: Any = None, **further: Any) -> Graphs:
         """Further sessions on the same files."""

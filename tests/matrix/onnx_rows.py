@@ -1,20 +1,24 @@
 """onnxruntime: ways to pick tokens, to feed a prompt, to keep and change the past, and kinds of prompt."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from torch import Tensor
 
 from matrix.bench import EVERY, TOKENS, Inputs
 from matrix.by_hand import ByHand, fed, whole
 from matrix.conversation import three_turns
 from matrix.onnx_bench import OnnxBench
-from matrix.outcome import CLOSED, NOT_ASKED, REFUSED, Outcome, row
+from matrix.outcome import CLOSED, LOUD, NOT_ASKED, REFUSED, Outcome, row
 from matrix.torch_prompts import TEXT, pictures
 from matrix.torch_turns import common
 
 RUNTIME = "onnxruntime"
+Array = NDArray[Any]
 PICKING, FEEDING, PAST, PROMPTS = "Picking the next token", "How a prompt is fed", "The past", "Kinds of prompt"
 
 # ------------------------------------------------------------------------------------ picking the next token
@@ -171,33 +175,45 @@ def picked(bench: OnnxBench) -> Outcome:
     return bench.mixed_verdicts(run, inputs, scores=bench.guarded.expected(inputs)[rows])
 
 
-@row(RUNTIME, PAST, "a past without its ledger")
-def without_ledger(bench: OnnxBench) -> Outcome:
-    """As a plain export of the same model would leave it: a graph cannot raise, so all rows are refused."""
+def of_unequal_lengths(bench: OnnxBench, cut: Callable[[bool, Array], Array]) -> Outcome:
+    """A past whose decoder's and ledger's layers were cut differently, and the end of a prompt.
+
+    A graph cannot raise an error of its own: all rows are refused, unless onnxruntime finds that the shapes do not fit.
+
+    Args:
+        cut: given whether a layer is the ledger's, and its array (rows, heads, tokens, size).
+    """
     inputs = bench.batch(count=6)
     loop = ByHand(bench, bench.graphs)
     loop.feed_prompt(inputs, [inputs["input_ids"].shape[1] - 3])
+    blocks = bench.stock.config.get_text_config().num_hidden_layers
     arrays = loop.cache.arrays
     for name, array in arrays.items():
-        if int(name.split(".")[1]) >= bench.stock.config.get_text_config().num_hidden_layers:
-            arrays[name] = array[:, :, :0]
-    loop.feed(inputs["input_ids"][:, -3:])
-    bench.refused(loop.say(), torch.ones(6, dtype=torch.bool))
+        arrays[name] = cut(int(name.split(".")[1]) >= blocks, array)
+    if loop.mask is not None:
+        loop.mask = loop.mask[:, : arrays["past_key_values.0.key"].shape[2]]
+    try:
+        said = loop.feed(inputs["input_ids"][:, -3:]).say()
+    except (Fail, InvalidArgument, RuntimeException):
+        return Outcome(LOUD, LOUD, "onnxruntime raises an error, since the lengths do not fit")
+    bench.refused(said, torch.ones(6, dtype=torch.bool))
     return Outcome(REFUSED, CLOSED, "a graph cannot raise an error, so it refuses")
+
+
+@row(RUNTIME, PAST, "a past without its ledger")
+def without_ledger(bench: OnnxBench) -> Outcome:
+    """As a plain export of the same model would leave it."""
+    return of_unequal_lengths(bench, lambda ledger, array: array[:, :, :0] if ledger else array)
 
 
 @row(RUNTIME, PAST, "a past whose decoder's layers alone were cut")
 def ledger_too_long(bench: OnnxBench) -> Outcome:
-    inputs = bench.batch(count=6)
-    loop = ByHand(bench, bench.graphs)
-    loop.feed_prompt(inputs, [inputs["input_ids"].shape[1] - 3])
-    for name, array in loop.cache.arrays.items():
-        if int(name.split(".")[1]) < bench.stock.config.get_text_config().num_hidden_layers:
-            loop.cache.arrays[name] = array[:, :, :-2]
-    loop.mask = loop.mask[:, :-2] if loop.mask is not None else None
-    loop.feed(inputs["input_ids"][:, -3:])
-    bench.refused(loop.say(), torch.ones(6, dtype=torch.bool))
-    return Outcome(REFUSED, CLOSED, "a graph cannot raise an error, so it refuses")
+    return of_unequal_lengths(bench, lambda ledger, array: array if ledger else array[:, :, :-2])
+
+
+@row(RUNTIME, PAST, "a past whose ledger alone was cut")
+def ledger_too_short(bench: OnnxBench) -> Outcome:
+    return of_unequal_lengths(bench, lambda ledger, array: array[:, :, :-2] if ledger else array)
 
 
 @row(RUNTIME, PAST, "a past handed from one session to another")

@@ -8,7 +8,6 @@ import onnxruntime
 import torch
 from onnx_runner import Runner
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from matrix.bench import Inputs
 from matrix.by_hand import fed, whole
@@ -46,13 +45,19 @@ for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
 
 @row(RUNTIME, SESSIONS, "two threads at once on one session")
 def threads(bench: OnnxBench) -> Outcome:
-    found: list[Outcome] = []
-    workers = [threading.Thread(target=lambda: found.append(on(bench, bench.graphs))) for _ in range(2)]
+    inputs, run = bench.batch(count=6), fed(bench)
+    _, refused = bench.split(bench.guarded.expected(inputs))
+    expected = run(bench.stock, dict(inputs))  # (rows, tokens)
+    found: list[Tensor] = []
+    workers = [threading.Thread(target=lambda: found.append(run(bench.graphs, dict(inputs)))) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert found == [HOLDS, HOLDS]
+    assert len(found) == 2, "a thread failed"
+    for said in found:
+        bench.unchanged(said, expected, refused)
+        bench.refused(said, refused)
     return HOLDS
 
 
@@ -66,19 +71,8 @@ def old_opset(bench: OnnxBench) -> Outcome:
 
 def plain(bench: OnnxBench, dtype: str) -> Graphs:
     """The decoder without the gate, written by the same code in the same type, with the other two graphs beside it."""
-    from sasa_export.emit.onnx.graphs import decoder_graph, write_model
-    from sasa_export.emit.onnx.layout import stock_type
-    from sasa_export.emit.onnx.recipes import recipe_of
-
-    kind = torch.float16 if dtype == "float16" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(
-        bench.guarded.directory, dtype=kind, trust_remote_code=True, attn_implementation="sdpa"
-    ).eval()
-    graph = decoder_graph(model, recipe_of(stock_type(model.config.model_type)), opset=23, dtype=dtype, guarded=False)
-    path = bench.scratch() / "decoder_model_merged.onnx"
-    write_model(graph, path)
     twin = bench.of_type(dtype)
-    return Graphs(with_decoder(twin.runner, path), twin.image_token)
+    return Graphs(with_decoder(twin.runner, bench.plain(dtype)), twin.image_token)
 
 
 def with_decoder(runner: Runner, path: Path) -> Runner:
@@ -89,14 +83,19 @@ def with_decoder(runner: Runner, path: Path) -> Runner:
     return runner
 
 
+# How far P(unsafe) may be from float32. What 4 bits leave of random weights says nothing of it.
+TOLERANCES = {"float16": 0.02, "int8": 0.15, "int4": None}
+
+
 def in_type(bench: OnnxBench, dtype: str, run: Any) -> Outcome:
     """Beside the plain graph of the same type; the verdicts are those that the graph's own P(unsafe) calls for."""
     graphs, inputs = bench.of_type(dtype), bench.batch(count=6)
     scores = probability(bench, graphs, inputs)  # (rows,)
-    tolerance = {"float16": 0.02, "int8": 0.15}[dtype]
-    assert (scores - bench.guarded.expected(inputs)).abs().max() < tolerance
-    found = bench.mixed_verdicts(run, inputs, model=graphs, stock=plain(bench, dtype), scores=scores)
-    return found.but("beside a plain graph of the same type, P(unsafe) within the tolerance of the export")
+    tolerance, remark = TOLERANCES[dtype], "beside a plain graph of the same type"
+    if tolerance is not None:
+        assert (scores - bench.guarded.expected(inputs)).abs().max() < tolerance
+        remark += f", P(unsafe) within {tolerance} of float32"
+    return bench.mixed_verdicts(run, inputs, model=graphs, stock=plain(bench, dtype), scores=scores).but(remark)
 
 
 def probability(bench: OnnxBench, graphs: Graphs, inputs: Inputs) -> Tensor:
@@ -105,7 +104,7 @@ def probability(bench: OnnxBench, graphs: Graphs, inputs: Inputs) -> Tensor:
     return loop.probability
 
 
-for dtype in ("float16", "int8"):
+for dtype in TOLERANCES:
 
     @row(RUNTIME, TYPES, f"{dtype}, whole prompts")
     def whole_in_type(bench: OnnxBench, dtype: str = dtype) -> Outcome:

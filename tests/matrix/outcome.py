@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 OUT = "SASA_MATRIX_OUT"  # names the directory for the findings; without it, none are written
 
@@ -48,7 +47,7 @@ class Row:
     runtime: str  # torch, onnxruntime, or smol-llava
     section: str
     name: str
-    run: Callable[[Any], Outcome]
+    run: Callable[..., Outcome]
     families: tuple[str, ...]
 
     @property
@@ -61,10 +60,10 @@ ROWS: list[Row] = []
 
 def row(
     runtime: str, section: str, name: str, families: tuple[str, ...] = ("llava",)
-) -> Callable[[Callable[[Any], Outcome]], Callable[[Any], Outcome]]:
+) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     """Enter a function of a bench into the matrix."""
 
-    def enter(run: Callable[[Any], Outcome]) -> Callable[[Any], Outcome]:
+    def enter(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
         assert (runtime, name) not in {(other.runtime, other.name) for other in ROWS}, f"two rows are named {name}"
         ROWS.append(Row(runtime, section, name, run, families))
         return run

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from matrix.bench import EVERY, TOKENS, Bench, Inputs, generate, way, without
+from matrix.bench import EVERY, TOKENS, Bench, Inputs, Named, generate, way, without
 from matrix.by_hand import ByHand
 from matrix.outcome import Outcome, row
 
@@ -37,13 +37,15 @@ row("torch", SECTION, "no cache", EVERY)(lambda bench: bench.mixed_verdicts(way(
 row("torch", SECTION, "no cache, beams")(lambda bench: bench.mixed_verdicts(way(use_cache=False, num_beams=2)))
 row("torch", SECTION, "static", EVERY)(lambda bench: bench.mixed_verdicts(way(cache_implementation="static")))
 
-for name, options in {
-    "static, beams": {"cache_implementation": "static", "num_beams": 3},
-    "static, sampled": {"cache_implementation": "static", "do_sample": True, "temperature": 1.5},
-    "static, larger than needed": {"cache_implementation": "static", "max_cache_len": 300},
-    "static, prefill_chunk_size 3": {"cache_implementation": "static", "prefill_chunk_size": 3},
-    "quantized to fp8": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
-}.items():
+for name, options in Named(
+    {
+        "static, beams": {"cache_implementation": "static", "num_beams": 3},
+        "static, sampled": {"cache_implementation": "static", "do_sample": True, "temperature": 1.5},
+        "static, larger than needed": {"cache_implementation": "static", "max_cache_len": 300},
+        "static, prefill_chunk_size 3": {"cache_implementation": "static", "prefill_chunk_size": 3},
+        "quantized to fp8": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
+    }
+).items():
     row("torch", SECTION, name)(
         lambda bench, options=options: bench.mixed_verdicts(
             way(**options), bench.batch(images="prefill_chunk_size" not in options)

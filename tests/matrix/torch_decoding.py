@@ -5,18 +5,20 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
-from matrix.bench import EVERY, TOKENS, Bench, Inputs, generate, way
+from matrix.bench import EVERY, TOKENS, Bench, Inputs, Named, generate, way
 from matrix.outcome import NOTHING, UNCHANGED, Outcome, row
 
 PICKING, OPTIONS = "Picking the next token", "Options that bend the choice"
 
-for name, options in {
-    "greedy search": {},
-    "beam search": {"num_beams": 3},
-}.items():
+for name, options in Named(
+    {
+        "greedy search": {},
+        "beam search": {"num_beams": 3},
+    }
+).items():
     row("torch", PICKING, name, EVERY)(lambda bench, options=options: bench.mixed_verdicts(way(**options)))
 
-for name, options in {
+for name, options in Named({
     "sampling at temperature 1.5": {"do_sample": True, "temperature": 1.5},
     "sampling at temperature 50": {"do_sample": True, "temperature": 50.0},
     "top-k": {"do_sample": True, "top_k": 5},
@@ -32,7 +34,7 @@ for name, options in {
         "do_sample": True, "renormalize_logits": True, "remove_invalid_values": True,
     },
     "watermarking": {"watermarking_config": {"bias": 5.0, "seeding_scheme": "lefthash"}},
-}.items():  # fmt: skip
+}).items():  # fmt: skip
     row("torch", PICKING, name)(lambda bench, options=options: bench.mixed_verdicts(way(**options)))
 
 
@@ -47,7 +49,7 @@ def streaming(bench: Bench) -> Outcome:
     def run(model: Any, inputs: Inputs) -> torch.Tensor:
         streamer = TextStreamer(bench.tokenizer, skip_prompt=True)
         said: list[str] = []
-        streamer.on_finalized_text = lambda text, stream_end=False: said.append(text)  # type: ignore[method-assign]
+        streamer.on_finalized_text = lambda text, stream_end=False: said.append(text)
         answer = generate(model, inputs, streamer=streamer)
         assert "".join(said) == bench.tokenizer.decode(answer[0])
         return answer
@@ -55,12 +57,14 @@ def streaming(bench: Bench) -> Outcome:
     return bench.both_verdicts(run, bench.one())
 
 
-for name, options in {
-    "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
-    "DoLa": {"dola_layers": "high"},
-    "diverse beam search": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
-    "constrained beam search": {"num_beams": 2, "force_words_ids": [[70]]},
-}.items():
+for name, options in Named(
+    {
+        "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
+        "DoLa": {"dola_layers": "high"},
+        "diverse beam search": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+        "constrained beam search": {"num_beams": 2, "force_words_ids": [[70]]},
+    }
+).items():
 
     @row("torch", PICKING, name)
     def moved_to_the_hub(bench: Bench, options: dict[str, Any] = options) -> Outcome:
@@ -92,12 +96,14 @@ def custom_generate(bench: Bench) -> Outcome:
 # ------------------------------------------------------------------------------------- options
 
 
-for name, options in {
-    "repetition_penalty 1.8": {"repetition_penalty": 1.8},
-    "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.5},
-    "max_new_tokens 1": {"max_new_tokens": 1},
-    "max_new_tokens 3": {"max_new_tokens": 3},
-}.items():
+for name, options in Named(
+    {
+        "repetition_penalty 1.8": {"repetition_penalty": 1.8},
+        "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.5},
+        "max_new_tokens 1": {"max_new_tokens": 1},
+        "max_new_tokens 3": {"max_new_tokens": 3},
+    }
+).items():
     row("torch", OPTIONS, name)(lambda bench, options=options: bench.mixed_verdicts(way(**options)))
 
 

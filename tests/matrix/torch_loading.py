@@ -93,7 +93,7 @@ def overflow(bench: Bench) -> Outcome:
     states = [(torch.randn(2, 5, 64, generator=generator) * 400).half() for _ in range(2)]
     found = project(*states, 1e-6)
     assert (states[1] * states[1]).sum(-1).isinf().any(), "the case is too tame"
-    expected = oracle.project(*(state.double() for state in states))
+    expected = oracle.project(states[0].double(), states[1].double())
     torch.testing.assert_close(found.double(), expected.double(), rtol=2e-3, atol=1.0)
     return holds_like(bench, *loaded(bench, dtype=torch.float16))
 

@@ -43,7 +43,7 @@ def continuous(bench: Bench) -> Outcome:
     settings = copy.deepcopy(bench.stock.generation_config)
     settings.max_new_tokens = 4
     for enter in ("init_continuous_batching", "continuous_batching_context_manager"):
-        bench.loud(lambda enter=enter: getattr(bench.model, enter)(), "packed into one row")
+        bench.loud(getattr(bench.model, enter), "packed into one row")
     return bench.loud(
         lambda: bench.model.generate_batch(inputs=[ids, ids[:-4]], generation_config=settings), "packed into one row"
     )

@@ -117,6 +117,11 @@ def no_inputs(bench: Bench) -> Outcome:
     return bench.both_verdicts(run, judged)
 
 
+@row("torch", SECTION, "a user's turn without a word", EVERY)
+def empty_turn(bench: Bench) -> Outcome:
+    return bench.both_verdicts(way(), bench.chat(("user", "")))
+
+
 def picture(seed: int) -> dict[str, Any]:
     return {"type": "image", "image": tiny.random_image(seed)}
 

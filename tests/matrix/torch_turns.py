@@ -218,11 +218,10 @@ def joined(bench: Bench) -> Outcome:
                 setattr(layers[0], name, torch.cat(padded))
             if hasattr(layers[0], "cumulative_length"):
                 layers[0].cumulative_length = longest
-        batch.mask = torch.cat(
-            [torch.nn.functional.pad(loop.mask, (longest - loop.mask.shape[1], 0)) for loop in loops]
-        )
+        masks = [loop.mask for loop in loops if loop.mask is not None]  # (1, tokens) each
+        batch.mask = torch.cat([torch.nn.functional.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
         batch.types = torch.zeros_like(batch.mask)
-        batch.next = torch.cat([loop.next for loop in loops], dim=-2)
+        batch.next = torch.cat([loop.next for loop in loops if loop.next is not None], dim=-2)
         batch.logits = torch.cat([loop.logits for loop in loops])
         return batch.say()
 
