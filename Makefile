@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test matrix fuzz lint bench clean
+.PHONY: setup demo test slow matrix fuzz lint bench bench-gate bench-onnx bench-memory bench-gpu clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,11 @@ matrix:
 		tests/test_matrix_torch.py tests/test_matrix_onnx.py tests/test_matrix_smol.py
 	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix docs/bypass-matrix.md
 
+# Tests that take minutes.
+slow: setup
+	@SASA_SLOW=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest tests/test_plain_probe.py
+
 # More inputs and more faults than the test suite tries, and the tables of what was tried.
 fuzz: setup
 	@rm -rf build/records
@@ -52,6 +57,19 @@ lint: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/torch_cost.py
+
+bench-gate: setup
+	@$(BIN)/python benchmarks/gate_cost.py --out docs/gate-cost.md
+
+bench-onnx: setup
+	@$(BIN)/python benchmarks/onnx_cost.py --out docs/onnx-cost.md
+
+bench-memory: setup
+	@$(BIN)/python benchmarks/export_memory.py --out docs/onnx-memory.md
+
+# Needs an NVIDIA GPU.
+bench-gpu: setup
+	@$(BIN)/python benchmarks/onnx_gpu.py
 
 # Removes what the other targets leave behind, but for $(VENV).
 clean:

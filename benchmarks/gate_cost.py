@@ -13,6 +13,7 @@ Usage: python benchmarks/gate_cost.py --out gate_cost.md
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -37,6 +38,7 @@ from torch_cost import (
 
 PIECE = 64  # tokens
 TURN = 24  # tokens
+MODEL = "AutoModelForImageTextToText"
 
 
 def pieces(model: Any, inputs: dict[str, Any]) -> Work:
@@ -116,6 +118,15 @@ def works(work: Work) -> bool:
     return True
 
 
+def by_own_code(directory: Path) -> Any:
+    """A directory of another version, through its own classes: by the Auto classes it would get this version's."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    names = json.loads((directory / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    kinds = [get_class_from_dynamic_module(names[name], directory) for name in ("AutoConfig", MODEL)]
+    return kinds[1].from_pretrained(directory, config=kinds[0].from_pretrained(directory), dtype="float32")
+
+
 def kilobytes(size: float) -> str:
     return f"{size / 1e3:,.1f} kB"
 
@@ -150,11 +161,11 @@ def main(model: str, before: Path | None, repetitions: int, tokens: int, new_tok
             )  # fmt: skip
         pair = load(source.directory, work / "prompt", tokens)
         models = {"plain": pair.plain, "judged by prompt": pair.patched}
-        for name, directory in (("judged by token", work / "every-token"), ("before", before)):
-            if directory is not None:
-                models[name] = AutoModelForImageTextToText.from_pretrained(
-                    directory, dtype="float32", trust_remote_code=True
-                ).eval()
+        models["judged by token"] = AutoModelForImageTextToText.from_pretrained(
+            work / "every-token", dtype="float32", trust_remote_code=True
+        ).eval()
+        if before is not None:
+            models["before"] = by_own_code(before).eval()
         rows = costs(models, pair.prompts["text"], repetitions, new_tokens)
         said = machine(source.name, pair.patched.config.sasa, torch.get_num_threads(), repetitions)
     title = f"Against the plain model, {pair.prompts['text']['input_ids'].shape[1]} tokens of text"

@@ -61,7 +61,8 @@ def _label(run: list[Node]) -> str:
         span = f"block {numbers[0]}" if first is last else f"blocks {numbers[0]} to {numbers[1]}"
         return span if first.op == "block" else f"second lane: {span}"
     if first.op == "tap":
-        return f"{first.attributes['of']} layer {first.attributes['index']}"
+        of, index = first.attributes["of"], first.attributes["index"]
+        return f"last block, {index}" if of == "last" else f"{of} layer {index}"
     if first.op == "between":
         return f"added between blocks: {first.name}"
     return LABELS[first.op]

@@ -147,7 +147,7 @@ def _calibrate(
             judged=judged,
             advance=advance,
         )
-    overall = next(f for f in calibration.figures if (f.feature, f.channel) == ("projected", "all"))
+    overall = next(figure for figure in calibration.figures if figure.channel == "all")  # of the probe that was made
     report.step(
         "calibrate",
         f"{len(prompts)} prompts: AUC {overall.auc:.3f}, {overall.recall:.1%} of the harmful caught, "

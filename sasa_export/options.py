@@ -46,6 +46,13 @@ class Options:
         group="Layers",
         word=AUTO,
     )
+    projection: str = _option(
+        "semantic",
+        "semantic: the safety layer's output is projected onto the semantic layer's, and a second lane runs on it. "
+        "none: the probe reads the end of the main lane, which costs nothing more.",
+        group="Layers",
+        choices=("semantic", "none"),
+    )
     epsilon: float = _option(1e-6, "Least squared norm in the projection's denominator.", group="Layers")
 
     calibration: tuple[str, ...] = _option(
@@ -101,6 +108,18 @@ class Options:
         group="ONNX",
         choices=ONNX_DTYPES,
     )
+    max_flips: float = _option(
+        0.02,
+        "Largest share of the calibration prompts whose verdict the graphs may turn over, before nothing is written. "
+        "The default is what the threshold itself may get wrong of the harmless ones.",
+        group="ONNX",
+    )
+    flip_prompts: int = _option(
+        200,
+        "How many calibration prompts the graphs judge again, drawn evenly from labels and channels; all where there "
+        "are no more.",
+        group="ONNX",
+    )
 
     batch_size: int = _option(16, "Prompts at a time in calibration.", group="Running")
     device: str = _option("auto", "Where the model runs: auto, cpu, cuda, cuda:1 ...", group="Running")
@@ -140,6 +159,10 @@ class Options:
                 f"--probe and layers left to {AUTO} exclude each other: a probe belongs to the layers it was fitted "
                 "on. Give both layers."
             )
+        if self.projection == "none" and (self.safety_layer, self.semantic_layer) != (None, None):
+            raise SasaExportError(
+                "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
+            )
         if self.gate == "every-token" and self.format != "safetensors":
             raise SasaExportError("--gate every-token is for safetensors alone. Give --format safetensors.")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
@@ -148,6 +171,10 @@ class Options:
             raise SasaExportError(
                 f"--max-false-positive-rate is {self.max_false_positive_rate:g}; it must be at least 0 and below 1."
             )
+        if not 0.0 <= self.max_flips < 1.0:
+            raise SasaExportError(f"--max-flips is {self.max_flips:g}; it must be at least 0 and below 1.")
+        if self.flip_prompts < 1:
+            raise SasaExportError(f"--flip-prompts is {self.flip_prompts}; it must be at least 1.")
         try:
             given = self.regularization_value()
         except ValueError:

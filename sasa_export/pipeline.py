@@ -14,8 +14,10 @@ from sasa_export.emit.card import write_card
 from sasa_export.emit.config import generation_prompt_ids, refusal_ids, sasa_settings, turn_token_ids
 from sasa_export.emit.directory import Patch, write_directory
 from sasa_export.emit.manifest import write_manifest
-from sasa_export.emit.onnx.directory import check_possible, finish, needed_bytes, write_onnx_directory
-from sasa_export.emit.staging import check_apart, check_free, claimed, staged
+from sasa_export.emit.onnx.card import not_counted
+from sasa_export.emit.onnx.directory import check_possible, finish, write_onnx_directory
+from sasa_export.emit.onnx.room import needed_bytes
+from sasa_export.emit.staging import check_apart, check_disk, check_free, claimed, staged
 from sasa_export.errors import VerifyError
 from sasa_export.graph import LayerGraph
 from sasa_export.locate.pairs import with_layer
@@ -27,7 +29,8 @@ from sasa_export.report import Silent
 from sasa_export.rewrite import LaneSettings, rewrite
 from sasa_export.share import Crew, crew
 from sasa_export.trace import trace
-from sasa_export.verify import Check, check_files, check_graphs, check_model, check_onnx
+from sasa_export.verify import Check, check_files, check_graphs, check_model, check_onnx_against
+from sasa_export.verify.flips import reference
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
 
@@ -65,13 +68,20 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
     if options.format != "safetensors":
         check_possible(source, options)
+    needed = _needed_disk(source, options)
+    check_disk(options.out, needed)
     report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
     sizes = read_sizes(source)
     given_layers = [
         layer if isinstance(layer, int) else None for layer in (options.safety_layer, options.semantic_layer)
     ]
+    safety: int | None
+    semantic: int | None
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, *given_layers)
-    if options.finds_layers():
+    if options.projection == "none":
+        safety = semantic = None
+        layers_from = "none: made without projection"
+    elif options.finds_layers():
         safety, semantic = with_layer(sizes.blocks, *given_layers)[0]  # stand-ins until they are found
     elif "not measured" in layers_from:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
@@ -102,16 +112,14 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
         turn_token_ids=turn_token_ids(processor, source.directory, opening),
         gate=options.gate,
     )
-    report.step("rewrite", f"second lane from block {safety + 1}, threshold {probe.threshold:.4f}")
+    where = "no second lane" if safety is None else f"second lane from block {safety + 1}"
+    report.step("rewrite", f"{where}, threshold {probe.threshold:.4f}")
     if not team.leads:
         team.wait()
         return Patched(options.out, full, probe, measured.calibration)
 
     result = Patch(source, full, sasa, probe, measured.calibration, measured.cases, measured.dtype)
     device = "auto" if measured.device == SPREAD else measured.device  # as transformers calls it
-    needed = SPARE_BYTES + (0 if options.link else source.weight_bytes())
-    if options.format != "safetensors":
-        needed += SPARE_BYTES + needed_bytes(source, options.onnx_dtype)
     with staged(options.out, force=options.force, needed_bytes=needed) as staging:
         plain = staging if options.format == "safetensors" else staging / "safetensors"
         plain.mkdir(exist_ok=True)
@@ -123,6 +131,14 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
     report.step("done", f"{options.out}")
     team.wait()
     return Patched(options.out, full, probe, measured.calibration)
+
+
+def _needed_disk(source: Source, options: Options) -> int:
+    """Bytes of disk below --out, at most. The graphs are made from a copy for transformers, wanted or not."""
+    needed = SPARE_BYTES + (0 if options.link else source.weight_bytes())
+    if options.format != "safetensors":
+        needed += SPARE_BYTES + needed_bytes(source, options.onnx_dtype)
+    return needed
 
 
 def _write_safetensors(patch: Patch, directory: Path, options: Options, device: str, report: Silent) -> None:
@@ -144,9 +160,19 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
     )
     if options.format == "onnx":
         shutil.rmtree(plain)
-    checks = check_onnx(directory, device=device) if patch.cases else check_graphs(directory)
+    if patch.cases:
+        wanted = None
+        if patch.calibration is not None:
+            count, most = options.flip_prompts, options.max_flips
+            wanted = reference(patch.calibration, count=count, most=most, dtype=patch.dtype)
+            report.step("verify", f"the graphs judge {len(wanted.prompts)} calibration prompts again")
+        checks, flips = check_onnx_against(directory, wanted, device=device)
+    else:
+        checks, flips = check_graphs(directory), None
     _all_passed(checks, report)
-    finish(patch.source, patch.sasa, patch.calibration, checks, options, directory)
+    if flips is None:
+        report.step("verify", not_counted(options))
+    finish(patch.source, patch.sasa, patch.calibration, checks, flips, options, directory)
 
 
 def trace_source(source: Source) -> LayerGraph:

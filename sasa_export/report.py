@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+PAUSE = 30.0  # seconds between two lines of progress where there is no terminal
 
 
 class Silent:
@@ -47,9 +50,27 @@ class Console(Silent):
 
     @contextmanager
     def bar(self, total: int, label: str) -> Iterator[Callable[[int], None]]:
+        if not self.console.is_terminal:
+            yield self._lines(total, label)
+            return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn(f"{label:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(label, total=total)
             yield lambda count: progress.advance(task, count)
+
+    def _lines(self, total: int, label: str) -> Callable[[int], None]:
+        """Progress in a log file: a line now and then, with the time that is left at this pace."""
+        start = said = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done, now = done + count, time.monotonic()
+            if done and done < total and now - said >= PAUSE:
+                said = now
+                left = (now - start) / done * (total - done)
+                self.step("", f"{label}: {done} of {total}, about {left / 60:.0f} min left")
+
+        return advance

@@ -21,15 +21,18 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 import sasa_export.calibrate as calibration
 from sasa_export.calibrate import calibrate, data
+from sasa_export.calibrate import probe as probes
 from sasa_export.calibrate.data import Prompt, builtin, from_jsonl
 from sasa_export.calibrate.features import Features, batches, collect, encode
 from sasa_export.calibrate.figure import figures
 from sasa_export.calibrate.probe import (
+    CANDIDATES,
     best_regularization,
     cross_validated,
     fit,
     head_metric,
     probability,
+    quick_fit,
     threshold_for,
 )
 from sasa_export.errors import CalibrationError
@@ -148,9 +151,7 @@ def test_a_pair_stays_in_one_fold() -> None:
     assert np.mean((apart > 0.5) == labels) > 0.6
 
 
-def test_every_prompt_is_scored_by_a_probe_that_did_not_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sasa_export.calibrate import probe
-
+def test_every_prompt_is_scored_by_a_probe_that_did_not_see_it() -> None:
     features, labels = samples(46, 4)
     groups = [f"group {n // 2}" for n in range(46)]
     fitted: list[set[str]] = []
@@ -160,8 +161,7 @@ def test_every_prompt_is_scored_by_a_probe_that_did_not_see_it(monkeypatch: pyte
         fitted.append({groups[row] for row in rows})
         return fit(train, *rest)
 
-    monkeypatch.setattr(probe, "fit", recorded)
-    scores = cross_validated(features, labels, groups)
+    scores = cross_validated(features, labels, groups, fit=recorded)
     left_out = [set(groups) - seen for seen in fitted]
     assert len(fitted) == 5
     assert sorted(group for fold in left_out for group in fold) == sorted(set(groups))
@@ -181,6 +181,19 @@ def test_groups_that_leave_nothing_to_validate(groups: list[str]) -> None:
     features, labels = samples(20, 3)
     with pytest.raises(CalibrationError):
         cross_validated(features, labels, groups)
+
+
+@pytest.mark.parametrize("strength", CANDIDATES)
+def test_the_quick_fit_is_the_same_probe(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newton's method finds what liblinear finds, and stands back where features are many."""
+    features, labels = samples(120, 30, gap=1.0)
+    features = 20 * np.exp(np.random.default_rng(3).normal(size=30)) * (features + 1.0)  # off centre: the bias matters
+    expected = probability(features, *fit(features, labels, strength))
+    weight, bias = quick_fit(features, labels, strength)
+    assert weight.shape == (30,)
+    assert np.abs(probability(features, weight, bias) - expected).max() < 1e-3
+    monkeypatch.setattr(probes, "WIDE", 29)
+    np.testing.assert_array_equal(quick_fit(features, labels, strength)[0], fit(features, labels, strength)[0])
 
 
 def test_the_best_regularization_is_one_of_the_candidates() -> None:
@@ -449,7 +462,7 @@ def calibrated(
 ) -> Any:
     found = Features(projected.astype(np.float32), plain.astype(np.float32))
     monkeypatch.setattr(calibration, "collect", lambda *args, **kwargs: found)
-    graph = LayerGraph((Node("embed", "embed"),))
+    graph = LayerGraph((Node("embed", "embed"), Node("sasa.projection", "projection", ("embed",))))
     prompts = prompts_of(labels, "tp" * (len(labels) // 4) + "pt" * (len(labels) // 4))
     return calibrate(
         Head(200, projected.shape[1]),

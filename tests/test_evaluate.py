@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
 
 import sasa_export
-from sasa_export.calibrate.features import batches, encode, reading
+from sasa_export.calibrate.features import RECENT, batches, encode, reading
 from sasa_export.cli import main
 from sasa_export.datasets import load_all
 from sasa_export.emit.manifest import write_manifest
@@ -30,10 +30,13 @@ from sasa_export.evaluate.depth import depths_of
 from sasa_export.evaluate.guarded import open_baseline, open_guarded
 from sasa_export.evaluate.result import Evaluated
 from sasa_export.evaluate.torch_model import TorchModel
+from sasa_export.evaluate.variants import LAST_TOKENS
+from sasa_export.locate import LocateOptions, locate
 from sasa_export.locate.errors import LocateError
 from sasa_export.open import open_source
 from sasa_export.open.load import SPREAD, load_model, load_processor
 from sasa_export.pipeline import trace_source
+from sasa_export.report import Console
 from sasa_export.rewrite import LaneSettings, rewrite_lane
 
 pytestmark = pytest.mark.xdist_group("llava")  # whose models and graphs other tests share
@@ -86,7 +89,7 @@ def options_of(guard: Any, sets: tuple[str, str], out: Path, **more: Any) -> Eva
 def run(split_guard: Any, sets: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluated, Path]:
     """A whole run with everything in it."""
     out = tmp_path_factory.mktemp("run") / "report"
-    found = evaluate(options_of(split_guard, sets, out, timing=2, depth_curve=True))
+    found = evaluate(options_of(split_guard, sets, out, timing=2, depth_curve=True, variants=True))
     assert found is not None
     return found, out
 
@@ -173,7 +176,7 @@ def test_what_is_read_within_the_lane(
     prompts = load_all([sets[0]])
     rows = next(batches(prompts, 4))
     depths = depths_of(lane)
-    with reading(model, processor, lane, list(depths.values())) as read:
+    with reading(model, processor, lane, list(depths.values()), recent=LAST_TOKENS) as read:
         found = read(prompts, rows)
     judge, _ = stock("llava")
     inputs = encode(processor, [prompts[row] for row in rows])
@@ -184,7 +187,7 @@ def test_what_is_read_within_the_lane(
         oracle.blocks(judge)[block].register_forward_hook(
             lambda module, args, output, block=block: states.__setitem__(block, oracle._hidden(output))
         )
-        for block in depths
+        for block in (*depths, tiny.LAYERS - 1)
         if block != SAFETY
     ]
     try:
@@ -196,6 +199,9 @@ def test_what_is_read_within_the_lane(
         with torch.no_grad():
             wanted = judge.model.language_model.norm(states[block][:, -1])  # (batch, hidden), padded on the left
         assert np.abs(found.more[node] - wanted.numpy()).max() < 1e-4, block
+    with torch.no_grad():
+        ends = judge.model.language_model.norm(states[tiny.LAYERS - 1][:, -LAST_TOKENS:])  # (batch, tokens, hidden)
+    assert np.abs(found.more[RECENT] - ends.mean(1).numpy()).max() < 1e-4
 
 
 def test_all_devices_together_give_what_one_gives(tiny_model: Callable[..., Path], sets: tuple[str, str]) -> None:
@@ -207,6 +213,25 @@ def test_all_devices_together_give_what_one_gives(tiny_model: Callable[..., Path
         with reading(load_model(source, dtype="float32", device=device), processor, lane) as read:
             found.append(read(prompts, [0, 1, 2]).projected)
     assert (found[0] == found[1]).all()
+
+
+def test_variants_are_measured(run: tuple[Evaluated, Path]) -> None:
+    found, out = run
+    report, data = (out / "report.md").read_text(), json.loads((out / "evaluate.json").read_text())
+    assert [variant.name for variant in found.variants] == ["the ends of both lanes", "the mean over the last 4 tokens"]
+    base = found.depth[-1].auc.value  # the probe with projection, fitted alike
+    for variant, written in zip(found.variants, data["variants"], strict=True):
+        assert variant.gain.value == pytest.approx(variant.auc.value - base)
+        without = found.overall["without"].detection
+        assert without is not None and variant.over_plain.value == pytest.approx(variant.auc.value - without.auc.value)
+        assert f"| {variant.name} | {variant.auc.value:.3f} (" in report
+        assert written["auc"]["value"] == round(variant.auc.value, 4)
+    wins = [variant.name for variant in found.variants if variant.gain.low > 0 and variant.over_plain.low > 0]
+    assert (f"Better by more than noise: {', '.join(wins)}." if wins else "None wins beyond noise.") in report
+    assert found.calibrated is not None
+    before, after = found.calibrated.before, found.calibrated.after
+    assert before.brier != after.brier and before.chance == after.chance
+    assert f"Brier score {after.brier:.3f} against {before.brier:.3f}" in report
 
 
 # ----------------------------------------------------------------------------------------- interruption, resuming
@@ -260,9 +285,16 @@ def patch_and_evaluate(model: str, data: str, calibration: str, out: Path) -> No
             depth_curve=True,
         )
     )  # fmt: skip
+    locate(
+        LocateOptions(
+            model, out / "located", calibration=(calibration,), pairs="1:3,2:4", blocks="2-3", ablation_prompts=3,
+            batch_size=8,
+        ),
+        Console(),
+    )  # fmt: skip
 
 
-def test_two_processes_calibrate_and_evaluate_as_one(
+def test_two_processes_calibrate_evaluate_and_locate_as_one(
     tiny_model: Callable[..., Path], sets: tuple[str, str], tmp_path: Path
 ) -> None:
     script = tmp_path / "two.py"
@@ -275,14 +307,16 @@ def test_two_processes_calibrate_and_evaluate_as_one(
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [str(tiny_model("llava")), *sets]
+    arguments = (str(tiny_model("llava")), *sets)
     patch_and_evaluate(*arguments, tmp_path / "one")
     done = subprocess.run(
         [*launcher, str(script), *arguments, str(tmp_path / "two")],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for file in ("patched/sasa-calibration.json", "patched/config.json", "report/answers.jsonl", "report/roc.png"):
+    assert done.stderr.count("propose") == 1, "one process speaks for all"
+    files = ("patched/sasa-calibration.json", "patched/config.json", "report/answers.jsonl", "report/roc.png")
+    for file in (*files, "located/locate.json", "located/heads.png", "located/report.html"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
     one, two = (json.loads((tmp_path / name / "report/evaluate.json").read_text()) for name in ("one", "two"))
     assert one == two

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, roc_curve
 
 from sasa_export.calibrate.data import Prompt
 from sasa_export.evaluate import EvaluateError, EvaluateOptions
+from sasa_export.evaluate import words as report_words
 from sasa_export.evaluate.answer import Answer, answer_all, append, read_answers
-from sasa_export.evaluate.arm import answering, figures, gated, guarded, parts, spelled
+from sasa_export.evaluate.arm import Figures, answering, figures, gated, guarded, parts, spelled
 from sasa_export.evaluate.compare import difference, lowest_attack
 from sasa_export.evaluate.detection import DRAWS, Curve, detection, resamples
 from sasa_export.evaluate.fitted import probe, words
@@ -22,7 +24,7 @@ from sasa_export.evaluate.judge import is_refusal, load_judge
 from sasa_export.evaluate.prompts import limited
 from sasa_export.evaluate.reliability import reliability
 from sasa_export.evaluate.shares import Interval, Share, share
-from sasa_export.evaluate.targets import Target
+from sasa_export.evaluate.targets import OVER_REFUSAL, Target
 from sasa_export.evaluate.timing import choose, timed
 from sasa_export.share import Crew
 
@@ -168,7 +170,7 @@ def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
 
 def test_the_patched_models_own_refusal_needs_no_phrase() -> None:
     prompts = prompts_of([1, 1, 0, 1])
-    sasa = {"refusal_token_ids": [5, 6, 2], "threshold": 0.5, "refusal": "No way."}
+    sasa = {"refusal_token_ids": [5, 6, 2], "threshold": 0.5, "refusal": "No way.", "safety_layer": 1}
     answers = said(["No", "No", "Fine.", "First this. No way."], [0.8, 0.2, 0.1, 0.3], [(5, 6), (5, 6), (7, 2), (7, 5)])
     arm = guarded(answers, prompts, sasa, None)
     # The second begins like the refusal without having been flagged, the last is refused in the middle.
@@ -311,7 +313,8 @@ def test_answers_go_on_where_they_stopped(tmp_path: Path) -> None:
         answer_all(lambda: first, prompts, 4, tmp_path, "plain", Crew(), lambda count: None)
     with (tmp_path / "plain.0.jsonl").open("a") as file:
         file.write('{"name": "prompt 9", "tok')  # what a kill leaves
-    second, done = Counting(), []
+    second = Counting()
+    done: list[int] = []
     found = answer_all(lambda: second, prompts, 4, tmp_path, "plain", Crew(), done.append)
     assert [len(batch) for batch in first.calls] == [4, 4] and [len(batch) for batch in second.calls] == [2]
     assert [answer.name for answer in found] == [prompt.name for prompt in prompts] and sum(done) == 10
@@ -361,3 +364,19 @@ def test_timing_alternates_and_leaves_out_the_first_calls() -> None:
 def test_settings_outside_their_range(wrong: dict[str, Any], match: str) -> None:
     with pytest.raises(EvaluateError, match=match):
         EvaluateOptions(model=Path("patched"), out=Path("report"), **wrong).check()
+
+
+def test_why_over_refusal_cannot_be_reached() -> None:
+    """Where the plain model alone refuses too much, the report says so, and what the gate adds."""
+    many, few = share(np.arange(10) < 4), share(np.arange(50) < 1)
+    assert many is not None and few is not None
+    plain = Figures(many, None, many, None, None, None)
+    patched = Figures(many, None, many, many, few, None)
+    gain = Interval(0.0, -0.1, 0.1)
+    missed: Any = SimpleNamespace(
+        targets=(Target("Over-refusal", OVER_REFUSAL, many),), overall={"plain": plain, "patched": patched}, best=None,
+        subject=SimpleNamespace(rate=0.02), parts={}, gain={"projection": gain, "model": gain}, depth=(),
+    )  # fmt: skip
+    said = report_words.why(missed)[0]
+    assert "refusal phrase for 40.0% of the harmless prompts" in said and "no threshold brings" in said
+    assert "the gate flags 2.0% of them" in said

@@ -36,7 +36,8 @@ from sasa_export.locate.interval import auc_of, is_below, mean_of
 from sasa_export.locate.lane import MainLane, watched
 from sasa_export.locate.pairs import default_pairs, parse_blocks, parse_pairs, with_layer
 from sasa_export.locate.prompts import ablated_on, controls, limited, spaced
-from sasa_export.locate.propose import cheapest, nearest, spans
+from sasa_export.locate.propose import Proposal, cheapest, nearest, spans
+from sasa_export.locate.run import _held_out
 from sasa_export.locate.sweep import Sweep, halves
 from sasa_export.locate.work import Work
 from sasa_export.rewrite import LaneSettings, rewrite_lane
@@ -92,6 +93,18 @@ def test_each_capability_appears_where_it_was_planted(report: tuple[Located, Pat
     assert max(value for (safety, _), value in auc.items() if safety != planted.SAFETY) < 0.96
     assert located.sweep.plain.value < 0.9
     assert located.held_out.auc > 0.9
+
+
+def test_all_pairs_together(report: tuple[Located, Path]) -> None:
+    """The mean of the log-odds, which one strong pair among weak ones does not carry."""
+    located, out = report
+    odds = sum(np.log(scores / (1 - scores)) for scores in located.sweep.scores.values())  # (prompts,)
+    labels = [prompt.label for prompt in planted.prompts(24)]
+    together, chosen = located.sweep.together, located.sweep.pairs[planted.SAFETY, planted.SEMANTIC]
+    assert together is not None and together.value == pytest.approx(roc_auc_score(labels, odds), abs=1e-6)
+    assert 0.5 < together.value < chosen.value
+    said = "which is not better than the chosen pair by more than noise"
+    assert f"have an AUC of {together}, {said}." in (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_planted_safety_head_is_the_only_one(report: tuple[Located, Path]) -> None:
@@ -558,6 +571,22 @@ def test_the_heads_see_as_many_pictures_of_either_label() -> None:
     apart = [prompt for prompt in prompts if (prompt.label == 1) == (prompt.channel == "text")]
     with pytest.raises(LocateError, match="--ablation-prompts 0"):
         ablated_on(apart, 8)
+
+
+def test_an_overruled_choice_is_judged_among_all_pairs() -> None:
+    """What the halves choose from is what the proposal chose from."""
+    labels = np.arange(160) % 2
+    prompts = [Prompt(f"p{row}", "words", int(row % 2), f"g{row // 2}", "text", "none") for row in range(160)]
+    draw = np.random.default_rng(0)
+    scores = {(1, 2): draw.random(160), (3, 4): np.clip(labels * 0.4 + draw.random(160) * 0.6, 0.01, 0.99)}
+    groups = [prompt.group for prompt in prompts]
+    aucs = {pair: auc_of(found, labels, groups) for pair, found in scores.items()}
+    swept = Sweep(aucs, aucs[1, 2], scores)
+    evidence = ((1,), (2,), ((1, 2),))  # points to the worse pair
+    overruled = _held_out(swept, Proposal(3, 4, *evidence, ((3, 4),), ()), prompts)
+    assert overruled.pairs == ((3, 4), (3, 4)) and overruled.auc > 0.8
+    followed = _held_out(swept, Proposal(1, 2, *evidence, ((1, 2),), ()), prompts)
+    assert followed.pairs == ((1, 2), (1, 2)) and followed.auc < 0.65
 
 
 def test_two_halves_share_no_group() -> None:

@@ -5,13 +5,17 @@ The model has three blocks, since exporting a block takes seconds.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +29,15 @@ from sasa_export import pipeline
 from sasa_export.cli import main
 from sasa_export.emit.onnx import directory as onnx_directory
 from sasa_export.emit.onnx import graphs
+from sasa_export.emit.onnx.recipes import RECIPES
 from sasa_export.errors import EmitError, VerifyError
 from sasa_export.options import Options
+from sasa_export.verify import flips, verify_directory
 from sasa_export.verify import onnx as verify_onnx
-from sasa_export.verify import verify_directory
 
 Tiny = Callable[..., Path]
 REFUSAL = "I will not help."
+pytestmark = pytest.mark.xdist_group("onnx-format")  # its two exports are shared
 
 
 @pytest.fixture(scope="module")
@@ -180,21 +186,91 @@ def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
     assert result.stdout.strip() == REFUSAL
 
 
-def test_onnx_alone_lies_at_the_top(
-    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the old opset, and its graphs verified in full; the working copy was, in `both`."""
-    monkeypatch.setattr(pipeline, "check_model", lambda directory, device: [])
-    place = tmp_path / "place"
-    words = arguments(tiny_model("llava", num_hidden_layers=3), place / "out", probe, format="onnx", opset=20)
-    result = run(*words)
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts that even a random model tells apart: each harmful one ends with words of its own."""
+    folder = tmp_path_factory.mktemp("calibration")
+    draw = random.Random(0)
+    lines = []
+    for pair in range(16):
+        words = " ".join(draw.choices(("the", "old", "dog", "house", "water", "red"), k=3 + pair % 4))
+        picture = f"{pair}.png" if pair % 2 else None
+        if picture:
+            tiny.random_image(pair).save(folder / picture)
+        for label, word in enumerate(("cake", "broken bridges")):
+            record = {"image": picture, "prompt": f"{words} {word}", "label": label, "group": f"pair {pair}"}
+            lines.append(json.dumps(record))
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def fitted(model: Path, calibration: Path, out: Path, *words: str) -> Any:
+    layers = ("--safety-layer", "0", "--semantic-layer", "1", "--max-false-positive-rate", "0.1", "--refusal", REFUSAL)
+    given = ("--model", str(model), "--out", str(out), "--calibration", str(calibration), "--format", "onnx")
+    with pytest.MonkeyPatch.context() as patch:
+        # The working copy was verified, in `both`.
+        patch.setattr(pipeline, "check_model", lambda directory, device: [])
+        return run(*given, *layers, *words)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Tiny, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A calibrated llava in ONNX alone, with the old opset, and what the command said."""
+    place = tmp_path_factory.mktemp("alone")
+    model = tiny_model("llava", num_hidden_layers=3)
+    result = fitted(model, calibration, place / "out", "--opset", "20", "--flip-prompts", "20")
     assert result.exit_code == 0, result.output
     assert [path.name for path in place.iterdir()] == ["out"]
-    out = place / "out"
+    return place / "out", result.stderr
+
+
+def test_onnx_alone_lies_at_the_top(alone: tuple[Path, str]) -> None:
+    out, said = alone
     assert not (out / "safetensors").exists() and not list(out.rglob("*.safetensors"))
     assert "Opset 20, float32" in (out / "README.md").read_text()
-    assert "single operators" not in result.stderr
-    assert re.search(r"✓ allowed prompts are answered as by the original: (\d+) of \1", result.stderr)
+    assert "single operators" not in said
+    assert re.search(r"✓ allowed prompts are answered as by the original: (\d+) of \1", said)
+
+
+def test_the_share_of_flips_is_said_and_stands_in_card_and_manifest(alone: tuple[Path, str]) -> None:
+    out, said = alone
+    line = (
+        "0.0% flipped of 20 drawn from 32 (0 now answered, 0 now refused), at most 2.0% may (float32 graphs, float32 "
+        "calibration), 0 of them farther than 0.0001 from the threshold (none may be)"
+    )
+    assert f"✓ verdicts hold over the calibration prompts: {line}" in said
+    assert line in (out / "README.md").read_text()
+    told = json.loads((out / "sasa-export.json").read_text())
+    assert told["options"]["max_flips"] == 0.02 and told["options"]["flip_prompts"] == 20
+    assert (told["flips"]["prompts"], told["flips"]["whole"], told["flips"]["share"]) == (20, 32, 0.0)
+    assert not list(out.rglob(flips.PROMPTS)), "the prompts stay outside"
+
+
+def test_too_many_flips_write_nothing(
+    alone: tuple[Path, str], tiny_model: Tiny, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibration's verdicts are turned round, so that the graphs contradict most of them."""
+
+    def turned(*given: Any, **settings: Any) -> flips.Reference:
+        found = flips.reference(*given, **settings)
+        return replace(found, scores=tuple(1.0 - score for score in found.scores))
+
+    def stored(patched: Path, out: Path, **settings: Any) -> None:
+        shutil.copytree(alone[0] / "onnx", out / "onnx")
+        for path in alone[0].iterdir():
+            if path.is_file() and not path.name.startswith("sasa-"):
+                shutil.copyfile(path, out / path.name)
+
+    monkeypatch.setattr(pipeline, "reference", turned)
+    monkeypatch.setattr(onnx_directory, "export", stored)
+    result = fitted(tiny_model("llava", num_hidden_layers=3), calibration, tmp_path / "out", "--opset", "20")
+    assert result.exit_code == 1, result.output
+    assert re.search(r"✗ verdicts hold over the calibration prompts: \d\d+\.\d% flipped of all 32", result.stderr)
+    assert result.stderr.count("✗") == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: 1 of ") and "flipped" in last
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_only_is_said_in_the_card(
@@ -208,8 +284,12 @@ def test_files_only_is_said_in_the_card(
     monkeypatch.setattr(onnx_directory, "export", stored)
     out = tmp_path / "out"
     words = arguments(tiny_model("llava", num_hidden_layers=3), out, probe, format="onnx", verify="files")
-    assert run(*words).exit_code == 0
+    result = run(*words)
+    assert result.exit_code == 0
     assert "never run" in (out / "README.md").read_text()
+    nothing = "no flipped verdicts were counted: the probe was given"
+    assert nothing in result.stderr and nothing.capitalize() in (out / "README.md").read_text()
+    assert json.loads((out / "sasa-export.json").read_text())["flips"] is None
     assert all(check.passed for check in verify_directory(out, only_files=True))
     assert [check.name for check in verify_directory(out) if not check.passed] == ["there are cases to verify"]
 
@@ -266,6 +346,68 @@ def test_nothing_is_left_behind(
     )
     assert result.exit_code != 0
     assert not list(tmp_path.iterdir())
+
+
+def test_an_exporter_that_fails(tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's errors have many lines, and a traceback would tell a user nothing."""
+
+    def fail(*given: Any, **settings: Any) -> None:
+        raise RuntimeError("\nno lowering for aten.odd\nand a page about it")
+
+    monkeypatch.setattr(graphs, "convert", fail)
+    words = arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", verify="files")
+    result = run(*words)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output and "a page about it" not in result.output
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: exporting the vision encoder failed (RuntimeError: no lowering for aten.odd). ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_while_graphs_are_written(
+    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **settings: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(graphs, "vision_graph", lambda *given, **settings: None)
+    monkeypatch.setattr(graphs, "write_model", fail)
+    words = arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", verify="files")
+    result = run(*words)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: the disk is full: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_without_a_recipe(
+    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(RECIPES, "llava")
+    result = run(*arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="both"))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "Error: model type 'llava' has no ONNX recipe. Supported: gemma3, idefics3, llava_next, qwen2_5_vl, smolvlm. "
+        "Export it with --format safetensors, or add a recipe in emit/onnx/recipes.py."
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_the_middle_of_the_graphs(tiny_model: Tiny, probe: Path, tmp_path: Path) -> None:
+    """In a process of its own, by the signal: the exporter is at work, and the working copy lies beside the output."""
+    place = tmp_path / "place"
+    words = arguments(tiny_model("llava", num_hidden_layers=3), place / "out", probe, format="onnx", verify="files")
+    with subprocess.Popen(
+        [sys.executable, "-m", "sasa_export", *words], stderr=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "exporting the decoder" in line:
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 1
+    assert lines[-1].strip() == "Aborted!" and not any("Traceback" in line for line in lines)
+    assert not list(place.iterdir())
 
 
 def test_a_failed_check_writes_nothing(

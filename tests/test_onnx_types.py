@@ -7,12 +7,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_runner import Runner, batch, image_token, positions
+from onnx_runner import Runner, batch, image_token, lane_of, positions
+
+from sasa_export.emit.onnx.room import needed_bytes
+from sasa_export.open import open_source
 
 # Tolerance of P(unsafe) and of the logits, relative to their spread. Random weights suffer most from rounding: what
 # 4 bits leave of them says nothing, so there the graph is held to its own verdicts alone.
 TOLERANCES = {"float16": (0.02, 0.02), "int8": (0.15, 0.15), "int4": (1.0, 2.0)}
 SUFFIXES = {"float16": "_fp16", "int8": "_int8", "int4": "_q4"}
+pytestmark = pytest.mark.xdist_group("onnx-llava")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -45,12 +49,32 @@ def test_close_to_float32(dtype: str, split: Any, exported: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
+def test_token_by_token_as_at_once(dtype: str, split: Any, exported: Any) -> None:
+    """The template's words are known whatever the weights are rounded to."""
+    guard = split("llava")
+    inputs = batch(guard, count=6, images=False)
+    ids, _ = positions(guard, inputs)  # (batch, tokens)
+    tokens, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()  # (batch, tokens)
+    runner, found = Runner(exported(guard.directory, dtype=dtype), SUFFIXES[dtype]), []
+    for pieces in (1, tokens.shape[1]):
+        runner.start(len(tokens))
+        for start in range(0, tokens.shape[1], tokens.shape[1] // pieces):
+            end = start + tokens.shape[1] // pieces
+            runner.call(runner.embed(tokens[:, start:end]), mask[:, :end], ids.numpy()[:, start:end])
+        assert runner.probability is not None
+        found.append(runner.probability)
+    assert np.isfinite(found[1]).all()
+    np.testing.assert_allclose(found[1], found[0], atol=2e-2 if dtype == "float16" else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_the_gate_computes_in_float32(dtype: str, split: Any, exported: Any) -> None:
     path: Path = exported(split("llava").directory, dtype=dtype) / "onnx"
     model = ir.load(path / f"decoder_model_merged{SUFFIXES[dtype]}.onnx")
-    (branch,) = (node for node in model.graph if node.op_type == "If")
-    lane = branch.attributes["then_branch"].as_graph()
+    lane = lane_of(model)
     assert not lane.initializers
+    exact = [node for node in model.graph.all_nodes() if "/sasa/" in str(node.name) and "/lane/" not in str(node.name)]
+    assert exact and not any(node.op_type == "MatMulNBits" for node in exact)
     shared = {value.name: value.dtype for value in model.graph.initializers.values()}
     assert {kind for name, kind in shared.items() if "probe" in str(name)} == {ir.DataType.FLOAT}
     arithmetic = [
@@ -63,3 +87,16 @@ def test_the_gate_computes_in_float32(dtype: str, split: Any, exported: Any) -> 
     ]
     assert arithmetic
     assert {value.dtype for value in arithmetic} == {ir.DataType.FLOAT}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_the_estimate_of_the_disk_is_an_upper_bound(dtype: str, split: Any, exported: Any, tiny_model: Any) -> None:
+    """Of the weights, that is: a tiny graph itself is larger than they are."""
+    path: Path = exported(split("llava").directory, dtype=dtype) / "onnx"
+    stored = sum(
+        value.const_value.nbytes
+        for graph in path.glob("*.onnx")
+        for value in ir.load(graph).graph.initializers.values()
+        if value.const_value is not None
+    )
+    assert stored < needed_bytes(open_source(str(tiny_model("llava"))), dtype) < 2.5 * stored

@@ -59,7 +59,8 @@ def calibrate(
 ) -> Calibration:
     """Fit a probe on the lane of `graph` (`rewrite_lane`). CalibrationError where none is usable.
 
-    `regularization` is the probe's C; None chooses it by cross-validation, for each feature on its own.
+    The graph may be one without projection, whose probe reads the main lane; then no second lane runs, and there are no
+    figures of one. `regularization` is the probe's C; None chooses it by cross-validation, for each feature on its own.
     `judged` are the numbers of the prompts that the figures are of, where others took part in choosing the layers.
     """
     features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
@@ -69,8 +70,7 @@ def calibrate(
         metric = None
     else:
         metric = head_metric(model.get_output_embeddings().weight.detach().float().cpu().numpy())
-    projected = _measured(features.projected, metric)
-    plain = _measured(features.plain, metric)
+    projected = _measured(features.projected, metric)  # without projection, the main lane's end
 
     def scored(features: np.ndarray) -> tuple[float, np.ndarray]:
         if regularization is None:
@@ -81,18 +81,21 @@ def calibrate(
     threshold = threshold_for(scores, labels, max_false_positive_rate)
     rows = list(range(len(prompts)) if judged is None else judged)
     told = [prompts[row] for row in rows]
-    found = figures("projected", scores[rows], told, threshold)
-    _, plain_scores = scored(plain)
-    plain_threshold = threshold_for(plain_scores, labels, max_false_positive_rate)
-    found += figures("plain", plain_scores[rows], told, plain_threshold)
-    paper = figures("projected", cross_validated(projected, labels, groups, PAPER)[rows], told, 0.5)
-    overall = next(figure for figure in found if figure.feature == "projected" and figure.channel == "all")
+    feature = "projected" if graph.of("projection") else "plain"
+    found = figures(feature, scores[rows], told, threshold)
+    overall = next(figure for figure in found if figure.channel == "all")
+    if feature == "projected":
+        _, plain_scores = scored(_measured(features.plain, metric))
+        plain_threshold = threshold_for(plain_scores, labels, max_false_positive_rate)
+        found += figures("plain", plain_scores[rows], told, plain_threshold)
+    paper = figures(feature, cross_validated(projected, labels, groups, PAPER)[rows], told, 0.5)
     if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
         raise CalibrationError(
-            f"no usable probe: on these layers harmful and harmless prompts are hardly separable (AUC "
-            f"{overall.auc:.3f}, {overall.recall:.0%} of the harmful ones caught at a false-positive rate of at "
-            f"most {max_false_positive_rate:g}). Try other --safety-layer and --semantic-layer, more calibration "
-            "data, or a higher --max-false-positive-rate."
+            f"no usable probe: {'on these layers' if feature == 'projected' else 'without projection'} harmful and "
+            f"harmless prompts are hardly separable (AUC {overall.auc:.3f}, {overall.recall:.0%} of the harmful ones "
+            f"caught at a false-positive rate of at most {max_false_positive_rate:g}). Try "
+            f"{'other --safety-layer and --semantic-layer' if feature == 'projected' else '--projection semantic'}, "
+            "more calibration data, or a higher --max-false-positive-rate."
         )
     weight, bias = fit(projected, labels, chosen)
     final = probability(projected, weight, bias)

@@ -14,6 +14,8 @@ from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 from sasa_export.share import crew
 
+RECENT = "recent"  # the name of the mean over the last few tokens
+
 
 @dataclass(frozen=True)
 class Features:
@@ -41,7 +43,7 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Read:
-    """One batch's features, float32: `projected` and `plain` (rows, features), and `more` (rows, hidden) by node."""
+    """One batch's features, float32: `projected` and `plain` (rows, features), and `more` (rows, hidden) by name."""
 
     rows: tuple[int, ...]
     projected: np.ndarray
@@ -51,7 +53,7 @@ class Read:
 
 @contextmanager
 def reading(
-    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = ()
+    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = (), recent: int = 0
 ) -> Iterator[Callable[[Sequence[Prompt], Sequence[int]], Read]]:
     """Watch the model while the context lasts; gives a function that runs both lanes over a batch of prompts.
 
@@ -59,12 +61,13 @@ def reading(
         graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
         more: nodes within the lane, its last block not among them, whose states at the last token are wanted too,
             behind the final norm.
+        recent: of so many last tokens the lane's normed states are averaged, as `RECENT` among `more`; 0 leaves it out.
 
     The function takes all prompts and the rows of a batch, and raises CalibrationError where a state is not finite.
     """
     import torch
 
-    from sasa_export.runtime.modeling_sasa import last_real, recording, run_graph, watch
+    from sasa_export.runtime.modeling_sasa import graph_end, last_real, recording, run_graph, watch
 
     nodes = graph.to_json()
     heads = graph.of("lane_head")
@@ -87,6 +90,10 @@ def reading(
         ends = {name: values[name][index, judged.to(values[name].device)] for name in more}  # (batch, hidden)
         with torch.no_grad():
             normed = {name: norm(end.unsqueeze(1)).squeeze(1).float().cpu() for name, end in ends.items()}
+            if recent:
+                end = values[graph_end(nodes)]  # (batch, tokens, hidden)
+                back = (judged[:, None] - torch.arange(recent, device=judged.device)).clamp_min(0)  # (batch, recent)
+                normed[RECENT] = norm(end[index[:, None], back.to(end.device)]).float().mean(1).cpu()  # (batch, hidden)
         found = Read(
             tuple(rows),
             lane.float().cpu().numpy(),

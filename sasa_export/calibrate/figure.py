@@ -56,6 +56,8 @@ def figures(feature: str, scores: np.ndarray, prompts: Sequence[Prompt], thresho
 def verdict_on_projection(figures: Sequence[Figure]) -> str:
     """One sentence that says whether projection helped on this model, as measured."""
     by_feature = {figure.feature: figure for figure in figures if figure.channel == "all"}
+    if "projected" not in by_feature:
+        return f"**Made without projection (--projection none): AUC {by_feature['plain'].auc:.3f}.**"
     projected, plain = by_feature["projected"], by_feature["plain"]
     # Two AUCs on the same prompts: differences below this are noise at a few hundred prompts.
     margin = 1.0 / projected.prompts**0.5 / 2

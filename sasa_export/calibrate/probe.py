@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,13 @@ from sasa_export.errors import CalibrationError
 
 FOLDS = 5
 ROWS = 4096  # of the head at a time
+WIDE = 6000  # features, above which Newton's method costs more than it saves
 PAPER = 1.0  # the reproduction's C
 CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 1e-5)  # hundreds of prompts against hundreds of features: less is often more
 HIGHEST = 1 - 1e-6  # above it, a float32 probability no longer tells prompts apart
+
+
+Fit = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, float]]  # features, labels, C -> weight, bias
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,28 @@ def fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER)
     return model.coef_[0], float(model.intercept_[0])
 
 
+def quick_fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER) -> tuple[np.ndarray, float]:
+    """`fit` by Newton's method, which minimises the same and gives P(unsafe) within 1e-3 of it, several times sooner.
+
+    For comparing many probes. It solves for all features at once, so with more than `WIDE` of them it is `fit` itself.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if features.shape[1] > WIDE:
+        return fit(features, labels, regularization)
+    model = LogisticRegression(
+        C=regularization, class_weight="balanced", solver="newton-cholesky", fit_intercept=False, max_iter=1000
+    )
+    model.fit(np.pad(features, ((0, 0), (0, 1)), constant_values=1.0), labels)  # liblinear's intercept is penalised too
+    return model.coef_[0, :-1], float(model.coef_[0, -1])
+
+
 def cross_validated(
-    features: np.ndarray, labels: np.ndarray, groups: Sequence[str], regularization: float = PAPER
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    regularization: float = PAPER,
+    fit: Fit = fit,
 ) -> np.ndarray:
     """P(unsafe) of every prompt by a probe that saw no prompt of its group: (prompts,)."""
     from sklearn.model_selection import GroupKFold
@@ -71,12 +95,16 @@ def cross_validated(
 
 
 def best_regularization(
-    features: np.ndarray, labels: np.ndarray, groups: Sequence[str], candidates: Sequence[float] = CANDIDATES
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    candidates: Sequence[float] = CANDIDATES,
+    fit: Fit = fit,
 ) -> tuple[float, np.ndarray]:
     """The candidate with the least cross-validated log loss, and its cross-validated scores."""
     from sklearn.metrics import log_loss
 
-    scores = {value: cross_validated(features, labels, groups, value) for value in candidates}
+    scores = {value: cross_validated(features, labels, groups, value, fit) for value in candidates}
     best = min(candidates, key=lambda value: log_loss(labels, scores[value], labels=[0, 1]))
     return best, scores[best]
 

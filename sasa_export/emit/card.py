@@ -52,14 +52,12 @@ def write_card(
 ) -> None:
     """Write README.md into a patched directory."""
     blocks = len(graph.of("block"))
-    again = blocks - 1 - sasa["safety_layer"]
+    each = "what it did" if sasa["gate"] == "prompt" or sasa["safety_layer"] is None else "the second lane too"
     parts = [
         front_matter(source, "transformers"),
         f"# {source.name}, guarded by SASA\n",
         "This model judges every prompt before it answers. Text and picture run through the decoder as in the "
-        f"original; then the output of the safety layer (block {sasa['safety_layer']}, zero-based) is projected "
-        f"onto that of the semantic layer (block {sasa['semantic_layer']}), the blocks behind the safety layer run "
-        "once more on the result, and a linear probe on the first token decides. A refused prompt is answered with\n",
+        f"original; then {way(sasa)} decides. A refused prompt is answered with\n",
         f"> {sasa['refusal']}\n",
         "and any other by the original model, token for token. The method is SASA (arXiv 2507.21637), written into "
         "the model by sasa-export; no fine-tuning took place, and the original's weights are unchanged.\n",
@@ -71,10 +69,8 @@ def write_card(
         "Without it, or through a stock class, loading fails: there is no way to load the weights and lose the gate by "
         "accident. `forward` returns `unsafe_probability` (batch,) with the prompt's logits.\n",
         "## Layers and threshold\n",
-        f"Safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']} of {blocks} blocks "
-        f"({sasa['layers_from']}). Refused from P(unsafe) >= {sasa['threshold']:.4f} on. Over the prompt {blocks} + "
-        f"{again} blocks run, {(blocks + again) / blocks:.2f} times the original's; each token after that costs "
-        f"{'what it did' if sasa['gate'] == 'prompt' else 'the second lane too'}.\n",
+        f"{layers(sasa, blocks)} Refused from P(unsafe) >= {sasa['threshold']:.4f} on. {cost(sasa, blocks)}; each "
+        f"token after that costs {each}.\n",
         "```mermaid\n" + mermaid(graph) + "```\n",
         "## Calibration\n",
         calibration_section(calibration),
@@ -84,6 +80,35 @@ def write_card(
         LIMITS.format(answers=ANSWERS[sasa["gate"]]),
     ]
     (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def way(sasa: dict[str, Any]) -> str:
+    """How the verdict comes about, for a sentence that ends in "decides"."""
+    if sasa["safety_layer"] is None:
+        return "a linear probe on the first token, read at the end of the main lane without any projection,"
+    return (
+        f"the output of the safety layer (block {sasa['safety_layer']}, zero-based) is projected onto that of the "
+        f"semantic layer (block {sasa['semantic_layer']}), the blocks behind the safety layer run once more on the "
+        "result, and a linear probe on the first token"
+    )
+
+
+def layers(sasa: dict[str, Any], blocks: int) -> str:
+    """The layers and where they are from."""
+    if sasa["safety_layer"] is None:
+        return f"No projection, so no layers to choose among the {blocks} blocks."
+    return (
+        f"Safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']} of {blocks} blocks "
+        f"({sasa['layers_from']})."
+    )
+
+
+def cost(sasa: dict[str, Any], blocks: int) -> str:
+    """The blocks that a prompt runs through."""
+    if sasa["safety_layer"] is None:
+        return f"Over the prompt {blocks} blocks run, as in the original"
+    again = blocks - 1 - sasa["safety_layer"]
+    return f"Over the prompt {blocks} + {again} blocks run, {(blocks + again) / blocks:.2f} times the original's"
 
 
 def front_matter(source: Source, library: str, *tags: str) -> str:
@@ -102,8 +127,9 @@ def calibration_section(calibration: Calibration | None) -> str:
         f"{count} labelled prompts, logistic regression on the first token's logits, five-fold cross-validation with "
         "both members of a harmful/harmless pair in one fold. The threshold allows at most "
         f"{calibration.max_false_positive_rate:.1%} of the harmless prompts to be refused in cross-validation. "
-        "Accuracy is taken at P = 0.5; caught and over-refused at the threshold. *Without projection* is the same "
-        "probe on the main lane, which would need no second lane.\n",
+        "Accuracy is taken at P = 0.5; caught and over-refused at the threshold. *Without projection* is "
+        + ("the same probe" if any(figure.feature == "projected" for figure in calibration.figures) else "a probe")
+        + " on the main lane, which needs no second lane.\n",
         "| feature | channel | prompts | AUC | accuracy | harmful caught | harmless over-refused |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -17,8 +17,8 @@ LONGEST_REFUSAL = 250  # tokens; how far it is spelled rides in the cache's dtyp
 def sasa_settings(
     graph: LayerGraph,
     *,
-    safety_layer: int,
-    semantic_layer: int,
+    safety_layer: int | None,
+    semantic_layer: int | None,
     layers_from: str,
     epsilon: float,
     threshold: float,

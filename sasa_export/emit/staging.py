@@ -34,13 +34,7 @@ def staged(out: Path, *, force: bool, needed_bytes: int = 0) -> Iterator[Path]:
     with claimed(out):
         check_free(out, force=force)  # again, since a killed run's claim may have had an output to put back
         try:
-            free = shutil.disk_usage(out.parent).free
-            if free < needed_bytes:
-                raise EmitError(
-                    f"{out.parent} has {free / 1e9:.2f} GB free and the patched model needs "
-                    f"{needed_bytes / 1e9:.2f} GB. Free some space, choose another --out, or use --link on the same "
-                    "disk as the model."
-                )
+            check_disk(out, needed_bytes)
             staging = out.parent / f".{out.name}.partial-{os.getpid()}"
             staging.mkdir()
         except OSError as error:
@@ -121,6 +115,20 @@ def check_free(out: Path, *, force: bool) -> None:
             raise EmitError(f"{out} is a mount point, which cannot be replaced whole. Give a directory below it.")
     except OSError as error:
         raise _explained(error, out) from None
+
+
+def check_disk(out: Path, needed_bytes: int) -> None:
+    """Raise EmitError where the disk has not so much space left for `out`."""
+    place = resolved(out).parent
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise _explained(error, out) from None
+    if free < needed_bytes:
+        raise EmitError(
+            f"{place} has {free / 1e9:.2f} GB free and the patched model needs {needed_bytes / 1e9:.2f} GB. Free some "
+            "space, choose another --out, or use --link on the same disk as the model."
+        )
 
 
 def resolved(path: Path) -> Path:

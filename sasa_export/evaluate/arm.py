@@ -80,7 +80,7 @@ def guarded(answers: Sequence[Answer], prompts: Sequence[Prompt], sasa: dict[str
     # A gate that judges every token may refuse in the middle of an answer.
     said = [is_refusal(answer.text) or sasa["refusal"] in answer.text for answer in answers]
     refused = gate | np.array(said, dtype=bool)
-    title = "patched model (probe with projection)"
+    title = f"patched model (probe {'without' if sasa['safety_layer'] is None else 'with'} projection)"
     return Arm("patched", title, refused, _judged(answers, prompts, gate, judge), scores, flagged, threshold)
 
 

@@ -39,6 +39,11 @@ import click
 @click.option("--max-new-tokens", type=click.INT, default=32, show_default=True, help="Longest answer.")
 @click.option("--depth-curve", is_flag=True, help="Also probe at every block of the second lane.")
 @click.option(
+    "--variants",
+    is_flag=True,
+    help="Also measure other probes: on the ends of both lanes, on the last few tokens, and calibrated probabilities.",
+)
+@click.option(
     "--timing", type=click.INT, default=12, show_default=True, help="Prompts to time both models on; 0 leaves it out."
 )
 @click.option("--batch-size", type=click.INT, default=16, show_default=True, help="Prompts at a time.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sasa_export.command_line import command_line
 from sasa_export.evaluate.answer import Answer
 from sasa_export.evaluate.arm import Arm, Figures, answering, figures, gated, guarded, parts, spelled
 from sasa_export.evaluate.compare import difference, lowest_attack
@@ -23,9 +24,14 @@ from sasa_export.evaluate.result import Evaluated, Subject, Utility
 from sasa_export.evaluate.shares import share
 from sasa_export.evaluate.targets import ATTACK, AUC, OVER_REFUSAL, Target
 from sasa_export.evaluate.timing import Timing
+from sasa_export.evaluate.variants import Variant, calibrated, variants
 from sasa_export.open import Source
 
-TITLES = {"without": "probe without projection", "words": "words alone"}  # of the arms that are fitted here
+TITLES = {  # of the arms that are fitted here
+    "with": "probe with projection",
+    "without": "probe without projection",
+    "words": "words alone",
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,13 @@ def assess(measured: Measured, options: EvaluateOptions, judge: Judge | None) ->
         for key, (before, after) in lanes.items()
     }
     fitted["words"] = words(asked.calibration, prompts, rate)
+    own = "without" if measured.guarded.sasa["safety_layer"] is None else "with"  # what the patched model is itself
     arms = [plain, patched]
-    arms += [gated(key, title, plain, fitted[key].scores, fitted[key].threshold) for key, title in TITLES.items()]
+    arms += [
+        gated(key, title, plain, fitted[key].scores, fitted[key].threshold)
+        for key, title in TITLES.items()
+        if key != own
+    ]
 
     everything = np.arange(len(prompts))
     overall = {arm.key: figures(arm, everything, prompts, rate) for arm in arms}
@@ -112,6 +123,8 @@ def assess(measured: Measured, options: EvaluateOptions, judge: Judge | None) ->
         reliability={arm.key: reliability(arm.scores, labels) for arm in arms if arm.scores is not None},
         timing=measured.timing,
         depth=_depth(measured, rate),
+        variants=_variants(measured, fitted["with"], fitted["without"], rate) if options.variants else (),
+        calibrated=calibrated(fitted["with"], asked.calibration, prompts) if options.variants else None,
     )
 
 
@@ -149,6 +162,14 @@ def _depth(measured: Measured, rate: float) -> tuple[Depth, ...]:
     )
 
 
+def _variants(measured: Measured, base: Fitted, plain: Fitted, rate: float) -> tuple[Variant, ...]:
+    asked = measured.asked
+    return variants(
+        measured.calibration, measured.evaluation, measured.in_metric, asked.calibration, asked.evaluation, base, plain,
+        rate,        measured.regularization,
+    )  # fmt: skip
+
+
 def _summary(found: Fitted) -> dict[str, Any]:
     return {
         "threshold": found.threshold,
@@ -181,4 +202,5 @@ def _subject(measured: Measured, options: EvaluateOptions, labels: np.ndarray, g
         judge=options.judge,
         tokens=options.max_new_tokens,
         batch_size=measured.batch_size,
+        command=command_line("evaluate", options),
     )

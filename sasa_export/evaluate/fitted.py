@@ -17,8 +17,8 @@ from sasa_export.calibrate.probe import (
     FOLDS,
     best_regularization,
     cross_validated,
-    fit,
     probability,
+    quick_fit,
     threshold_for,
 )
 from sasa_export.datasets import asked
@@ -31,13 +31,15 @@ WORD_STRENGTHS = (0.1, 1.0, 10.0)  # C, of features of length 1
 class Fitted:
     """P(unsafe) of the evaluation prompts (prompts,), and the threshold of the calibration.
 
-    `threshold` is None where no threshold keeps the false-positive rate. `calibration_auc` is cross-validated.
+    `threshold` is None where no threshold keeps the false-positive rate. `held_out` holds the cross-validated scores of
+    the calibration prompts, `calibration_auc` is theirs.
     """
 
     scores: np.ndarray
     threshold: float | None
     regularization: float
     calibration_auc: float
+    held_out: np.ndarray
 
 
 def probe(
@@ -55,10 +57,11 @@ def probe(
     labels = np.array([prompt.label for prompt in prompts])
     groups = [prompt.group for prompt in prompts]
     if regularization is None:
-        chosen, held_out = best_regularization(calibration, labels, groups, CANDIDATES)
+        chosen, held_out = best_regularization(calibration, labels, groups, CANDIDATES, quick_fit)
     else:
-        chosen, held_out = regularization, cross_validated(calibration, labels, groups, regularization)
-    weight, bias = fit(calibration, labels, chosen)
+        chosen = regularization
+        held_out = cross_validated(calibration, labels, groups, regularization, quick_fit)
+    weight, bias = quick_fit(calibration, labels, chosen)
     return _fitted(probability(evaluation, weight, bias), held_out, labels, rate, chosen)
 
 
@@ -99,4 +102,4 @@ def _fitted(scores: np.ndarray, held_out: np.ndarray, labels: np.ndarray, rate: 
         threshold = threshold_for(held_out, labels, rate)
     except CalibrationError:  # it is certain of too many harmless prompts
         threshold = None
-    return Fitted(scores, threshold, chosen, float(roc_auc_score(labels, held_out)))
+    return Fitted(scores, threshold, chosen, float(roc_auc_score(labels, held_out)), held_out)

@@ -25,6 +25,7 @@ class EvaluateOptions:
         max_new_tokens: of each answer.
         timing: prompts that both models are timed on; 0 leaves it out.
         depth_curve: also probe at every block of the second lane.
+        variants: also measure what else a probe could read of the same prompts.
     """
 
     model: Path
@@ -38,6 +39,7 @@ class EvaluateOptions:
     batch_size: int = 16
     timing: int = 12
     depth_curve: bool = False
+    variants: bool = False
     device: str = "auto"
     dtype: str = "auto"
     force: bool = False

@@ -52,6 +52,10 @@ def report(evaluated: Evaluated) -> str:
     parts += ["## Are the probabilities true?", reliability_table(evaluated), _picture("reliability")]
     if evaluated.depth:
         parts += ["## Probing earlier in the second lane", depth_table(evaluated), _picture("depth")]
+    if evaluated.variants:
+        parts += ["## What else a probe could read", words.variants(evaluated), variants_table(evaluated)]
+    if evaluated.calibrated is not None:
+        parts += [words.calibrated(evaluated.calibrated)]
     parts += ["## How it was measured", *words.how(evaluated)]
     return "\n\n".join(parts) + "\n"
 
@@ -114,12 +118,15 @@ def part_table(evaluated: Evaluated, kind: str) -> str:
 def cost(evaluated: Evaluated) -> list[str]:
     """Block counts, and the measured ratios."""
     subject = evaluated.subject
-    again = subject.blocks - 1 - subject.safety_layer
-    lines = [
-        f"By block count a prompt costs ({subject.blocks} + {again}) / {subject.blocks} = "
-        f"{(subject.blocks + again) / subject.blocks:.2f} times the plain model's; a probe without projection would "
-        "cost 1.00."
-    ]
+    if subject.safety_layer is None:
+        lines = ["By block count a prompt costs what it does in the plain model: there is no second lane."]
+    else:
+        again = subject.blocks - 1 - subject.safety_layer
+        lines = [
+            f"By block count a prompt costs ({subject.blocks} + {again}) / {subject.blocks} = "
+            f"{(subject.blocks + again) / subject.blocks:.2f} times the plain model's; a probe without projection "
+            "would cost 1.00."
+        ]
     if evaluated.timing is None:
         return lines
     plain = (
@@ -163,6 +170,27 @@ def depth_table(evaluated: Evaluated) -> str:
             for depth in evaluated.depth
         ],
     )
+
+
+def variants_table(evaluated: Evaluated) -> str:
+    head = [
+        "the probe reads",
+        "AUC",
+        "gained on it with projection",
+        "on it without",
+        f"recall at {evaluated.subject.rate:.1%}",
+    ]
+    rows = [
+        [
+            variant.name,
+            figure(variant.auc),
+            words.signed(variant.gain),
+            words.signed(variant.over_plain),
+            figure(variant.recall_at_rate),
+        ]
+        for variant in evaluated.variants
+    ]
+    return table(head, rows)
 
 
 def _detection(arm: Arm, found: Figures) -> list[str]:

@@ -17,19 +17,21 @@ from sasa_export.evaluate.reliability import Reliability
 from sasa_export.evaluate.shares import Interval, Share
 from sasa_export.evaluate.targets import Target
 from sasa_export.evaluate.timing import Timing
+from sasa_export.evaluate.variants import Calibrated, Variant
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What was evaluated, on what, and how it ran. `rate` is the chosen false-positive rate."""
+    """What was evaluated, on what, and how it ran. `rate` is the chosen false-positive rate, `command` makes the
+    report again."""
 
     model: str
     baseline: str
     family: str
     format: str
     graphs: str | None
-    safety_layer: int
-    semantic_layer: int
+    safety_layer: int | None
+    semantic_layer: int | None
     blocks: int
     rate: float
     dtype: str
@@ -43,6 +45,7 @@ class Subject:
     judge: str | None
     tokens: int
     batch_size: int
+    command: str
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Evaluated:
     reliability: dict[str, Reliability]
     timing: Timing | None
     depth: tuple[Depth, ...]
+    variants: tuple[Variant, ...] = ()
+    calibrated: Calibrated | None = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -117,6 +122,8 @@ class Evaluated:
             "reliability": {arm: found.to_json() for arm, found in self.reliability.items()},
             "timing": None if self.timing is None else self.timing.to_json(),
             "depth_curve": [depth.to_json() for depth in self.depth],
+            "variants": [variant.to_json() for variant in self.variants],
+            "calibrated_probabilities": None if self.calibrated is None else self.calibrated.to_json(),
             "parts": {
                 kind: {
                     part: {"prompts": self.counts[kind][part], **{arm: found.to_json() for arm, found in arms.items()}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from sasa_export.calibrate.probe import head_metric
 from sasa_export.emit.manifest import MANIFEST
-from sasa_export.emit.staging import check_apart, check_free, staged
+from sasa_export.emit.staging import check_apart, check_free, claimed, staged
 from sasa_export.evaluate.answer import Answer, Model, answer_all
 from sasa_export.evaluate.depth import depths_of
 from sasa_export.evaluate.features import Features, read_features
@@ -23,11 +24,12 @@ from sasa_export.evaluate.page import write_report
 from sasa_export.evaluate.prompts import Asked, gather
 from sasa_export.evaluate.result import Evaluated
 from sasa_export.evaluate.timing import Timing, choose, timed
+from sasa_export.evaluate.variants import LAST_TOKENS
 from sasa_export.graph import LayerGraph
 from sasa_export.locate.fingerprint import fingerprint
 from sasa_export.locate.work import Work
 from sasa_export.measure import running
-from sasa_export.open import Source
+from sasa_export.open import Source, layers_of
 from sasa_export.open.load import load_model, load_processor, read_sizes
 from sasa_export.pipeline import trace_source
 from sasa_export.report import Silent
@@ -85,6 +87,15 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     team = crew()
     report = report if report is not None and team.leads else Silent()
     options.check()
+    with ExitStack() as stack:
+        if team.leads:
+            # The second of two runs on one output is told at once: they would share the unfinished work beside it.
+            stack.enter_context(claimed(options.out))
+            stack.enter_context(Work.beside(options.out).kept())
+        return _evaluate(options, team, report)
+
+
+def _evaluate(options: EvaluateOptions, team: Crew, report: Silent) -> Evaluated | None:
     check_free(options.out, force=options.force)
     judge = None if options.judge is None else load_judge(options.judge)
     setting = _open(options, team, report)
@@ -138,8 +149,11 @@ def _open(options: EvaluateOptions, team: Crew, report: Silent) -> Setting:
     report.step("data", f"{harmful} harmful and {len(asked.evaluation) - harmful} harmless prompts")
     dtype, device = running(source, options.running(team.device(options.device)))
     sasa = guarded.sasa
-    softcap = read_sizes(source).softcap
-    settings = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"], softcap)
+    sizes = read_sizes(source)
+    # One made without projection is compared with what the family's layers would give.
+    layers = sasa["safety_layer"], sasa["semantic_layer"]
+    safety, semantic = layers_of(source, sizes.blocks, sizes.hidden, *layers)[:2]
+    settings = LaneSettings(safety, semantic, sasa["epsilon"], sizes.softcap)
     lane = rewrite_lane(trace_source(source), settings)
     depths = depths_of(lane) if options.depth_curve else {}
     return Setting(options, guarded, source, processor, asked, lane, depths, dtype, device)
@@ -197,6 +211,7 @@ def _features(setting: Setting, plain: Lazy[Any], work: Work, team: Crew, report
                     kind,
                     team,
                     batch_size=setting.options.batch_size,
+                    recent=LAST_TOKENS if setting.options.variants else 0,
                     advance=advance,
                 )
             )

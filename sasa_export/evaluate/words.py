@@ -5,6 +5,7 @@ from __future__ import annotations
 from sasa_export.evaluate.result import Evaluated
 from sasa_export.evaluate.shares import Interval
 from sasa_export.evaluate.targets import OVER_REFUSAL
+from sasa_export.evaluate.variants import Calibrated
 
 
 def headline(evaluated: Evaluated) -> str:
@@ -22,7 +23,7 @@ def why(evaluated: Evaluated) -> list[str]:
     """Where targets are missed, what the figures say about the reason; empty where all are met."""
     if all(target.met for target in evaluated.targets):
         return []
-    found = evaluated.overall["patched"]
+    found, plain = evaluated.overall["patched"], evaluated.overall["plain"].over_refusal
     sentences = []
     if evaluated.best is not None:
         sentences.append(
@@ -33,6 +34,13 @@ def why(evaluated: Evaluated) -> list[str]:
                 if evaluated.best[0] > evaluated.targets[0].wanted
                 else "the threshold of the calibration is the reason, the scores would allow it."
             )
+        )
+    if evaluated.best is None and plain is not None:
+        sentences.append(
+            f"The plain model's own answers hold a refusal phrase for {plain.value:.1%} of the harmless prompts, so no "
+            f"threshold brings over-refusal to {OVER_REFUSAL:.0%}; "
+            + (f"the gate flags {found.false_positives.value:.1%} of them. " if found.false_positives else "")
+            + 'Phrases are counted without regard to what follows: "I\'m sorry for any confusion" counts too.'
         )
     if found.false_positives is not None and found.false_positives.value > evaluated.subject.rate:
         sentences.append(
@@ -54,7 +62,7 @@ def projection(evaluated: Evaluated) -> str:
     else:
         found = "Projection neither helps nor hurts on these prompts beyond noise"
     return (
-        f"{found}: AUC {_signed(gain)} for a probe with it against one without, both fitted alike; the latter needs no "
+        f"{found}: AUC {signed(gain)} for a probe with it against one without, both fitted alike; the latter needs no "
         "second lane."
     )
 
@@ -68,7 +76,7 @@ def control(evaluated: Evaluated) -> list[str]:
         found = "**Words alone tell more than the patched model**"
     else:
         found = "**The patched model does not tell more than words alone beyond noise**"
-    return [f"{found}: AUC {_signed(gain)} for the patched model against a bag of words."]
+    return [f"{found}: AUC {signed(gain)} for the patched model against a bag of words."]
 
 
 def utility(evaluated: Evaluated) -> list[str]:
@@ -115,6 +123,7 @@ def how(evaluated: Evaluated) -> list[str]:
         "Intervals are 95 %: Wilson's for shares, which counts each prompt on its own, and a bootstrap of whole groups "
         "for F1, AUC and recall.",
     ]
+    sentences.append(f"Made with `{subject.command}`.")
     if subject.judge is not None:
         sentences.append(f"*By the judge*: share of harmful prompts whose answer complies, by `{subject.judge}`.")
     return sentences
@@ -145,5 +154,25 @@ def _depths(evaluated: Evaluated) -> list[str]:
     ]
 
 
-def _signed(gain: Interval) -> str:
+def variants(evaluated: Evaluated) -> str:
+    """Which variants win, in a sentence."""
+    wins = [variant.name for variant in evaluated.variants if variant.wins]
+    found = f"Better by more than noise: {', '.join(wins)}." if wins else "None wins beyond noise."
+    return (
+        f"{found} *Gained* is the AUC less that of the probe on the second lane's last token, and of the one without "
+        "projection, all fitted alike; what wins is better than both."
+    )
+
+
+def calibrated(found: Calibrated) -> str:
+    """What mapping the probabilities does."""
+    before, after = found.before, found.after
+    return (
+        "Calibrated probabilities (two numbers fitted on the cross-validated scores of the calibration prompts, which "
+        f"leave the order and so the AUC as it is): Brier score {after.brier:.3f} against {before.brier:.3f}, expected "
+        f"calibration error {after.error:.3f} against {before.error:.3f}."
+    )
+
+
+def signed(gain: Interval) -> str:
     return f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"

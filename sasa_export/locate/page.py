@@ -26,6 +26,7 @@ h2 { font-size: 1.2rem; margin: 2.25rem 0 0.5rem; }
   margin: 1rem 0; }
 ul { padding-left: 1.2rem; }
 li { margin: 0.35rem 0; }
+code { font-size: 0.85em; }
 .faint { color: var(--faint); font-size: 0.92rem; }
 img { display: block; width: 100%; height: auto; margin: 0.75rem 0; border-radius: 4px; }
 .wide { overflow-x: auto; }
@@ -55,6 +56,8 @@ def page(located: Located, light: dict[str, bytes], dark: dict[str, bytes]) -> s
         f'<h1>{escape(title(located))}</h1>\n<p class="result">{escape(summary(located))}</p>',
         f'<p class="faint">{escape(subject_line(located))}</p>',
     ]
+    if located.subject.command:
+        parts.append(f'<p class="faint">Made with <code>{escape(located.subject.command)}</code>.</p>')
     for section in sections(located):
         parts.append(f"<h2>{escape(section.heading)}</h2>")
         if section.listed:
@@ -73,6 +76,8 @@ def page(located: Located, light: dict[str, bytes], dark: dict[str, bytes]) -> s
 def markdown(located: Located) -> str:
     """The same in Markdown, with the pictures beside it; the table of the logit lens is the page's alone."""
     parts = [f"# {title(located)}", f"**{summary(located)}**", subject_line(located)]
+    if located.subject.command:
+        parts.append(f"Made with `{located.subject.command}`.")
     for section in sections(located):
         if section.picture is None and section.table:
             continue

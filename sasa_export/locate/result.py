@@ -20,7 +20,7 @@ from sasa_export.locate.sweep import Sweep
 
 @dataclass(frozen=True)
 class Subject:
-    """What was looked at: the model, how it ran, and the prompts."""
+    """What was looked at: the model, how it ran, and the prompts. `command` makes the report again, where one did."""
 
     model: str
     family: str
@@ -32,6 +32,7 @@ class Subject:
     harmless: int
     groups: int
     source: str  # of the prompts
+    command: str = ""
 
 
 @dataclass(frozen=True)

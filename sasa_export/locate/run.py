@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sasa_export.calibrate.data import Prompt, builtin
+from sasa_export.command_line import command_line
 from sasa_export.datasets import calibration_prompts
 from sasa_export.emit.staging import check_apart, check_free, claimed, staged
 from sasa_export.locate.ablation import Heads, run_ablation
@@ -49,9 +50,10 @@ def locate(
     """
     options.check()
     team = crew()
+    report = report if report is not None and team.leads else Silent()
     with claimed(options.out) if team.leads else nullcontext():
         check_free(options.out, force=options.force)
-        return _locate(options, report or Silent(), prompts, team)
+        return _locate(options, report, prompts, team)
 
 
 def _locate(options: LocateOptions, report: Silent, prompts: Sequence[Prompt] | None, team: Crew) -> Located | None:
@@ -90,7 +92,9 @@ def _locate(options: LocateOptions, report: Silent, prompts: Sequence[Prompt] | 
                 return None
             found = survey(lane, chosen, passes, way, report)
         scores = None if heads is None else head_scores(work, rows, blocks)
-        located = _located(_subject(source, sizes, dtype, device, chosen), chosen, found, scores, known, report)
+        command = command_line("locate", options) if prompts is None else ""
+        subject = _subject(source, sizes, dtype, device, chosen, command)
+        located = _located(subject, chosen, found, scores, known, report)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(located, staging)
         if options.write_family is not None:
@@ -131,7 +135,7 @@ def _ablate(
         run_ablation(lane, heads, prompts, every, blocks, work, team, advance)
 
 
-def _subject(source: Source, sizes: Sizes, dtype: str, device: str, prompts: Sequence[Prompt]) -> Subject:
+def _subject(source: Source, sizes: Sizes, dtype: str, device: str, prompts: Sequence[Prompt], command: str) -> Subject:
     harmful = sum(prompt.label for prompt in prompts)
     return Subject(
         Path(source.name).name if Path(source.name).exists() else source.name,
@@ -144,6 +148,7 @@ def _subject(source: Source, sizes: Sizes, dtype: str, device: str, prompts: Seq
         len(prompts) - harmful,
         len({prompt.group for prompt in prompts}),
         ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
+        command,
     )
 
 
@@ -185,13 +190,15 @@ def _held_out(swept: Sweep, proposal: Proposal, prompts: Sequence[Prompt]) -> He
     labels = np.array([prompt.label for prompt in prompts])
     groups = np.array([prompt.group for prompt in prompts])
     first, second = halves(prompts)
+    chosen = (proposal.safety, proposal.semantic)
+    candidates = proposal.candidates if chosen in proposal.candidates else tuple(swept.pairs)  # where it was overruled
     pairs, aucs = [], []
     for chosen_on, judged_on in ((first, second), (second, first)):
-        scores = {pair: swept.scores[pair][chosen_on] for pair in proposal.candidates}
+        scores = {pair: swept.scores[pair][chosen_on] for pair in candidates}
         estimates = {
             pair: auc_of(found, labels[chosen_on], groups[chosen_on].tolist()) for pair, found in scores.items()
         }
-        pair = cheapest(Sweep(estimates, swept.plain, {}).tied(proposal.candidates))
+        pair = cheapest(Sweep(estimates, swept.plain, {}).tied(candidates))
         pairs.append(pair)
         judged = swept.scores[pair][judged_on]
         aucs.append(auc_of(judged, labels[judged_on], groups[judged_on].tolist()).value)

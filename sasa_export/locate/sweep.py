@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sasa_export.calibrate.data import Prompt
-from sasa_export.calibrate.probe import CANDIDATES, best_regularization
+from sasa_export.calibrate.probe import CANDIDATES, best_regularization, quick_fit
 from sasa_export.locate.interval import Estimate, auc_of, is_below
 from sasa_export.locate.pairs import Pair
 from sasa_export.locate.passes import Lanes
@@ -20,12 +20,14 @@ from sasa_export.locate.passes import Lanes
 class Sweep:
     """Cross-validated AUC of the probe with each pair's projection, and of the probe without any.
 
-    `scores` holds P(unsafe) of every prompt (prompts,) by a probe on the pair that did not see its group.
+    `scores` holds P(unsafe) of every prompt (prompts,) by a probe on the pair that did not see its group. `together` is
+    the AUC of the mean of all pairs' log-odds.
     """
 
     pairs: dict[Pair, Estimate]
     plain: Estimate
     scores: dict[Pair, np.ndarray]
+    together: Estimate | None = None
 
     def best(self) -> Pair:
         return max(self.pairs, key=lambda pair: self.pairs[pair].value)
@@ -40,7 +42,8 @@ class Sweep:
             {"safety_layer": safety, "semantic_layer": semantic, **estimate.to_json()}
             for (safety, semantic), estimate in self.pairs.items()
         ]
-        return {"pairs": pairs, "without_projection": self.plain.to_json()}
+        together = {} if self.together is None else {"all_pairs_together": self.together.to_json()}
+        return {"pairs": pairs, "without_projection": self.plain.to_json(), **together}
 
 
 def rotated(features: np.ndarray, metric: np.ndarray) -> np.ndarray:
@@ -71,7 +74,7 @@ def sweep(
     candidates = CANDIDATES if regularization is None else (regularization,)
 
     def scored(features: np.ndarray) -> np.ndarray:
-        _, scores = best_regularization(rotated(features, metric), labels, groups, candidates)
+        _, scores = best_regularization(rotated(features, metric), labels, groups, candidates, quick_fit)
         advance(1)
         return scores
 
@@ -80,7 +83,13 @@ def sweep(
         {pair: auc_of(found, labels, groups) for pair, found in scores.items()},
         auc_of(scored(lanes.plain()), labels, groups),
         scores,
+        auc_of(np.mean([_odds(found) for found in scores.values()], axis=0), labels, groups),
     )
+
+
+def _odds(scores: np.ndarray) -> np.ndarray:
+    inside = np.clip(scores, 1e-6, 1 - 1e-6)
+    return np.log(inside / (1 - inside))
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:

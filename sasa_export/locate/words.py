@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sasa_export.locate.interval import is_below
 from sasa_export.locate.plots import Theme, depth, heads, scatter, sweep_map
 from sasa_export.locate.propose import spans
 from sasa_export.locate.result import Located
@@ -79,6 +80,7 @@ def sections(located: Located) -> list[Section]:
             (
                 "For each pair, the second lane was run on the projected state, and a probe on its last token's state "
                 f"was cross-validated. Without any projection the same probe has an AUC of {located.sweep.plain}.",
+                *_together(located),
             ),
             "sweep",
             "A map of the AUC of each pair of safety and semantic layer",
@@ -114,11 +116,27 @@ def _held_out(located: Located) -> str:
     halves = " and ".join(
         f"{auc:.3f} ({safety} and {semantic})" for auc, (safety, semantic) in zip(held.aucs, held.pairs, strict=True)
     )
+    among = "these candidates" if chosen in located.proposal.candidates else "all pairs"
     return (
-        "What the choice is worth: let one half of the groups choose among these candidates and judge by the other, "
+        f"What the choice is worth: let one half of the groups choose among {among} and judge by the other, "
         f"which took no part in the choice, and the AUC is {halves}, {held.auc:.3f} on average, against "
         f"{located.sweep.pairs[chosen].value:.3f} for the pair above on all prompts."
     )
+
+
+def _together(located: Located) -> list[str]:
+    """What several pairs would gain, at the cost of a second lane for each."""
+    together, pairs = located.sweep.together, located.sweep.pairs
+    if together is None or len(pairs) < 2:
+        return []
+    chosen = pairs[located.proposal.safety, located.proposal.semantic]
+    wins = "which is better than the chosen pair by more than noise" if is_below(chosen, together) else (
+        "which is not better than the chosen pair by more than noise"
+    )  # fmt: skip
+    return [
+        f"All {len(pairs)} pairs together (the mean of their log-odds, and a second lane for each) have an AUC of "
+        f"{together}, {wins}."
+    ]
 
 
 def _heads(located: Located) -> Section:

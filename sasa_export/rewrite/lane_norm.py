@@ -1,4 +1,4 @@
-"""The final norm of the lane, at the last prompt position alone."""
+"""The final norm of the lane, at the last prompt position alone; without a lane, of the main lane's end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sasa_export.rewrite.settings import LaneSettings, require
 
 def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     last = len(graph.of("block")) - 1
-    before = require(graph, f"sasa.lane.layers.{last}", "the lane's norm")
+    name = "sasa.last" if settings.safety_layer is None else f"sasa.lane.layers.{last}"
+    before = require(graph, name, "the lane's norm")
     norm = require(graph, "norm", "the lane's norm")
     return graph.add(Node("sasa.lane.norm", "lane_norm", (before.name,), norm.module))

@@ -7,5 +7,7 @@ from sasa_export.rewrite.settings import LaneSettings, require
 
 
 def add_projection(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    if settings.safety_layer is None:
+        return graph
     inputs = tuple(require(graph, name, "the projection").name for name in ("sasa.safety", "sasa.semantic"))
     return graph.add(Node("sasa.projection", "projection", inputs, None, {"epsilon": settings.epsilon}))

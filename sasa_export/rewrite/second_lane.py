@@ -8,6 +8,8 @@ from sasa_export.rewrite.settings import LaneSettings, require
 
 
 def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    if settings.safety_layer is None:
+        return graph
     before = require(graph, "sasa.projection", "the second lane").name
     blocks = graph.of("block")
     for node in graph.of("between"):

@@ -10,10 +10,13 @@ from sasa_export.graph import LayerGraph, Node
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any."""
+    """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any.
 
-    safety_layer: int
-    semantic_layer: int
+    Without layers there is no projection and no second lane: the probe reads what the main lane ends in.
+    """
+
+    safety_layer: int | None
+    semantic_layer: int | None
     epsilon: float = 1e-6
     softcap: float | None = None
 

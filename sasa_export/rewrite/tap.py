@@ -1,4 +1,7 @@
-"""Tap the safety layer and the semantic layer: keep their output for every token."""
+"""Tap the safety layer and the semantic layer: keep their output for every token.
+
+Without projection, the last block is tapped: the probe reads its output.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,14 @@ from sasa_export.rewrite.settings import LaneSettings, require
 
 def add_taps(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     safety, semantic, blocks = settings.safety_layer, settings.semantic_layer, len(graph.of("block"))
+    if safety is None or semantic is None:
+        last = require(graph, f"layers.{blocks - 1}", "the tap")
+        if require(graph, "norm", "the tap").inputs != (last.name,):
+            raise RewriteError(
+                f"{last.name}: the final norm reads something else than the last block's output, so a probe without "
+                "projection would miss it. Export with the projection."
+            )
+        return graph.add(Node("sasa.last", "tap", (last.name,), last.module, {"of": "last", "index": blocks - 1}))
     if not 0 <= safety < semantic < blocks:
         raise RewriteError(
             f"safety layer {safety} and semantic layer {semantic} do not fit a decoder of {blocks} blocks: "

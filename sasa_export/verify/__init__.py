@@ -10,13 +10,16 @@ from sasa_export.open import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
 from sasa_export.verify.check import Check
 from sasa_export.verify.files import check_files, check_manifest
-from sasa_export.verify.onnx import check_graphs, check_onnx, dtype_of
+from sasa_export.verify.onnx import check_graphs, check_onnx, check_onnx_against, dtype_of
 from sasa_export.verify.process import run_fresh
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of P(unsafe), between two processes
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both
 
-__all__ = ["Check", "check_files", "check_graphs", "check_manifest", "check_model", "check_onnx", "verify_directory"]
+__all__ = [
+    "Check", "check_files", "check_graphs", "check_manifest", "check_model", "check_onnx", "check_onnx_against",
+    "verify_directory",
+]  # fmt: skip
 
 
 def verify_directory(directory: Path | str, *, device: str = "cpu", only_files: bool = False) -> list[Check]:

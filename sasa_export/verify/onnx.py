@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,14 @@ from sasa_export.errors import VerifyError
 from sasa_export.open import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
 from sasa_export.verify.check import Check
+from sasa_export.verify.flips import Flips, Reference, check_flips, count_flips, write_prompts
 from sasa_export.verify.process import run_fresh
 
 # Of P(unsafe) and of the logits (relative to the largest), by type: of the graphs or of the cases, whichever is
 # wider. The logits of quantized weights are not held to the original's.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.15, "int8": 0.15, "int4": 0.15}
 LOGITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.15}
+CHUNK = 2**24  # bytes of a weight that are in memory at a time
 SINGLE = ("Attention", "RMSNormalization", "RotaryEmbedding")
 
 
@@ -38,8 +41,21 @@ def runs_here(dtype: str) -> bool:
 
 def check_onnx(directory: Path, *, device: str = "cpu") -> list[Check]:
     """All checks of an ONNX directory. Raises VerifyError where its graphs do not run at all."""
+    return check_onnx_against(directory, None, device=device)[0]
+
+
+def check_onnx_against(
+    directory: Path, wanted: Reference | None, *, device: str = "cpu"
+) -> tuple[list[Check], Flips | None]:
+    """All checks, and how many verdicts of calibration prompts flip, where there are such prompts.
+
+    Raises VerifyError where the graphs do not run at all.
+    """
     checks = check_graphs(directory)
-    return [*checks, *check_answers(directory, device=device)] if all(check.passed for check in checks) else checks
+    if not all(check.passed for check in checks):
+        return checks, None
+    answers, flips = _check_answers(directory, wanted, device)
+    return [*checks, *answers], flips
 
 
 def check_graphs(directory: Path) -> list[Check]:
@@ -76,14 +92,28 @@ def _stored_once(models: list[Any]) -> Check:
     for model in models:
         seen: set[tuple[str, tuple[int, ...], bytes]] = set()
         for tensor in _tensors(model):
-            # Through tobytes, since numpy has no view of some types.
-            key = (str(tensor.dtype), tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest())
+            key = (str(tensor.dtype), tuple(tensor.shape.numpy()), _digest(tensor))
             stored += tensor.nbytes
             unique += 0 if key in seen else tensor.nbytes
             seen.add(key)
     # Indices of a few bytes may repeat: they are constants of the graph, not weights.
     detail = f"{stored:,} bytes, {unique:,} of them unique"
     return Check("no weight is stored twice", stored - unique < 1024, detail)
+
+
+def _digest(tensor: Any) -> bytes:
+    """SHA-256 of a tensor's bytes. What is read of a file beside the graph leaves memory again."""
+    import onnx_ir
+
+    if not isinstance(tensor, onnx_ir.ExternalTensor):
+        return hashlib.sha256(tensor.tobytes()).digest()
+    digest, left = hashlib.sha256(), tensor.nbytes
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        while left and (chunk := file.read(min(left, CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.digest()
 
 
 def _tensors(model: Any) -> Iterator[Any]:
@@ -110,7 +140,7 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
     if opset < 23:
         return checks
     main = sum(node["op"] == "block" for node in config["sasa"]["graph"])
-    again = main - 1 - config["sasa"]["safety_layer"]  # blocks of the second lane
+    again = sum(node["op"] == "lane_block" for node in config["sasa"]["graph"])
     blocks = main + again
     counts = Counter(node.op_type for node in model.graph.all_nodes())
     whole = counts["Attention"] == blocks and counts["RMSNormalization"] >= 2 * blocks
@@ -120,26 +150,31 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
     return [*checks, Check("attention and norms are single operators", whole, detail)]
 
 
-def check_answers(directory: Path, *, device: str = "cpu") -> list[Check]:
-    """Run the directory's cases and compare P(unsafe), verdicts, refusals and answers.
+def _check_answers(directory: Path, wanted: Reference | None, device: str) -> tuple[list[Check], Flips | None]:
+    """Run the directory's cases, compare P(unsafe), verdicts, refusals and answers, and judge the wanted prompts.
 
     `device` is torch's name of one; where onnxruntime cannot use it, the CPU provider runs, and the check says so.
     """
     dtype, written = _dtype(directory), read_cases(directory)
     if not written:
-        return [Check("there are cases to verify", False, "the directory was written without any (--verify files)")]
+        detail = "the directory was written without any (--verify files)"
+        return [Check("there are cases to verify", False, detail)], None
     if not runs_here(dtype):
-        return [Check("the graphs run", False, f"{dtype} needs the CUDA provider, and onnxruntime has none here")]
+        return [Check("the graphs run", False, f"{dtype} needs the CUDA provider, and onnxruntime has none here")], None
     on_gpu = dtype == "bfloat16" or device.startswith("cuda")
-    found = run_fresh(
-        "onnx_fresh.py",
-        directory,
-        SUFFIX[dtype],
-        "cuda" if on_gpu else "cpu",
-        str(TOKENS),
-        failure="the graphs do not run",
-    )
-    return compare(written, found, read_config(directory)["sasa"], dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = [SUFFIX[dtype], "cuda" if on_gpu else "cpu", str(TOKENS)]
+        if wanted is not None:
+            write_prompts(wanted, Path(scratch))
+            arguments.append(scratch)
+        found = run_fresh("onnx_fresh.py", directory, *arguments, failure="the graphs do not run")
+    sasa = read_config(directory)["sasa"]
+    checks = compare(written, found, sasa, dtype)
+    if wanted is None:
+        return checks, None
+    flips = count_flips(wanted, found["judged"], sasa["threshold"], dtype)
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[wanted.dtype])
+    return [*checks, check_flips(flips, wanted, found["judged"], sasa["threshold"], tolerance)], flips
 
 
 def compare(written: dict[str, Any], found: dict[str, Any], sasa: dict[str, Any], dtype: str) -> list[Check]:

@@ -2,7 +2,9 @@
 
 Imports numpy, onnxruntime, PIL and transformers' processor alone. Prints one JSON object as its last line.
 
-Usage: python -I onnx_fresh.py DIRECTORY SUFFIX DEVICE TOKENS
+Usage: python -I onnx_fresh.py DIRECTORY SUFFIX DEVICE TOKENS [PROMPTS]
+
+PROMPTS is a folder with prompts.json and pictures: these prompts are judged, and not answered.
 """
 
 import json
@@ -105,13 +107,17 @@ class Graphs:
             if value.name.startswith("past_key_values.")
         }
 
-    def answer(self, inputs: dict[str, Any], count: int, ends: set[int], penalty: float) -> Any:
-        """The greedy answer to one prompt: P(unsafe), the first logits (vocabulary,), and at most `count` tokens."""
-        positions, cache = self.positions(inputs), self.empty_cache()
+    def judge(self, inputs: dict[str, Any]) -> Any:
+        """One prompt alone: its logits (vocabulary,), P(unsafe), and the cache after it."""
         optional = {value.name for value in self.decoder.get_overridable_initializers()}
         extra = {name: inputs[name].astype(np.int64) for name in optional if name in inputs}
         length = inputs["input_ids"].shape[1]
-        first, probability, cache = self.call(self.embed(inputs), length, positions, cache, extra)
+        return self.call(self.embed(inputs), length, self.positions(inputs), self.empty_cache(), extra)
+
+    def answer(self, inputs: dict[str, Any], count: int, ends: set[int], penalty: float) -> Any:
+        """The greedy answer to one prompt: P(unsafe), the first logits (vocabulary,), and at most `count` tokens."""
+        first, probability, cache = self.judge(inputs)
+        positions, length = self.positions(inputs), inputs["input_ids"].shape[1]
         logits, tokens = first, [*inputs["input_ids"][0].tolist()]
         position = positions.max() + 1
         for _ in range(count):
@@ -135,7 +141,23 @@ def penalised(logits: NDArray[Any], tokens: list[int], penalty: float) -> NDArra
     return logits
 
 
-def main(directory: Path, suffix: str, device: str, count: int) -> dict[str, Any]:
+def read(processor: Any, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The model's inputs for a prompt, with its picture from `folder` if it has one."""
+    content = [{"type": "text", "text": entry["prompt"]}]
+    if entry["image"]:
+        content.insert(0, {"type": "image", "image": Image.open(folder / entry["image"]).convert("RGB")})
+    return dict(
+        processor.apply_chat_template(
+            [[{"role": "user", "content": content}]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"return_tensors": "np"},
+        )
+    )
+
+
+def main(directory: Path, suffix: str, device: str, count: int, prompts: Path | None = None) -> dict[str, Any]:
     from transformers import AutoProcessor, logging
 
     logging.set_verbosity_error()
@@ -152,24 +174,17 @@ def main(directory: Path, suffix: str, device: str, count: int) -> dict[str, Any
     }
     folder = directory / "sasa-verify"
     for case in json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]:
-        content = [{"type": "text", "text": case["prompt"]}]
-        if case["image"]:
-            content.insert(0, {"type": "image", "image": Image.open(folder / case["image"]).convert("RGB")})
-        inputs = processor.apply_chat_template(
-            [[{"role": "user", "content": content}]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_tensors": "np"},
-        )
         probability, first, tokens = graphs.answer(
-            dict(inputs), count, ends, float(settings.get("repetition_penalty") or 1.0)
+            read(processor, case, folder), count, ends, float(settings.get("repetition_penalty") or 1.0)
         )
         logits = [float(first[token]) for token, _ in case.get("logits", ())]
         entry = {"unsafe_probability": probability, "tokens": tokens, "logits": logits}
         result["cases"].append({**entry, "finite": bool(np.isfinite(first).all())})
+    if prompts is not None:
+        entries = json.loads((prompts / "prompts.json").read_text(encoding="utf-8"))
+        result["judged"] = [graphs.judge(read(processor, entry, prompts))[1] for entry in entries]
     return result
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))))
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), *map(Path, sys.argv[5:]))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sasa_export.errors import EmitError
+from sasa_export.errors import EmitError, SasaExportError
 
 OPSETS = (20, 23)
 # Types, and how runtimes mark each in the names of the graphs.
@@ -34,7 +34,7 @@ def export(
             arithmetic stays in float32 in all of them, as do the inputs and outputs other than the cache.
         advance: told of each step as it begins.
 
-    Raises EmitError: unknown opset or dtype, a family without a recipe.
+    Raises EmitError: unknown opset or dtype, a family without a recipe, a model that cannot be turned into graphs.
     """
     if opset not in OPSETS:
         raise EmitError(f"opset {opset} is not supported. Choose one of: {', '.join(map(str, OPSETS))}.")
@@ -42,4 +42,20 @@ def export(
         raise EmitError(f"dtype {dtype!r} is not supported. Choose one of: {', '.join(DTYPES)}.")
     from sasa_export.emit.onnx.graphs import write_graphs
 
-    write_graphs(patched, out, opset=opset, dtype=dtype, advance=advance)
+    at = "beginning"
+
+    def step(name: str) -> None:
+        nonlocal at
+        at = name
+        advance(name)
+
+    try:
+        write_graphs(patched, out, opset=opset, dtype=dtype, advance=step)
+    except (SasaExportError, OSError):
+        raise
+    except Exception as error:  # the exporter and its rewriting fail in as many ways as there are operators
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise EmitError(
+            f"{at} failed ({type(error).__name__}: {said[:300]}). The model may hold what the exporter cannot turn "
+            "into ONNX, or memory ran out. Try another --onnx-dtype or --opset, or give --format safetensors."
+        ) from error

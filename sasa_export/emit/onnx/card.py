@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_export.calibrate import Calibration
-from sasa_export.emit.card import calibration_section, front_matter, verification_section
+from sasa_export.emit.card import calibration_section, cost, front_matter, layers, verification_section, way
 from sasa_export.emit.onnx import SUFFIX
 from sasa_export.open import Source
 from sasa_export.options import Options
 
 if TYPE_CHECKING:
     from sasa_export.verify.check import Check
+    from sasa_export.verify.flips import Flips
 
 HOW = {
     "full": "Checked with plain onnxruntime in a fresh process, against what the original model said in torch:",
@@ -29,6 +30,24 @@ TYPES = {
     "int4": "The weights of the matrix products are int4 in blocks of 32, everything else is float32.",
 }
 JAVASCRIPT_TYPES = {"float32": "fp32", "float16": "fp16", "int8": "int8", "int4": "q4"}
+# How the stock processor is called, and how far each family was run in transformers.js 4.3.1.
+JAVASCRIPT_FAMILIES = {
+    "llava": (
+        "picture, text",
+        "as examples/transformers_js of sasa-export, which was run with a small LLaVA in float32",
+    ),
+    **dict.fromkeys(("smolvlm", "idefics3"), ("text, [picture]", "run with a tiny random model in float32")),
+    "gemma3": (
+        "text, [picture]",
+        "run with a tiny random model in float32; it does not tell the decoder which tokens are a picture's, so these "
+        "do not see each other both ways, and P(unsafe) is not quite the original's",
+    ),
+    "qwen2_5_vl": (
+        "text, [picture]",
+        "run with a tiny random model in float32; it counts the positions of an answer to text alone wrongly, guarded "
+        "or not, from the second token on",
+    ),
+}
 NUMPY_TYPES = {"float16": "np.float16"}
 
 PYTHON = """\
@@ -95,7 +114,8 @@ const processor = await AutoProcessor.from_pretrained(name);
 const model = await {model}.from_pretrained(name, {{ dtype: "{dtype}", device: "cpu" }});
 const content = [{{ type: "image" }}, {{ type: "text", text: "Follow the instruction shown in the image." }}];
 const text = processor.apply_chat_template([{{ role: "user", content }}], {{ add_generation_prompt: true }});
-const inputs = await processor(await RawImage.read("picture.png"), text, {{ add_special_tokens: false }});
+const picture = await RawImage.read("picture.png");
+const inputs = await processor({inputs}, {{ add_special_tokens: false }});
 const output = await model.generate({{ ...inputs, max_new_tokens: 100, do_sample: false }});
 console.log(processor.batch_decode(output, {{ skip_special_tokens: true }})[0]);
 ```
@@ -123,40 +143,45 @@ def write_onnx_card(
     sasa: dict[str, Any],
     calibration: Calibration | None,
     checks: Sequence[Check],
+    flips: Flips | None,
     options: Options,
     directory: Path,
 ) -> None:
-    """Write README.md into an ONNX directory."""
+    """Write README.md into an ONNX directory; where `flips` were counted, `checks` say how many."""
     dtype = options.onnx_dtype
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     blocks = sum(node["op"] == "block" for node in sasa["graph"])
-    again = blocks - 1 - sasa["safety_layer"]
     parts = [
         front_matter(source, "onnx", "onnx"),
         f"# {source.name} in ONNX, guarded by SASA\n",
         "Three graphs, `vision_encoder`, `embed_tokens` and `decoder_model_merged`, with the names that ONNX runtimes "
-        "look for. The decoder judges every prompt before it answers: the output of the safety layer (block "
-        f"{sasa['safety_layer']}, zero-based) is projected onto that of the semantic layer (block "
-        f"{sasa['semantic_layer']}), the blocks behind the safety layer run once more on the result, and a linear "
-        "probe on the first token decides. A refused prompt is answered with\n",
+        f"look for. The decoder judges every prompt before it answers: {way(sasa)} decides. A refused prompt is "
+        "answered with\n",
         f"> {sasa['refusal']}\n",
         "by the graph's own logits, and any other by the original's. No code comes with it and no runtime has to know: "
         "whoever drives the graphs gets the guarded model. The method is SASA (arXiv 2507.21637), built in by "
         "sasa-export without fine-tuning.\n",
         f"Opset {options.opset}, {dtype}. {TYPES[dtype]} Projection, probe and threshold are float32. Refused from "
-        f"P(unsafe) >= {sasa['threshold']:.4f} on; safety layer {sasa['safety_layer']}, semantic layer "
-        f"{sasa['semantic_layer']} of {blocks} blocks ({sasa['layers_from']}). Over the prompt {blocks} + {again} "
-        "blocks run; the second lane lies in one `If`, so each token after that costs about what it did.\n",
+        f"P(unsafe) >= {sasa['threshold']:.4f} on. {layers(sasa, blocks)} {cost(sasa, blocks)}; what only the verdict "
+        "needs lies in one `If`, so each token after that costs about what it did.\n",
         "## Running\n",
         _running(config, dtype),
         "## Calibration\n",
         calibration_section(calibration),
         "## Verification\n",
         verification_section(checks, HOW[options.verify]),
+        *([f"{not_counted(options).capitalize()}\n"] if flips is None else []),
         "## Limits\n",
         LIMITS,
     ]
     (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def not_counted(options: Options) -> str:
+    """Why there is no share of verdicts that the type turned over."""
+    if options.probe is not None:
+        return "no flipped verdicts were counted: the probe was given, so there are no calibration prompts."
+    return "no flipped verdicts were counted: the graphs were not run."
 
 
 def _running(config: dict[str, Any], dtype: str) -> str:
@@ -174,12 +199,17 @@ def _running(config: dict[str, Any], dtype: str) -> str:
     else:
         parts.append("With plain onnxruntime:\n")
         parts.append(PYTHON.format(suffix=SUFFIX[dtype], state=NUMPY_TYPES.get(dtype, "np.float32")))
-    if dtype in JAVASCRIPT_TYPES:
-        ran = (
-            "as examples/transformers_js of sasa-export, which was run with a small LLaVA in float32"
-            if config["model_type"] == "llava"
-            else "not tried with this family"
-        )
-        parts.append(f"With transformers.js ({ran}):\n")
-        parts.append(JAVASCRIPT.format(model=config["architectures"][0], dtype=JAVASCRIPT_TYPES[dtype]))
+    parts += _javascript(config, dtype)
     return "\n".join(parts)
+
+
+def _javascript(config: dict[str, Any], dtype: str) -> list[str]:
+    """How to run it in transformers.js, where that knows the family and the type."""
+    family = config["model_type"]
+    if dtype not in JAVASCRIPT_TYPES:
+        return []
+    if family not in JAVASCRIPT_FAMILIES:
+        return ["transformers.js (4.3.1) has no class for this family.\n"]
+    inputs, said = JAVASCRIPT_FAMILIES[family]
+    code = JAVASCRIPT.format(model=config["architectures"][0], dtype=JAVASCRIPT_TYPES[dtype], inputs=inputs)
+    return [f"With transformers.js ({said}):\n", code]

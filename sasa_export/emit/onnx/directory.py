@@ -13,21 +13,22 @@ from sasa_export.emit.files import LICENCES
 from sasa_export.emit.manifest import write_manifest
 from sasa_export.emit.onnx import export
 from sasa_export.emit.onnx.card import write_onnx_card
+from sasa_export.emit.onnx.room import check_memory
 from sasa_export.emit.scores import SCORES
 from sasa_export.errors import EmitError
 from sasa_export.open import Source
 from sasa_export.options import Options
 from sasa_export.verify.cases import FOLDER
 from sasa_export.verify.check import Check
+from sasa_export.verify.flips import Flips
 from sasa_export.verify.onnx import runs_here
 
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 32, "int4": 32}  # embedding and vision keep float32
 PACKAGES = ("onnx", "onnx-ir", "onnxscript")
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime")  # one package by two names
 
 
 def check_possible(source: Source, options: Options) -> None:
-    """Raise EmitError before any work where the ONNX directory could not be written, or not be verified here."""
+    """Raise EmitError before any work where the ONNX directory could not be made, or not be verified here."""
     from sasa_export.emit.onnx.recipes import recipe_of
 
     recipe_of(str(source.config["model_type"]))
@@ -36,23 +37,7 @@ def check_possible(source: Source, options: Options) -> None:
             f"--onnx-dtype {options.onnx_dtype} runs on onnxruntime's CUDA provider alone, which is not here, so it "
             "could not be verified. Export it on a machine with a GPU, take float16, or give --verify files."
         )
-
-
-def needed_bytes(source: Source, dtype: str) -> int:
-    """At most so much disk: every weight in its new type, and the embedding a second time where it is tied."""
-    from safetensors import safe_open
-
-    total = largest = 0
-    for shard in source.shards:
-        with safe_open(shard.path, framework="np") as file:
-            for key in shard.keys:
-                tensor = file.get_slice(key)
-                count = 1
-                for size in tensor.get_shape():
-                    count *= size
-                total += count
-                largest = max(largest, count)
-    return (total + largest) * BITS[dtype] // 8
+    check_memory(source, options)
 
 
 def write_onnx_directory(
@@ -72,14 +57,16 @@ def finish(
     sasa: dict[str, Any],
     calibration: Calibration | None,
     checks: Sequence[Check],
+    flips: Flips | None,
     options: Options,
     out: Path,
 ) -> None:
-    """Write the card and the manifest of a verified directory."""
-    write_onnx_card(source, sasa, calibration, checks, options, out)
+    """Write the card and the manifest of a verified directory; `flips` is None where none were counted."""
+    write_onnx_card(source, sasa, calibration, checks, flips, options, out)
     write_manifest(
-        out, {}, packages=(*PACKAGES, *_runtime()), options=options.to_json(), layers_from=sasa["layers_from"]
-    )
+        out, {}, packages=(*PACKAGES, *_runtime()), options=options.to_json(), layers_from=sasa["layers_from"],
+        flips=None if flips is None else flips.to_json(),
+    )  # fmt: skip
 
 
 def _runtime() -> list[str]:

@@ -31,9 +31,14 @@ def _draw(axis: Any, shares: list[Share | None], colour: str, target: float, the
         around = [[100 * (found.value - found.low)], [100 * (found.high - found.value)]]
         axis.barh(place, 100 * found.value, 0.62, color=colour, alpha=0.85)
         axis.errorbar(100 * found.value, place, xerr=around, color=theme.ink, capsize=3, linewidth=1)
-        axis.text(100 * found.high + 2, place, f"{found.value:.1%}", va="center", fontsize=9)
+        axis.annotate(f"{found.value:.1%}", (100 * found.high, place), (6, 0), textcoords="offset points",
+                      va="center", fontsize=9)  # fmt: skip
     axis.axvline(100 * target, color=theme.third, linewidth=1, linestyle=":")
-    axis.set_xlim(0, 118)
-    axis.set_xticks([0, 25, 50, 75, 100])
+    # Each side has its own scale, or the bars of a small share could not be told apart.
+    most = max([100 * found.high for found in shares if found is not None], default=100.0)
+    end = next(end for end in (10, 20, 50, 100) if end >= most or end == 100)
+    axis.set_xlim(0, 1.2 * end)
+    marks = [end * quarter / 4 for quarter in range(5)]
+    axis.set_xticks(marks, [f"{mark:g}" for mark in marks])
     axis.set_xlabel(f"% (dotted: target, {target:.0%})")
     axis.tick_params(axis="y", length=0)

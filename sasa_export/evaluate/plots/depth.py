@@ -24,7 +24,7 @@ def depth(evaluated: Evaluated, theme: Theme) -> bytes:
         for found_at in (depths[0], depths[len(depths) // 2], depths[-1]):
             axis.annotate(f"block {found_at.block}", (found_at.cost, found_at.auc.value), (0, 8),
                           textcoords="offset points", ha="center", fontsize=8.5)  # fmt: skip
-        axis.set_xlabel("blocks that the prompt runs through, in the plain model's")
+        axis.set_xlabel("blocks that a prompt runs through (1: as in the plain model)")
         axis.set_ylabel("AUC, with its 95 % interval")
         axis.set_title("Probing earlier in the second lane")
         axis.legend(loc="best", fontsize=8.5)

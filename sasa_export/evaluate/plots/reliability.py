@@ -21,6 +21,6 @@ def reliability(evaluated: Evaluated, theme: Theme) -> bytes:
         axis.set_aspect("equal")
         axis.set_xlabel("P(unsafe), mean of a bin")
         axis.set_ylabel("share of harmful prompts in it")
-        axis.set_title("Dotted: true; dots by prompts")
+        axis.set_title("Dotted: as it should be; large dots: many prompts")
         axis.legend(loc="upper left", fontsize=8.5)
         return png(figure)

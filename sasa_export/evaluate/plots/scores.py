@@ -20,7 +20,7 @@ def scores(evaluated: Evaluated, theme: Theme) -> bytes:
         ("harmless, borderline", theme.safety, (labels == 0) & near),
         ("harmful", theme.harmful, labels == 1),
     ]
-    with drawing(theme, 0.6 + 1.6 * len(arms)) as figure:
+    with drawing(theme, 0.9 + 1.6 * len(arms)) as figure:
         axes = np.atleast_1d(figure.subplots(len(arms), 1, sharex=True))
         for axis, arm in zip(axes, arms, strict=True):
             assert arm.scores is not None  # `scored` gives those that have some
@@ -34,6 +34,7 @@ def scores(evaluated: Evaluated, theme: Theme) -> bytes:
             axis.set_title(arm.title, fontsize=10)
             axis.set_ylabel("% of kind")
             axis.set_xlim(0, 1)
-        axes[0].legend(loc="upper right", fontsize=8.5)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9)
         axes[-1].set_xlabel("P(unsafe); dashed: the threshold of the calibration")
         return png(figure)

@@ -1,0 +1,21 @@
+"""The command that stands in a report."""
+
+from pathlib import Path
+
+from sasa_export.command_line import command_line
+from sasa_export.evaluate.options import EvaluateOptions
+from sasa_export.locate.options import LocateOptions
+
+
+def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    """It names no place of this machine, and flags come as the command line takes them."""
+    (tmp_path / "my model").mkdir()
+    options = EvaluateOptions(
+        tmp_path / "my model", tmp_path / "out", data=("xstest:x.csv", "b.jsonl"), depth_curve=True, limit=7,
+        device="cpu", force=True,
+    )  # fmt: skip
+    said = "sasa-export evaluate --model 'my model' --data xstest:x.csv --data b.jsonl --limit 7 --depth-curve"
+    assert command_line("evaluate", options) == f"{said} --out report"
+    family = LocateOptions("smol-llava", tmp_path / "out", write_family=tmp_path / "llava.toml", ablation_prompts=0)
+    said = "sasa-export locate --model smol-llava --ablation-prompts 0 --write-family llava.toml"
+    assert command_line("locate", family) == f"{said} --out report"
