@@ -40,7 +40,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def get(patched: Path, dtype: str) -> Path:
         found = graph(patched, "float32" if dtype in BITS else dtype)
         if dtype in BITS:  # converted once for all of them
-            found = quantize(found, dtype)
+            found = found.clone()
+            quantize(found, dtype)
             deduplicate(found)
         path = tmp_path_factory.mktemp("plain") / "decoder_model_merged.onnx"
         write_model(found, path)

@@ -29,7 +29,7 @@ RUNTIMES = {
     "smol-llava": (
         "The embedded model",
         "smol-llava with a probe that is fitted to these prompts alone, asked what the demo asks: a harmful and a "
-        "harmless request in a picture, and in text. `make matrix-slow` runs these rows.",
+        "harmless request in a picture, and in text. `SASA_MATRIX_SLOW=1` runs these rows.",
     ),
 }
 HEAD = """\

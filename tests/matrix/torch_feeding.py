@@ -64,7 +64,8 @@ def embeddings(bench: Bench) -> Outcome:
 @row("torch", SECTION, "generate with inputs_embeds in chunks of 2")
 def embeddings_in_chunks(bench: Bench) -> Outcome:
     inputs = embedded(bench, bench.batch(images=False))
-    return bench.like_stock(way(prefill_chunk_size=2), inputs, "size of tensor", kind=RuntimeError)
+    errors = (RuntimeError, ValueError)  # the guarded model sees first that the mask is cut to no columns
+    return bench.like_stock(way(prefill_chunk_size=2), inputs, "size of tensor|0 columns", kind=errors)
 
 
 @row("torch", SECTION, "generate with inputs_embeds, no cache")

@@ -112,7 +112,7 @@ def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float
 
 def _quantized(graph: ir.Model, dtype: str) -> ir.Model:
     if dtype in BITS:
-        graph = quantize(graph, dtype)
+        quantize(graph, dtype)
         deduplicate(graph)
     return graph
 
