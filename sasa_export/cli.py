@@ -167,7 +167,7 @@ def fetch(model: str, out: Path, force: bool) -> None:
         for path in sorted(source.directory.iterdir()):
             if path.is_file():
                 shutil.copyfile(path, staging / path.name)
-    click.echo(f"{source.name} is in {out}")
+    click.echo(f"{source.name} is in {click.format_filename(out)}")
 
 
 @main.command()

@@ -212,6 +212,7 @@ def remember() -> Counter[Any]:
             return kept[place]
 
         setattr(module, name, get)
+    graphs._forget = lambda model: None  # what is remembered holds the model's weights
     return calls
 
 
