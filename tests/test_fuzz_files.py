@@ -28,7 +28,7 @@ quick = settings(
 pytestmark = pytest.mark.xdist_group("llava")
 
 DELETE = object()
-ODD = (
+ODD: tuple[Any, ...] = (
     DELETE, None, True, False, 0, -1, 3, 10**12, -0.5, float("nan"), float("inf"), "", "x", "../../x", "llava",
     "LlavaForConditionalGeneration", "\x00", "a\nb", [], [1], {}, {"a": 1},
 )  # fmt: skip
