@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 BITS = {"int8": 8, "int4": 4}
@@ -77,14 +78,16 @@ def _packed(weight: ir.Value, dtype: str) -> ir.Node:
 
 
 def _detached(node: ir.Node) -> ir.Node:
-    """The node with initializers that no graph owns."""
-    values = [
-        None
-        if value is None
-        else ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
-        for value in node.inputs
-    ]
+    """The node with initializers that no graph owns; as parts of a protobuf they would keep all of it in memory."""
+    values = [None if value is None else _copied(value) for value in node.inputs]
     return ir.Node(node.domain, node.op_type, values, node.attributes.values(), name=node.name)
+
+
+def _copied(value: ir.Value) -> ir.Value:
+    tensor = value.const_value
+    if tensor is not None:
+        tensor = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
+    return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=tensor)
 
 
 def _quantizer() -> Any:
