@@ -6,6 +6,7 @@ the same numbers. Results go back to every process in the order of the batches.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,4 +96,7 @@ def _state() -> Any:
     from accelerate import PartialState
 
     # The others wait while the first process fits, writes and verifies, which may take hours for a large model.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    # Its threads, left to the end of the interpreter, abort the process now and then.
+    atexit.register(state.destroy_process_group)
+    return state
