@@ -4,13 +4,13 @@
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from hypothesis import HealthCheck, given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from records import note
 
@@ -19,11 +19,7 @@ from sasa_export.calibrate.features import batches
 from sasa_export.datasets import calibration_prompts
 from sasa_export.errors import SasaExportError
 
-EXAMPLES = int(os.environ.get("SASA_FUZZ", "40"))
-quick = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize="SASA_FUZZ" not in os.environ, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+quick = examples(40)
 
 # Whatever JSON can say, and what Python's reader takes beside it.
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)

@@ -5,7 +5,6 @@
 
 import copy
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,17 +13,13 @@ from typing import Any
 
 import pytest
 from conftest import Guard
-from hypothesis import HealthCheck, given, settings
+from fuzzing import Tries, examples
+from hypothesis import given
 from hypothesis import strategies as st
-from records import note
 from test_source_files import patch, probe  # noqa: F401  (a fixture)
 from transformers import AutoModelForImageTextToText
 
-EXAMPLES = int(os.environ.get("SASA_FUZZ", "15"))
-quick = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize="SASA_FUZZ" not in os.environ, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+quick = examples(15)
 pytestmark = pytest.mark.xdist_group("llava")
 
 DELETE = object()
@@ -63,18 +58,6 @@ def changed(document: Any, edits: list[tuple[float, Any]]) -> Any:
     return document
 
 
-def counted(what: str) -> Callable[[], None]:
-    """Notes the row of a table once its test is through; the returned function counts one try."""
-    tried = [0]
-
-    def count() -> None:
-        tried[0] += 1
-        if tried[0] == EXAMPLES:
-            note("faults", group="fuzzing", what=what, tried=EXAMPLES, good=True)
-
-    return count
-
-
 def ends_well(source: Path, probe: Path) -> None:  # noqa: F811
     """A patch of the source succeeds, or says why not in one line, and leaves nothing behind."""
     code, said = patch(source, probe)
@@ -87,7 +70,7 @@ def ends_well(source: Path, probe: Path) -> None:  # noqa: F811
 )
 def test_a_source_with_changed_settings(tiny_model: Any, tmp_path: Path, probe: Path, name: str) -> None:  # noqa: F811
     source = Path(shutil.copytree(tiny_model("llava"), tmp_path / "source"))
-    original, count = json.loads((source / name).read_text()), counted(f"a source's {name} with changed entries")
+    original, count = json.loads((source / name).read_text()), Tries(f"a source's {name} with changed entries")
 
     @quick
     @given(changes)
@@ -97,11 +80,12 @@ def test_a_source_with_changed_settings(tiny_model: Any, tmp_path: Path, probe: 
         ends_well(source, probe)
 
     run()
+    count.passed()
 
 
 def test_a_source_with_a_changed_header(tiny_model: Any, tmp_path: Path, probe: Path) -> None:  # noqa: F811
     source = Path(shutil.copytree(tiny_model("llava"), tmp_path / "source"))
-    path, count = source / "model.safetensors", counted("a source's safetensors header with changed entries")
+    path, count = source / "model.safetensors", Tries("a source's safetensors header with changed entries")
     content = path.read_bytes()
     (length,) = HEADER.unpack(content[: HEADER.size])
     header, weights = json.loads(content[HEADER.size : HEADER.size + length]), content[HEADER.size + length :]
@@ -115,11 +99,12 @@ def test_a_source_with_a_changed_header(tiny_model: Any, tmp_path: Path, probe: 
         ends_well(source, probe)
 
     run()
+    count.passed()
 
 
 def test_a_source_with_changed_bytes(tiny_model: Any, tmp_path: Path, probe: Path) -> None:  # noqa: F811
     source = Path(shutil.copytree(tiny_model("llava"), tmp_path / "source"))
-    path, count = source / "model.safetensors", counted("a source's safetensors file with changed bytes, or cut")
+    path, count = source / "model.safetensors", Tries("a source's safetensors file with changed bytes, or cut")
     content = path.read_bytes()
     (length,) = HEADER.unpack(content[: HEADER.size])
 
@@ -135,13 +120,14 @@ def test_a_source_with_changed_bytes(tiny_model: Any, tmp_path: Path, probe: Pat
         ends_well(source, probe)
 
     run()
+    count.passed()
 
 
 def test_a_patched_directory_with_changed_settings(guard: Callable[..., Guard], tmp_path: Path) -> None:
     """It fails to load, or has the gate and the settings that were written."""
     directory = Path(shutil.copytree(guard("llava").directory, tmp_path / "changed"))
     original = json.loads((directory / "config.json").read_text())
-    count = counted("a patched config.json with changed entries")
+    count = Tries("a patched config.json with changed entries")
 
     @quick
     @given(changes)
@@ -158,3 +144,4 @@ def test_a_patched_directory_with_changed_settings(guard: Callable[..., Guard], 
         assert model.sasa.probe.weight.isfinite().all() and model.sasa.probe.weight.any()
 
     run()
+    count.passed()

@@ -3,7 +3,6 @@
 `SASA_FUZZ=1000` tries so many of each kind (`make fuzz`); a few by default.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +11,14 @@ import pytest
 import tiny
 import torch
 from conftest import Guard
-from hypothesis import HealthCheck, given, settings
+from fuzzing import Tries, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx_runner import Runner
-from records import note
 from test_feeding import positions
 from torch import Tensor
 
-EXAMPLES = int(os.environ.get("SASA_FUZZ", "40"))
-quick = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize="SASA_FUZZ" not in os.environ, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+quick = examples(40)
 ROWS, ANSWER = 3, 4
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in ("llava", "gemma3")]
 ODD = (float("nan"), float("inf"), float("-inf"), 1e38, -1e30, 1e-40, 0.0)
@@ -102,23 +97,11 @@ def forced(logits: Tensor, refusal: list[int]) -> Tensor:
     return allowed[logits.argmax(-1)] & (logits == logits.amax(-1, keepdim=True)).sum(-1).eq(1) & (logits.amax(-1) == 0)
 
 
-def counted(what: str) -> Callable[[], None]:
-    """Notes the row of a table once its test is through; the returned function counts one try."""
-    tried = [0]
-
-    def count() -> None:
-        tried[0] += 1
-        if tried[0] == EXAMPLES:
-            note("faults", group="fuzzing", what=what, tried=EXAMPLES, good=True)
-
-    return count
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_masks(guard: Callable[..., Guard], family: str) -> None:
     """P(unsafe) is the oracle's on the shown tokens; a mask that later shows or hides others is an error."""
-    guarded, count = guard(family), counted(f"attention masks by hand, in pieces, torch ({family})")
+    guarded, count = guard(family), Tries(f"attention masks by hand, in pieces, torch ({family})")
 
     @quick
     @given(plans)
@@ -146,12 +129,13 @@ def test_masks(guard: Callable[..., Guard], family: str) -> None:
         torch.testing.assert_close(output.unsafe_probability, expected, rtol=0.0, atol=1e-5)
 
     run()
+    count.passed()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_that_are_none(guard: Callable[..., Guard], family: str) -> None:
     """A row is answered only where its last verdict was below the threshold and its logits are numbers."""
-    guarded, count = guard(family), counted(f"embeddings with NaN, infinite and huge values, torch ({family})")
+    guarded, count = guard(family), Tries(f"embeddings with NaN, infinite and huge values, torch ({family})")
 
     @quick
     @given(broken)
@@ -177,6 +161,7 @@ def test_embeddings_that_are_none(guard: Callable[..., Guard], family: str) -> N
                     answered(output.logits[:, -1], allowed, guarded.refusal)
 
     run()
+    count.passed()
 
 
 def with_answer(plan: Plan, inputs: dict[str, Any]) -> list[int]:
@@ -267,7 +252,7 @@ def test_onnx(split: Any, exported: Any, kind: Any) -> None:
     guarded = split("llava")
     runner, threshold = Runner(exported(guarded.directory)), guarded.model.config.sasa["threshold"]
     odd = kind is broken
-    count = counted("embeddings with NaN, infinite and huge values, onnxruntime" if odd else "masks, onnxruntime")
+    count = Tries("embeddings with NaN, infinite and huge values, onnxruntime" if odd else "masks, onnxruntime")
 
     @quick
     @given(kind)
@@ -297,3 +282,4 @@ def test_onnx(split: Any, exported: Any, kind: Any) -> None:
                 torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4)
 
     run()
+    count.passed()

@@ -4,7 +4,6 @@ Each command runs as far as it goes without loading a model. `SASA_FUZZ=1000` tr
 default.
 """
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from records import note
 from test_faults import write_prompts
@@ -24,11 +24,7 @@ from sasa_export import Options
 from sasa_export.cli import main
 from sasa_export.errors import SasaExportError
 
-EXAMPLES = int(os.environ.get("SASA_FUZZ", "12"))
-quick = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize="SASA_FUZZ" not in os.environ, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+quick = examples(12)
 pytestmark = pytest.mark.xdist_group("llava")
 
 STOPPED = "the work would begin here"
