@@ -153,6 +153,15 @@ def test_text_without_a_template() -> None:
     assert read([[5, 5, 5, 5]], 3, [0], prompt_end=4)[:2] == ([3], [True])
 
 
+def test_text_that_comes_a_token_at_a_time() -> None:
+    """Each token may be the prompt's last, until several come at once; but a refusal goes on to its end."""
+    for ids in ([5], [5, 5], [5, 5, 5]):
+        assert read([ids], len(ids) - 1, [0], covered=False)[1:] == ([True], [[1]])
+    assert read([[5, 11], [5, 9]], 1, [1, 1], covered=False)[1:] == ([False, True], [[2], [1]])
+    assert read([[5, 11, 12]], 2, [2], covered=False)[1:] == ([False], [[3]])
+    assert read([[5, 11, 12]], 1, [1], covered=False)[1] == [True]
+
+
 def test_embeddings_are_recognised(guard: Guards) -> None:
     """Symbols read off embeddings are those of the ids."""
     guarded = guard("gemma3")

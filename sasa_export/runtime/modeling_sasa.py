@@ -174,7 +174,8 @@ class Ledger:
 # ---------------------------------------------------------------------------------------- where a prompt ends
 #
 # A prompt ends where the chat template's generation prompt is complete, however it came in; what follows is the
-# answer, until another turn begins. Text without one is a prompt to the end of each call that brings several tokens.
+# answer, until another turn begins. Text without one is a prompt to the end of each call that brings several tokens,
+# and, as long as none did, of each that brings one.
 
 
 @dataclass(frozen=True)
@@ -267,8 +268,9 @@ def read_turn(
     known = covered.gather(1, judged[:, None])[:, 0]  # (batch,)
     inherited = (covered & (index == past - 1)).any(-1)  # (batch,)
     closed = several | ~inherited if prompt_end is None else symbols.shape[1] >= prompt_end
-    brings = (real & (index >= past)).any(-1)  # (batch,)
-    due = brings & ((judged >= past) | ~known) & (answering | closed)
+    brings = (real & (index >= past)).sum(-1)  # (batch,), real tokens of this call
+    due = (brings > 0) & ((judged >= past) | ~known) & (answering | closed)
+    lasts = answering | (brings > 1) | (prompt_end is not None)  # (batch,), the verdict, beyond this call
 
     new = index[past:]  # (tokens,)
     follows = before[:, None] + (rank[:, past:] - rank[:, past:][:, :1] + real[:, past:].long()[:, :1])
@@ -279,6 +281,9 @@ def read_turn(
     along = strays.long().cumsum(-1) == 0  # (batch, tokens): nothing but the refusal stands behind the prompt
     spelled = torch.where(along, behind.clamp_min(0), 0)  # (batch, tokens)
     end = _last(real, index)  # (batch,)
+    if prompt_end is None:  # text that comes a token at a time, and now the word that was forced
+        forced = symbols.gather(1, end[:, None])[:, 0] == refusal[(before - 1).clamp_min(0)]  # (batch,)
+        due = due & ~(forced & (before > 0) & ~lasts & ~torch.as_tensor(several, device=due.device))
     restarted = _spelled_at_the_end(words.refusal, symbols, real, rank, judged)  # (batch,)
     spelled = torch.where(new >= end[:, None], restarted[:, None], spelled)
     states = (spelled + 1).clamp_max(len(words.refusal)) * (new >= judged[:, None])  # (batch, tokens)
@@ -287,7 +292,7 @@ def read_turn(
     follows = torch.where((new >= end[:, None]) & still, restarted[:, None] + 1, follows)
     other_states = torch.where(before[:, None] > 0, follows.clamp_max(len(words.refusal)), 0)  # (batch, tokens)
     answer = real[:, past:] & ((new > judged[:, None]) | ~due[:, None])  # (batch, tokens)
-    reached = (due[:, None] & (new >= judged[:, None])) | (~due & inherited)[:, None]  # (batch, tokens)
+    reached = ((due & lasts)[:, None] & (new >= judged[:, None])) | (~due & inherited)[:, None]  # (batch, tokens)
     return Turn(judged, due, states, other_states, reached, answer, rank[:, past:])
 
 

@@ -122,6 +122,11 @@ class Bench:
         assert high - low > 4 * MARGIN, "these prompts are too much alike"
         return (low + high) / 2
 
+    def steps(self, inputs: Inputs, answer: Tensor) -> Tensor:
+        """The oracle's P(unsafe) before each token of a text prompt's answer (1, tokens): (tokens,)."""
+        ids, said = inputs["input_ids"][0].tolist(), answer[0].tolist()
+        return torch.cat([self.guarded.expected(self.of_ids(ids + said[:place])) for place in range(len(said))])
+
     # ---------------------------------------------------------------------------------------- comparing
 
     @torch.no_grad()

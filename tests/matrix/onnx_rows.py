@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from torch import Tensor
 
-from matrix.bench import EVERY, TOKENS, Inputs
+from matrix.bench import EVERY, MARGIN, TOKENS, Inputs
 from matrix.by_hand import ByHand, fed, whole
 from matrix.conversation import three_turns
 from matrix.onnx_bench import OnnxBench
 from matrix.outcome import CLOSED, LOUD, NOT_ASKED, REFUSED, Outcome, row
-from matrix.torch_prompts import TEXT, pictures
+from matrix.torch_prompts import LIKE_AN_ANSWER, TEXT, pictures
 from matrix.torch_turns import common
 
 RUNTIME = "onnxruntime"
@@ -250,9 +250,18 @@ def raw_in_pieces(bench: OnnxBench) -> Outcome:
     return bench.each(run, [bench.raw(text) for text in TEXTS])
 
 
+@row(RUNTIME, PROMPTS, "text without the chat template, token by token", EVERY)
+def raw_token_by_token(bench: OnnxBench) -> Outcome:
+    run = fed(bench, 1)
+    scores = [(inputs, bench.steps(inputs, run(bench.stock, inputs))) for inputs in map(bench.raw, TEXTS)]
+    allowed = [inputs for inputs, steps in scores if steps.max() < bench.written - MARGIN]
+    refused = [inputs for inputs, steps in scores if steps[0] > bench.written + MARGIN]
+    return bench.each(run, allowed[:1] + refused[:1]).but(LIKE_AN_ANSWER)
+
+
 @row(RUNTIME, PROMPTS, "the beginning of sequence alone")
 def nothing(bench: OnnxBench) -> Outcome:
-    return bench.each(fed(bench), [bench.of_ids([bench.tokenizer.bos_token_id])])
+    return bench.each(fed(bench), [bench.of_ids([bench.tokenizer.bos_token_id])]).but(LIKE_AN_ANSWER)
 
 
 @row(RUNTIME, PROMPTS, "a picture alone", EVERY)

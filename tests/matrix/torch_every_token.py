@@ -23,12 +23,6 @@ SECTION = "Every token judged"
 TURNS = "an answer that turns unsafe is the stock model's up to there, and ends in the refusal"
 
 
-def steps(bench: Bench, inputs: Inputs, answer: Tensor) -> Tensor:
-    """The oracle's P(unsafe) before each token of a text prompt's answer (1, tokens): (tokens,)."""
-    ids, said = inputs["input_ids"][0].tolist(), answer[0].tolist()
-    return torch.cat([bench.guarded.expected(bench.of_ids(ids + said[:place])) for place in range(len(said))])
-
-
 def turn(scores: Tensor) -> int | None:
     """The first step, from the second on, whose score is above all before it; the prompt's own is the first."""
     for place in range(2, len(scores)):
@@ -42,7 +36,7 @@ def turning(bench: Bench) -> Inputs:
     """A text prompt whose greedy answer turns unsafe at its third token or later."""
     for seed in range(20):
         inputs = bench.one(seed=seed)
-        if turn(steps(bench, inputs, generate(bench.stock, inputs))) is not None:
+        if turn(bench.steps(inputs, generate(bench.stock, inputs))) is not None:
             return inputs
     raise AssertionError("no answer of this model turns")
 
@@ -53,7 +47,7 @@ def at_each_token(bench: Bench, run: Way, *, model: Any = None, turns: bool = Tr
     model = model or bench.model
     inputs, yes = turning(bench), torch.ones(1, dtype=torch.bool)
     expected = run(bench.stock, copy.copy(inputs))  # (1, tokens)
-    scores = steps(bench, inputs, expected)  # (tokens,)
+    scores = bench.steps(inputs, expected)  # (tokens,)
     with bench.threshold(float(scores[0]) - MARGIN, model):
         bench.refused(run(model, copy.copy(inputs)), yes)
     with bench.threshold(float(scores.max()) + MARGIN if turns else 2.0, model):
@@ -151,7 +145,7 @@ def mixed(bench: Bench) -> Outcome:
     prompts = [bench.one(seed=seed) for seed in range(6)]
     inputs = joined(bench, prompts)
     expected = generate(bench.stock, inputs)  # (rows, tokens)
-    scores = [steps(bench, one, said[None]) for one, said in zip(prompts, expected, strict=True)]  # (tokens,) each
+    scores = [bench.steps(one, said[None]) for one, said in zip(prompts, expected, strict=True)]  # (tokens,) each
     value = parting(scores)
     with bench.threshold(value):
         found = generate(bench.model, inputs)

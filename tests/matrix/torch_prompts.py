@@ -102,6 +102,21 @@ def raw_last_token(bench: Bench) -> Outcome:
     return HOLDS.but("limit: judged without its last token, which nothing tells from an answer's")
 
 
+LIKE_AN_ANSWER = "each token of the answer is judged too, since nothing tells it from the prompt's"
+
+
+@row("torch", SECTION, "text without the chat template, by hand, token by token", EVERY)
+def raw_token_by_token(bench: Bench) -> Outcome:
+    run, inputs, yes = fed(bench, 1), bench.raw(TEXT), torch.ones(1, dtype=torch.bool)
+    expected = run(bench.stock, inputs)  # (1, tokens)
+    scores = bench.steps(inputs, expected)  # (tokens,)
+    with bench.threshold(float(scores[0]) - MARGIN):
+        bench.refused(run(bench.model, inputs), yes)
+    with bench.threshold(float(scores.max()) + MARGIN):
+        bench.unchanged(run(bench.model, inputs), expected, ~yes)
+    return HOLDS.but(LIKE_AN_ANSWER)
+
+
 @row("torch", SECTION, "the beginning of sequence alone", ("llava", "gemma3"))
 def nothing(bench: Bench) -> Outcome:
     return bench.both_verdicts(way(), bench.of_ids([bench.tokenizer.bos_token_id]))
