@@ -163,8 +163,6 @@ class Options:
             raise SasaExportError(
                 "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
             )
-        if self.gate == "every-token" and self.format != "safetensors":
-            raise SasaExportError("--gate every-token is for safetensors alone. Give --format safetensors.")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise SasaExportError(f"--threshold is {self.threshold:g}; it must lie between 0 and 1.")
         if not 0.0 <= self.max_false_positive_rate < 1.0:

@@ -1,7 +1,6 @@
 """`--gate every-token`: the second lane runs beside the main lane and judges each token, by the oracle."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +8,6 @@ import tiny
 import torch
 from conftest import Guard
 from test_feeding import chunkings, feed, last_picture_token
-
-import sasa_export
 
 Guards = Callable[..., Guard]
 
@@ -116,14 +113,9 @@ def test_a_static_cache_says_what_a_growing_one_says(guard: Guards, family: str)
 
 
 def test_an_answer_may_end_in_the_refusal() -> None:
-    from sasa_export.verify import _cut
+    from sasa_export.verify.check import cut_short
 
-    assert _cut([5, 6, 7, 8, 9], [5, 6, 1, 2, 3], [1, 2, 3, 4])
-    assert _cut([5, 6], [5, 6, 1, 2, 3, 4], [1, 2, 3, 4])
-    assert not _cut([5, 6, 7], [5, 1, 7], [1, 2, 3])
-
-
-def test_not_for_onnx(tmp_path: Path) -> None:
-    settings = sasa_export.Options(model="llava", out=tmp_path / "out", gate="every-token", format="onnx")
-    with pytest.raises(sasa_export.SasaExportError, match="every-token is for safetensors alone"):
-        sasa_export.patch(settings)
+    assert cut_short([5, 6, 7, 8, 9], [5, 6, 1, 2, 3], [1, 2, 3, 4])
+    assert cut_short([5, 6], [5, 6, 1, 2, 3, 4], [1, 2, 3, 4])
+    assert cut_short([5, 1, 7], [5, 1, 2], [1, 2, 3, 4])
+    assert not cut_short([5, 6, 7], [5, 1, 7], [1, 2, 3])

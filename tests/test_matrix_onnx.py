@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import onnx_rows, onnx_sessions  # noqa: F401
+from matrix import onnx_every_token, onnx_rows, onnx_sessions  # noqa: F401
 from matrix.onnx_bench import Graphs, OnnxBench
 from matrix.outcome import Row, recorded, rows
 from onnx_runner import Runner, image_token
@@ -53,14 +53,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.mark.parametrize(("one", "family"), CASES)
 @torch.no_grad()
 def test_way(
-    split: Callable[[str], Any], exported: Callable[..., Path], plain: Callable[..., Path], one: Row, family: str
+    split: Callable[[str], Any],
+    guard: Callable[..., Any],
+    exported: Callable[..., Path],
+    plain: Callable[..., Path],
+    one: Row,
+    family: str,
 ) -> None:
     """Harmful refused and harmless unchanged, or all refused where a graph cannot raise an error."""
     with recorded(one, family) as found:
-        guarded = split(family)
+        every_token = one.section == onnx_every_token.SECTION
+        guarded = guard(family, gate="every-token") if every_token else split(family)
+        bench = onnx_every_token.Retuned if every_token else OnnxBench
 
         def directories(opset: int = 23, dtype: str = "float32") -> Path:
             return exported(guarded.directory, opset=opset, dtype=dtype)
 
         graphs = Graphs(Runner(directories()), image_token(guarded))
-        found.append(one.run(OnnxBench(guarded, graphs, directories, lambda dtype: plain(guarded.directory, dtype))))
+        found.append(one.run(bench(guarded, graphs, directories, lambda dtype: plain(guarded.directory, dtype))))

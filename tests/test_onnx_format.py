@@ -103,6 +103,22 @@ def test_verdicts_of_both_kinds_were_compared(both: tuple[Path, str]) -> None:
         assert match and match[1] == match[2] and int(match[1]) > 0
 
 
+def test_every_token(tiny_model: Tiny, probe: Path, tmp_path: Path) -> None:
+    """From the command line to a verified directory whose answers may turn into the refusal."""
+    model = tiny_model("llava", num_hidden_layers=3)
+    result = run(*arguments(model, tmp_path / "out", probe, format="onnx", gate="every-token"))
+    assert result.exit_code == 0, result.output
+    for line in (
+        r"✓ config.json counts the gate's layers in the cache: (\d+) in it, \1 in the graph",
+        r"✓ attention and norms are single operators: 4 Attention, 10 RMSNormalization, \d+ RotaryEmbedding over 3 \+ 1",
+        r"✓ allowed prompts are answered as by the original: (\d+) of \1, .*, [1-9]\d* of them until the refusal took",
+    ):
+        assert re.search(line, result.stderr), result.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Each token of the answer is judged as well" in card and "`If`" not in card
+    assert "{" not in card.split("## Limits")[1]
+
+
 def test_verify_knows_each_of_them(both: tuple[Path, str]) -> None:
     result = run("verify", str(both[0]), "--files")
     assert result.exit_code == 0, result.output
@@ -423,7 +439,7 @@ def test_a_failed_check_writes_nothing(
     words = arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", verify="files")
     result = run(*words)
     assert result.exit_code == 1
-    assert "✗ config.json counts the ledger's layers in the cache" in result.stderr
+    assert "✗ config.json counts the gate's layers in the cache" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: 1 of ")
     assert not list(tmp_path.iterdir())
 

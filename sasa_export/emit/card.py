@@ -19,7 +19,7 @@ LIMITS = """\
 - However a prompt is fed, its verdict is the same: whole, in pieces, over turns on a kept cache, after a rewind, as
   ids or as embeddings. It ends where the chat template's generation prompt is complete, and every new turn is judged
   on the whole conversation. Text without that generation prompt is judged by `generate` where its input ends, and
-  otherwise at each call that brings several tokens: there a last piece of one single token counts as an answer's.
+  otherwise {raw}.
 - As the assistant in assisted decoding it raises an error, since it would not guard the main model; as the main model
   it guards. `assistant_early_exit` and continuous (paged) batching raise an error too.
 {answers}
@@ -28,6 +28,12 @@ LIMITS = """\
   judged by generalisation alone: measure them before you rely on it.
 """
 
+# How text without the generation prompt is judged by whoever does not know where it ends.
+RAW = {
+    "prompt": """at each call that brings several tokens, where a single token behind those counts as an answer's;
+  at each token where it came one by one from the start""",
+    "every-token": "at each token",
+}
 ANSWERS = {
     "prompt": "- The verdict is given before the first token. What the answer turns into afterwards is not judged.",
     "every-token": "- Each token of the answer is judged as well, at the prompt's threshold. No rate of false alarms "
@@ -77,7 +83,7 @@ def write_card(
         "## Verification\n",
         verification_section(checks, HOW[verified]),
         "## Limits\n",
-        LIMITS.format(answers=ANSWERS[sasa["gate"]]),
+        LIMITS.format(raw=RAW[sasa["gate"]], answers=ANSWERS[sasa["gate"]]),
     ]
     (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
 

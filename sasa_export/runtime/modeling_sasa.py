@@ -230,7 +230,7 @@ class Turn:
     def late_states(self, states: torch.Tensor, unsafe: torch.Tensor, longest: int) -> torch.Tensor:
         """`states`, and a refusal from the first answer token on that is unsafe, (batch, tokens) bool."""
         turned = (unsafe & self.answer & (states == 0)).long().cumsum(-1) > 0  # (batch, tokens)
-        begun = torch.where(turned, self.rank, self.rank.shape[1] + self.rank.amax()).amin(-1, keepdim=True)
+        begun = torch.where(turned, self.rank, self.rank[:, -1:] + 1).amin(-1, keepdim=True)  # (batch, 1)
         late = (self.rank - begun + 1).clamp(0, longest)  # (batch, tokens)
         return torch.where(turned & (states == 0), late, states)
 
@@ -716,15 +716,15 @@ class LiveLane:
         hidden = args[0] if args else kwargs["hidden_states"]  # (batch, tokens, hidden)
         assert self.state is not None
         both = torch.cat([hidden, self.state.to(hidden)])  # (2 * batch, tokens, hidden)
-        args = (both, *(_twice(value, len(hidden)) for value in args[1:])) if args else ()
-        twice = {name: _twice(value, len(hidden)) for name, value in kwargs.items()}
+        args = (both, *(_twice(value, hidden.shape[0]) for value in args[1:])) if args else ()
+        twice = {name: _twice(value, hidden.shape[0]) for name, value in kwargs.items()}
         if not args:
             twice["hidden_states"] = both
         for name in CACHES:
             if kwargs.get(name) is not None:
                 twice[name] = _Keys(self, path, kwargs[name], both=True)
         output = run(*args, **twice)
-        main, self.state = (output[0] if isinstance(output, tuple) else output).chunk(2)
+        main, self.state = _halves(output[0] if isinstance(output, tuple) else output)
         return (main, *output[1:]) if isinstance(output, tuple) else main
 
 
@@ -740,7 +740,7 @@ class _Keys:
     def update(self, keys: torch.Tensor, values: torch.Tensor, index: int, *args: Any, **kwargs: Any) -> Any:
         first: tuple = ()
         if self.both:
-            (main_keys, keys), (main_values, values) = keys.chunk(2), values.chunk(2)
+            (main_keys, keys), (main_values, values) = _halves(keys), _halves(values)
             first = self.cache.update(main_keys, main_values, index, *args, **kwargs)
         if self.path not in self.lane.layers:
             self.lane.layers[self.path] = _emptied(self.cache.layers[index])
@@ -758,6 +758,12 @@ def _emptied(layer: Any) -> Any:
             setattr(twin, name, value.clone())
     twin.reset()
     return twin
+
+
+def _halves(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The main lane's rows and the second lane's."""
+    batch = both.shape[0] // 2
+    return both[:batch], both[batch:]
 
 
 def _twice(value: Any, batch: int) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sasa_export.open import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
-from sasa_export.verify.check import Check
+from sasa_export.verify.check import Check, cut_short
 from sasa_export.verify.files import check_files, check_manifest
 from sasa_export.verify.onnx import check_graphs, check_onnx, check_onnx_against, dtype_of
 from sasa_export.verify.process import run_fresh
@@ -87,11 +87,12 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
     checks.append(Check("refused prompts spell the refusal", spelled == len(refused), detail))
     allowed = [(want, have) for (_, want), (score, have) in zip(expected, got, strict=True) if score < threshold]
     equal = sum(want == have for want, have in allowed)
-    detail = f"{equal} of {len(allowed)}, token for token over {TOKENS} greedy tokens"
+    cut = 0
     if sasa["gate"] == "every-token":
-        cut = sum(want != have and _cut(want, have, refusal) for want, have in allowed)
+        cut = sum(want != have and cut_short(want, have, refusal) for want, have in allowed)
         equal += cut
-        detail += f", {cut} of them until the refusal took over"
+    detail = f"{equal} of {len(allowed)}, token for token over {TOKENS} greedy tokens"
+    detail += f", {cut} of them until the refusal took over" if cut else ""
     checks.append(
         Check(
             "allowed prompts are answered as by the original",
@@ -100,9 +101,3 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
         )
     )
     return checks
-
-
-def _cut(original: list[int], found: list[int], refusal: list[int]) -> bool:
-    """Is an answer the original's up to a place, and from there on the refusal?"""
-    same = next((at for at, pair in enumerate(zip(original, found, strict=False)) if pair[0] != pair[1]), len(found))
-    return found[same:] == refusal[: len(found) - same]

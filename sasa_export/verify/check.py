@@ -1,4 +1,4 @@
-"""One check of a patched directory: passed or not, and the number behind it."""
+"""One check of a patched directory: passed or not, and the number behind it; and what an answer may become."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+def cut_short(original: list[int], found: list[int], refusal: list[int]) -> bool:
+    """Is an answer the original's up to a place, and from there on the refusal?"""
+    same = next((at for at, pair in enumerate(zip(original, found, strict=False)) if pair[0] != pair[1]), len(found))
+    # The refusal may begin with the words that the original had there too.
+    return any(found[place:] == refusal[: len(found) - place] for place in range(same + 1))

@@ -15,7 +15,7 @@ from sasa_export.emit.onnx import DECODER, GRAPHS, SUFFIX
 from sasa_export.errors import VerifyError
 from sasa_export.open import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
-from sasa_export.verify.check import Check
+from sasa_export.verify.check import Check, cut_short
 from sasa_export.verify.flips import Flips, Reference, check_flips, count_flips, write_prompts
 from sasa_export.verify.process import run_fresh
 
@@ -131,7 +131,7 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
     counted = config["text_config"]["num_hidden_layers"]
     checks = [
         Check(
-            "config.json counts the ledger's layers in the cache",
+            "config.json counts the gate's layers in the cache",
             layers == counted,
             f"{counted} in it, {layers} in the graph",
         )
@@ -140,7 +140,7 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
     if opset < 23:
         return checks
     main = sum(node["op"] == "block" for node in config["sasa"]["graph"])
-    again = sum(node["op"] == "lane_block" for node in config["sasa"]["graph"])
+    again = _blocks_again(config["sasa"])
     blocks = main + again
     counts = Counter(node.op_type for node in model.graph.all_nodes())
     whole = counts["Attention"] == blocks and counts["RMSNormalization"] >= 2 * blocks
@@ -148,6 +148,13 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
     # Rotary embedding with three axes, or in half precision, is several operators in every export so far.
     detail = f"{said} over {main} + {again} blocks, opset {opset}"
     return [*checks, Check("attention and norms are single operators", whole, detail)]
+
+
+def _blocks_again(sasa: dict[str, Any]) -> int:
+    """How many blocks the graph has for the second lane alone."""
+    if sasa["gate"] == "every-token" and sasa["safety_layer"] is not None:  # from f+1 on both lanes are one batch
+        return int(sasa["semantic_layer"] - sasa["safety_layer"])
+    return sum(node["op"] == "lane_block" for node in sasa["graph"])
 
 
 def _check_answers(directory: Path, wanted: Reference | None, device: str) -> tuple[list[Check], Flips | None]:
@@ -210,7 +217,8 @@ def compare(written: dict[str, Any], found: dict[str, Any], sasa: dict[str, Any]
     checks.append(Check("refused prompts spell the refusal", spelled == len(refused), detail))
 
     allowed = [(case, have) for case, have in pairs if not refuses(have)]
-    return [*checks, _logits(allowed, dtype, written["dtype"]), _tokens(allowed, exact, refusal, found["changes"])]
+    answers = _tokens(allowed, exact, refusal, found["changes"], may_be_cut=sasa["gate"] == "every-token")
+    return [*checks, _logits(allowed, dtype, written["dtype"]), answers]
 
 
 def _logits(allowed: list[tuple[Any, Any]], *dtypes: str) -> Check:
@@ -231,8 +239,13 @@ def _logits(allowed: list[tuple[Any, Any]], *dtypes: str) -> Check:
     return Check(name, largest <= tolerance, f"{detail}, tolerance {tolerance:.1g}")
 
 
-def _tokens(allowed: list[tuple[Any, Any]], exact: bool, refusal: list[int], changes: list[str]) -> Check:
-    """The greedy answers: the original's where all is float32, and in no case the refusal in their place."""
+def _tokens(
+    allowed: list[tuple[Any, Any]], exact: bool, refusal: list[int], changes: list[str], *, may_be_cut: bool
+) -> Check:
+    """The greedy answers: the original's where all is float32, and in no case the refusal in their place.
+
+    With `may_be_cut` an answer may turn into the refusal after its first token.
+    """
     name = "allowed prompts are answered as by the original"
     if not allowed:
         return Check(name, True, "no case is allowed at this threshold")
@@ -241,7 +254,11 @@ def _tokens(allowed: list[tuple[Any, Any]], exact: bool, refusal: list[int], cha
         have["tokens"][: len(refusal)] == refusal[:TOKENS] and have["tokens"] != case["tokens"]
         for case, have in allowed
     )
+    turned = [(case, have) for case, have in allowed if may_be_cut and case["tokens"] != have["tokens"]]
+    cut = sum(cut_short(case["tokens"], have["tokens"], refusal) for case, have in turned)
+    equal += cut
     detail = f"{equal} of {len(allowed)}, token for token over {TOKENS} greedy tokens"
+    detail += f", {cut} of them until the refusal took over" if cut else ""
     if changes:
         detail += f" (not required: generation_config.json sets {', '.join(changes)}, which this check does not follow)"
     elif not exact:

@@ -15,11 +15,14 @@ from transformers import AutoModelForImageTextToText
 
 from matrix.bench import EVERY, MARGIN, Bench, Inputs, Named, Way, generate, way
 from matrix.by_hand import ByHand, chunks, fed
-from matrix.outcome import HOLDS, Outcome, row
+from matrix.outcome import HOLDS, NOT_ASKED, REFUSED, Outcome, row
 from matrix.torch_caches import cache_of, quanto_without_a_compiler
 from matrix.torch_drafts import helper
 
 SECTION = "Every token judged"
+TEXTS = [
+    f"please tell me how to cook {more}" for more in ("rice", "rice with apples", "when the dog ran", "a red house")
+]
 TURNS = "an answer that turns unsafe is the stock model's up to there, and ends in the refusal"
 
 
@@ -119,8 +122,35 @@ def static_by_hand(bench: Bench) -> Outcome:
     return at_each_token(bench, run)
 
 
+@row("torch", SECTION, "every token: text without the chat template, by hand, the last token on its own")
+def raw_last_token(bench: Bench) -> Outcome:
+    return last_token_alone(bench)
+
+
+@torch.no_grad()
+def last_token_alone(bench: Bench) -> Outcome:
+    """Raw text whose first piece is allowed, and which is refused for its last token alone."""
+    yes = torch.ones(1, dtype=torch.bool)
+    for text in TEXTS:
+        inputs = bench.raw(text)
+        shorter = bench.of_ids(inputs["input_ids"][0, :-1].tolist())
+        low, high = (float(bench.guarded.expected(one)) for one in (shorter, inputs))
+        if high - low < 4 * MARGIN:
+            continue
+        with bench.threshold((low + high) / 2):
+            loop = ByHand(bench, bench.model).feed_prompt(inputs, [inputs["input_ids"].shape[1] - 1])
+            assert loop.probability is not None and loop.probability < (low + high) / 2
+            bench.refused(loop.feed(inputs["input_ids"][:, -1:]).say(), yes)
+        return Outcome(REFUSED, NOT_ASKED, "refused for its last token alone")
+    raise AssertionError("no text of these is unsafe for its last token")
+
+
 @row("torch", SECTION, "every token: answer, crop into the prompt, answer again")
 def cropped(bench: Bench) -> Outcome:
+    return answered_twice(bench)
+
+
+def answered_twice(bench: Bench) -> Outcome:
     def run(model: Any, inputs: Inputs) -> Tensor:
         tokens = inputs["input_ids"].shape[1]
         loop = ByHand(bench, model).feed_prompt(inputs, [tokens])
@@ -141,14 +171,19 @@ def saved(bench: Bench) -> Outcome:
 
 @row("torch", SECTION, "every token: mixed verdicts in one batch", ("llava", "qwen2_5_vl"))
 def mixed(bench: Bench) -> Outcome:
+    return side_by_side(bench, way())
+
+
+@torch.no_grad()
+def side_by_side(bench: Bench, run: Way) -> Outcome:
     """Rows that are refused at once beside rows that turn later, or never."""
     prompts = [bench.one(seed=seed) for seed in range(6)]
     inputs = joined(bench, prompts)
-    expected = generate(bench.stock, inputs)  # (rows, tokens)
+    expected = run(bench.stock, copy.copy(inputs))  # (rows, tokens)
     scores = [bench.steps(one, said[None]) for one, said in zip(prompts, expected, strict=True)]  # (tokens,) each
     value = parting(scores)
     with bench.threshold(value):
-        found = generate(bench.model, inputs)
+        found = run(bench.model, copy.copy(inputs))
     yes = torch.ones(1, dtype=torch.bool)
     for said, plain, line in zip(found, expected, scores, strict=True):
         place = int((line >= value).long().argmax()) if (line >= value).any() else len(line)

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_export.calibrate import Calibration
-from sasa_export.emit.card import calibration_section, cost, front_matter, layers, verification_section, way
+from sasa_export.emit.card import (
+    ANSWERS,
+    RAW,
+    calibration_section,
+    cost,
+    front_matter,
+    layers,
+    verification_section,
+    way,
+)
 from sasa_export.emit.onnx import SUFFIX
 from sasa_export.open import Source
 from sasa_export.options import Options
@@ -121,16 +130,19 @@ console.log(processor.batch_decode(output, {{ skip_special_tokens: true }})[0]);
 ```
 """
 
+BELONGS = {
+    "prompt": "the call that completes a prompt; in all others it is NaN",
+    "every-token": "each call: it is the largest over the tokens that the call judges",
+}
 LIMITS = """\
 - However a prompt is fed, its verdict is the same: whole, in pieces, over turns on a kept cache, after a rewind. It
   ends where the chat template's generation prompt is complete, which the decoder recognises by its embeddings; every
-  new turn is judged on the whole conversation. Text without that generation prompt is judged at each call that
-  brings several tokens, so there a last piece of one single token counts as an answer's.
-- `unsafe_probability` (batch,) belongs to the call that completes a prompt; in all others it is NaN.
+  new turn is judged on the whole conversation. Text without that generation prompt is judged {raw}.
+- `unsafe_probability` (batch,) belongs to {belongs}.
 - What the gate keeps of each token travels in the last layers of the cache. A runtime must carry them as it carries
   the others; without them calls are refused or fail. `num_hidden_layers` in config.json counts them.
 - Whoever edits the graph, or feeds embeddings and a cache of their own making, can go around the gate.
-- The verdict is given before the first token. What the answer turns into afterwards is not judged.
+{answers}
 - A probe knows what its calibration set shows it. Other languages, other attacks and other kinds of pictures are
   judged by generalisation alone: measure them before you rely on it.
 - Only the CPU provider was run while this was exported, unless the section above says otherwise. Placement on the
@@ -148,7 +160,7 @@ def write_onnx_card(
     directory: Path,
 ) -> None:
     """Write README.md into an ONNX directory; where `flips` were counted, `checks` say how many."""
-    dtype = options.onnx_dtype
+    dtype, gate = options.onnx_dtype, sasa["gate"]
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     blocks = sum(node["op"] == "block" for node in sasa["graph"])
     parts = [
@@ -162,8 +174,7 @@ def write_onnx_card(
         "whoever drives the graphs gets the guarded model. The method is SASA (arXiv 2507.21637), built in by "
         "sasa-export without fine-tuning.\n",
         f"Opset {options.opset}, {dtype}. {TYPES[dtype]} Projection, probe and threshold are float32. Refused from "
-        f"P(unsafe) >= {sasa['threshold']:.4f} on. {layers(sasa, blocks)} {cost(sasa, blocks)}; what only the verdict "
-        "needs lies in one `If`, so each token after that costs about what it did.\n",
+        f"P(unsafe) >= {sasa['threshold']:.4f} on. {layers(sasa, blocks)} {cost(sasa, blocks)}; {_each_token(sasa)}.\n",
         "## Running\n",
         _running(config, dtype),
         "## Calibration\n",
@@ -172,9 +183,21 @@ def write_onnx_card(
         verification_section(checks, HOW[options.verify]),
         *([f"{not_counted(options).capitalize()}\n"] if flips is None else []),
         "## Limits\n",
-        LIMITS,
+        LIMITS.format(raw=RAW[gate], belongs=BELONGS[gate], answers=ANSWERS[gate]),
     ]
     (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _each_token(sasa: dict[str, Any]) -> str:
+    """What the tokens of an answer cost."""
+    if sasa["gate"] == "prompt":
+        return "what only the verdict needs lies in one `If`, so each token after that costs about what it did"
+    if sasa["safety_layer"] is None:
+        return "each token after that runs through as many"
+    return (
+        "each token after that runs through as many. Behind the semantic layer both lanes are one batch, so the "
+        "weights of those blocks are read once"
+    )
 
 
 def not_counted(options: Options) -> str:

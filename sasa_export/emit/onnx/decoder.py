@@ -6,6 +6,7 @@ the state in the cache are the functions of the model's own modeling_sasa.py.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,9 @@ class Decoder(nn.Module):
     ledger was judged by nobody, and torch raises an error there. A graph cannot, so the refusal starts in all rows
     that are not refused already.
 
+    Where every token is judged, the second lane runs along in every call instead, on cache layers of its own behind
+    the ledger's, and there is nothing to branch on.
+
     Args:
         model: the guarded ...ForConditionalGeneration.
         guarded: False leaves out everything of SASA: the plain export to compare with.
@@ -46,6 +50,7 @@ class Decoder(nn.Module):
         self.model = model
         self.guarded = guarded
         self.projection, self.ledger, self.turn, self.gate = _Named(), _Named(), _Named(), _Named()
+        self.lane = _Named()
         # What travels inside the directory is what gets exported, so it is taken from there.
         self.runtime: Any = sys.modules[type(model).__module__]
         stock: Any = type(model).__mro__[2]
@@ -54,6 +59,7 @@ class Decoder(nn.Module):
         sasa = model.config.sasa
         self.shape, self.words = self.runtime.Ledger.of(text, sasa), self.runtime.Words.of(sasa)
         self.layers = self.shape.first
+        self.every_token = sasa["gate"] == self.runtime.EVERY_TOKEN
         with torch.no_grad():
             known = model.get_input_embeddings()(torch.tensor(self.words.table, device=model.device))
         self.register_buffer("known", known.float(), persistent=False)  # (symbols, hidden)
@@ -72,7 +78,8 @@ class Decoder(nn.Module):
             inputs_embeds: (batch, tokens, hidden), float32 as the logits; the cache has the model's own type.
             attention_mask: (batch, past + tokens), int64.
             position_ids: (batch, tokens), or (3, batch, tokens) where a family has three axes.
-            past: keys and values of each layer; guarded, the ledger's layers follow those of the decoder's blocks.
+            past: keys and values of each layer; guarded, the ledger's layers follow those of the decoder's blocks, and
+                the second lane's follow the ledger's where every token is judged.
             extra: further tensors (batch, tokens), int64, that the family's forward takes.
         """
         # An input that a runtime leaves out is one zero, (1, 1); the product makes it as wide as the others.
@@ -81,7 +88,12 @@ class Decoder(nn.Module):
         inputs_embeds = inputs_embeds.to(past[0][0].dtype)
         cache = DynamicCache()
         cache.layers.extend(_filled(keys, values) for keys, values in past[: self.layers])
-        with self.runtime.recording() as seen:
+        graph, own = self.model.config.sasa["graph"], self.layers + self.shape.layers
+        lane = None
+        if self.guarded and self.every_token:
+            lane = self.runtime.LiveLane(self.model, graph, [_filled(keys, values) for keys, values in past[own:]])
+            lane.start = functools.partial(self.lane, lane.start)
+        with self.runtime.recording(lane=lane) as seen:
             output = self.stock_forward(
                 self.model, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                 position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1,
@@ -90,8 +102,7 @@ class Decoder(nn.Module):
         present = [(layer.keys, layer.values) for layer in cache.layers]
         if not self.guarded:
             return output.logits.float(), present
-        graph = self.model.config.sasa["graph"]
-        kept = [tensor for pair in past[self.layers :] for tensor in pair]  # (batch, heads, past, size) each
+        kept = [tensor for pair in past[self.layers : own] for tensor in pair]  # (batch, heads, past, size) each
         projection = self.projection(self.runtime.project_taps, graph, seen)  # (batch, tokens, hidden)
         masks = {"attention_mask": attention_mask, **extra}
         columns, last, unjudged, is_read = self.turn(
@@ -99,7 +110,31 @@ class Decoder(nn.Module):
         )
         # What only a call needs that may complete a prompt goes into a branch later on,
         context, turn = self.turn(self._turn, columns, last, kept)
-        # and what only the verdict needs, from here to the probe, into a branch of that.
+        covered = turn.covered.to(columns)  # (batch, tokens)
+        further: tuple[Any, ...]
+        if lane is not None:
+            probability, states = self.model._judge_all(turn, lane, kept[0].shape[2])  # (batch,), (batch, tokens)
+            further = (states,)
+        else:
+            probability, judged = self._verdict(turn, context, projection, kept)  # (batch,), (batch, tokens)
+            states = self.turn(self._states, turn, judged)  # (batch, tokens)
+            going_on = self.turn(self._going_on, columns, last)  # (batch, tokens)
+            further = (judged, turn.due.any(), states, covered, going_on, is_read)
+        said = self.gate(self._said, states, unjudged)  # (batch, tokens)
+        logits = self.gate(self._gate, output.logits.float(), said[:, -1:], attention_mask)
+        present += self.ledger(self._ledger, columns, said, covered, projection, kept)
+        if lane is not None:
+            present += [(lane.layers[path].keys, lane.layers[path].values) for path in lane.paths]
+        return logits, present, probability, *further
+
+    def _verdict(
+        self, turn: Any, context: torch.Tensor, projection: torch.Tensor, kept: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """P(unsafe) where a verdict is due, (batch,), and STATE (batch, tokens) by it.
+
+        What only the verdict needs, from here to the probe, goes into a branch of its own.
+        """
+        graph = self.model.config.sasa["graph"]
         whole = torch.cat([self.shape.unpack_projection(kept), projection.to(kept[0].dtype)], dim=1)
         real = context[..., self.runtime.REAL] > 0  # (batch, context)
         arguments = self.runtime.context_arguments(self.model.model, whole, real, context, self.shape)
@@ -107,15 +142,7 @@ class Decoder(nn.Module):
         probability = next(values[node["name"]] for node in graph if node["op"] == "probe")  # (batch,)
         probability = probability.masked_fill(~turn.due, float("nan"))
         refused = ~(probability < self.model.config.sasa["threshold"])  # (batch,); NaN is refused
-        judged = turn.refused_states * refused[:, None]  # (batch, tokens)
-
-        states = self.turn(self._states, turn, judged)  # (batch, tokens)
-        covered = turn.covered.to(columns)  # (batch, tokens)
-        going_on = self.turn(self._going_on, columns, last)  # (batch, tokens)
-        said = self.gate(self._said, states, unjudged)  # (batch, tokens)
-        logits = self.gate(self._gate, output.logits.float(), said[:, -1:], attention_mask)
-        ledger = self.ledger(self._ledger, columns, said, covered, projection, kept)
-        return logits, [*present, *ledger], probability, judged, turn.due.any(), states, covered, going_on, is_read
+        return probability, turn.refused_states * refused[:, None]
 
     def _columns(
         self,
@@ -199,14 +226,23 @@ class Decoder(nn.Module):
         assert (runtime.STATE, runtime.JUDGED) == (0, runtime.POSITION - 1)
         middle, places = columns[..., 1 : runtime.JUDGED], columns[..., runtime.POSITION :]
         columns = torch.cat([states[..., None], middle, covered[..., None], places], dim=-1)
-        rows = self.shape.pack(columns, projection, kept[0].dtype)
+        rows = self.shape.pack(columns, projection[..., : self.shape.hidden], kept[0].dtype)
         grown = [torch.cat([before, row], dim=2) for before, row in zip(kept, rows, strict=True)]
         return list(zip(grown[::2], grown[1::2], strict=True))
 
     @property
     def count(self) -> int:
         """How many cache layers the graph has."""
-        return self.layers + (self.shape.layers if self.guarded else 0)
+        return self.layers + (gate_layers(self.model) if self.guarded else 0)
+
+    @property
+    def lane_outputs(self) -> list[str]:
+        """The outputs of the second lane: P(unsafe), what follows from it, and the lane's own cache layers."""
+        if not self.every_token:
+            return ["unsafe_probability", "sasa.judged"]
+        own = range(self.layers + self.shape.layers, self.count)
+        caches = [f"present.{layer}.{kind}" for layer in own for kind in ("key", "value")]
+        return ["unsafe_probability", "sasa.states", *caches]
 
     def signature(self, position_axes: int, extra: dict[str, tuple[str | int, ...]]) -> Signature:
         """Names and dimensions as runtimes expect them."""
@@ -229,8 +265,11 @@ class Decoder(nn.Module):
         if self.guarded:
             outputs["unsafe_probability"] = ("batch_size",)
             tokens = ("batch_size", "sequence_length")
-            outputs |= {"sasa.judged": tokens, "is_due": ()}
-            outputs |= {"sasa.states": tokens, "sasa.covered": tokens, "sasa.going_on": tokens, "is_read": ()}
+            if self.every_token:
+                outputs["sasa.states"] = tokens
+            else:
+                outputs |= {"sasa.judged": tokens, "is_due": ()}
+                outputs |= {"sasa.states": tokens, "sasa.covered": tokens, "sasa.going_on": tokens, "is_read": ()}
         return Signature(inputs | extra, outputs)
 
     def example(self, signature: Signature, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -257,10 +296,13 @@ class Decoder(nn.Module):
         )  # fmt: skip
 
 
-def ledger_layers(model: Any) -> int:
-    """How many cache layers a guarded model has behind those of its blocks."""
-    ledger: Any = sys.modules[type(model).__module__].Ledger
-    return int(ledger.of(model.config.get_text_config(decoder=True), model.config.sasa).layers)
+def gate_layers(model: Any) -> int:
+    """How many cache layers a guarded model has behind those of its blocks: the ledger's, and a lane's own."""
+    runtime: Any = sys.modules[type(model).__module__]
+    sasa = model.config.sasa
+    ledger = int(runtime.Ledger.of(model.config.get_text_config(decoder=True), sasa).layers)
+    own = sum(node["op"] == "lane_block" for node in sasa["graph"]) if sasa["gate"] == runtime.EVERY_TOKEN else 0
+    return ledger + own
 
 
 class _Named(nn.Module):

@@ -12,7 +12,7 @@ import torch
 
 from sasa_export.emit.onnx import DECODER, EMBEDDING, SUFFIX, VISION
 from sasa_export.emit.onnx.convert import convert
-from sasa_export.emit.onnx.decoder import Decoder, Signature, ledger_layers
+from sasa_export.emit.onnx.decoder import Decoder, Signature, gate_layers
 from sasa_export.emit.onnx.layout import stock_type, write_files
 from sasa_export.emit.onnx.passes.branch import run_where
 from sasa_export.emit.onnx.passes.names import forget_origin, name_decoder, name_tower
@@ -58,7 +58,7 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
     advance("writing configuration and processor")
     processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
-    write_files(patched, out, processor, external=external, ledger=ledger_layers(model))
+    write_files(patched, out, processor, external=external, gate=gate_layers(model))
     _forget(model)
 
 
@@ -98,10 +98,12 @@ def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float
     graph = convert(decoder, decoder.example(signature, model.dtype), signature, opset=opset)
     family = family_of(stock_type(model.config.model_type))
     modules = {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")}
-    name_decoder(graph, modules, results=VERDICT if guarded else ())
+    name_decoder(graph, modules, results=decoder.lane_outputs if guarded else ())
     forget_origin(graph)
     graph = _quantized(graph, dtype)
-    if guarded:
+    if guarded and decoder.every_token:
+        graph.graph.outputs[:] = [value for value in graph.graph.outputs if value.name != "sasa.states"]
+    elif guarded:
         kept = ["unsafe_probability"]
         run_where(graph, "/sasa/lane", results=VERDICT, kept=[*kept, *READING], predicate="is_due")
         run_where(graph, "/sasa/turn/read", results=READING, kept=kept, predicate="is_read")

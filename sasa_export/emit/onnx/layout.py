@@ -23,19 +23,19 @@ def stock_type(model_type: str) -> str:
     return model_type.removeprefix("sasa_")
 
 
-def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str, int], ledger: int) -> None:
+def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str, int], gate: int) -> None:
     """Write configuration, processor and tokenizer files.
 
     Args:
         patched: the guarded safetensors directory; `out`: the ONNX directory.
         processor: what AutoProcessor makes of `patched`.
         external: the graphs that have a file of weights beside them, and how many.
-        ledger: how many cache layers the gate's ledger takes.
+        gate: how many cache layers the gate takes.
     """
     for name in COPIED:
         if (patched / name).exists():
             shutil.copyfile(patched / name, out / name)
-    _write(out / "config.json", _config(_read(patched / "config.json"), external, ledger))
+    _write(out / "config.json", _config(_read(patched / "config.json"), external, gate))
     described = processor.image_processor.to_dict()
     described["processor_class"] = type(processor).__name__
     described["image_processor_type"] = _plain(type(processor.image_processor).__name__)
@@ -46,8 +46,8 @@ def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str,
     _write(out / "tokenizer_config.json", {**tokenizer, "chat_template": template})
 
 
-def _config(config: dict[str, Any], external: dict[str, int], ledger: int) -> dict[str, Any]:
-    """The stock configuration, except that its decoder has the ledger's cache layers too."""
+def _config(config: dict[str, Any], external: dict[str, int], gate: int) -> dict[str, Any]:
+    """The stock configuration, except that its decoder has the gate's cache layers too."""
     out = {key: value for key, value in config.items() if key != "auto_map"}
     out["model_type"] = stock_type(config["model_type"])
     out["architectures"] = [name.removeprefix("Sasa") for name in config.get("architectures", [])]
@@ -58,9 +58,9 @@ def _config(config: dict[str, Any], external: dict[str, int], ledger: int) -> di
     out["quantization_config"] = SEAL
     text = out["text_config"]
     # Runtimes count the cache by this number.
-    text["num_hidden_layers"] += ledger
+    text["num_hidden_layers"] += gate
     if "layer_types" in text:
-        text["layer_types"] += ["full_attention"] * ledger
+        text["layer_types"] += ["full_attention"] * gate
     if external:
         out["transformers.js_config"] = {"use_external_data_format": external}
     return out

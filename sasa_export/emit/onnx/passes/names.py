@@ -69,14 +69,23 @@ def forget_origin(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _path(node: ir.Node) -> str:
+def _scopes(node: ir.Node) -> list[str]:
+    """The modules that an operation was traced in, from the outermost on."""
     scopes = node.metadata_props.get(SCOPES)
-    modules = ast.literal_eval(scopes)[:-1] if scopes else []  # the last one is the operation itself
-    return str(modules[-1]) if modules else ""
+    return ast.literal_eval(scopes)[:-1] if scopes else []  # the last one is the operation itself
+
+
+def _path(node: ir.Node) -> str:
+    scopes = _scopes(node)
+    return str(scopes[-1]) if scopes else ""
 
 
 def _place(node: ir.Node, modules: dict[str, str], prefix: str) -> str:
     path = _path(node)
+    if path == "lane":  # what it does before its first block
+        return "/sasa/projection"
+    if "lane" in _scopes(node):
+        prefix = "/sasa/lane"
     if path in ("projection", "ledger", "turn", "gate"):
         return f"/sasa/{path}"
     for role, name in (("blocks", "layers"), ("norm", "norm"), ("head", "lm_head")):
