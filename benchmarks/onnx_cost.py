@@ -40,7 +40,7 @@ from torch_cost import (
     write_probe,
 )
 
-PLAIN, GUARDED = "plain", "guarded"
+PLAIN, GUARDED, EVERY = "plain", "guarded", "every"  # the graphs; the last one judges every token
 Clock = Callable[[], float]
 
 
@@ -60,6 +60,7 @@ class Session:
             for value in self.session.get_inputs()
             if value.name.startswith("past_key_values.")
         }
+        self.token_bytes = 4 * sum(int(array.shape[1] * array.shape[3]) for array in self.empty.values())
         self.names = [value.name for value in self.session.get_outputs()]
         axes = {value.name: len(value.shape) for value in self.session.get_inputs()}["position_ids"]
         self.position_shape = (3, 1) if axes == 3 else (1,)
@@ -147,18 +148,21 @@ def ratio(what: str, measured: Series, against: Series) -> Row:
 
 
 def write_graphs(model: Any, place: Path, opset: int, dtype: str = "float32") -> dict[str, int]:
-    """Write the plain and the guarded decoder; the bytes of each."""
+    """Write the plain and both guarded decoders; the bytes of each."""
     from sasa_export.emit.onnx.graphs import decoder_graph, write_model
     from sasa_export.emit.onnx.layout import stock_type
     from sasa_export.emit.onnx.recipes import recipe_of
 
     recipe = recipe_of(stock_type(model.config.model_type))
     sizes = {}
-    for name in (PLAIN, GUARDED):
+    settings = model.config.sasa
+    for name in (PLAIN, GUARDED, EVERY):
+        model.config.sasa = {**settings, "gate": "every-token"} if name == EVERY else settings
         path = place / name / "decoder.onnx"
         path.parent.mkdir(parents=True)
-        write_model(decoder_graph(model, recipe, opset=opset, dtype=dtype, guarded=name == GUARDED), path)
+        write_model(decoder_graph(model, recipe, opset=opset, dtype=dtype, guarded=name != PLAIN), path)
         sizes[name] = sum(file.stat().st_size for file in path.parent.iterdir())
+    model.config.sasa = settings
     return sizes
 
 
@@ -172,7 +176,7 @@ def measure(base: Path, patched: Path, place: Path, tokens: int, steps: int, rep
     clock = clock_for(threads)
     click.echo("exporting ...", err=True)
     sizes = write_graphs(pair.patched, place, opset)
-    sessions = {name: Session(place / name / "decoder.onnx", threads) for name in (PLAIN, GUARDED)}
+    sessions = {name: Session(place / name / "decoder.onnx", threads) for name in (PLAIN, GUARDED, EVERY)}
     inputs = pair.prompts["text"]
     with torch.no_grad():
         embeds = pair.plain.get_input_embeddings()(inputs["input_ids"]).numpy()  # (1, tokens, hidden)
@@ -181,6 +185,7 @@ def measure(base: Path, patched: Path, place: Path, tokens: int, steps: int, rep
             {
                 "plain": prompt_of(sessions[PLAIN], embeds),
                 "guarded": prompt_of(sessions[GUARDED], embeds),
+                "every": prompt_of(sessions[EVERY], embeds),
                 "torch": timed(prefill(pair.patched, inputs), clock),
                 "torch first": timed(first_token(pair.patched, inputs), clock),
                 "two-pass": timed(two_pass(pair.plain, inputs, settings, pair.patched.sasa.probe), clock),
@@ -205,6 +210,12 @@ def measure(base: Path, patched: Path, place: Path, tokens: int, steps: int, rep
             milliseconds(min(stepped[PLAIN].values)), f"{least:.3f}"),
         Row("decoder file against the plain one and the probe", megabytes(sizes[GUARDED]), megabytes(plain_and_probe),
             f"{sizes[GUARDED] / plain_and_probe:.4f}"),
+        ratio(f"prefill, every token judged, against the plain graph ({length})", found["every"], found["plain"]),
+        ratio("decoding, every token judged, against the plain graph, per token", stepped[EVERY], stepped[PLAIN]),
+        Row("bytes of cache per token, every token judged", f"{sessions[EVERY].token_bytes:,}",
+            f"{sessions[PLAIN].token_bytes:,}", f"{sessions[EVERY].token_bytes / sessions[PLAIN].token_bytes:.3f}"),
+        Row("the same, judged by prompt", f"{sessions[GUARDED].token_bytes:,}", f"{sessions[PLAIN].token_bytes:,}",
+            f"{sessions[GUARDED].token_bytes / sessions[PLAIN].token_bytes:.3f}"),
         ratio(f"prefill against the patched model in torch ({length})", found["guarded"], found["torch"]),
         ratio("decoding against the patched model in torch, per token", stepped[GUARDED], stepped["torch"]),
         ratio(f"prefill against two passes, then generate, in torch ({length})", found["guarded"], found["two-pass"]),

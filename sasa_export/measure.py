@@ -17,6 +17,7 @@ from sasa_export.errors import OpenError, TraceError
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source
 from sasa_export.open.load import SPREAD, load_model
+from sasa_export.open.memory import fits
 from sasa_export.options import Options
 from sasa_export.report import Silent
 from sasa_export.rewrite import LaneSettings, rewrite_lane
@@ -98,21 +99,22 @@ def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
 
 
 def running(source: Source, options: Options) -> tuple[str, str]:
-    """The dtype and device to run in."""
+    """The dtype and device to run in; `auto` spreads a model over all there are where one device has no room for it."""
     import torch
 
     device = options.device
+    dtype = options.dtype
+    if dtype == "auto":
+        stored = source.config.get("dtype") or source.config.get("torch_dtype")
+        dtype = str(stored) if str(stored) in ("float32", "bfloat16", "float16") else "float32"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device if fits(source, dtype, device) else SPREAD
     try:
         if device != SPREAD:
             torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OpenError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from None
-    dtype = options.dtype
-    if dtype == "auto":
-        stored = source.config.get("dtype") or source.config.get("torch_dtype")
-        dtype = str(stored) if str(stored) in ("float32", "bfloat16", "float16") else "float32"
     return dtype, device
 
 

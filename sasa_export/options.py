@@ -122,7 +122,12 @@ class Options:
     )
 
     batch_size: int = _option(16, "Prompts at a time in calibration.", group="Running")
-    device: str = _option("auto", "Where the model runs: auto, cpu, cuda, cuda:1 ...", group="Running")
+    device: str = _option(
+        "auto",
+        "Where the model runs: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto "
+        "does where one device has no room for the model.",
+        group="Running",
+    )
     dtype: str = _option(
         "auto", "Type the model runs in while it is calibrated and verified.", group="Running", choices=DTYPES
     )

@@ -110,7 +110,7 @@ def test_every_token(tiny_model: Tiny, probe: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for line in (
         r"✓ config.json counts the gate's layers in the cache: (\d+) in it, \1 in the graph",
-        r"✓ attention and norms are single operators: 4 Attention, 10 RMSNormalization, \d+ RotaryEmbedding over 3 \+ 1",
+        r"✓ attention and norms are single operators: 4 Attention, 10 RMSNormalization, .* over 3 \+ 1 blocks",
         r"✓ allowed prompts are answered as by the original: (\d+) of \1, .*, [1-9]\d* of them until the refusal took",
     ):
         assert re.search(line, result.stderr), result.stderr

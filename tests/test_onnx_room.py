@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from sasa_export import pipeline
 from sasa_export.cli import main
 from sasa_export.emit.onnx import room
-from sasa_export.open import Source, open_source
+from sasa_export.open import Source, memory, open_source
 
 Tiny = Callable[..., Path]
 GB = 10**9
@@ -117,12 +117,12 @@ def test_the_types_of_a_source(tiny_model: Tiny) -> None:
 
 def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 10 * GB
-    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    monkeypatch.setattr(room, "CGROUP", tmp_path)
-    assert room.available_memory() == free
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.available_memory() == free
     (tmp_path / "memory.max").write_text("max\n")
-    assert room.available_memory() == free
+    assert memory.available_memory() == free
     (tmp_path / "memory.max").write_text("4000000000\n")
     (tmp_path / "memory.current").write_text("3000000000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 500000000\nactive_file 100000000\n")
-    assert room.available_memory() == 1_600_000_000
+    assert memory.available_memory() == 1_600_000_000

@@ -23,6 +23,7 @@ from sasa_export.calibrate.probe import (
 )
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
+from sasa_export.open.load import head_weight
 
 LEAST_AUC = 0.6  # a probe that ranks hardly better than chance would refuse at random
 
@@ -69,7 +70,7 @@ def calibrate(
     if graph.of("lane_head"):
         metric = None
     else:
-        metric = head_metric(model.get_output_embeddings().weight.detach().float().cpu().numpy())
+        metric = head_metric(head_weight(model))
     projected = _measured(features.projected, metric)  # without projection, the main lane's end
 
     def scored(features: np.ndarray) -> tuple[float, np.ndarray]:

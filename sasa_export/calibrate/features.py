@@ -12,6 +12,7 @@ import numpy as np
 from sasa_export.calibrate.data import Prompt
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
+from sasa_export.open.load import entrance
 from sasa_export.share import crew
 
 RECENT = "recent"  # the name of the mean over the last few tokens
@@ -149,8 +150,9 @@ def collect(
 
 def place(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """Move inputs to the model's device, pictures to its dtype."""
+    device = entrance(model)
     return {
-        name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        name: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
         for name, value in inputs.items()
     }
 

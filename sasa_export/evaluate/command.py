@@ -51,7 +51,8 @@ import click
     "--device",
     default="auto",
     show_default=True,
-    help="Where the models run: auto, cpu, cuda, cuda:1 ..., or spread, over all devices there are.",
+    help="Where the models run: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto "
+    "does where one device has no room for the model.",
 )
 @click.option(
     "--dtype",

@@ -30,7 +30,7 @@ from sasa_export.locate.fingerprint import fingerprint
 from sasa_export.locate.work import Work
 from sasa_export.measure import running
 from sasa_export.open import Source, layers_of
-from sasa_export.open.load import load_model, load_processor, read_sizes
+from sasa_export.open.load import head_weight, load_model, load_processor, read_sizes
 from sasa_export.pipeline import trace_source
 from sasa_export.report import Silent
 from sasa_export.rewrite import LaneSettings, rewrite_lane
@@ -222,7 +222,7 @@ def _metric(setting: Setting, plain: Lazy[Any]) -> np.ndarray | None:
     """The head's metric, (hidden, hidden); None where the probe sees capped logits."""
     if setting.lane.of("lane_head"):
         return None
-    return head_metric(plain().model.get_output_embeddings().weight.detach().float().cpu().numpy())
+    return head_metric(head_weight(plain().model))
 
 
 def _answers(setting: Setting, model: Lazy[Any], kind: str, work: Work, team: Crew, report: Silent) -> list[Answer]:

@@ -40,7 +40,13 @@ import click
     help="Write the layers found into this family file; one that is not there begins as a copy of the model's own.",
 )
 @click.option("--batch-size", type=click.INT, default=16, show_default=True, help="Prompts at a time.")
-@click.option("--device", default="auto", show_default=True, help="Where the model runs: auto, cpu, cuda, cuda:1 ...")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where the model runs: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto "
+    "does where one device has no room for the model.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(("auto", "float32", "bfloat16", "float16")),

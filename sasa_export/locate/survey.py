@@ -21,6 +21,7 @@ from sasa_export.locate.prompts import controls
 from sasa_export.locate.separability import Separability
 from sasa_export.locate.sweep import Sweep, sweep
 from sasa_export.locate.work import Work
+from sasa_export.open.load import head_weight
 from sasa_export.report import Silent
 from sasa_export.share import Crew
 
@@ -77,13 +78,13 @@ def survey(lane: MainLane, prompts: Sequence[Prompt], passes: tuple[Lanes, Lanes
     """The figures, from what `run_lanes` left."""
     lanes, control_lanes = passes
     blocks = len(lane.modules)
-    head = lane.model.get_output_embeddings().weight.detach()
+    head = head_weight(lane.model)  # (vocabulary, hidden)
     with report.bar(blocks, "separate") as advance:
         separability = perceived(lanes, prompts, blocks, advance)
     alignment = understood(control_lanes, controls(prompts), blocks)
     words = lanes.words()
     expression, pieces = expressed(words, lane.processor.tokenizer, head.shape[0])
-    metric = head_metric(head.float().cpu().numpy())
+    metric = head_metric(head)
     with report.bar(len(way.pairs) + 1, "sweep") as advance:
         swept = sweep(lanes, prompts, way.pairs, metric, regularization=way.regularization, advance=advance)
     return Survey(separability, alignment, expression, swept, lanes, words, pieces)

@@ -83,6 +83,23 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
     return model.eval()
 
 
+def head_weight(model: Any) -> Any:
+    """The weights of a model's head, (vocabulary, hidden), float32 in numpy, even where they lie on disk."""
+    from accelerate.utils import align_module_device
+
+    head = model.get_output_embeddings()
+    with align_module_device(head, "cpu"):
+        return head.weight.detach().float().numpy()
+
+
+def entrance(model: Any) -> Any:
+    """The device that inputs go to. What lies on disk has none of its own, and runs where the rest does."""
+    import torch
+
+    kinds = (parameter.device for parameter in model.parameters())
+    return next((device for device in kinds if device.type != "meta"), torch.device("cpu"))
+
+
 def load_processor(source: Source) -> Any:
     """The stock processor, padding on the left, as generation wants it. OpenError where it cannot write a prompt."""
     from transformers import AutoProcessor

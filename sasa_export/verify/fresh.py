@@ -54,8 +54,9 @@ def main(directory: str, dtype: str, device: str, tokens: int) -> dict[str, Any]
             return_dict=True,
             processor_kwargs={"padding": True, "return_tensors": "pt"},
         )
+        device = model.device if model.device.type != "meta" else "cpu"  # where the first weights lie on disk
         inputs = {
-            name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+            name: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
             for name, value in inputs.items()
         }
         with torch.no_grad():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
-
-import psutil  # type: ignore[import-untyped]
 
 from sasa_export.emit.onnx import SUFFIX
 from sasa_export.errors import EmitError
 from sasa_export.open import Source
+from sasa_export.open.memory import available_memory
 from sasa_export.options import Options
 
 # Bits of a weight in memory while the graphs are made, by type of the graphs; the quantizer starts from float32.
@@ -27,7 +25,6 @@ QUANTIZED, COPIES = 1.5, 9
 RUN = 1.5
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MATRIX = 2  # axes
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def needed_bytes(source: Source, dtype: str) -> int:
@@ -61,17 +58,6 @@ def stored_types(source: Source) -> set[str]:
         with safe_open(shard.path, framework="np") as file:
             found |= {file.get_slice(key).get_dtype() for key in shard.keys}
     return {DTYPES.get(name, name) for name in found}
-
-
-def available_memory() -> int:
-    """Bytes that a process may still take: the machine's, or those of the container that it runs in."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        most, used = int((CGROUP / "memory.max").read_text()), int((CGROUP / "memory.current").read_text())
-        files = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return min(free, most - used + int(files["inactive_file"]) + int(files["active_file"]))
-    except (OSError, ValueError, KeyError):  # no limit, or none that is told in this way
-        return free
 
 
 def check_memory(source: Source, options: Options) -> None:

@@ -42,7 +42,8 @@ def sweep_map(located: Located, theme: Theme) -> bytes:
         axis.set_yticks(range(len(up)), [str(layer) for layer in up])
         axis.set_xlabel("safety layer")
         axis.set_ylabel("semantic layer")
-        axis.set_title(f"Chosen: {chosen[0]} and {chosen[1]}; dotted: within noise of it")
+        others = "; dotted: within noise of it" if set(located.proposal.tied) - {chosen} else ""
+        axis.set_title(f"Chosen: {chosen[0]} and {chosen[1]}{others}")
         for side in ("left", "bottom"):
             axis.spines[side].set_visible(False)
         bar = figure.colorbar(image, ax=axis, pad=0.02)
