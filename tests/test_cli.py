@@ -1166,7 +1166,7 @@ def test_a_full_run(llava: Path, calibration: Path, place: Path) -> None:
     result = succeeds(
         *flags(llava, out, calibration=calibration, safety_layer=1, semantic_layer=3, max_false_positive_rate=0.1)
     )
-    assert "✗" not in result.stderr and result.stderr.count("✓") == 11
+    assert "✗" not in result.stderr and result.stderr.count("✓") == 12
     assert "48 prompts: AUC" in result.stderr
     scores = json.loads((out / "sasa-calibration.json").read_text())
     assert len(scores["prompts"]) == 48
@@ -1182,7 +1182,7 @@ def test_a_full_run(llava: Path, calibration: Path, place: Path) -> None:
 
     again = script("verify", str(out))
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("✓") == 12 and "✗" not in again.stderr
+    assert again.stderr.count("✓") == 13 and "✗" not in again.stderr
 
     # The header of a shard, so that the model does not even load: the file is named all the same.
     flip(out / "model-00001-of-00002.safetensors", 20)

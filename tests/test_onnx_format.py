@@ -90,7 +90,7 @@ def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, st
         r"✓ the graph checker passes: 3 of 3 graphs",
         r"✓ no weight is stored twice: ([\d,]+) bytes, \1 of them unique",
         r"✓ attention and norms are single operators: 5 Attention, 12 RMSNormalization, 10 RotaryEmbedding",
-        r"✓ P\(unsafe\) is that of .* tolerance 0.0001 \(float32 graphs on CPU\w+, float32 calibration\)",
+        r"✓ P\(unsafe\) is the original's: .* tolerance 0.0001 \(float32 graphs on CPU\w+, float32 original\)",
         r"✓ allowed prompts have the original's logits: largest difference \d\.\de-0[5-9]",
     ):
         assert re.search(line, said), line
@@ -160,7 +160,7 @@ def compared(threshold: float = 0.5, dtype: str = "float32", **changed: Any) -> 
     refused = {"unsafe_probability": 0.9, "tokens": [1, 2], "logits": [-1e4], "finite": True}
     changes = changed.pop("changes", [])
     found = {"provider": "CPUExecutionProvider", "changes": changes, "cases": [refused, {**allowed, **changed}]}
-    sasa = {"threshold": threshold, "refusal_token_ids": [1, 2]}
+    sasa = {"threshold": threshold, "refusal_token_ids": [1, 2], "gate": "prompt"}
     checks = verify_onnx.compare({"dtype": "float32", "cases": cases}, found, sasa, dtype)
     return {check.name.split()[0]: check.passed for check in checks if not check.passed}
 

@@ -13,14 +13,24 @@ from sasa_export import verify
 REFUSAL = [7, 8, 2]
 
 
-def checks(monkeypatch: pytest.MonkeyPatch, directory: Path, found: list[tuple[float, list[int]]]) -> dict[str, bool]:
-    """The outcome of each check, by name, for what the fresh process found of a safe and an unsafe case."""
+def checks(
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+    found: list[tuple[float, list[int]]],
+    *,
+    dtype: str = "float32",
+    apart: float = 0.9,
+) -> dict[str, bool]:
+    """The outcome of each check, by name, for what the fresh process found of a safe and an unsafe case.
+
+    `apart` is the P(unsafe) that the unsafe one had in a batch of the calibration.
+    """
     cases: list[dict[str, Any]] = [
-        {"unsafe_probability": 0.1, "tokens": [4, 5, 6]},
-        {"unsafe_probability": 0.9, "tokens": [6, 5, 4]},
+        {"unsafe_probability": 0.1, "calibrated": 0.1, "tokens": [4, 5, 6]},
+        {"unsafe_probability": 0.9, "calibrated": apart, "tokens": [6, 5, 4]},
     ]
     (directory / verify.cases.FOLDER).mkdir()
-    (directory / verify.cases.FOLDER / verify.cases.CASES).write_text(json.dumps({"dtype": "float32", "cases": cases}))
+    (directory / verify.cases.FOLDER / verify.cases.CASES).write_text(json.dumps({"dtype": dtype, "cases": cases}))
     sasa = {"threshold": 0.5, "refusal_token_ids": REFUSAL, "gate": "prompt"}
     (directory / "config.json").write_text(json.dumps({"sasa": sasa}))
     outcome = {
@@ -40,9 +50,9 @@ def test_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "failing"),
     [
-        ([(0.1, [4, 5, 6]), (float("nan"), REFUSAL)], "P(unsafe) is that of the calibration"),
-        ([(0.2, [4, 5, 6]), (0.9, REFUSAL)], "P(unsafe) is that of the calibration"),
-        ([(0.1, [4, 5, 6]), (0.1, [6, 5, 4])], "verdicts are those of the calibration"),
+        ([(0.1, [4, 5, 6]), (float("nan"), REFUSAL)], "P(unsafe) is the original's"),
+        ([(0.2, [4, 5, 6]), (0.9, REFUSAL)], "P(unsafe) is the original's"),
+        ([(0.1, [4, 5, 6]), (0.1, [6, 5, 4])], "verdicts are the original's"),
         ([(0.1, [4, 5, 6]), (0.9, [6, 5, 4])], "refused prompts spell the refusal"),
         ([(0.1, [4, 5, 7]), (0.9, REFUSAL)], "allowed prompts are answered as by the original"),
     ],
@@ -50,3 +60,14 @@ def test_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 )
 def test_what_is_wrong_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: Any, failing: str) -> None:
     assert not checks(monkeypatch, tmp_path, found)[failing]
+
+
+def test_batches_may_be_apart_in_half_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A prompt alone and one in a padded batch round differently; what is far apart is padded wrongly."""
+    name, well = "P(unsafe) is that of the calibration", [(0.1, [4, 5, 6]), (0.9, REFUSAL)]
+    for number, (dtype, apart, holds) in enumerate(
+        [("float32", 0.93, False), ("bfloat16", 0.93, True), ("bfloat16", 0.7, False), ("float32", 0.9, True)]
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        assert checks(monkeypatch, place, well, dtype=dtype, apart=apart)[name] is holds

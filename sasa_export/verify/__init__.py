@@ -14,6 +14,7 @@ from sasa_export.verify.onnx import check_graphs, check_onnx, check_onnx_against
 from sasa_export.verify.process import run_fresh
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}  # of P(unsafe), between two processes
+BATCHED = {"float32": 1e-4, "bfloat16": 0.15, "float16": 2e-2}  # the same, between a prompt alone and one in a batch
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both
 
 __all__ = [
@@ -71,16 +72,26 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
     tolerance = TOLERANCE[dtype]
     checks.append(
         Check(
-            "P(unsafe) is that of the calibration",
+            "P(unsafe) is the original's",
             bool(largest <= tolerance),
             f"largest difference {largest:.1e} over {len(cases)} prompts, tolerance {tolerance:.0e}",
         )
     )
+    fitted = [case.get("calibrated") for case in cases]
+    apart = [abs(want - have) for want, (have, _) in zip(fitted, got, strict=True) if want is not None]
+    if apart:
+        largest, tolerance = np.max(apart), BATCHED[dtype]
+        detail = f"largest difference {largest:.1e} over {len(apart)} prompts, which ran in batches there"
+        checks.append(
+            Check(
+                "P(unsafe) is that of the calibration", bool(largest <= tolerance), f"{detail}, tolerance {tolerance:g}"
+            )
+        )
     same = sum(
-        (want >= threshold) == (have >= threshold) or abs(want - threshold) <= tolerance
+        (want >= threshold) == (have >= threshold) or abs(want - threshold) <= TOLERANCE[dtype]
         for (want, _), (have, _) in zip(expected, got, strict=True)
     )
-    checks.append(Check("verdicts are those of the calibration", same == len(cases), f"{same} of {len(cases)}"))
+    checks.append(Check("verdicts are the original's", same == len(cases), f"{same} of {len(cases)}"))
     refused = [tokens for score, tokens in got if not score < threshold]
     spelled = sum(tokens[: len(refusal)] == refusal[:TOKENS] for tokens in refused)
     detail = f"{spelled} of {len(refused)}" if refused else "no case is refused at this threshold"

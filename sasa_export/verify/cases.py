@@ -28,13 +28,15 @@ LOGITS = 8  # the largest ones of a case's first token that are kept
 class Case:
     """One prompt with the expected P(unsafe), and the original's greedy answer as token ids.
 
-    `logits` are the largest of its first token, as pairs of token id and value.
+    `logits` are the largest of its first token, as pairs of token id and value. `calibrated` is the P(unsafe) of the
+    calibration run, where the prompt ran in a batch, padded: in half precision that is another number.
     """
 
     prompt: Prompt
     unsafe_probability: float
     tokens: tuple[int, ...]
     logits: tuple[tuple[int, float], ...] = ()
+    calibrated: float | None = None
 
 
 def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Prompt]:
@@ -55,20 +57,14 @@ def expect(
 ) -> Iterator[Case]:
     """Cases from the unpatched model, one prompt at a time.
 
-    P(unsafe) is what the calibration run found (`scores`, one for each prompt), or, with a probe that was given,
-    what its lane finds now.
+    `scores` are what the calibration run found, one for each prompt; None where a probe was given.
     """
     import torch
 
-    known = (
-        None if scores is None else {prompt.name: float(score) for prompt, score in zip(prompts, scores, strict=True)}
-    )
+    known = {} if scores is None else {prompt.name: float(score) for prompt, score in zip(prompts, scores, strict=True)}
     for prompt in choose(prompts, scores):
-        if known is None:
-            state = collect(model, processor, lane, [prompt], batch_size=1).projected.astype(np.float64)
-            score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
-        else:
-            score = known[prompt.name]
+        state = collect(model, processor, lane, [prompt], batch_size=1).projected.astype(np.float64)
+        score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
         inputs = place(encode(processor, [prompt]), model)
         with torch.no_grad():
             answer = model.generate(
@@ -77,7 +73,8 @@ def expect(
             )  # fmt: skip
         tokens = tuple(answer.sequences[0, inputs["input_ids"].shape[1] :].tolist())
         largest = answer.logits[0][0].float().topk(LOGITS)
-        yield Case(prompt, score, tokens, tuple(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)))
+        logits = tuple(zip(largest.indices.tolist(), largest.values.tolist(), strict=True))
+        yield Case(prompt, score, tokens, logits, known.get(prompt.name))
 
 
 def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
@@ -96,6 +93,7 @@ def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
                 "prompt": case.prompt.prompt,
                 "image": image,
                 "unsafe_probability": case.unsafe_probability,
+                "calibrated": case.calibrated,
                 "tokens": list(case.tokens),
                 "logits": [list(pair) for pair in case.logits],
             }

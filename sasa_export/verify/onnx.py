@@ -195,10 +195,10 @@ def compare(written: dict[str, Any], found: dict[str, Any], sasa: dict[str, Any]
     largest = np.max([abs(case["unsafe_probability"] - have["unsafe_probability"]) for case, have in pairs])
     checks = [
         Check(
-            "P(unsafe) is that of the calibration",
+            "P(unsafe) is the original's",
             bool(largest <= tolerance),
             f"largest difference {largest:.1e} over {len(cases)} prompts, tolerance {tolerance:g} "
-            f"({dtype} graphs on {found['provider']}, {written['dtype']} calibration)",
+            f"({dtype} graphs on {found['provider']}, {written['dtype']} original)",
         )
     ]
 
@@ -209,7 +209,7 @@ def compare(written: dict[str, Any], found: dict[str, Any], sasa: dict[str, Any]
     same = sum(refuses(case) == refuses(have) for case, have in clear)
     flips = sum(refuses(case) != refuses(have) for case, have in pairs)
     detail = f"{same} of {len(clear)} outside the tolerance of the threshold; {flips} of {len(pairs)} flipped"
-    checks.append(Check("verdicts are those of the calibration", same == len(clear), detail))
+    checks.append(Check("verdicts are the original's", same == len(clear), detail))
 
     refused = [have["tokens"] for have in got if refuses(have)]
     spelled = sum(tokens[: len(refusal)] == refusal[:TOKENS] for tokens in refused)
