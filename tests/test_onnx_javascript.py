@@ -83,6 +83,26 @@ def test_transformers_js_says_what_torch_says(
         assert entry["tokens"] == wanted
 
 
+@pytest.mark.xdist_group("onnx-smolvlm")
+@torch.no_grad()
+def test_transformers_js_judges_every_token(
+    guard: Any, exported: Any, node: Callable[..., Any], tmp_path: Path
+) -> None:
+    """An answer ends in the refusal where it does in torch."""
+    guarded = guard("smolvlm", gate="every-token")
+    as_on_a_hub(exported(guarded.directory), tmp_path / "model")
+    tiny.random_image(3).resize((tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)).save(tmp_path / "picture.png")
+    words = (str(tmp_path), "model", CLASSES["smolvlm"], str(tmp_path / "picture.png"), str(TOKENS), *PROMPTS)
+    begun = set()
+    for entry in node(*words):
+        inputs = inputs_of(entry, guarded)
+        length = inputs["input_ids"].shape[1]
+        answer = guarded.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, length:].tolist()
+        assert entry["tokens"] == answer
+        begun |= {at for at in range(TOKENS) if answer[at:] and answer[at:] == guarded.refusal[: len(answer) - at]}
+    assert begun - {0}, "no answer turned into the refusal on its way"
+
+
 def inputs_of(entry: Any, guard: Any) -> dict[str, torch.Tensor]:
     """What transformers.js fed, as torch's model takes it."""
     inputs = {name: torch.tensor(value["data"]).reshape(value["dims"]) for name, value in entry["inputs"].items()}

@@ -1,0 +1,104 @@
+"""How tests run the command: in this process or in one of its own, and what they look at afterwards."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+from transformers.utils.logging import disable_progress_bar
+
+from sasa_export.cli import main
+
+SCRIPT = Path(sys.executable).parent / "sasa-export"
+FINISHED = 4_194_304  # above the highest process number that Linux gives
+
+Tiny = Callable[..., Path]
+
+
+def write_probe(path: Path, weight: Any, bias: float = 0.0) -> Path:
+    tensors = {
+        "sasa.probe.weight": np.asarray(weight, np.float32),
+        "sasa.probe.bias": np.asarray(bias, np.float32),
+    }
+    save_file(tensors, path)
+    return path
+
+
+def flags(model: Path | str, out: Path, *switches: str, **options: Any) -> list[str]:
+    """`--model`, `--out` and other options as arguments; switches such as `--force` stand for themselves."""
+    arguments = ["--model", str(model), "--out", str(out), *switches]
+    for name, value in options.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return arguments
+
+
+def invoke(*arguments: str) -> Any:
+    disable_progress_bar()  # in a process of its own the command does so before transformers is imported
+    return CliRunner().invoke(main, list(arguments))
+
+
+def succeeds(*arguments: str) -> Any:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fails(*arguments: str) -> str:
+    """Run in this process, and return the one-line error."""
+    result = invoke(*arguments)
+    assert isinstance(result.exception, SystemExit), f"{result.exception!r} was not reported as an error"
+    return message_of(result.exit_code, result.stderr)
+
+
+def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPT), *arguments], capture_output=True, text=True, env=offline(**environment), timeout=120
+    )
+
+
+def script_fails(*arguments: str) -> str:
+    """Run the console script, and return the one-line error."""
+    result = script(*arguments)
+    return message_of(result.returncode, result.stderr)
+
+
+def offline(**environment: str) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+
+
+def message_of(code: int, stderr: str) -> str:
+    """The error, which must be the last line and the only one of its kind, after steps of ours if any."""
+    assert code == 1, stderr
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert [line for line in lines if line.startswith("Error:")] == lines[-1:]
+    rooms = ("open", "warning", "trace", "load", "calibrate", "rewrite", " ")
+    assert all(line.startswith(rooms) for line in lines[:-1]), stderr
+    return lines[-1]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, by its path."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+
+
+def copied(directory: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(directory, tmp_path / "copy"))
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one byte; a negative offset counts from the end."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(data)
+
+
+def plenty(path: Any) -> Any:
+    return shutil._ntuple_diskusage(10**12, 0, 10**12)
