@@ -19,7 +19,7 @@ from matrix.onnx_bench import Graphs, OnnxBench
 from matrix.outcome import Outcome, row
 from matrix.torch_every_token import answered_twice, at_each_token, last_token_alone, side_by_side
 
-RUNTIME, SECTION = "onnxruntime", "Every token judged (graphs)"
+RUNTIME, SECTION = "onnxruntime", "Every token judged"
 
 
 @dataclass(frozen=True)
