@@ -215,6 +215,19 @@ def test_all_devices_together_give_what_one_gives(tiny_model: Callable[..., Path
     assert (found[0] == found[1]).all()
 
 
+def test_answers_that_turn_into_the_refusal_are_counted(guard: Guards, sets: tuple[str, str], tmp_path: Path) -> None:
+    """With every token judged, a harmless answer may be cut off: how often is what a user must know."""
+    guarded = guard("llava", gate="every-token")
+    found = evaluate(options_of(guarded, sets, tmp_path / "report"))
+    assert found is not None and found.utility.identical is not None and found.utility.cut is not None
+    same, cut = found.utility.identical, found.utility.cut
+    assert 0 < cut.count == cut.total - same.count and cut.total == same.total
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert f"{cut.count} of the {cut.total} ({cut.value:.1%}, 95 % interval" in report
+    written = json.loads((tmp_path / "report" / "evaluate.json").read_text())["utility"]
+    assert written["cut"]["count"] == cut.count
+
+
 def test_variants_are_measured(run: tuple[Evaluated, Path]) -> None:
     found, out = run
     report, data = (out / "report.md").read_text(), json.loads((out / "evaluate.json").read_text())

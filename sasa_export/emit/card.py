@@ -36,8 +36,8 @@ RAW = {
 }
 ANSWERS = {
     "prompt": "- The verdict is given before the first token. What the answer turns into afterwards is not judged.",
-    "every-token": "- Each token of the answer is judged as well, at the prompt's threshold. No rate of false alarms "
-    "was measured on answers: a harmless answer may be cut off by the refusal.",
+    "every-token": """- Each token of the answer is judged as well, at the prompt's threshold, which was set on prompts:
+  a harmless answer may be cut off by the refusal. `sasa-export evaluate` counts how many are.""",
 }
 
 HOW = {

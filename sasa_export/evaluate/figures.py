@@ -26,6 +26,7 @@ from sasa_export.evaluate.targets import ATTACK, AUC, OVER_REFUSAL, Target
 from sasa_export.evaluate.timing import Timing
 from sasa_export.evaluate.variants import Variant, calibrated, variants
 from sasa_export.open import Source
+from sasa_export.verify.check import cut_short
 
 TITLES = {  # of the arms that are fitted here
     "with": "probe with projection",
@@ -143,7 +144,12 @@ def _utility(measured: Measured, patched: Arm, labels: np.ndarray) -> Utility:
     same = np.array([one.tokens == other.tokens for one, other in zip(measured.plain, measured.patched, strict=True)])
     refusal = measured.guarded.refusal
     written = np.array([spelled(answer, refusal) for answer in measured.patched])
-    return Utility(share(same[allowed]), share(written[patched.flagged]))
+    cut = None
+    if measured.guarded.sasa["gate"] == "every-token":
+        pairs = zip(measured.plain, measured.patched, strict=True)
+        turned = [cut_short(list(one.tokens), list(other.tokens), refusal) for one, other in pairs]
+        cut = share((np.array(turned) & ~same)[allowed])
+    return Utility(share(same[allowed]), share(written[patched.flagged]), cut)
 
 
 def _depth(measured: Measured, rate: float) -> tuple[Depth, ...]:

@@ -52,11 +52,13 @@ class Subject:
 class Utility:
     """`identical`: harmless prompts that the patched model allows, answered token for token as by the original.
 
-    `spelled`: flagged prompts that are answered with the refusal.
+    `spelled`: flagged prompts that are answered with the refusal. `cut`: harmless prompts that the patched model allows
+    and whose answer it ends with the refusal; None where only prompts are judged.
     """
 
     identical: Share | None
     spelled: Share | None
+    cut: Share | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {name: None if value is None else value.to_json() for name, value in vars(self).items()}

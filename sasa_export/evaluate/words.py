@@ -92,6 +92,12 @@ def utility(evaluated: Evaluated) -> list[str]:
             f"interval {same.low:.1%} to {same.high:.1%}) are answered token for token as by the original, over at "
             f"most {tokens} greedy tokens."
         )
+    if found.cut is not None:
+        cut = found.cut
+        sentences.append(
+            f"{cut.count} of the {cut.total} ({cut.value:.1%}, 95 % interval {cut.low:.1%} to {cut.high:.1%}) turn "
+            "into the refusal on their way, since each token of an answer is judged."
+        )
     if found.spelled is not None:
         sentences.append(
             f"{found.spelled.count} of {found.spelled.total} flagged prompts are answered with the refusal."
