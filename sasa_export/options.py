@@ -79,6 +79,13 @@ class Options:
         "auto, by cross-validation.",
         group="Probe",
     )
+    probe_block: int | None = _option(
+        None,
+        "Block of the second lane that the probe reads, zero-based: the lane ends there and costs less. The safety "
+        "layer's number stands for the projection itself. Default: the last block. `evaluate --depth-curve` measures "
+        "what each is worth.",
+        group="Probe",
+    )
     gate: str = _option(
         "prompt",
         "What is judged. prompt: every prompt, before its answer begins. every-token: also each token of the answer, "
@@ -167,6 +174,13 @@ class Options:
         if self.projection == "none" and (self.safety_layer, self.semantic_layer) != (None, None):
             raise SasaExportError(
                 "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
+            )
+        if self.probe_block is not None and self.projection == "none":
+            raise SasaExportError("--projection none has no second lane. Leave --probe-block out.")
+        if self.probe_block is not None and self.finds_layers():
+            raise SasaExportError(
+                f"--probe-block and layers left to {AUTO} exclude each other: pairs are compared at the last block. "
+                "Give both layers."
             )
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise SasaExportError(f"--threshold is {self.threshold:g}; it must lie between 0 and 1.")

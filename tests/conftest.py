@@ -101,7 +101,8 @@ class Guard:
 
     def expected(self, inputs: Mapping[str, Any]) -> Tensor:
         """P(unsafe) of each row (batch,), by the oracle."""
-        logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic)  # (batch, vocabulary)
+        last = self.model.config.sasa["probe_block"]
+        logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic, last)  # (batch, vocabulary)
         return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
 
     @contextmanager

@@ -94,9 +94,17 @@ def way(sasa: dict[str, Any]) -> str:
         return "a linear probe on the first token, read at the end of the main lane without any projection,"
     return (
         f"the output of the safety layer (block {sasa['safety_layer']}, zero-based) is projected onto that of the "
-        f"semantic layer (block {sasa['semantic_layer']}), the blocks behind the safety layer run once more on the "
-        "result, and a linear probe on the first token"
+        f"semantic layer (block {sasa['semantic_layer']}), {_second_lane(sasa)} and a linear probe on the first token"
     )
+
+
+def _second_lane(sasa: dict[str, Any]) -> str:
+    again = [node["index"] for node in sasa["graph"] if node["op"] == "lane_block"]
+    if sasa.get("probe_block") is None:
+        return "the blocks behind the safety layer run once more on the result,"
+    if not again:
+        return "no block runs on the result,"
+    return f"blocks {again[0]} to {again[-1]} run once more on the result,"
 
 
 def layers(sasa: dict[str, Any], blocks: int) -> str:
@@ -113,7 +121,7 @@ def cost(sasa: dict[str, Any], blocks: int) -> str:
     """The blocks that a prompt runs through."""
     if sasa["safety_layer"] is None:
         return f"Over the prompt {blocks} blocks run, as in the original"
-    again = blocks - 1 - sasa["safety_layer"]
+    again = sum(node["op"] == "lane_block" for node in sasa["graph"])
     return f"Over the prompt {blocks} + {again} blocks run, {(blocks + again) / blocks:.2f} times the original's"
 
 

@@ -39,7 +39,9 @@ class Depth:
 def depths_of(lane: LayerGraph) -> dict[int, str]:
     """The nodes within a lane that can be probed, by block: the projection, and all lane blocks but the last."""
     blocks = lane.of("lane_block")
-    first = len(lane.of("block")) - len(blocks)  # the block after the safety layer
+    if not blocks:  # the projection itself is what the probe reads anyway
+        return {}
+    first = blocks[0].attributes["index"]  # the block after the safety layer
     inner = {first + place: node.name for place, node in enumerate(blocks[:-1])}
     return {first - 1: lane.of("projection")[0].name, **inner}
 

@@ -155,10 +155,12 @@ def _utility(measured: Measured, patched: Arm, labels: np.ndarray) -> Utility:
 def _depth(measured: Measured, rate: float) -> tuple[Depth, ...]:
     if not measured.depths:
         return ()
+    last = measured.guarded.sasa.get("probe_block")
+    last = measured.guarded.blocks - 1 if last is None else last
     before, after = (
         {
             **{block: measured.in_metric(found.depths[node]) for block, node in measured.depths.items()},
-            measured.guarded.blocks - 1: measured.in_metric(found.projected),
+            last: measured.in_metric(found.projected),
         }
         for found in (measured.calibration, measured.evaluation)
     )
@@ -196,6 +198,7 @@ def _subject(measured: Measured, options: EvaluateOptions, labels: np.ndarray, g
         safety_layer=guarded.sasa["safety_layer"],
         semantic_layer=guarded.sasa["semantic_layer"],
         blocks=guarded.blocks,
+        again=guarded.again,
         rate=measured.rate,
         dtype=measured.dtype,
         device=measured.device.partition(":")[0],

@@ -40,6 +40,11 @@ class Guarded:
         return sum(node["op"] == "block" for node in self.sasa["graph"])
 
     @property
+    def again(self) -> int:
+        """How many blocks the second lane has."""
+        return sum(node["op"] == "lane_block" for node in self.sasa["graph"])
+
+    @property
     def refusal(self) -> list[int]:
         """The refusal's token ids, end of sequence last."""
         return list(self.sasa["refusal_token_ids"])

@@ -121,7 +121,7 @@ def cost(evaluated: Evaluated) -> list[str]:
     if subject.safety_layer is None:
         lines = ["By block count a prompt costs what it does in the plain model: there is no second lane."]
     else:
-        again = subject.blocks - 1 - subject.safety_layer
+        again = subject.again
         lines = [
             f"By block count a prompt costs ({subject.blocks} + {again}) / {subject.blocks} = "
             f"{(subject.blocks + again) / subject.blocks:.2f} times the plain model's; a probe without projection "

@@ -22,8 +22,11 @@ from sasa_export.evaluate.variants import Calibrated, Variant
 
 @dataclass(frozen=True)
 class Subject:
-    """What was evaluated, on what, and how it ran. `rate` is the chosen false-positive rate, `command` makes the
-    report again."""
+    """What was evaluated, on what, and how it ran.
+
+    `again` is how many blocks the second lane has, `rate` the chosen false-positive rate; `command` makes the report
+    again.
+    """
 
     model: str
     baseline: str
@@ -33,6 +36,7 @@ class Subject:
     safety_layer: int | None
     semantic_layer: int | None
     blocks: int
+    again: int
     rate: float
     dtype: str
     device: str

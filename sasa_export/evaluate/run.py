@@ -153,7 +153,7 @@ def _open(options: EvaluateOptions, team: Crew, report: Silent) -> Setting:
     # One made without projection is compared with what the family's layers would give.
     layers = sasa["safety_layer"], sasa["semantic_layer"]
     safety, semantic = layers_of(source, sizes.blocks, sizes.hidden, *layers)[:2]
-    settings = LaneSettings(safety, semantic, sasa["epsilon"], sizes.softcap)
+    settings = LaneSettings(safety, semantic, sasa["epsilon"], sizes.softcap, sasa.get("probe_block"))
     lane = rewrite_lane(trace_source(source), settings)
     depths = depths_of(lane) if options.depth_curve else {}
     return Setting(options, guarded, source, processor, asked, lane, depths, dtype, device)

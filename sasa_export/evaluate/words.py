@@ -154,9 +154,9 @@ def _depths(evaluated: Evaluated) -> list[str]:
     best = max(evaluated.depth, key=lambda depth: depth.auc.value)
     last = evaluated.depth[-1]
     return [
-        f"Of all blocks of the second lane, block {best.block} probes best on these prompts (AUC {best.auc.value:.3f} "
+        f"Of the blocks of the second lane, block {best.block} probes best on these prompts (AUC {best.auc.value:.3f} "
         f"at {best.cost:.2f} times the plain prompt; the last one {last.auc.value:.3f} at {last.cost:.2f}); it is "
-        "chosen in hindsight."
+        "chosen in hindsight." + (f" `--probe-block {best.block}` exports it." if best is not last else "")
     ]
 
 

@@ -75,7 +75,11 @@ def choose_layers(
         if team.leads:
             shutil.rmtree(folder, ignore_errors=True)
     report.step("locate", f"safety layer {pair[0]}, semantic layer {pair[1]}")
-    return Chosen(LaneSettings(*pair, settings.epsilon, settings.softcap), layers_from, tuple(held_out.tolist()))
+    return Chosen(
+        LaneSettings(*pair, settings.epsilon, settings.softcap, settings.probe_block),
+        layers_from,
+        tuple(held_out.tolist()),
+    )
 
 
 def _in_words(count: int, pair: Pair, auc: str, tied: int, given: Sequence[int | None]) -> str:

@@ -7,8 +7,8 @@ from sasa_export.rewrite.settings import LaneSettings, require
 
 
 def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    last = len(graph.of("block")) - 1
-    name = "sasa.last" if settings.safety_layer is None else f"sasa.lane.layers.{last}"
+    lane = graph.of("lane_block")
+    name = lane[-1].name if lane else "sasa.last" if settings.safety_layer is None else "sasa.projection"
     before = require(graph, name, "the lane's norm")
     norm = require(graph, "norm", "the lane's norm")
     return graph.add(Node("sasa.lane.norm", "lane_norm", (before.name,), norm.module))

@@ -1,4 +1,4 @@
-"""The second lane: blocks s+1 .. L-1 once more, with the main lane's weights and arguments."""
+"""The second lane: blocks s+1 .. L-1 once more, or as far as they are wanted, with the main lane's weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
                 f"{node.name}: the model adds to the hidden state between blocks behind the safety layer, and "
                 "the second lane would miss it. Choose a later --safety-layer."
             )
+    last = len(blocks) - 1 if settings.probe_block is None else settings.probe_block
+    if not settings.safety_layer <= last < len(blocks):
+        raise RewriteError(
+            f"--probe-block is {last}; it must be from the safety layer, {settings.safety_layer}, to the last block, "
+            f"{len(blocks) - 1}."
+        )
     lane = []
-    for block in blocks[settings.safety_layer + 1 :]:
+    for block in blocks[settings.safety_layer + 1 : last + 1]:
         index = block.attributes["index"]
         lane.append(Node(f"sasa.lane.layers.{index}", "lane_block", (before,), block.module, {"index": index}))
         before = lane[-1].name

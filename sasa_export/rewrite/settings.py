@@ -12,13 +12,15 @@ from sasa_export.graph import LayerGraph, Node
 class LaneSettings:
     """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any.
 
-    Without layers there is no projection and no second lane: the probe reads what the main lane ends in.
+    Without layers there is no projection and no second lane: the probe reads what the main lane ends in. With
+    `probe_block` the second lane ends there; the safety layer's own number stands for the projection itself.
     """
 
     safety_layer: int | None
     semantic_layer: int | None
     epsilon: float = 1e-6
     softcap: float | None = None
+    probe_block: int | None = None
 
 
 def require(graph: LayerGraph, name: str, needed_by: str) -> Node:

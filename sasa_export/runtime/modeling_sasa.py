@@ -488,7 +488,7 @@ def _watched(cls: type) -> type:
         if recording.dry:
             return args[0] if args else kwargs["hidden_states"]
         lane = recording.lane
-        if lane is not None and lane.state is not None:
+        if lane is not None and lane.state is not None and path in lane.paths:
             return lane.along(functools.partial(cls.__call__, self), path, args, kwargs)
         output = cls.__call__(self, *args, **kwargs)
         if role == "tapped":
@@ -682,7 +682,7 @@ class LiveLane:
     """The second lane beside the main lane, with keys and values of its own: every token's state at each call.
 
     Blocks s+1..f run for it once the main lane is through block f; from there on both lanes go through each block
-    as one batch, so that its weights are read once.
+    as one batch, so that its weights are read once, until the block that the probe reads.
 
     Args:
         model: the guarded model; graph: `config.sasa["graph"]`.
@@ -693,6 +693,8 @@ class LiveLane:
         self.model, self.graph = model, graph
         self.paths = [node["module"] for node in graph if node["op"] == "lane_block"]
         self.semantic = [node["module"] for node in graph if node["op"] == "tap"][-1]
+        # How many blocks run for this lane alone: those up to f.
+        self.own = self.paths.index(self.semantic) + 1 if self.semantic in self.paths else len(self.paths)
         self.layers = dict(zip(self.paths, kept, strict=False))
         self.state: torch.Tensor | None = None  # (batch, tokens, hidden)
 
@@ -701,7 +703,7 @@ class LiveLane:
         state = project_taps(self.graph, seen)  # (batch, tokens, hidden)
         unseen = _recording.set(None)
         try:
-            for path in self.paths[: self.paths.index(self.semantic) + 1] if self.paths else ():
+            for path in self.paths[: self.own]:
                 cache = next(
                     (seen.arguments[path][1][name] for name in CACHES if seen.arguments[path][1].get(name)), None
                 )
@@ -855,7 +857,11 @@ def _is_sasa(graph: list[dict[str, Any]], sasa: dict[str, Any]) -> bool:
     if safety is None:
         start = [("tap", main[len(main) - 1]["module"])]
     else:
-        lane = [main[index]["module"] for index in range(safety + 1, len(main))]
+        last = sasa.get("probe_block")
+        last = len(main) - 1 if last is None else last
+        if not safety <= last < len(main):
+            return False
+        lane = [main[index]["module"] for index in range(safety + 1, last + 1)]
         taps = [main[safety]["module"], main[semantic]["module"]]
         start = [*(("tap", path) for path in taps), ("projection", None), *(("lane_block", path) for path in lane)]
     wanted = [*start, ("lane_norm", None)]

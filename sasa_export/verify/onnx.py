@@ -152,9 +152,10 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
 
 def _blocks_again(sasa: dict[str, Any]) -> int:
     """How many blocks the graph has for the second lane alone."""
-    if sasa["gate"] == "every-token" and sasa["safety_layer"] is not None:  # from f+1 on both lanes are one batch
-        return int(sasa["semantic_layer"] - sasa["safety_layer"])
-    return sum(node["op"] == "lane_block" for node in sasa["graph"])
+    again = [node["index"] for node in sasa["graph"] if node["op"] == "lane_block"]
+    if sasa["gate"] == "every-token":  # from f+1 on both lanes are one batch
+        again = [index for index in again if index <= sasa["semantic_layer"]]
+    return len(again)
 
 
 def _check_answers(directory: Path, wanted: Reference | None, device: str) -> tuple[list[Check], Flips | None]:
