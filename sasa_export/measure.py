@@ -146,6 +146,7 @@ def _calibrate(
             batch_size=options.batch_size,
             max_false_positive_rate=options.max_false_positive_rate,
             regularization=options.regularization_value(),
+            shares=options.probabilities == "calibrated",
             judged=judged,
             advance=advance,
         )

@@ -86,6 +86,14 @@ class Options:
         "what each is worth.",
         group="Probe",
     )
+    probabilities: str = _option(
+        "raw",
+        "What P(unsafe) means. raw: the probe's own, fitted as if harmful and harmless prompts were equally many. "
+        "calibrated: mapped by two numbers fitted in cross-validation, so that it is the share of harmful prompts in "
+        "the calibration set. Verdicts are the same.",
+        group="Probe",
+        choices=("raw", "calibrated"),
+    )
     gate: str = _option(
         "prompt",
         "What is judged. prompt: every prompt, before its answer begins. every-token: also each token of the answer, "
@@ -174,6 +182,10 @@ class Options:
         if self.projection == "none" and (self.safety_layer, self.semantic_layer) != (None, None):
             raise SasaExportError(
                 "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
+            )
+        if self.probe is not None and self.probabilities == "calibrated":
+            raise SasaExportError(
+                "--probe and --probabilities calibrated exclude each other: a given probe is not fitted."
             )
         if self.probe_block is not None and self.projection == "none":
             raise SasaExportError("--projection none has no second lane. Leave --probe-block out.")

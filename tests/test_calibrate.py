@@ -25,6 +25,7 @@ from sasa_export.calibrate import probe as probes
 from sasa_export.calibrate.data import Prompt, builtin, from_jsonl
 from sasa_export.calibrate.features import Features, batches, collect, encode
 from sasa_export.calibrate.figure import figures
+from sasa_export.calibrate.platt import platt
 from sasa_export.calibrate.probe import (
     CANDIDATES,
     best_regularization,
@@ -447,11 +448,13 @@ def test_every_request_fits_its_picture(pieces: Callable[[str], int]) -> None:
 # -------------------------------------------------------------------------------------- the whole calibration
 
 
-class Head:
-    """As much of a model as `calibrate` itself asks for; its features come from elsewhere."""
+class Head(torch.nn.Linear):
+    """A model that is nothing but its head."""
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
-        self.weight = torch.randn(vocabulary, hidden, generator=torch.Generator().manual_seed(0)) * 0.3
+        super().__init__(hidden, vocabulary, bias=False)
+        draw = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(vocabulary, hidden, generator=draw) * 0.3)
 
     def get_output_embeddings(self) -> Head:
         return self
@@ -491,6 +494,29 @@ def test_a_calibration_of_separable_states(monkeypatch: pytest.MonkeyPatch) -> N
     )
     harmful, harmless = found.final[labels == 1], found.final[labels == 0]
     assert harmful.mean() - harmless.mean() > 0.5
+
+
+def test_shares_keep_every_verdict_and_say_how_many_are_harmful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt in five is harmful here, which a probe fitted to balanced classes does not say."""
+    states, labels = samples(400, 8, gap=2.0)
+    kept = np.flatnonzero((labels == 0) | (np.arange(400) % 8 == 1))  # 200 harmless and 50 harmful
+    states, labels = states[kept][:248], labels[kept][:248]
+    raw = calibrated(monkeypatch, states, states, labels)
+    found = calibrated(monkeypatch, states, states, labels, shares=True)
+    for before, after in ((raw.final, found.final), (raw.cross_validated, found.cross_validated)):
+        assert ((before >= raw.probe.threshold) == (after >= found.probe.threshold)).all()
+        assert (np.argsort(before, kind="stable") == np.argsort(after, kind="stable")).all()
+    assert found.cross_validated.mean() == pytest.approx(labels.mean(), abs=1e-3)
+    assert raw.cross_validated.mean() > labels.mean() + 0.1
+    exact = states.astype(np.float32).astype(np.float64)
+    said = probability(exact, found.probe.weight.astype(np.float64), found.probe.bias)
+    np.testing.assert_allclose(said, found.final, rtol=0, atol=1e-5)
+    assert raw.mapping is None and found.mapping is not None
+
+
+def test_scores_that_point_the_wrong_way() -> None:
+    with pytest.raises(CalibrationError, match="--probabilities raw"):
+        platt(np.array([0.9, 0.8, 0.2, 0.1]), np.array([0, 0, 1, 1]))
 
 
 def test_no_probe_at_chance(monkeypatch: pytest.MonkeyPatch) -> None:

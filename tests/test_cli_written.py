@@ -160,6 +160,21 @@ def test_a_full_run(llava: Path, calibration: Path, place: Path) -> None:
     assert "model-00001-of-00002.safetensors" in spoiled.stderr
 
 
+def test_a_short_lane_and_shares(llava: Path, calibration: Path, place: Path) -> None:
+    """A probe amid the second lane whose P(unsafe) is a share: calibrated, written and verified."""
+    out = place / "out"
+    options = {"safety_layer": 1, "semantic_layer": 3, "probe_block": 2, "probabilities": "calibrated"}
+    result = succeeds(*flags(llava, out, calibration=calibration, max_false_positive_rate=0.1, **options))
+    assert "✗" not in result.stderr and "P(unsafe) is that of the calibration" in result.stderr
+    sasa = json.loads((out / "config.json").read_text())["sasa"]
+    assert sasa["probe_block"] == 2 and [n["index"] for n in sasa["graph"] if n["op"] == "lane_block"] == [2]
+    scores = json.loads((out / "sasa-calibration.json").read_text())
+    assert scores["mapping"]["slope"] > 0 and scores["threshold"] == sasa["threshold"]
+    average = sum(prompt["cross_validated"] for prompt in scores["prompts"]) / len(scores["prompts"])
+    assert abs(average - 0.5) < 0.01, "half of these prompts are harmful"
+    assert "it is the share of harmful prompts" in (out / "README.md").read_text()
+
+
 def test_a_failed_verification_writes_nothing(
     llava: Path, probe: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 from sasa_export.calibrate.data import Prompt
 from sasa_export.calibrate.features import collect
 from sasa_export.calibrate.figure import Figure, figures
+from sasa_export.calibrate.platt import Platt, platt
 from sasa_export.calibrate.probe import (
+    HIGHEST,
     PAPER,
     Probe,
     best_regularization,
@@ -33,7 +35,8 @@ class Calibration:
     """The probe, the figures, and the scores of every prompt.
 
     `cross_validated` and `final` hold P(unsafe) by a probe that did not see the prompt, and by the probe itself.
-    `regularization` is the probe's C, `paper` the cross-validated figures of the same features at the paper's C.
+    `regularization` is the probe's C, `paper` the cross-validated figures of the same features at the paper's C,
+    `mapping` what made shares of the scores, where that was wanted; they and the probe have gone through it.
     """
 
     probe: Probe
@@ -44,6 +47,7 @@ class Calibration:
     max_false_positive_rate: float
     regularization: float
     paper: tuple[Figure, ...]
+    mapping: Platt | None = None
 
 
 def calibrate(
@@ -55,6 +59,7 @@ def calibrate(
     batch_size: int,
     max_false_positive_rate: float,
     regularization: float | None = None,
+    shares: bool = False,
     judged: Sequence[int] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Calibration:
@@ -62,6 +67,7 @@ def calibrate(
 
     The graph may be one without projection, whose probe reads the main lane; then no second lane runs, and there are no
     figures of one. `regularization` is the probe's C; None chooses it by cross-validation, for each feature on its own.
+    With `shares`, P(unsafe) is mapped so that it is the share of harmful prompts; verdicts stay.
     `judged` are the numbers of the prompts that the figures are of, where others took part in choosing the layers.
     """
     features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
@@ -80,6 +86,10 @@ def calibrate(
 
     chosen, scores = scored(projected)
     threshold = threshold_for(scores, labels, max_false_positive_rate)
+    mapping = platt(scores, labels) if shares else None
+    if mapping is not None:
+        scores = mapping(scores)
+        threshold = float(np.clip(mapping(np.array([threshold]))[0], 1 - HIGHEST, HIGHEST))
     rows = list(range(len(prompts)) if judged is None else judged)
     told = [prompts[row] for row in rows]
     feature = "projected" if graph.of("projection") else "plain"
@@ -99,11 +109,13 @@ def calibrate(
             "more calibration data, or a higher --max-false-positive-rate."
         )
     weight, bias = fit(projected, labels, chosen)
+    if mapping is not None:
+        weight, bias = mapping.probe(weight, bias)
     final = probability(projected, weight, bias)
     folded = weight if metric is None else metric.T @ weight  # (features,): w . z = (R^T v) . h
     probe = Probe(folded.astype(np.float32), bias, threshold)
     return Calibration(
-        probe, tuple(found), tuple(prompts), scores, final, max_false_positive_rate, chosen, tuple(paper)
+        probe, tuple(found), tuple(prompts), scores, final, max_false_positive_rate, chosen, tuple(paper), mapping
     )
 
 

@@ -158,6 +158,10 @@ def calibration_section(calibration: Calibration | None) -> str:
         f"Regularization: C = {calibration.regularization:g}. At the paper's C = 1 the same features give "
         f"an AUC of {paper}."
     )
+    if calibration.mapping is not None:
+        strength += (
+            " P(unsafe) is mapped by two numbers (Platt), so that it is the share of harmful prompts in this set."
+        )
     return "\n".join([*lines, "", verdict_on_projection(calibration.figures), "", strength, ""])
 
 

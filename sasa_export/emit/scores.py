@@ -29,6 +29,7 @@ def write_scores(calibration: Calibration, directory: Path) -> None:
         "threshold": calibration.probe.threshold,
         "max_false_positive_rate": calibration.max_false_positive_rate,
         "regularization": calibration.regularization,
+        "mapping": None if calibration.mapping is None else vars(calibration.mapping),
         "figures": [figure.to_json() for figure in calibration.figures],
         "figures_at_the_papers_regularization": [figure.to_json() for figure in calibration.paper],
         "prompts": prompts,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sasa_export.calibrate.data import Prompt
+from sasa_export.calibrate.platt import platt
 from sasa_export.evaluate.compare import difference
 from sasa_export.evaluate.detection import detection
 from sasa_export.evaluate.features import Features
@@ -17,7 +18,6 @@ from sasa_export.evaluate.reliability import Reliability, reliability
 from sasa_export.evaluate.shares import Interval
 
 LAST_TOKENS = 4
-EDGE = 1e-6  # probabilities are kept so far from 0 and 1 where their log-odds are taken
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,6 @@ def variants(
 
 def calibrated(base: Fitted, fitted_on: Sequence[Prompt], prompts: Sequence[Prompt]) -> Calibrated:
     """Map P(unsafe) by two numbers that fit the cross-validated scores of the calibration prompts (Platt 1999)."""
-    from sklearn.linear_model import LogisticRegression
-
     labels = np.array([prompt.label for prompt in prompts])
-    model = LogisticRegression(C=1e6).fit(_odds(base.held_out), [prompt.label for prompt in fitted_on])
-    mapped = model.predict_proba(_odds(base.scores))[:, 1]  # (prompts,)
-    return Calibrated(reliability(base.scores, labels), reliability(mapped, labels))
-
-
-def _odds(scores: np.ndarray) -> np.ndarray:
-    """The log-odds of scores (prompts,) as one feature, (prompts, 1)."""
-    inside = np.clip(scores, EDGE, 1 - EDGE)
-    return np.log(inside / (1 - inside))[:, None]
+    mapping = platt(base.held_out, np.array([prompt.label for prompt in fitted_on]))
+    return Calibrated(reliability(base.scores, labels), reliability(mapping(base.scores), labels))
