@@ -103,7 +103,7 @@ def test_settings_and_card(guard: Guards) -> None:
     lane = [node["index"] for node in guarded.model.config.sasa["graph"] if node["op"] == "lane_block"]
     assert lane == [3]
     card = (guarded.directory / "README.md").read_text()
-    assert "6 + 1 blocks run, 1.17 times the original's" in card and "blocks 3 to 3 run once more" in card
+    assert "6 + 1 blocks run, 1.17 times the original's" in card and "block 3 runs once more" in card
     card = (guard("llava", probe_block=2).directory / "README.md").read_text()
     assert "6 + 0 blocks run, 1.00 times" in card and "no block runs on the result" in card
 

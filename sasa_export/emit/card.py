@@ -23,7 +23,8 @@ LIMITS = """\
 - As the assistant in assisted decoding it raises an error, since it would not guard the main model; as the main model
   it guards. `assistant_early_exit` and continuous (paged) batching raise an error too.
 {answers}
-- Loaders that take the weights and run a model of their own (GGUF, vLLM's own model classes) drop the gate.
+- GGUF conversion and vLLM's transformers backend stop at this directory. Whoever takes the shards out of it and runs
+  them in a model of another making has the original, without the gate.
 - A probe knows what its calibration set shows it. Other languages, other attacks and other kinds of pictures are
   judged by generalisation alone: measure them before you rely on it.
 """
@@ -104,6 +105,8 @@ def _second_lane(sasa: dict[str, Any]) -> str:
         return "the blocks behind the safety layer run once more on the result,"
     if not again:
         return "no block runs on the result,"
+    if len(again) == 1:
+        return f"block {again[0]} runs once more on the result,"
     return f"blocks {again[0]} to {again[-1]} run once more on the result,"
 
 
