@@ -7,8 +7,11 @@ from sasa_export.rewrite.settings import LaneSettings, require
 
 
 def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    lane = graph.of("lane_block")
-    name = lane[-1].name if lane else "sasa.last" if settings.safety_layer is None else "sasa.projection"
+    last = len(graph.of("block")) - 1 if settings.probe_block is None else settings.probe_block
+    if settings.safety_layer is None:
+        name = "sasa.last"
+    else:
+        name = "sasa.projection" if last == settings.safety_layer else f"sasa.lane.layers.{last}"
     before = require(graph, name, "the lane's norm")
     norm = require(graph, "norm", "the lane's norm")
     return graph.add(Node("sasa.lane.norm", "lane_norm", (before.name,), norm.module))
