@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,11 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [str(SCRIPT), *arguments], capture_output=True, text=True, env=offline(**environment), timeout=120
     )
+
+
+def heeding_ctrl_c() -> None:
+    """For a process of its own: a suite that a shell runs in the background has SIGINT ignored, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def script_fails(*arguments: str) -> str:

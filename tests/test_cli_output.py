@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_steps import FINISHED, contents, fails, flags, offline, plenty, script_fails, succeeds
+from cli_steps import FINISHED, contents, fails, flags, heeding_ctrl_c, offline, plenty, script_fails, succeeds
 
 from sasa_export.emit import files as emit_files
 from sasa_export.emit import staging
@@ -140,6 +140,7 @@ def interrupt(arguments: list[str], number: signal.Signals) -> tuple[int, str]:
         stderr=subprocess.PIPE,
         text=True,
         env=offline(),
+        preexec_fn=heeding_ctrl_c,
     )
     try:
         assert process.stdout is not None

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from cli_steps import heeding_ctrl_c
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
@@ -413,7 +414,11 @@ def test_ctrl_c_in_the_middle_of_the_graphs(tiny_model: Tiny, probe: Path, tmp_p
     place = tmp_path / "place"
     words = arguments(tiny_model("llava", num_hidden_layers=3), place / "out", probe, format="onnx", verify="files")
     with subprocess.Popen(
-        [sys.executable, "-m", "sasa_export", *words], stderr=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-m", "sasa_export", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=heeding_ctrl_c,
     ) as process:
         assert process.stderr is not None
         lines = []
