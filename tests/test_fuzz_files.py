@@ -16,7 +16,7 @@ from conftest import Guard
 from fuzzing import Tries, examples
 from hypothesis import given
 from hypothesis import strategies as st
-from test_source_files import patch, probe  # noqa: F401  (a fixture)
+from test_source_files import patch
 from transformers import AutoModelForImageTextToText
 
 quick = examples(15)
@@ -58,7 +58,7 @@ def changed(document: Any, edits: list[tuple[float, Any]]) -> Any:
     return document
 
 
-def ends_well(source: Path, probe: Path) -> None:  # noqa: F811
+def ends_well(source: Path, probe: Path) -> None:
     """A patch of the source succeeds, or says why not in one line, and leaves nothing behind."""
     code, said = patch(source, probe)
     assert code == 0 or (code in (1, 2) and said.startswith("Error:")), said
@@ -68,7 +68,7 @@ def ends_well(source: Path, probe: Path) -> None:  # noqa: F811
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json"]
 )
-def test_a_source_with_changed_settings(tiny_model: Any, tmp_path: Path, probe: Path, name: str) -> None:  # noqa: F811
+def test_a_source_with_changed_settings(tiny_model: Any, tmp_path: Path, probe: Path, name: str) -> None:
     source = Path(shutil.copytree(tiny_model("llava"), tmp_path / "source"))
     original, count = json.loads((source / name).read_text()), Tries(f"a source's {name} with changed entries")
 
@@ -83,7 +83,7 @@ def test_a_source_with_changed_settings(tiny_model: Any, tmp_path: Path, probe: 
     count.passed()
 
 
-def test_a_source_with_a_changed_header(tiny_model: Any, tmp_path: Path, probe: Path) -> None:  # noqa: F811
+def test_a_source_with_a_changed_header(tiny_model: Any, tmp_path: Path, probe: Path) -> None:
     source = Path(shutil.copytree(tiny_model("llava"), tmp_path / "source"))
     path, count = source / "model.safetensors", Tries("a source's safetensors header with changed entries")
     content = path.read_bytes()
@@ -102,7 +102,7 @@ def test_a_source_with_a_changed_header(tiny_model: Any, tmp_path: Path, probe: 
     count.passed()
 
 
-def test_a_source_with_changed_bytes(tiny_model: Any, tmp_path: Path, probe: Path) -> None:  # noqa: F811
+def test_a_source_with_changed_bytes(tiny_model: Any, tmp_path: Path, probe: Path) -> None:
     source = Path(shutil.copytree(tiny_model("llava"), tmp_path / "source"))
     path, count = source / "model.safetensors", Tries("a source's safetensors file with changed bytes, or cut")
     content = path.read_bytes()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -19,12 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import tiny
 from cli_steps import heeding_ctrl_c
 from click.testing import CliRunner
-from safetensors.numpy import save_file
 
 from sasa_export import pipeline
 from sasa_export.cli import main
@@ -39,14 +35,6 @@ from sasa_export.verify import onnx as verify_onnx
 Tiny = Callable[..., Path]
 REFUSAL = "I will not help."
 pytestmark = pytest.mark.xdist_group("onnx-format")  # its two exports are shared
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("probe") / "probe.safetensors"
-    weight = np.random.default_rng(0).normal(size=tiny.HIDDEN).astype(np.float32) * 0.2
-    save_file({"sasa.probe.weight": weight, "sasa.probe.bias": np.zeros((), np.float32)}, path)
-    return path
 
 
 def arguments(model: Path, out: Path, probe: Path, **options: Any) -> list[str]:
@@ -203,25 +191,6 @@ def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
     assert result.stdout.strip() == REFUSAL
 
 
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts that even a random model tells apart: each harmful one ends with words of its own."""
-    folder = tmp_path_factory.mktemp("calibration")
-    draw = random.Random(0)
-    lines = []
-    for pair in range(16):
-        words = " ".join(draw.choices(("the", "old", "dog", "house", "water", "red"), k=3 + pair % 4))
-        picture = f"{pair}.png" if pair % 2 else None
-        if picture:
-            tiny.random_image(pair).save(folder / picture)
-        for label, word in enumerate(("cake", "broken bridges")):
-            record = {"image": picture, "prompt": f"{words} {word}", "label": label, "group": f"pair {pair}"}
-            lines.append(json.dumps(record))
-    path = folder / "prompts.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
 def fitted(model: Path, calibration: Path, out: Path, *words: str) -> Any:
     layers = ("--safety-layer", "0", "--semantic-layer", "1", "--max-false-positive-rate", "0.1", "--refusal", REFUSAL)
     given = ("--model", str(model), "--out", str(out), "--calibration", str(calibration), "--format", "onnx")
@@ -253,14 +222,14 @@ def test_onnx_alone_lies_at_the_top(alone: tuple[Path, str]) -> None:
 def test_the_share_of_flips_is_said_and_stands_in_card_and_manifest(alone: tuple[Path, str]) -> None:
     out, said = alone
     line = (
-        "0.0% flipped of 20 drawn from 32 (0 now answered, 0 now refused), at most 2.0% may (float32 graphs, float32 "
+        "0.0% flipped of 20 drawn from 48 (0 now answered, 0 now refused), at most 2.0% may (float32 graphs, float32 "
         "calibration), 0 of them farther than 0.0001 from the threshold (none may be)"
     )
     assert f"✓ verdicts hold over the calibration prompts: {line}" in said
     assert line in (out / "README.md").read_text()
     told = json.loads((out / "sasa-export.json").read_text())
     assert told["options"]["max_flips"] == 0.02 and told["options"]["flip_prompts"] == 20
-    assert (told["flips"]["prompts"], told["flips"]["whole"], told["flips"]["share"]) == (20, 32, 0.0)
+    assert (told["flips"]["prompts"], told["flips"]["whole"], told["flips"]["share"]) == (20, 48, 0.0)
     assert not list(out.rglob(flips.PROMPTS)), "the prompts stay outside"
 
 
@@ -283,7 +252,7 @@ def test_too_many_flips_write_nothing(
     monkeypatch.setattr(onnx_directory, "export", stored)
     result = fitted(tiny_model("llava", num_hidden_layers=3), calibration, tmp_path / "out", "--opset", "20")
     assert result.exit_code == 1, result.output
-    assert re.search(r"✗ verdicts hold over the calibration prompts: \d\d+\.\d% flipped of all 32", result.stderr)
+    assert re.search(r"✗ verdicts hold over the calibration prompts: \d\d+\.\d% flipped of all 48", result.stderr)
     assert result.stderr.count("✗") == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("Error: 1 of ") and "flipped" in last

@@ -7,11 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import tiny
 from click.testing import CliRunner
-from safetensors.numpy import save_file
 
 from sasa_export import pipeline
 from sasa_export.cli import main
@@ -20,14 +17,6 @@ from sasa_export.open import Source, memory, open_source
 
 Tiny = Callable[..., Path]
 GB = 10**9
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("probe") / "probe.safetensors"
-    tensors = {"sasa.probe.weight": np.ones(tiny.HIDDEN, np.float32), "sasa.probe.bias": np.zeros((), np.float32)}
-    save_file(tensors, path)
-    return path
 
 
 @pytest.fixture

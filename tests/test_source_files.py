@@ -31,13 +31,6 @@ class Bomb:
         return (os.mkdir, (str(self.mark),))
 
 
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("probe") / "probe.safetensors"
-    save_file({"sasa.probe.weight": torch.ones(tiny.HIDDEN), "sasa.probe.bias": torch.tensor(0.0)}, path)
-    return path
-
-
 @pytest.fixture
 def source(tiny_model: Tiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model("llava"), tmp_path / "source"))

@@ -30,13 +30,6 @@ with staged(Path(sys.argv[1]), force=True) as directory:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    path = tmp_path / "place"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def other(place: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process in the middle of writing `place/out`; a line lets it go on."""
     process = subprocess.Popen(

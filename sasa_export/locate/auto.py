@@ -76,7 +76,7 @@ def choose_layers(
             shutil.rmtree(folder, ignore_errors=True)
     report.step("locate", f"safety layer {pair[0]}, semantic layer {pair[1]}")
     return Chosen(
-        LaneSettings(*pair, settings.epsilon, settings.softcap, settings.probe_block),
+        LaneSettings(*pair, settings.epsilon, settings.softcap),
         layers_from,
         tuple(held_out.tolist()),
     )

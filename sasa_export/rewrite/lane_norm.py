@@ -7,7 +7,7 @@ from sasa_export.rewrite.settings import LaneSettings, require
 
 
 def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    last = len(graph.of("block")) - 1 if settings.probe_block is None else settings.probe_block
+    last = settings.last(graph)
     if settings.safety_layer is None:
         name = "sasa.last"
     else:

@@ -19,7 +19,7 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
                 f"{node.name}: the model adds to the hidden state between blocks behind the safety layer, and "
                 "the second lane would miss it. Choose a later --safety-layer."
             )
-    last = len(blocks) - 1 if settings.probe_block is None else settings.probe_block
+    last = settings.last(graph)
     if not settings.safety_layer <= last < len(blocks):
         raise RewriteError(
             f"--probe-block is {last}; it must be from the safety layer, {settings.safety_layer}, to the last block, "

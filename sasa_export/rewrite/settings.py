@@ -22,6 +22,10 @@ class LaneSettings:
     softcap: float | None = None
     probe_block: int | None = None
 
+    def last(self, graph: LayerGraph) -> int:
+        """The block whose output the probe reads."""
+        return len(graph.of("block")) - 1 if self.probe_block is None else self.probe_block
+
 
 def require(graph: LayerGraph, name: str, needed_by: str) -> Node:
     """The named node, or RewriteError that says which pass misses it."""
