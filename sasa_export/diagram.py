@@ -12,8 +12,7 @@ LABELS = {
     "head": "head",
     "after_head": "what follows the head",
     "projection": "projection",
-    "lane_norm": "final norm, last position",
-    "lane_head": "head, last position",
+    "lane_head": "head",
     "probe": "probe",
     "gate": "gate",
 }
@@ -63,6 +62,9 @@ def _label(run: list[Node]) -> str:
     if first.op == "tap":
         of, index = first.attributes["of"], first.attributes["index"]
         return f"last block, {index}" if of == "last" else f"{of} layer {index}"
+    if first.op == "lane_norm":
+        positions = first.attributes.get("positions", 1)
+        return "final norm, " + ("last position" if positions == 1 else f"mean over the last {positions} positions")
     if first.op == "between":
         return f"added between blocks: {first.name}"
     return LABELS[first.op]

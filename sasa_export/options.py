@@ -12,6 +12,7 @@ from sasa_export.errors import SasaExportError
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOST_POSITIONS = 64  # whose states the verdict gathers
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
 
@@ -84,6 +85,12 @@ class Options:
         "Block of the second lane that the probe reads, zero-based: the lane ends there and costs less. The safety "
         "layer's number stands for the projection itself. Default: the last block. `evaluate --depth-curve` measures "
         "what each is worth.",
+        group="Probe",
+    )
+    probe_positions: int = _option(
+        1,
+        "Over how many of the prompt's last tokens the probe reads the mean. Not with --gate every-token, which judges "
+        "each token by itself. `evaluate --variants` measures what it is worth.",
         group="Probe",
     )
     probabilities: str = _option(
@@ -193,6 +200,14 @@ class Options:
             raise SasaExportError(
                 f"--probe-block and layers left to {AUTO} exclude each other: pairs are compared at the last block. "
                 "Give both layers."
+            )
+        if not 1 <= self.probe_positions <= MOST_POSITIONS:
+            raise SasaExportError(
+                f"--probe-positions is {self.probe_positions}; it must be from 1 to {MOST_POSITIONS}."
+            )
+        if self.probe_positions > 1 and self.gate == "every-token":
+            raise SasaExportError(
+                "--probe-positions and --gate every-token exclude each other: there each token is judged by itself."
             )
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise SasaExportError(f"--threshold is {self.threshold:g}; it must lie between 0 and 1.")

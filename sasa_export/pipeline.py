@@ -87,7 +87,9 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
 
     graph = trace_source(source)
-    settings = LaneSettings(safety, semantic, options.epsilon, sizes.softcap, options.probe_block)
+    settings = LaneSettings(
+        safety, semantic, options.epsilon, sizes.softcap, options.probe_block, options.probe_positions
+    )
     full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
     check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
@@ -104,6 +106,7 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
         safety_layer=safety,
         semantic_layer=semantic,
         probe_block=options.probe_block,
+        probe_positions=options.probe_positions,
         layers_from=layers_from,
         epsilon=options.epsilon,
         threshold=probe.threshold,

@@ -101,8 +101,9 @@ class Guard:
 
     def expected(self, inputs: Mapping[str, Any]) -> Tensor:
         """P(unsafe) of each row (batch,), by the oracle."""
-        last = self.model.config.sasa["probe_block"]
-        logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic, last)  # (batch, vocabulary)
+        sasa = self.model.config.sasa
+        where = (self.safety, self.semantic, sasa["probe_block"], sasa["probe_positions"])
+        logits = oracle.oracle_logits(self.stock, inputs, *where)  # (batch, vocabulary)
         return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
 
     @contextmanager

@@ -565,13 +565,13 @@ def hooks_of_the_decoder(model: Any) -> int:
     return sum(len(module._forward_hooks) for module in (*decoder.layers, decoder.norm))
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
-def test_features_are_those_of_the_oracle(stock: Stock, family: str) -> None:
+@pytest.mark.parametrize(("family", "positions"), [("llava", 1), ("llava", 3), ("qwen2_5_vl", 1), ("gemma3", 2)])
+def test_features_are_those_of_the_oracle(stock: Stock, family: str, positions: int) -> None:
     """Both lanes, through the head, are the logits of two full passes with hooks, whatever the batches."""
     model, processor = stock(family)
     prompts = chats(5, pictures=True)
     graph = trace(model, family_of(family), encode(processor, prompts[:1]))
-    lane = rewrite_lane(graph, LaneSettings(1, 3))
+    lane = rewrite_lane(graph, LaneSettings(1, 3, probe_positions=positions))
     head = model.get_output_embeddings().weight.detach()  # (vocabulary, hidden)
     seen: list[int] = []
     for batch_size in (1, 3, 16):
@@ -579,8 +579,10 @@ def test_features_are_those_of_the_oracle(stock: Stock, family: str) -> None:
         assert features.projected.dtype == np.float32 and features.projected.shape == (5, tiny.HIDDEN)
         for row, prompt in enumerate(prompts):
             inputs = encode(processor, [prompt])
-            projected = oracle.oracle_logits(model, inputs, 1, 3)[0]  # (vocabulary,)
-            plain = oracle.plain_logits(model, inputs)[0]  # (vocabulary,)
+            projected = oracle.oracle_logits(model, inputs, 1, 3, None, positions)[0]  # (vocabulary,)
+            with torch.no_grad():
+                whole = model(**inputs, use_cache=False).logits  # (1, tokens, vocabulary)
+            plain = oracle.mean_of_last(whole, inputs, positions)[0]  # (vocabulary,)
             for state, expected in ((features.projected, projected), (features.plain, plain)):
                 torch.testing.assert_close(head @ torch.from_numpy(state[row]), expected, rtol=0, atol=2e-4)
     assert sum(seen) == 15

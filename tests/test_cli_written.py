@@ -163,7 +163,8 @@ def test_a_full_run(llava: Path, calibration: Path, place: Path) -> None:
 def test_a_short_lane_and_shares(llava: Path, calibration: Path, place: Path) -> None:
     """A probe amid the second lane whose P(unsafe) is a share: calibrated, written and verified."""
     out = place / "out"
-    options = {"safety_layer": 1, "semantic_layer": 3, "probe_block": 2, "probabilities": "calibrated"}
+    options: dict[str, Any] = {"safety_layer": 1, "semantic_layer": 3, "probe_block": 2, "probe_positions": 2}
+    options["probabilities"] = "calibrated"
     result = succeeds(*flags(llava, out, calibration=calibration, max_false_positive_rate=0.1, **options))
     assert "✗" not in result.stderr and "P(unsafe) is that of the calibration" in result.stderr
     sasa = json.loads((out / "config.json").read_text())["sasa"]

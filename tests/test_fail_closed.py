@@ -454,7 +454,9 @@ def test_the_probe_reads_capped_logits(
     try:
         with modeling_sasa.recording() as seen:
             capped(**inputs)
-        values = modeling_sasa.run_graph(capped, nodes.to_json(), seen, oracle.last_positions(inputs))
+        values = modeling_sasa.run_graph(
+            capped, nodes.to_json(), seen, oracle.last_positions(inputs), inputs["attention_mask"] > 0
+        )
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from sasa_export.open.load import entrance
 from sasa_export.share import crew
 
 RECENT = "recent"  # the name of the mean over the last few tokens
+MAIN = "main"  # what enters the final norm
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,22 @@ def reading(
 
     Args:
         graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
-        more: nodes within the lane, its last block not among them, whose states at the last token are wanted too,
-            behind the final norm.
+        more: nodes within the lane, its last block not among them, whose states are wanted too, read as those of the
+            last block are, behind the final norm.
         recent: of so many last tokens the lane's normed states are averaged, as `RECENT` among `more`; 0 leaves it out.
 
     The function takes all prompts and the rows of a batch, and raises CalibrationError where a state is not finite.
     """
     import torch
 
-    from sasa_export.runtime.modeling_sasa import graph_end, last_real, recording, run_graph, watch
+    from sasa_export.runtime.modeling_sasa import last_real, real_tokens, recording, run_graph, run_probe_at, watch
 
     nodes = graph.to_json()
-    heads = graph.of("lane_head")
+    end = next(node for node in nodes if node["op"] == "lane_norm")
+    plain = [{**node, "inputs": [MAIN]} if node is end else node for node in nodes]  # done to the main lane's end
+    others = {name: {**end, "inputs": [name]} for name in more}
+    if recent:
+        others[RECENT] = {**end, "positions": recent}
     norm = model.get_submodule(graph["norm"].module)
     seen_norm: list[torch.Tensor] = []
 
@@ -79,38 +84,31 @@ def reading(
         inputs = place(encode(processor, [prompts[row] for row in rows]), model)
         seen_norm.clear()
         with torch.no_grad(), recording() as seen:
-            output = model(**inputs, use_cache=False, logits_to_keep=1)
-            tokens = inputs["input_ids"].shape[1]
-            judged = last_real(inputs.get("attention_mask"), tokens, inputs["input_ids"])  # (batch,)
-            main = seen_norm[0]  # (batch, tokens, hidden)
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        judged = last_real(mask, ids.shape[1], ids)  # (batch,)
+        real = real_tokens(mask, 0, ids.shape[1], ids)  # (batch, tokens)
         with torch.no_grad():
-            values = run_graph(model, nodes, seen, judged)
-        lane = values["sasa.lane.head" if heads else "sasa.lane.norm"]  # (batch, features)
-        index = torch.arange(len(rows), device=main.device)
-        main = output.logits[:, -1] if heads else main[index, judged.to(main.device)]  # (batch, features)
-        ends = {name: values[name][index, judged.to(values[name].device)] for name in more}  # (batch, hidden)
-        with torch.no_grad():
-            normed = {name: norm(end.unsqueeze(1)).squeeze(1).float().cpu() for name, end in ends.items()}
-            if recent:
-                end = values[graph_end(nodes)]  # (batch, tokens, hidden)
-                back = (judged[:, None] - torch.arange(recent, device=judged.device)).clamp_min(0)  # (batch, recent)
-                normed[RECENT] = norm(end[index[:, None], back.to(end.device)]).float().mean(1).cpu()  # (batch, hidden)
-        found = Read(
+            values = run_graph(model, nodes, seen, judged, real)
+            lane = values[nodes[-1]["name"]]  # (batch, features)
+            main = run_probe_at(model, plain, {MAIN: seen_norm[0]}, judged, real)[nodes[-1]["name"]]  # the same
+            found = {name: run_probe_at(model, [node], values, judged, real) for name, node in others.items()}
+        batch = Read(
             tuple(rows),
             lane.float().cpu().numpy(),
             main.float().cpu().numpy(),
-            {name: state.numpy() for name, state in normed.items()},
+            {name: states[end["name"]].float().cpu().numpy() for name, states in found.items()},  # (batch, hidden) each
         )
-        for row, *states in zip(rows, found.projected, found.plain, strict=True):
+        for row, *states in zip(rows, batch.projected, batch.plain, strict=True):
             if not np.isfinite(states).all():
                 raise CalibrationError(
                     f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
                     "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
                 )
-        return found
+        return batch
 
     handles = watch(model, nodes)
-    handles.append(norm.register_forward_hook(lambda module, args, output: seen_norm.append(output)))
+    handles.append(norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0])))
     try:
         yield read
     finally:

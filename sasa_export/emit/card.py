@@ -92,11 +92,16 @@ def write_card(
 def way(sasa: dict[str, Any]) -> str:
     """How the verdict comes about, for a sentence that ends in "decides"."""
     if sasa["safety_layer"] is None:
-        return "a linear probe on the first token, read at the end of the main lane without any projection,"
+        return f"a linear probe on {_read(sasa)}, read at the end of the main lane without any projection,"
     return (
         f"the output of the safety layer (block {sasa['safety_layer']}, zero-based) is projected onto that of the "
-        f"semantic layer (block {sasa['semantic_layer']}), {_second_lane(sasa)} and a linear probe on the first token"
+        f"semantic layer (block {sasa['semantic_layer']}), {_second_lane(sasa)} and a linear probe on {_read(sasa)}"
     )
+
+
+def _read(sasa: dict[str, Any]) -> str:
+    positions = sasa.get("probe_positions", 1)
+    return "the first token" if positions == 1 else f"the mean over the prompt's last {positions} tokens"
 
 
 def _second_lane(sasa: dict[str, Any]) -> str:
@@ -141,7 +146,7 @@ def calibration_section(calibration: Calibration | None) -> str:
         return "The probe was given (`--probe`), so nothing was measured here.\n"
     count = len(calibration.prompts)
     lines = [
-        f"{count} labelled prompts, logistic regression on the first token's logits, five-fold cross-validation with "
+        f"{count} labelled prompts, logistic regression on logits, five-fold cross-validation with "
         "both members of a harmful/harmless pair in one fold. The threshold allows at most "
         f"{calibration.max_false_positive_rate:.1%} of the harmless prompts to be refused in cross-validation. "
         "Accuracy is taken at P = 0.5; caught and over-refused at the threshold. *Without projection* is "

@@ -153,7 +153,9 @@ def _open(options: EvaluateOptions, team: Crew, report: Silent) -> Setting:
     # One made without projection is compared with what the family's layers would give.
     layers = sasa["safety_layer"], sasa["semantic_layer"]
     safety, semantic = layers_of(source, sizes.blocks, sizes.hidden, *layers)[:2]
-    settings = LaneSettings(safety, semantic, sasa["epsilon"], sizes.softcap, sasa.get("probe_block"))
+    settings = LaneSettings(
+        safety, semantic, sasa["epsilon"], sizes.softcap, sasa.get("probe_block"), sasa.get("probe_positions", 1)
+    )
     lane = rewrite_lane(trace_source(source), settings)
     depths = depths_of(lane) if options.depth_curve else {}
     return Setting(options, guarded, source, processor, asked, lane, depths, dtype, device)
@@ -198,6 +200,7 @@ def _features(setting: Setting, plain: Lazy[Any], work: Work, team: Crew, report
     """Of the calibration prompts, and of the evaluation prompts."""
     asked, found = setting.asked, []
     nodes = list(setting.depths.values())
+    alone = setting.guarded.sasa.get("probe_positions", 1) == 1  # one that reads a mean has no use for another
     for kind, prompts in (("calibration", asked.calibration), ("evaluation", asked.evaluation)):
         with report.bar(len(prompts), kind) as advance:
             found.append(
@@ -211,7 +214,7 @@ def _features(setting: Setting, plain: Lazy[Any], work: Work, team: Crew, report
                     kind,
                     team,
                     batch_size=setting.options.batch_size,
-                    recent=LAST_TOKENS if setting.options.variants else 0,
+                    recent=LAST_TOKENS if setting.options.variants and alone else 0,
                     advance=advance,
                 )
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def choose_layers(
             shutil.rmtree(folder, ignore_errors=True)
     report.step("locate", f"safety layer {pair[0]}, semantic layer {pair[1]}")
     return Chosen(
-        LaneSettings(*pair, settings.epsilon, settings.softcap),
+        replace(settings, safety_layer=pair[0], semantic_layer=pair[1]),
         layers_from,
         tuple(held_out.tolist()),
     )

@@ -12,15 +12,17 @@ import torch
 from sasa_export.calibrate.data import Prompt
 from sasa_export.calibrate.features import encode, place
 from sasa_export.graph import LayerGraph
-from sasa_export.runtime.modeling_sasa import Recording, last_real, recording, run_graph, run_lane, watch
+from sasa_export.runtime.modeling_sasa import Recording, last_real, real_tokens, recording, run_graph, run_lane, watch
 
 
 @dataclass(frozen=True)
 class Passed:
-    """One batch behind the main lane. `judged` (rows,) is the position of each row's last token."""
+    """One batch behind the main lane. `judged` (rows,) is the position of each row's last token, `real` (rows, tokens)
+    tells tokens from padding."""
 
     seen: Recording
     judged: torch.Tensor
+    real: torch.Tensor
     modules: tuple[str, ...]  # the blocks, in order
 
     def output(self, block: int) -> torch.Tensor:
@@ -52,13 +54,14 @@ class MainLane:
         with recording() as seen:
             self.model(**inputs, use_cache=False, logits_to_keep=1)
         ids = inputs["input_ids"]  # (rows, tokens)
-        return Passed(seen, last_real(inputs.get("attention_mask"), ids.shape[1], ids), self.modules)
+        mask, tokens = inputs.get("attention_mask"), ids.shape[1]
+        return Passed(seen, last_real(mask, tokens, ids), real_tokens(mask, 0, tokens, ids), self.modules)
 
     @torch.no_grad()
     def second(self, passed: Passed, lane: LayerGraph) -> torch.Tensor:
         """The second lane of a rewritten graph on the batch: its normed state at the last token, (rows, hidden)."""
         nodes = [node.to_json() for node in lane if node.op != "lane_head"]
-        return run_graph(self.model, nodes, passed.seen, passed.judged)["sasa.lane.norm"]
+        return run_graph(self.model, nodes, passed.seen, passed.judged, passed.real)["sasa.lane.norm"]
 
     @torch.no_grad()
     def again(self, passed: Passed, first: int) -> torch.Tensor:
@@ -69,7 +72,7 @@ class MainLane:
         norm = self.graph["norm"].module
         nodes.append({"name": "norm", "op": "lane_norm", "inputs": [nodes[-1]["name"]], "module": norm})
         state = passed.output(first - 1)  # (rows, tokens, hidden)
-        return run_lane(self.model, nodes, state, passed.seen.arguments, passed.judged)["norm"]
+        return run_lane(self.model, nodes, state, passed.seen.arguments, passed.judged, passed.real)["norm"]
 
     @torch.no_grad()
     def normed(self, state: torch.Tensor) -> torch.Tensor:

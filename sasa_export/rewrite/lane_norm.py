@@ -1,4 +1,4 @@
-"""The final norm of the lane, at the last prompt position alone; without a lane, of the main lane's end."""
+"""The final norm of the lane, at the last prompt positions alone; without a lane, of the main lane's end."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
         name = "sasa.projection" if last == settings.safety_layer else f"sasa.lane.layers.{last}"
     before = require(graph, name, "the lane's norm")
     norm = require(graph, "norm", "the lane's norm")
-    return graph.add(Node("sasa.lane.norm", "lane_norm", (before.name,), norm.module))
+    mean = {} if settings.probe_positions == 1 else {"positions": settings.probe_positions}
+    return graph.add(Node("sasa.lane.norm", "lane_norm", (before.name,), norm.module, mean))

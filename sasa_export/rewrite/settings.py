@@ -13,7 +13,8 @@ class LaneSettings:
     """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any.
 
     Without layers there is no projection and no second lane: the probe reads what the main lane ends in. With
-    `probe_block` the second lane ends there; the safety layer's own number stands for the projection itself.
+    `probe_block` the second lane ends there; the safety layer's own number stands for the projection itself. The probe
+    reads the mean over the last `probe_positions` tokens of the prompt.
     """
 
     safety_layer: int | None
@@ -21,6 +22,7 @@ class LaneSettings:
     epsilon: float = 1e-6
     softcap: float | None = None
     probe_block: int | None = None
+    probe_positions: int = 1
 
     def last(self, graph: LayerGraph) -> int:
         """The block whose output the probe reads."""

@@ -333,6 +333,19 @@ def earlier_answers(
     return found[:, past:]
 
 
+def last_places(real: torch.Tensor, judged: torch.Tensor, count: int) -> torch.Tensor:
+    """The last `count` real tokens up to each judged position, latest first; -1 where there are no more.
+
+    Args: real (batch, context), bool; judged (batch, verdicts). Returns (batch, verdicts, count).
+    """
+    rank = real.long().cumsum(-1)  # (batch, context), real tokens so far
+    index = torch.arange(1, real.shape[1] + 1, device=real.device).expand_as(rank)  # (batch, context), from 1 on
+    place = _compact(index, real, rank) - 1  # (batch, 1 + context), of the token with each rank; -1 of rank 0
+    back = torch.arange(count, device=real.device)  # (count,)
+    wanted = (rank.gather(1, judged)[..., None] - back).clamp_min(0)  # (batch, verdicts, count)
+    return place.gather(1, wanted.flatten(1)).unflatten(1, (-1, count))
+
+
 def _last(flags: torch.Tensor, index: torch.Tensor, otherwise: int = 0) -> torch.Tensor:
     """The last position (batch,) at which flags (batch, context) hold, or `otherwise`."""
     return torch.where(flags, index, otherwise).amax(-1)
@@ -588,6 +601,7 @@ def run_lane(
     projection: torch.Tensor,
     arguments: dict[str, tuple[tuple, dict]],
     judged: torch.Tensor,
+    real: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Execute the nodes of the second lane and the probe.
 
@@ -595,7 +609,8 @@ def run_lane(
         graph: `config.sasa["graph"]`; nodes of other operations are passed over.
         projection: (batch, tokens, hidden), of the whole context.
         arguments: what the decoder hands to each block over the whole context.
-        judged: (batch,), the position whose state the probe reads.
+        judged: (batch,), the position whose state the probe reads, or the last of those whose mean it reads.
+        real: (batch, tokens), bool, False at padding.
 
     Returns the value of each node by its name.
     """
@@ -604,9 +619,7 @@ def run_lane(
         if node["op"] == "lane_block":
             path = node["module"]
             values[node["name"]] = _replay(model.get_submodule(path), values[node["inputs"][0]], arguments[path])
-    rows = torch.arange(projection.shape[0], device=projection.device)
-    last = values[graph_end(graph)][rows, judged.to(projection.device)]  # (batch, hidden)
-    return run_probe(model, graph, last) | values
+    return run_probe_at(model, graph, values, judged, real) | values
 
 
 def _entry(graph: list[dict[str, Any]]) -> dict[str, Any]:
@@ -619,8 +632,52 @@ def graph_end(graph: list[dict[str, Any]]) -> str:
     return str(next(node for node in graph if node["op"] == "lane_norm")["inputs"][0])
 
 
-def run_probe(model: nn.Module, graph: list[dict[str, Any]], state: torch.Tensor) -> dict[str, torch.Tensor]:
+def run_probe_at(
+    model: nn.Module,
+    graph: list[dict[str, Any]],
+    values: dict[str, torch.Tensor],
+    judged: torch.Tensor,
+    real: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Execute what follows the second lane's last block, for verdicts at some positions.
+
+    Args:
+        values: those of the lane's blocks over the whole context, by name.
+        judged: (batch,) or (batch, verdicts); real: (batch, context), bool.
+
+    Returns the value of each node by its name; that of the probe has the shape of `judged`.
+    """
+    state = values[graph_end(graph)]  # (batch, context, hidden)
+    count = positions_read(graph)
+    rows = torch.arange(state.shape[0], device=state.device)  # (batch,)
+    if count == 1:
+        rows = rows if judged.dim() == 1 else rows[:, None]
+        return run_probe(model, graph, state[rows, judged.to(state.device)])
+    places = last_places(real, judged.flatten(1) if judged.dim() > 1 else judged[:, None], count).to(state.device)
+    read = state[rows[:, None], places.clamp_min(0).flatten(1)]  # (batch, verdicts * count, hidden)
+    places = places if judged.dim() > 1 else places[:, 0]  # (*judged, count)
+    return run_probe(model, graph, read, places)
+
+
+def positions_read(graph: list[dict[str, Any]]) -> int:
+    """Over how many of the last positions the probe reads a mean."""
+    return int(next(node.get("positions", 1) for node in graph if node["op"] == "lane_norm"))
+
+
+def _mean(state: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The mean of states (..., positions, hidden) over the places (..., positions) that are none of -1."""
+    found = (places >= 0).unsqueeze(-1)  # (..., positions, 1)
+    total = (state.float() * found).sum(-2) / found.sum(-2).clamp_min(1)  # (..., hidden)
+    return total.to(state.dtype)
+
+
+def run_probe(
+    model: nn.Module, graph: list[dict[str, Any]], state: torch.Tensor, places: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Execute what follows the second lane's last block, on its output (..., hidden) at the judged positions.
+
+    With `places` (..., positions), as `last_places` gives them, the states are (batch, all of these positions, hidden),
+    and the probe reads a mean.
 
     Returns the value of each node by its name; that of the probe is P(unsafe), (...).
     """
@@ -630,6 +687,8 @@ def run_probe(model: nn.Module, graph: list[dict[str, Any]], state: torch.Tensor
         if operation == "lane_norm":
             shaped = state if state.dim() == 3 else state.unsqueeze(1)  # (batch, positions, hidden)
             value = model.get_submodule(node["module"])(shaped).reshape(state.shape)  # (..., hidden)
+            if places is not None:
+                value = _mean(value.reshape(*places.shape, state.shape[-1]), places)  # (..., hidden)
         elif operation == "lane_head":
             value = model.get_submodule(node["module"])(values[inputs[0]])  # (..., vocabulary)
             if node.get("softcap"):
@@ -643,14 +702,14 @@ def run_probe(model: nn.Module, graph: list[dict[str, Any]], state: torch.Tensor
 
 
 def run_graph(
-    model: nn.Module, graph: list[dict[str, Any]], seen: Recording, judged: torch.Tensor
+    model: nn.Module, graph: list[dict[str, Any]], seen: Recording, judged: torch.Tensor, real: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Projection, second lane and probe over one whole prompt, right after the main lane ran on it.
 
     Args:
-        seen: the main lane's recording; judged: (batch,), the position whose state the probe reads.
+        seen: the main lane's recording; judged (batch,) and real (batch, tokens): as in `run_lane`.
     """
-    return run_lane(model, graph, project_taps(graph, seen), seen.arguments, judged)
+    return run_lane(model, graph, project_taps(graph, seen), seen.arguments, judged, real)
 
 
 def context_arguments(
@@ -865,6 +924,9 @@ def _is_sasa(graph: list[dict[str, Any]], sasa: dict[str, Any]) -> bool:
         taps = [main[safety]["module"], main[semantic]["module"]]
         start = [*(("tap", path) for path in taps), ("projection", None), *(("lane_block", path) for path in lane)]
     wanted = [*start, ("lane_norm", None)]
+    positions = sasa.get("probe_positions", 1)
+    if positions_read(graph) != positions or positions < 1 or (positions > 1 and sasa["gate"] == EVERY_TOKEN):
+        return False
     tail = ["lane_head", "probe", "gate"] if sasa.get("probe_space") == "logits" else ["probe", "gate"]
     found = [(node["op"], node.get("module") if node["op"] in ("tap", "lane_block") else None) for node in chain]
     if found != wanted + [(operation, None) for operation in tail]:
@@ -1097,18 +1159,20 @@ class GuardedModel:
         if not turn.due.any():
             return None, turn.other_states
         whole, arguments = projection, seen.arguments  # (batch, context, hidden)
+        real = context[..., REAL] > 0  # (batch, context)
         if kept:
             whole = torch.cat([ledger.unpack_projection(kept).to(projection), projection], dim=1)
-            arguments = context_arguments(self.model, whole, context[..., REAL] > 0, context, ledger)
+            arguments = context_arguments(self.model, whole, real, context, ledger)
         graph, words = self.config.sasa["graph"], Words.of(self.config.sasa)
-        values = run_lane(self, graph, whole, arguments, turn.judged)
+        values = run_lane(self, graph, whole, arguments, turn.judged, real)
         probability = self._read(values)  # (batch,)
         states = turn.states(self._unsafe(probability).to(turn.due.device))
         past = context.shape[1] - projection.shape[1]
-        earlier = earlier_answers(context[..., SYMBOL], context[..., REAL] > 0, past, turn.judged, words)
+        earlier = earlier_answers(context[..., SYMBOL], real, past, turn.judged, words)
         if (earlier >= 0).any():  # a conversation in one call: the logits of its earlier answers are judged too
-            all_states = values[graph_end(graph)][:, past:]  # (batch, tokens, hidden)
-            unsafe = self._unsafe(self._read(run_probe(self, graph, all_states))).to(earlier.device)  # (batch, tokens)
+            fed = torch.arange(past, context.shape[1], device=real.device).expand_as(earlier)  # (batch, tokens)
+            found = self._read(run_probe_at(self, graph, values, fed, real))  # (batch, tokens)
+            unsafe = self._unsafe(found).to(earlier.device)  # (batch, tokens)
             states = torch.where((earlier >= 0) & unsafe.gather(1, earlier.clamp_min(0)), 1, states)
         return probability.masked_fill(~turn.due.to(probability.device), float("nan")), states
 

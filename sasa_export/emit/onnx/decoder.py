@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         whole = torch.cat([self.shape.unpack_projection(kept), projection.to(kept[0].dtype)], dim=1)
         real = context[..., self.runtime.REAL] > 0  # (batch, context)
         arguments = self.runtime.context_arguments(self.model.model, whole, real, context, self.shape)
-        values = self.runtime.run_lane(self.model, graph, whole, arguments, turn.judged)
+        values = self.runtime.run_lane(self.model, graph, whole, arguments, turn.judged, real)
         probability = next(values[node["name"]] for node in graph if node["op"] == "probe")  # (batch,)
         probability = probability.masked_fill(~turn.due, float("nan"))
         refused = ~(probability < self.model.config.sasa["threshold"])  # (batch,); NaN is refused
