@@ -13,6 +13,7 @@ LABELS = {
     "after_head": "what follows the head",
     "projection": "projection",
     "lane_head": "head",
+    "join": "all lanes' ends",
     "probe": "probe",
     "gate": "gate",
 }

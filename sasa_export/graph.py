@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAIN_LANE = ("vision", "projector", "embed", "between", "block", "norm", "head", "after_head")
-SASA = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")
+SASA = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "join", "probe", "gate")
 
 
 @dataclass(frozen=True)

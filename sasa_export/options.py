@@ -47,6 +47,12 @@ class Options:
         group="Layers",
         word=AUTO,
     )
+    further_pair: tuple[str, ...] = _option(
+        (),
+        "A further pair of safety and semantic layer, as 20:24. It has a second lane and a probe of its own, and the "
+        "log odds of all probes are averaged. Give it several times for more pairs. Not with --gate every-token.",
+        group="Layers",
+    )
     projection: str = _option(
         "semantic",
         "semantic: the safety layer's output is projected onto the semantic layer's, and a second lane runs on it. "
@@ -165,6 +171,18 @@ class Options:
         """Is a layer left to be found on the calibration prompts?"""
         return AUTO in (self.safety_layer, self.semantic_layer)
 
+    def further_pairs(self) -> tuple[tuple[int, int], ...]:
+        """The further pairs as numbers. SasaExportError where one is no pair."""
+        found = []
+        for text in self.further_pair:
+            safety, colon, semantic = text.partition(":")
+            if not colon or not safety.strip().isdecimal() or not semantic.strip().isdecimal():
+                raise SasaExportError(
+                    f"--further-pair is {text!r}; a pair is SAFETY:SEMANTIC in block numbers, as 20:24."
+                )
+            found.append((int(safety), int(semantic)))
+        return tuple(found)
+
     def regularization_value(self) -> float | None:
         """The number that was given, or None for auto."""
         return None if self.regularization == "auto" else float(self.regularization)
@@ -209,6 +227,7 @@ class Options:
             raise SasaExportError(
                 "--probe-positions and --gate every-token exclude each other: there each token is judged by itself."
             )
+        self._check_pairs()
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise SasaExportError(f"--threshold is {self.threshold:g}; it must lie between 0 and 1.")
         if not 0.0 <= self.max_false_positive_rate < 1.0:
@@ -231,6 +250,19 @@ class Options:
             raise SasaExportError(f"--batch-size is {self.batch_size}; it must be at least 1.")
         if not self.refusal.strip():
             raise SasaExportError("--refusal is empty; give the sentence that the model should say.")
+
+    def _check_pairs(self) -> None:
+        pairs = self.further_pairs()
+        if not pairs:
+            return
+        if self.projection == "none":
+            raise SasaExportError("--projection none has no second lane. Leave --further-pair out.")
+        if self.gate == "every-token":
+            raise SasaExportError(
+                "--further-pair and --gate every-token exclude each other: one second lane alone runs beside an answer."
+            )
+        if self.finds_layers():
+            raise SasaExportError(f"--further-pair and layers left to {AUTO} exclude each other. Give both layers.")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that shapes the result; where it is written, and with what load, does not."""

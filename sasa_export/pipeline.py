@@ -88,11 +88,12 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
 
     graph = trace_source(source)
     settings = LaneSettings(
-        safety, semantic, options.epsilon, sizes.softcap, options.probe_block, options.probe_positions
-    )
+        safety, semantic, options.epsilon, sizes.softcap, options.probe_block, options.probe_positions,
+        options.further_pairs(),
+    )  # fmt: skip
     full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
-    check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
+    check_probe(given, max(1, len(settings.pairs)) * (sizes.vocabulary if full.of("lane_head") else sizes.hidden))
 
     processor = load_processor(source)
     measured = measure(source, processor, graph, settings, given, options, report)
@@ -105,6 +106,7 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
         full,
         safety_layer=safety,
         semantic_layer=semantic,
+        further_pairs=[list(pair) for pair in options.further_pairs()],
         probe_block=options.probe_block,
         probe_positions=options.probe_positions,
         layers_from=layers_from,
@@ -117,6 +119,7 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
         gate=options.gate,
     )
     where = "no second lane" if safety is None else f"second lane from block {safety + 1}"
+    where += "".join(f", another from block {pair[0] + 1}" for pair in settings.further_pairs)
     report.step("rewrite", f"{where}, threshold {probe.threshold:.4f}")
     if not team.leads:
         team.wait()

@@ -84,7 +84,7 @@ class Guard:
     processor: ProcessorMixin
     safety: int
     semantic: int
-    weight: Tensor  # (vocabulary,)
+    weight: Tensor  # (vocabulary,), or (pairs, vocabulary)
     bias: float
 
     @property
@@ -102,9 +102,12 @@ class Guard:
     def expected(self, inputs: Mapping[str, Any]) -> Tensor:
         """P(unsafe) of each row (batch,), by the oracle."""
         sasa = self.model.config.sasa
-        where = (self.safety, self.semantic, sasa["probe_block"], sasa["probe_positions"])
-        logits = oracle.oracle_logits(self.stock, inputs, *where)  # (batch, vocabulary)
-        return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
+        last, positions = sasa["probe_block"], sasa["probe_positions"]
+        logits = [
+            oracle.oracle_logits(self.stock, inputs, safety, semantic, last, positions)
+            for safety, semantic in [(self.safety, self.semantic), *sasa["further_pairs"]]
+        ]  # (batch, vocabulary) each
+        return oracle.unsafe_probability(torch.cat(logits, dim=-1), self.weight.flatten(), self.bias)  # (batch,)
 
     @contextmanager
     def halved(self, inputs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -142,11 +145,17 @@ def guard(
         directory = tmp_path_factory.mktemp(f"guard-{family}")
         model, processor = stock(family)
         size = model.config.get_text_config().vocab_size
-        weight = torch.randn(size, generator=torch.Generator().manual_seed(7)) / 20  # (vocabulary,)
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(options).items()
+        }
+        lanes = 1 + len(given.get("further_pair", ()))
+        weight = torch.randn(lanes, size, generator=torch.Generator().manual_seed(7)) / 20  # (lanes, vocabulary)
         bias = 0.1
-        probe = {"sasa.probe.weight": oracle.folded(model, weight), "sasa.probe.bias": torch.tensor(bias)}
+        folded = torch.cat([oracle.folded(model, row) for row in weight])  # (lanes * hidden,)
+        weight = weight if lanes > 1 else weight[0]  # (vocabulary,)
+        probe = {"sasa.probe.weight": folded, "sasa.probe.bias": torch.tensor(bias)}
         save_file(probe, directory / "probe.safetensors")
-        settings = {"refusal": "I will not help.", "verify": "files", **json.loads(options)}
+        settings: dict[str, Any] = {"refusal": "I will not help.", "verify": "files", **given}
         sasa_export.patch(
             sasa_export.Options(
                 model=str(tiny_model(family)),

@@ -15,11 +15,15 @@ from sasa_export.calibrate.platt import Platt, platt
 from sasa_export.calibrate.probe import (
     HIGHEST,
     PAPER,
+    Fit,
     Probe,
     best_regularization,
     cross_validated,
     fit,
+    folded,
     head_metric,
+    in_metric,
+    in_parts,
     probability,
     threshold_for,
 )
@@ -65,7 +69,8 @@ def calibrate(
 ) -> Calibration:
     """Fit a probe on the lane of `graph` (`rewrite_lane`). CalibrationError where none is usable.
 
-    The graph may be one without projection, whose probe reads the main lane; then no second lane runs, and there are no
+    Each of several lanes has a probe of its own, and the mean of their log odds is that of all. The graph may be one
+    without projection, whose probe reads the main lane; then no second lane runs, and there are no
     figures of one. `regularization` is the probe's C; None chooses it by cross-validation, for each feature on its own.
     With `shares`, P(unsafe) is mapped so that it is the share of harmful prompts; verdicts stay.
     `judged` are the numbers of the prompts that the figures are of, where others took part in choosing the layers.
@@ -77,14 +82,15 @@ def calibrate(
         metric = None
     else:
         metric = head_metric(head_weight(model))
-    projected = _measured(features.projected, metric)  # without projection, the main lane's end
+    projected = in_metric(features.projected, metric)  # without projection, the main lane's end
+    fit_lanes = in_parts(fit, max(1, len(graph.of("projection"))))
 
-    def scored(features: np.ndarray) -> tuple[float, np.ndarray]:
+    def scored(features: np.ndarray, fit: Fit) -> tuple[float, np.ndarray]:
         if regularization is None:
-            return best_regularization(features, labels, groups)
-        return regularization, cross_validated(features, labels, groups, regularization)
+            return best_regularization(features, labels, groups, fit=fit)
+        return regularization, cross_validated(features, labels, groups, regularization, fit)
 
-    chosen, scores = scored(projected)
+    chosen, scores = scored(projected, fit_lanes)
     threshold = threshold_for(scores, labels, max_false_positive_rate)
     mapping = platt(scores, labels) if shares else None
     if mapping is not None:
@@ -96,10 +102,10 @@ def calibrate(
     found = figures(feature, scores[rows], told, threshold)
     overall = next(figure for figure in found if figure.channel == "all")
     if feature == "projected":
-        _, plain_scores = scored(_measured(features.plain, metric))
+        _, plain_scores = scored(in_metric(features.plain, metric), fit)
         plain_threshold = threshold_for(plain_scores, labels, max_false_positive_rate)
         found += figures("plain", plain_scores[rows], told, plain_threshold)
-    paper = figures(feature, cross_validated(projected, labels, groups, PAPER)[rows], told, 0.5)
+    paper = figures(feature, cross_validated(projected, labels, groups, PAPER, fit_lanes)[rows], told, 0.5)
     if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
         raise CalibrationError(
             f"no usable probe: {'on these layers' if feature == 'projected' else 'without projection'} harmful and "
@@ -108,16 +114,11 @@ def calibrate(
             f"{'other --safety-layer and --semantic-layer' if feature == 'projected' else '--projection semantic'}, "
             "more calibration data, or a higher --max-false-positive-rate."
         )
-    weight, bias = fit(projected, labels, chosen)
+    weight, bias = fit_lanes(projected, labels, chosen)
     if mapping is not None:
         weight, bias = mapping.probe(weight, bias)
     final = probability(projected, weight, bias)
-    folded = weight if metric is None else metric.T @ weight  # (features,): w . z = (R^T v) . h
-    probe = Probe(folded.astype(np.float32), bias, threshold)
+    probe = Probe(folded(weight, metric).astype(np.float32), bias, threshold)
     return Calibration(
         probe, tuple(found), tuple(prompts), scores, final, max_false_positive_rate, chosen, tuple(paper), mapping
     )
-
-
-def _measured(features: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
-    return features.astype(np.float64) if metric is None else features.astype(np.float64) @ metric.T

@@ -23,7 +23,8 @@ MAIN = "main"  # what enters the final norm
 class Features:
     """The second lane's and the main lane's first-token features: (prompts, features), float32.
 
-    They are normed hidden states, or logits where the graph has a head in the lane.
+    They are normed hidden states, or logits where the graph has a head in the lane. Those of several lanes are side by
+    side in `projected`: (prompts, lanes * features).
     """
 
     projected: np.ndarray
@@ -45,7 +46,8 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Read:
-    """One batch's features, float32: `projected` and `plain` (rows, features), and `more` (rows, hidden) by name."""
+    """One batch's features, float32: `projected` (rows, lanes * features), `plain` (rows, features), and `more` by
+    name, (rows, hidden) each."""
 
     rows: tuple[int, ...]
     projected: np.ndarray
@@ -73,7 +75,8 @@ def reading(
 
     nodes = graph.to_json()
     end = next(node for node in nodes if node["op"] == "lane_norm")
-    plain = [{**node, "inputs": [MAIN]} if node is end else node for node in nodes]  # done to the main lane's end
+    head = [node for node in nodes if node["op"] == "lane_head"][:1]
+    plain = [{**end, "inputs": [MAIN]}, *head]  # what is done to a lane's end, done to the main lane's
     others = {name: {**end, "inputs": [name]} for name in more}
     if recent:
         others[RECENT] = {**end, "positions": recent}
@@ -90,8 +93,8 @@ def reading(
         real = real_tokens(mask, 0, ids.shape[1], ids)  # (batch, tokens)
         with torch.no_grad():
             values = run_graph(model, nodes, seen, judged, real)
-            lane = values[nodes[-1]["name"]]  # (batch, features)
-            main = run_probe_at(model, plain, {MAIN: seen_norm[0]}, judged, real)[nodes[-1]["name"]]  # the same
+            lane = values[nodes[-1]["name"]]  # (batch, lanes * features)
+            main = run_probe_at(model, plain, {MAIN: seen_norm[0]}, judged, real)[plain[-1]["name"]]
             found = {name: run_probe_at(model, [node], values, judged, real) for name, node in others.items()}
         batch = Read(
             tuple(rows),
@@ -100,7 +103,7 @@ def reading(
             {name: states[end["name"]].float().cpu().numpy() for name, states in found.items()},  # (batch, hidden) each
         )
         for row, *states in zip(rows, batch.projected, batch.plain, strict=True):
-            if not np.isfinite(states).all():
+            if not all(np.isfinite(state).all() for state in states):
                 raise CalibrationError(
                     f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
                     "Its weights may be damaged, or --dtype too narrow: try --dtype float32."

@@ -72,6 +72,32 @@ def quick_fit(features: np.ndarray, labels: np.ndarray, regularization: float = 
     return model.coef_[0, :-1], float(model.coef_[0, -1])
 
 
+def in_parts(fit: Fit, parts: int) -> Fit:
+    """A fit that takes the features of several lanes side by side, and gives the mean of their probes' log odds."""
+    if parts == 1:
+        return fit
+
+    def fitted(features: np.ndarray, labels: np.ndarray, regularization: float) -> tuple[np.ndarray, float]:
+        found = [fit(part, labels, regularization) for part in np.split(features, parts, axis=1)]
+        weight = np.concatenate([weight for weight, _ in found]) / parts  # (features,)
+        return weight, float(np.mean([bias for _, bias in found]))
+
+    return fitted
+
+
+def in_metric(features: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
+    """Features (prompts, lanes * hidden) in the head's metric (hidden, hidden), float64; as they are without one."""
+    wide = features.astype(np.float64)
+    if metric is None:
+        return wide
+    return (wide.reshape(len(wide), -1, len(metric)) @ metric.T).reshape(wide.shape)
+
+
+def folded(weight: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
+    """Weights (lanes * hidden,) of features in the metric R as weights of the features: w . z = (R^T v) . h."""
+    return weight if metric is None else (weight.reshape(-1, len(metric)) @ metric).reshape(-1)
+
+
 def cross_validated(
     features: np.ndarray,
     labels: np.ndarray,

@@ -93,10 +93,17 @@ def way(sasa: dict[str, Any]) -> str:
     """How the verdict comes about, for a sentence that ends in "decides"."""
     if sasa["safety_layer"] is None:
         return f"a linear probe on {_read(sasa)}, read at the end of the main lane without any projection,"
+    pairs = "".join(f", that of block {safety} onto that of {semantic}" for safety, semantic in _further(sasa))
     return (
         f"the output of the safety layer (block {sasa['safety_layer']}, zero-based) is projected onto that of the "
-        f"semantic layer (block {sasa['semantic_layer']}), {_second_lane(sasa)} and a linear probe on {_read(sasa)}"
+        f"semantic layer (block {sasa['semantic_layer']}){pairs}, {_second_lane(sasa)} and a linear probe on "
+        f"{_read(sasa)}{' of each lane' if pairs else ''}"
     )
+
+
+def _further(sasa: dict[str, Any]) -> list[list[int]]:
+    """Pairs of safety and semantic layer behind the first."""
+    return list(sasa.get("further_pairs", []))
 
 
 def _read(sasa: dict[str, Any]) -> str:
@@ -106,6 +113,9 @@ def _read(sasa: dict[str, Any]) -> str:
 
 def _second_lane(sasa: dict[str, Any]) -> str:
     again = [node["index"] for node in sasa["graph"] if node["op"] == "lane_block"]
+    if _further(sasa):
+        end = "" if sasa.get("probe_block") is None else f" up to block {sasa['probe_block']}"
+        return f"the blocks behind each safety layer{end} run once more on its result,"
     if sasa.get("probe_block") is None:
         return "the blocks behind the safety layer run once more on the result,"
     if not again:
@@ -119,9 +129,10 @@ def layers(sasa: dict[str, Any], blocks: int) -> str:
     """The layers and where they are from."""
     if sasa["safety_layer"] is None:
         return f"No projection, so no layers to choose among the {blocks} blocks."
+    pairs = "".join(f", further pair {safety} and {semantic}" for safety, semantic in _further(sasa))
     return (
         f"Safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']} of {blocks} blocks "
-        f"({sasa['layers_from']})."
+        f"({sasa['layers_from']}){pairs}."
     )
 
 

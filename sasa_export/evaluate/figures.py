@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sasa_export.calibrate.probe import in_metric
 from sasa_export.command_line import command_line
 from sasa_export.evaluate.answer import Answer
 from sasa_export.evaluate.arm import Arm, Figures, answering, figures, gated, guarded, parts, spelled
@@ -64,9 +65,8 @@ class Measured:
         return None if given == "auto" else float(given)
 
     def in_metric(self, features: np.ndarray) -> np.ndarray:
-        """Features (prompts, hidden) as calibration measures them."""
-        wide = features.astype(np.float64)
-        return wide if self.metric is None else wide @ self.metric.T
+        """Features (prompts, lanes * hidden) as calibration measures them."""
+        return in_metric(features, self.metric)
 
 
 def assess(measured: Measured, options: EvaluateOptions, judge: Judge | None) -> Evaluated:
@@ -83,7 +83,12 @@ def assess(measured: Measured, options: EvaluateOptions, judge: Judge | None) ->
     }
     fitted = {
         key: probe(
-            measured.in_metric(before), measured.in_metric(after), asked.calibration, rate, measured.regularization
+            measured.in_metric(before),
+            measured.in_metric(after),
+            asked.calibration,
+            rate,
+            measured.regularization,
+            before.shape[1] // measured.calibration.plain.shape[1],
         )
         for key, (before, after) in lanes.items()
     }
@@ -197,6 +202,7 @@ def _subject(measured: Measured, options: EvaluateOptions, labels: np.ndarray, g
         graphs=guarded.graphs,
         safety_layer=guarded.sasa["safety_layer"],
         semantic_layer=guarded.sasa["semantic_layer"],
+        further_pairs=guarded.further_pairs,
         blocks=guarded.blocks,
         again=guarded.again,
         rate=measured.rate,

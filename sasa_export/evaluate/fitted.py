@@ -17,6 +17,7 @@ from sasa_export.calibrate.probe import (
     FOLDS,
     best_regularization,
     cross_validated,
+    in_parts,
     probability,
     quick_fit,
     threshold_for,
@@ -48,20 +49,23 @@ def probe(
     prompts: Sequence[Prompt],
     rate: float,
     regularization: float | None,
+    parts: int = 1,
 ) -> Fitted:
     """A probe on `calibration` features (calibration prompts, features), applied to `evaluation`.
 
     Features are measured in the head's metric (`head_metric`), as in calibration. `prompts` are the calibration
     prompts, `rate` the largest share of harmless ones that may be refused; None as `regularization` chooses it.
+    The features are those of `parts` lanes, side by side.
     """
+    fit = in_parts(quick_fit, parts)
     labels = np.array([prompt.label for prompt in prompts])
     groups = [prompt.group for prompt in prompts]
     if regularization is None:
-        chosen, held_out = best_regularization(calibration, labels, groups, CANDIDATES, quick_fit)
+        chosen, held_out = best_regularization(calibration, labels, groups, CANDIDATES, fit)
     else:
         chosen = regularization
-        held_out = cross_validated(calibration, labels, groups, regularization, quick_fit)
-    weight, bias = quick_fit(calibration, labels, chosen)
+        held_out = cross_validated(calibration, labels, groups, regularization, fit)
+    weight, bias = fit(calibration, labels, chosen)
     return _fitted(probability(evaluation, weight, bias), held_out, labels, rate, chosen)
 
 

@@ -41,8 +41,13 @@ class Guarded:
 
     @property
     def again(self) -> int:
-        """How many blocks the second lane has."""
+        """How many blocks the second lane has, or all of them together."""
         return sum(node["op"] == "lane_block" for node in self.sasa["graph"])
+
+    @property
+    def further_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of safety and semantic layer behind the first."""
+        return tuple((safety, semantic) for safety, semantic in self.sasa.get("further_pairs", []))
 
     @property
     def refusal(self) -> list[int]:

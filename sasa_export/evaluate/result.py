@@ -24,8 +24,8 @@ from sasa_export.evaluate.variants import Calibrated, Variant
 class Subject:
     """What was evaluated, on what, and how it ran.
 
-    `again` is how many blocks the second lane has, `rate` the chosen false-positive rate; `command` makes the report
-    again.
+    `again` is how many blocks the second lane has, or all of them together, `rate` the chosen false-positive rate;
+    `command` makes the report again.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Subject:
     graphs: str | None
     safety_layer: int | None
     semantic_layer: int | None
+    further_pairs: tuple[tuple[int, int], ...]
     blocks: int
     again: int
     rate: float

@@ -15,6 +15,7 @@ from sasa_export.emit.manifest import MANIFEST
 from sasa_export.emit.staging import check_apart, check_free, claimed, staged
 from sasa_export.evaluate.answer import Answer, Model, answer_all
 from sasa_export.evaluate.depth import depths_of
+from sasa_export.evaluate.errors import EvaluateError
 from sasa_export.evaluate.features import Features, read_features
 from sasa_export.evaluate.figures import Measured, assess
 from sasa_export.evaluate.guarded import Guarded, open_baseline, open_guarded
@@ -154,8 +155,11 @@ def _open(options: EvaluateOptions, team: Crew, report: Silent) -> Setting:
     layers = sasa["safety_layer"], sasa["semantic_layer"]
     safety, semantic = layers_of(source, sizes.blocks, sizes.hidden, *layers)[:2]
     settings = LaneSettings(
-        safety, semantic, sasa["epsilon"], sizes.softcap, sasa.get("probe_block"), sasa.get("probe_positions", 1)
-    )
+        safety, semantic, sasa["epsilon"], sizes.softcap, sasa.get("probe_block"), sasa.get("probe_positions", 1),
+        guarded.further_pairs,
+    )  # fmt: skip
+    if options.depth_curve and guarded.further_pairs:
+        raise EvaluateError("--depth-curve draws one second lane, and this model has several. Leave it out.")
     lane = rewrite_lane(trace_source(source), settings)
     depths = depths_of(lane) if options.depth_curve else {}
     return Setting(options, guarded, source, processor, asked, lane, depths, dtype, device)
@@ -200,7 +204,9 @@ def _features(setting: Setting, plain: Lazy[Any], work: Work, team: Crew, report
     """Of the calibration prompts, and of the evaluation prompts."""
     asked, found = setting.asked, []
     nodes = list(setting.depths.values())
-    alone = setting.guarded.sasa.get("probe_positions", 1) == 1  # one that reads a mean has no use for another
+    guarded = setting.guarded
+    # Of one lane, and of one that reads no mean already.
+    alone = guarded.sasa.get("probe_positions", 1) == 1 and not guarded.further_pairs
     for kind, prompts in (("calibration", asked.calibration), ("evaluation", asked.evaluation)):
         with report.bar(len(prompts), kind) as advance:
             found.append(

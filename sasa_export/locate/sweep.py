@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sasa_export.calibrate.data import Prompt
-from sasa_export.calibrate.probe import CANDIDATES, best_regularization, quick_fit
+from sasa_export.calibrate.probe import CANDIDATES, best_regularization, in_metric, quick_fit
 from sasa_export.locate.interval import Estimate, auc_of, is_below
 from sasa_export.locate.pairs import Pair
 from sasa_export.locate.passes import Lanes
@@ -51,7 +51,7 @@ def rotated(features: np.ndarray, metric: np.ndarray) -> np.ndarray:
 
     A logistic regression with an L2 penalty gives the same scores after a rotation, and is done much sooner.
     """
-    left, scale, _ = np.linalg.svd(features.astype(np.float64) @ metric.T, full_matrices=False)
+    left, scale, _ = np.linalg.svd(in_metric(features, metric), full_matrices=False)
     return left * scale
 
 

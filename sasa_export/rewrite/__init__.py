@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sasa_export.graph import LayerGraph
 from sasa_export.rewrite.gate import add_gate
+from sasa_export.rewrite.join import add_join
 from sasa_export.rewrite.lane_head import add_lane_head
 from sasa_export.rewrite.lane_norm import add_lane_norm
 from sasa_export.rewrite.probe import add_probe
@@ -16,7 +17,7 @@ from sasa_export.rewrite.second_lane import add_second_lane
 from sasa_export.rewrite.settings import LaneSettings
 from sasa_export.rewrite.tap import add_taps
 
-LANE_PASSES = (add_taps, add_projection, add_second_lane, add_lane_norm, add_lane_head)
+LANE_PASSES = (add_taps, add_projection, add_second_lane, add_lane_norm, add_lane_head, add_join)
 GATE_PASSES = (add_probe, add_gate)
 
 __all__ = ["GATE_PASSES", "LANE_PASSES", "LaneSettings", "rewrite", "rewrite_lane"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sasa_export.errors import RewriteError
 from sasa_export.graph import LayerGraph, Node
-from sasa_export.rewrite.settings import LaneSettings, require
+from sasa_export.rewrite.settings import LaneSettings, require, scope
 
 
 def add_lane_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
@@ -19,6 +19,9 @@ def add_lane_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
             "after_head: the model changes its logits behind the head in a way that its configuration does not "
             "name (final_logit_softcapping), so the probe cannot read them. This model is not supported yet."
         )
-    before = require(graph, "sasa.lane.norm", "the lane's head").name
-    head = require(graph, "head", "the lane's head")
-    return graph.add(Node("sasa.lane.head", "lane_head", (before,), head.module, {"softcap": settings.softcap}))
+    for number in range(max(1, len(settings.pairs))):
+        before = require(graph, f"{scope(number)}.lane.norm", "the lane's head").name
+        head = require(graph, "head", "the lane's head")
+        attributes = {"softcap": settings.softcap}
+        graph = graph.add(Node(f"{scope(number)}.lane.head", "lane_head", (before,), head.module, attributes))
+    return graph

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sasa_export.graph import LayerGraph, Node
-from sasa_export.rewrite.settings import LaneSettings, require
+from sasa_export.rewrite.settings import LaneSettings, lane_ends, require
 
 
 def add_probe(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    heads = graph.of("lane_head")
-    before = heads[0].name if heads else require(graph, "sasa.lane.norm", "the probe").name
+    ends = graph.of("join") or lane_ends(graph)
+    before = ends[0].name if ends else require(graph, "sasa.lane.norm", "the probe").name
     return graph.add(Node("sasa.probe", "probe", (before,), "sasa.probe"))

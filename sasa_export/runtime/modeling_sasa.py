@@ -37,7 +37,7 @@ from transformers.conversion_mapping import (
 
 FORMAT = 2  # of config.sasa; a directory of another format is refused
 SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
-LANE = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")  # what SASA adds
+LANE = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "join", "probe", "gate")  # what SASA adds
 PROMPT, EVERY_TOKEN = "prompt", "every-token"  # what config.sasa["gate"] has judged
 PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
@@ -107,16 +107,18 @@ class Ledger:
     first: int  # index of the first extra cache layer
     heads: int
     size: int  # of a head
-    hidden: int  # of a projected state
+    hidden: int  # of all projected states
     axes: int  # of a position: three in families with M-RoPE
+    lanes: int  # each has a projected state
 
     @classmethod
     def of(cls, text: Any, sasa: dict[str, Any]) -> "Ledger":
         """The ledger of a text configuration. A lane that keeps its own cache needs no projected states in it."""
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         axes = 3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1
-        hidden = 0 if sasa["gate"] == EVERY_TOKEN else text.hidden_size
-        return cls(text.num_hidden_layers, text.num_key_value_heads, size, hidden, axes)
+        lanes = len(_entries(sasa["graph"]))
+        hidden = 0 if sasa["gate"] == EVERY_TOKEN else lanes * text.hidden_size
+        return cls(text.num_hidden_layers, text.num_key_value_heads, size, hidden, axes, lanes)
 
     @property
     def columns(self) -> int:
@@ -585,14 +587,17 @@ def _replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict], ca
 def project_taps(graph: list[dict[str, Any]], seen: Recording) -> torch.Tensor:
     """The projection of the tokens that the main lane just ran on: (batch, tokens, hidden).
 
-    Without one it is the output of the last block, which the probe then reads.
+    Several pairs of layers have theirs side by side: (batch, tokens, pairs * hidden). Without projection it is the
+    output of the last block, which the probe then reads.
     """
     outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
-    node = _entry(graph)
-    if node["op"] == "tap":
-        return outputs[node["name"]]
-    safety, semantic = (outputs[name] for name in node["inputs"])
-    return project(safety.to(semantic.device), semantic, node["epsilon"])
+    found = []
+    for node in _entries(graph):
+        if node["op"] == "tap":
+            return outputs[node["name"]]
+        safety, semantic = (outputs[name] for name in node["inputs"])
+        found.append(project(safety.to(semantic.device), semantic, node["epsilon"]))
+    return found[0] if len(found) == 1 else torch.cat([one.to(found[0].device) for one in found], dim=-1)
 
 
 def run_lane(
@@ -603,18 +608,20 @@ def run_lane(
     judged: torch.Tensor,
     real: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Execute the nodes of the second lane and the probe.
+    """Execute the nodes of the second lane, or of several, and the probe.
 
     Args:
         graph: `config.sasa["graph"]`; nodes of other operations are passed over.
-        projection: (batch, tokens, hidden), of the whole context.
+        projection: (batch, tokens, hidden), of the whole context; of several pairs side by side.
         arguments: what the decoder hands to each block over the whole context.
         judged: (batch,), the position whose state the probe reads, or the last of those whose mean it reads.
         real: (batch, tokens), bool, False at padding.
 
     Returns the value of each node by its name.
     """
-    values = {_entry(graph)["name"]: projection}
+    names = [node["name"] for node in _entries(graph)]
+    parts = projection.chunk(len(names), dim=-1) if len(names) > 1 else (projection,)  # (batch, tokens, hidden) each
+    values = dict(zip(names, parts, strict=True))
     for node in graph:
         if node["op"] == "lane_block":
             path = node["module"]
@@ -622,14 +629,14 @@ def run_lane(
     return run_probe_at(model, graph, values, judged, real) | values
 
 
-def _entry(graph: list[dict[str, Any]]) -> dict[str, Any]:
-    """The node that the second lane starts from: the projection; without one, the tap that the probe reads."""
-    return [node for node in graph if node["op"] in ("tap", "projection")][-1]
+def _entries(graph: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The nodes that second lanes start from: projections; without any, the tap that the probe reads."""
+    return [node for node in graph if node["op"] == "projection"] or [node for node in graph if node["op"] == "tap"]
 
 
-def graph_end(graph: list[dict[str, Any]]) -> str:
-    """The name of the second lane's last block, or of the main lane's tap where there is no second lane."""
-    return str(next(node for node in graph if node["op"] == "lane_norm")["inputs"][0])
+def graph_ends(graph: list[dict[str, Any]]) -> list[str]:
+    """The name of each second lane's last block, or of the main lane's tap where there is no second lane."""
+    return [str(node["inputs"][0]) for node in graph if node["op"] == "lane_norm"]
 
 
 def run_probe_at(
@@ -639,52 +646,56 @@ def run_probe_at(
     judged: torch.Tensor,
     real: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Execute what follows the second lane's last block, for verdicts at some positions.
+    """Execute what follows the last block of each second lane, for verdicts at some positions.
 
     Args:
-        values: those of the lane's blocks over the whole context, by name.
+        values: those of the lanes' blocks over the whole context, (batch, context, hidden), by name.
         judged: (batch,) or (batch, verdicts); real: (batch, context), bool.
 
     Returns the value of each node by its name; that of the probe has the shape of `judged`.
     """
-    state = values[graph_end(graph)]  # (batch, context, hidden)
-    count = positions_read(graph)
-    rows = torch.arange(state.shape[0], device=state.device)  # (batch,)
-    if count == 1:
-        rows = rows if judged.dim() == 1 else rows[:, None]
-        return run_probe(model, graph, state[rows, judged.to(state.device)])
-    places = last_places(real, judged.flatten(1) if judged.dim() > 1 else judged[:, None], count).to(state.device)
-    read = state[rows[:, None], places.clamp_min(0).flatten(1)]  # (batch, verdicts * count, hidden)
-    places = places if judged.dim() > 1 else places[:, 0]  # (*judged, count)
-    return run_probe(model, graph, read, places)
+    count, places = positions_read(graph), None
+    if count > 1:
+        places = last_places(real, judged if judged.dim() > 1 else judged[:, None], count)  # (batch, verdicts, count)
+    read = {}
+    for name in graph_ends(graph):
+        state = values[name]  # (batch, context, hidden)
+        rows = torch.arange(state.shape[0], device=state.device)  # (batch,)
+        rows = rows if judged.dim() == 1 and places is None else rows[:, None]
+        at = judged if places is None else places.clamp_min(0).flatten(1)
+        read[name] = state[rows, at.to(state.device)]  # (*judged, hidden), or (batch, verdicts * count, hidden)
+    return run_probe(model, graph, read, places if places is None or judged.dim() > 1 else places[:, 0])
 
 
 def positions_read(graph: list[dict[str, Any]]) -> int:
     """Over how many of the last positions the probe reads a mean."""
-    return int(next(node.get("positions", 1) for node in graph if node["op"] == "lane_norm"))
+    return int(max(node.get("positions", 1) for node in graph if node["op"] == "lane_norm"))
 
 
 def _mean(state: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The mean of states (..., positions, hidden) over the places (..., positions) that are none of -1."""
-    found = (places >= 0).unsqueeze(-1)  # (..., positions, 1)
+    found = (places >= 0).unsqueeze(-1).to(state.device)  # (..., positions, 1)
     total = (state.float() * found).sum(-2) / found.sum(-2).clamp_min(1)  # (..., hidden)
     return total.to(state.dtype)
 
 
 def run_probe(
-    model: nn.Module, graph: list[dict[str, Any]], state: torch.Tensor, places: torch.Tensor | None = None
+    model: nn.Module, graph: list[dict[str, Any]], ends: dict[str, torch.Tensor], places: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Execute what follows the second lane's last block, on its output (..., hidden) at the judged positions.
+    """Execute what follows the last block of each second lane, on its output (..., hidden) at the judged positions.
 
     With `places` (..., positions), as `last_places` gives them, the states are (batch, all of these positions, hidden),
     and the probe reads a mean.
 
+    Args: ends: the outputs, by the names that `graph_ends` gives.
+
     Returns the value of each node by its name; that of the probe is P(unsafe), (...).
     """
-    values = {graph_end(graph): state}
+    values = dict(ends)
     for node in graph:
         operation, inputs = node["op"], node["inputs"]
         if operation == "lane_norm":
+            state = values[inputs[0]]
             shaped = state if state.dim() == 3 else state.unsqueeze(1)  # (batch, positions, hidden)
             value = model.get_submodule(node["module"])(shaped).reshape(state.shape)  # (..., hidden)
             if places is not None:
@@ -693,6 +704,9 @@ def run_probe(
             value = model.get_submodule(node["module"])(values[inputs[0]])  # (..., vocabulary)
             if node.get("softcap"):
                 value = torch.tanh(value.float() / node["softcap"]) * node["softcap"]
+        elif operation == "join":
+            first = values[inputs[0]]
+            value = torch.cat([values[name].to(first.device) for name in inputs], dim=-1)  # (..., lanes * features)
         elif operation == "probe":
             value = model.get_submodule(node["module"])(values[inputs[0]])  # (...)
         else:
@@ -719,10 +733,11 @@ def context_arguments(
 
     Args:
         decoder: the model under the head, a picture's place in its masks included.
-        projection: (batch, context, hidden); real: (batch, context); columns: (batch, context, columns).
+        projection: (batch, context, hidden), of any lane: (batch, context, lanes * hidden); real: (batch, context);
+        columns: (batch, context, columns).
     """
     arguments = {
-        "inputs_embeds": projection,
+        "inputs_embeds": projection[..., : ledger.hidden // ledger.lanes],
         "attention_mask": real.long(),
         "position_ids": ledger.positions(columns),
         "use_cache": False,
@@ -894,8 +909,7 @@ def _checked(sasa: Any) -> dict[str, Any]:
         raise ValueError(f"config.json has no complete `sasa` entry, so there is no gate. {HOW_TO_LOAD}")
     if sasa["format"] != FORMAT:
         raise ValueError(f"config.sasa has format {sasa['format']}, this file reads {FORMAT}. {HOW_TO_LOAD}")
-    layers = sasa["safety_layer"], sasa["semantic_layer"]
-    if layers != (None, None) and not 0 <= layers[0] < layers[1]:  # none: the probe reads the main lane
+    if not all(0 <= safety < semantic for safety, semantic in _pairs(sasa)):
         raise ValueError(f"config.sasa needs 0 <= safety_layer < semantic_layer. {HOW_TO_LOAD}")
     if not 0.0 < sasa["threshold"] < 1.0 or not sasa["refusal_token_ids"]:
         raise ValueError(f"config.sasa has no usable threshold or refusal. {HOW_TO_LOAD}")
@@ -909,33 +923,65 @@ def _checked(sasa: Any) -> dict[str, Any]:
 def _is_sasa(graph: list[dict[str, Any]], sasa: dict[str, Any]) -> bool:
     """Is this graph the main lane, and behind it exactly the chain that the layers of `sasa` call for?"""
     main: dict[Any, Any] = {node.get("index"): node for node in graph if node["op"] == "block"}
-    safety, semantic = sasa["safety_layer"], sasa["semantic_layer"]
-    if sorted(main) != list(range(len(main))) or (semantic is not None and semantic not in main):
+    if sorted(main) != list(range(len(main))):
+        return False
+    positions, pairs = sasa.get("probe_positions", 1), _pairs(sasa)
+    last = len(main) - 1 if sasa.get("probe_block") is None else sasa["probe_block"]
+    if any(not (safety < semantic < len(main) and safety <= last < len(main)) for safety, semantic in pairs):
+        return False
+    if positions != int(positions) or positions < 1:
+        return False
+    if sasa["gate"] == EVERY_TOKEN and (positions > 1 or len(pairs) > 1):
         return False
     chain = [node for node in graph if node["op"] in LANE]
-    if safety is None:
-        start = [("tap", main[len(main) - 1]["module"])]
+    places = {node["name"]: place for place, node in enumerate(chain)}
+    # The main lane's nodes that the chain reads are known by their modules, its own by their places.
+    found = [
+        (node["op"], _module_of(node), [places[name] for name in node["inputs"] if name in places]) for node in chain
+    ]
+    settings = {"positions": positions, "epsilon": sasa["epsilon"]}
+    kept = all(node.get(name, 1) == value for node in chain for name, value in settings.items() if _has(node, name))
+    return found == _wanted(main, pairs, last, logits=sasa.get("probe_space") == "logits") and kept
+
+
+def _pairs(sasa: dict[str, Any]) -> list[tuple[int, int]]:
+    """All pairs of safety and semantic layer; none where the probe reads the main lane."""
+    first = sasa["safety_layer"], sasa["semantic_layer"]
+    further = [(safety, semantic) for safety, semantic in sasa.get("further_pairs", [])]
+    return further if first == (None, None) else [first, *further]
+
+
+def _module_of(node: dict[str, Any]) -> Any:
+    return node.get("module") if node["op"] in ("tap", "lane_block") else None
+
+
+def _has(node: dict[str, Any], name: str) -> bool:
+    return node["op"] == {"positions": "lane_norm", "epsilon": "projection"}[name]
+
+
+def _wanted(main: dict[Any, Any], pairs: list[tuple[int, int]], last: int, *, logits: bool) -> list[tuple]:
+    """What SASA adds to a graph: operation, block's module, and which of the steps before it each step reads."""
+    steps: list[tuple] = []
+
+    def add(operation: str, inputs: list[int], block: int | None = None) -> int:
+        steps.append((operation, None if block is None else main[block]["module"], inputs))
+        return len(steps) - 1
+
+    if not pairs:
+        ends = [add("tap", [], len(main) - 1)]
     else:
-        last = sasa.get("probe_block")
-        last = len(main) - 1 if last is None else last
-        if not safety <= last < len(main):
-            return False
-        lane = [main[index]["module"] for index in range(safety + 1, last + 1)]
-        taps = [main[safety]["module"], main[semantic]["module"]]
-        start = [*(("tap", path) for path in taps), ("projection", None), *(("lane_block", path) for path in lane)]
-    wanted = [*start, ("lane_norm", None)]
-    positions = sasa.get("probe_positions", 1)
-    if positions_read(graph) != positions or positions < 1 or (positions > 1 and sasa["gate"] == EVERY_TOKEN):
-        return False
-    tail = ["lane_head", "probe", "gate"] if sasa.get("probe_space") == "logits" else ["probe", "gate"]
-    found = [(node["op"], node.get("module") if node["op"] in ("tap", "lane_block") else None) for node in chain]
-    if found != wanted + [(operation, None) for operation in tail]:
-        return False
-    names = [node["name"] for node in chain]
-    reads = [node["inputs"] for node in chain]
-    follows = all(reads[at] == [names[at - 1]] for at in range(1 if safety is None else 3, len(chain) - 1))
-    projects = safety is None or (reads[2] == names[:2] and chain[2].get("epsilon") == sasa["epsilon"])
-    return follows and projects and reads[-1][-1:] == [names[-2]]
+        taps = [[add("tap", [], block) for block in pair] for pair in pairs]
+        ends = [add("projection", pair) for pair in taps]
+        for number, (safety, _) in enumerate(pairs):
+            for block in range(safety + 1, last + 1):
+                ends[number] = add("lane_block", [ends[number]], block)
+    ends = [add("lane_norm", [end]) for end in ends]
+    if logits:
+        ends = [add("lane_head", [end]) for end in ends]
+    if len(ends) > 1:
+        ends = [add("join", ends)]
+    add("gate", [add("probe", ends)])
+    return steps
 
 
 def fingerprint(sasa: dict[str, Any]) -> str:
@@ -1016,6 +1062,7 @@ class GuardedModel:
         if not all(0 <= token < text.vocab_size for token in settings["refusal_token_ids"]):
             raise ValueError(f"config.sasa's refusal has tokens outside the vocabulary. {HOW_TO_LOAD}")
         features = text.vocab_size if settings.get("probe_space") == "logits" else text.hidden_size
+        features *= len(_entries(settings["graph"]))
         self.sasa = nn.Module()
         self.sasa.probe = Probe(features)
         watch(self, settings["graph"])
@@ -1178,9 +1225,9 @@ class GuardedModel:
 
     def _judge_all(self, turn: Turn, lane: LiveLane, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The largest P(unsafe) among the positions that this call judges, (batch,), and STATE (batch, tokens)."""
-        found = self._read(run_probe(self, self.config.sasa["graph"], lane.state)).to(
-            turn.due.device
-        )  # (batch, tokens)
+        graph = self.config.sasa["graph"]
+        ends = dict.fromkeys(graph_ends(graph), lane.state)
+        found = self._read(run_probe(self, graph, ends)).to(turn.due.device)  # (batch, tokens)
         unsafe = self._unsafe(found)  # (batch, tokens)
         turn = replace(turn, due=turn.due & (turn.judged >= past))  # earlier tokens had theirs
         place = (turn.judged - past).clamp_min(0)[:, None]  # (batch, 1)
