@@ -6,7 +6,7 @@ patched model's config.json stores it, and the runtime executes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,3 +72,8 @@ class LayerGraph:
     @classmethod
     def from_json(cls, data: list[dict[str, Any]]) -> LayerGraph:
         return cls(tuple(Node.from_json(node) for node in data))
+
+
+def blocks_again(nodes: Sequence[dict[str, Any]]) -> list[int]:
+    """The numbers of the blocks that run once more, lane by lane, in a graph as `LayerGraph.to_json` gives it."""
+    return [node["index"] for node in nodes if node["op"] == "lane_block"]

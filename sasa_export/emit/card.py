@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sasa_export.calibrate import Calibration
 from sasa_export.calibrate.figure import verdict_on_projection
 from sasa_export.diagram import mermaid
-from sasa_export.graph import LayerGraph
+from sasa_export.graph import LayerGraph, blocks_again
 from sasa_export.open import Source
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _read(sasa: dict[str, Any]) -> str:
 
 
 def _second_lane(sasa: dict[str, Any]) -> str:
-    again = [node["index"] for node in sasa["graph"] if node["op"] == "lane_block"]
+    again = blocks_again(sasa["graph"])
     if _further(sasa):
         end = "" if sasa.get("probe_block") is None else f" up to block {sasa['probe_block']}"
         return f"the blocks behind each safety layer{end} run once more on its result,"
@@ -140,7 +140,7 @@ def cost(sasa: dict[str, Any], blocks: int) -> str:
     """The blocks that a prompt runs through."""
     if sasa["safety_layer"] is None:
         return f"Over the prompt {blocks} blocks run, as in the original"
-    again = sum(node["op"] == "lane_block" for node in sasa["graph"])
+    again = len(blocks_again(sasa["graph"]))
     return f"Over the prompt {blocks} + {again} blocks run, {(blocks + again) / blocks:.2f} times the original's"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from sasa_export.emit.manifest import MANIFEST, digest
 from sasa_export.errors import OpenError
 from sasa_export.evaluate.errors import EvaluateError
+from sasa_export.graph import blocks_again
 from sasa_export.open import Source, open_source, read_config
 from sasa_export.open.load import read_sizes
 from sasa_export.verify import FORMATS
@@ -42,7 +43,7 @@ class Guarded:
     @property
     def again(self) -> int:
         """How many blocks the second lane has, or all of them together."""
-        return sum(node["op"] == "lane_block" for node in self.sasa["graph"])
+        return len(blocks_again(self.sasa["graph"]))
 
     @property
     def further_pairs(self) -> tuple[tuple[int, int], ...]:

@@ -752,6 +752,11 @@ def context_arguments(
 # ------------------------------------------------------------------------------------- judging every token
 
 
+def lane_layers(sasa: dict[str, Any]) -> int:
+    """How many cache layers the second lane has of its own, behind the ledger's."""
+    return sum(node["op"] == "lane_block" for node in sasa["graph"]) if sasa["gate"] == EVERY_TOKEN else 0
+
+
 class LiveLane:
     """The second lane beside the main lane, with keys and values of its own: every token's state at each call.
 
@@ -1277,7 +1282,7 @@ class GuardedModel:
         if cache is None or past == 0:
             return [], []
         end, sasa = ledger.first + ledger.layers, self.config.sasa
-        own = sum(node["op"] == "lane_block" for node in sasa["graph"]) if sasa["gate"] == EVERY_TOKEN else 0
+        own = lane_layers(sasa)
         layers = cache.layers[ledger.first :]
         if len(cache.layers) != end + own or any(int(layer.get_seq_length()) != past for layer in layers):
             raise ValueError(

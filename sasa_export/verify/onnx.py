@@ -13,6 +13,7 @@ import numpy as np
 
 from sasa_export.emit.onnx import DECODER, GRAPHS, SUFFIX
 from sasa_export.errors import VerifyError
+from sasa_export.graph import blocks_again
 from sasa_export.open import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
 from sasa_export.verify.check import Check, cut_short
@@ -152,7 +153,7 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
 
 def _blocks_again(sasa: dict[str, Any]) -> int:
     """How many blocks the graph has for the second lane alone."""
-    again = [node["index"] for node in sasa["graph"] if node["op"] == "lane_block"]
+    again = blocks_again(sasa["graph"])
     if sasa["gate"] == "every-token":  # from f+1 on both lanes are one batch
         again = [index for index in again if index <= sasa["semantic_layer"]]
     return len(again)

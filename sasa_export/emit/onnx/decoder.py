@@ -300,9 +300,8 @@ def gate_layers(model: Any) -> int:
     """How many cache layers a guarded model has behind those of its blocks: the ledger's, and a lane's own."""
     runtime: Any = sys.modules[type(model).__module__]
     sasa = model.config.sasa
-    ledger = int(runtime.Ledger.of(model.config.get_text_config(decoder=True), sasa).layers)
-    own = sum(node["op"] == "lane_block" for node in sasa["graph"]) if sasa["gate"] == runtime.EVERY_TOKEN else 0
-    return ledger + own
+    ledger = runtime.Ledger.of(model.config.get_text_config(decoder=True), sasa)
+    return int(ledger.layers + runtime.lane_layers(sasa))
 
 
 class _Named(nn.Module):
