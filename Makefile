@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test slow matrix fuzz lint bench bench-gate bench-onnx bench-memory bench-gpu clean
+.PHONY: setup demo test slow matrix fuzz lint bench bench-gate bench-probe bench-onnx bench-memory bench-gpu clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,9 @@ bench: setup
 
 bench-gate: setup
 	@$(BIN)/python benchmarks/gate_cost.py --out docs/gate-cost.md
+
+bench-probe: setup
+	@$(BIN)/python benchmarks/probe_options.py --out docs/probe-options.md
 
 bench-onnx: setup
 	@$(BIN)/python benchmarks/onnx_cost.py --out docs/onnx-cost.md

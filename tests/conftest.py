@@ -33,7 +33,7 @@ from transformers import (  # noqa: E402
 
 import sasa_export  # noqa: E402
 
-pytest_plugins = ["cli_fixtures"]
+pytest_plugins = ["cli_fixtures", "dataset_fixtures"]
 
 # Tiny matrices gain nothing from threads, and parallel test runs would fight over the cores.
 torch.set_num_threads(1)
