@@ -157,6 +157,7 @@ def test_any_settings(tmp_path: Path) -> None:
     kinds |= {name: st.none() | st.integers(-3, 99) | st.just("auto") for name in ("safety_layer", "semantic_layer")}
     kinds |= {"model": st.just("llava"), "out": st.just(tmp_path), "probe": st.none() | st.just(tmp_path)}
     kinds["calibration"] = st.just(()) | st.just(("a.jsonl",))
+    kinds["further_pair"] = st.lists(st.sampled_from(["2:4", "1:3"]) | st.text(max_size=4), max_size=3).map(tuple)
 
     @quick
     @given(st.fixed_dictionaries({}, optional=kinds))
