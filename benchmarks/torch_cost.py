@@ -157,7 +157,7 @@ def two_pass(model: Any, inputs: dict[str, Any], settings: dict[str, Any], probe
     """The gate without a patched model: two full passes with hooks, then `generate` from scratch."""
     import torch
 
-    from sasa_export.runtime.modeling_sasa import project, unsafe_probability
+    from sasa_export.runtime.formulas import project, unsafe_probability
 
     modules = {node["of"]: node["module"] for node in settings["graph"] if node["op"] == "tap"}
     safety, semantic = (model.get_submodule(modules[name]) for name in ("safety", "semantic"))

@@ -58,7 +58,7 @@ def register() -> None:
 
 def _module(config_class: type, model_class: type) -> types.ModuleType:
     """The modeling file of a family as a module, its source at hand for `save_pretrained`."""
-    from sasa_export.runtime import modeling_source
+    from sasa_export.runtime.bundle import modeling_source
 
     name = f"sasa_export.runtime.guarded_{config_class.model_type}"  # type: ignore[attr-defined]
     if name not in sys.modules:

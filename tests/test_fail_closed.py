@@ -20,8 +20,11 @@ from transformers import LlavaForConditionalGeneration
 from sasa_export.errors import RewriteError
 from sasa_export.families import family_of
 from sasa_export.rewrite import LaneSettings, rewrite
-from sasa_export.runtime import modeling_sasa
-from sasa_export.runtime.modeling_sasa import SEAL
+from sasa_export.runtime.lane import run_graph
+from sasa_export.runtime.nodes import FORMAT
+from sasa_export.runtime.probe import Probe
+from sasa_export.runtime.seal import SEAL
+from sasa_export.runtime.watch import recording, watch
 from sasa_export.trace import trace
 
 Guards = Callable[..., Guard]
@@ -210,7 +213,7 @@ TAMPERED: dict[str, Edit] = {
     "no settings": of_config(lambda config: config.pop("sasa")),
     "null settings": of_config(lambda config: config.update(sasa=None)),
     "empty settings": of_config(lambda config: config.update(sasa={})),
-    "another format": setting(format=modeling_sasa.FORMAT + 1),
+    "another format": setting(format=FORMAT + 1),
     "no format": of_config(lambda config: config["sasa"].pop("format")),
     "safety layer below 0": setting(safety_layer=-1),
     "safety layer behind semantic layer": setting(safety_layer=4, semantic_layer=2),
@@ -446,17 +449,15 @@ def test_the_probe_reads_capped_logits(
     size = capped.config.text_config.vocab_size
     weight = torch.randn(size, generator=torch.Generator().manual_seed(1)) / 10  # (vocabulary,)
     capped.sasa = nn.Module()
-    capped.sasa.probe = modeling_sasa.Probe(size)
+    capped.sasa.probe = Probe(size)
     capped.sasa.probe.weight.copy_(weight)
     capped.sasa.probe.bias.fill_(0.2)
     inputs = tiny.prompts(stock("llava")[1], images=True, count=4, seed=1, padding_side=padding_side)
-    handles = modeling_sasa.watch(capped, nodes.to_json())
+    handles = watch(capped, nodes.to_json())
     try:
-        with modeling_sasa.recording() as seen:
+        with recording() as seen:
             capped(**inputs)
-        values = modeling_sasa.run_graph(
-            capped, nodes.to_json(), seen, oracle.last_positions(inputs), inputs["attention_mask"] > 0
-        )
+        values = run_graph(capped, nodes.to_json(), seen, oracle.last_positions(inputs), inputs["attention_mask"] > 0)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,9 @@ import torch
 from conftest import Guard
 from torch import Tensor
 
+from sasa_export.runtime.turn import read_turn
+from sasa_export.runtime.words import Words
+
 Guards = Callable[..., Guard]
 
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in tiny.FAMILIES]
@@ -100,17 +103,11 @@ def read(
 
     0 is padding, (7, 8) the generation prompt, 2 an end of turn and (11, 12, 2) the refusal.
     """
-    from sasa_export.runtime import modeling_sasa
-
-    words = modeling_sasa.Words.of(
-        {"generation_prompt_ids": [7, 8], "turn_token_ids": [2], "refusal_token_ids": [11, 12, 2]}
-    )
+    words = Words.of({"generation_prompt_ids": [7, 8], "turn_token_ids": [2], "refusal_token_ids": [11, 12, 2]})
     tokens = torch.tensor(ids)
     several = past == 0 or tokens.shape[1] - past > 1
     marks = (torch.arange(tokens.shape[1]) < past).expand_as(tokens) & covered
-    turn = modeling_sasa.read_turn(
-        words.in_ids(tokens), tokens != 0, past, several, torch.tensor(before), marks, words, prompt_end
-    )
+    turn = read_turn(words.in_ids(tokens), tokens != 0, past, several, torch.tensor(before), marks, words, prompt_end)
     refused = turn.states(torch.ones(len(ids), dtype=torch.bool))
     return turn.judged.tolist(), turn.due.tolist(), refused.tolist()
 
@@ -165,9 +162,7 @@ def test_text_that_comes_a_token_at_a_time() -> None:
 def test_embeddings_are_recognised(guard: Guards) -> None:
     """Symbols read off embeddings are those of the ids."""
     guarded = guard("gemma3")
-    from sasa_export.runtime import modeling_sasa
-
-    words = modeling_sasa.Words.of(guarded.model.config.sasa)
+    words = Words.of(guarded.model.config.sasa)
     ids = torch.arange(guarded.model.config.text_config.vocab_size)[None]  # (1, vocabulary)
     embedding = guarded.model.get_input_embeddings()
     with torch.no_grad():

@@ -22,7 +22,7 @@ import sasa_export
 from sasa_export.calibrate.probe import fit, folded, in_metric, in_parts, probability
 from sasa_export.cli import main
 from sasa_export.evaluate import EvaluateOptions, evaluate
-from sasa_export.runtime.modeling_sasa import check_settings
+from sasa_export.runtime.settings import check_settings
 
 Guards = Callable[..., Guard]
 

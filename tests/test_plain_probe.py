@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText
 
 import sasa_export
 from sasa_export.evaluate import EvaluateOptions, evaluate
-from sasa_export.runtime.modeling_sasa import check_settings
+from sasa_export.runtime.settings import check_settings
 
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in ("llava", "qwen2_5_vl", "gemma3")]
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -109,7 +109,7 @@ def test_settings_and_card(guard: Guards) -> None:
 
 
 def test_another_end_in_the_settings_does_not_load(guard: Guards) -> None:
-    from sasa_export.runtime.modeling_sasa import check_settings
+    from sasa_export.runtime.settings import check_settings
 
     sasa = dict(guard("llava", probe_block=3).model.config.sasa)
     assert check_settings(sasa)

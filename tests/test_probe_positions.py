@@ -18,7 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 import sasa_export
 from sasa_export.cli import main
-from sasa_export.runtime.modeling_sasa import check_settings, last_places
+from sasa_export.runtime.settings import check_settings
+from sasa_export.runtime.words import last_places
 
 Guards = Callable[..., Guard]
 

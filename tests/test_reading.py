@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sasa_export.runtime.modeling_sasa import JUDGED, STATE, Words, goes_on, read_turn, states_going_on
+from sasa_export.runtime.ledger import JUDGED, STATE
+from sasa_export.runtime.turn import goes_on, read_turn, states_going_on
+from sasa_export.runtime.words import Words
 
 WORDS = Words(table=(), generation_prompt=(1, 2), turns=(3,), refusal=(4, 5, 6))
 TEMPLATES = [(3, 1, 2), (1, 2), (3,), (4, 5, 6), (0,), (2,), (1,)]

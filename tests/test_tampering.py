@@ -16,7 +16,7 @@ from test_fail_closed import HEAD, INDEX, TAMPERED, of_config, shard_of
 from transformers import AutoModelForImageTextToText
 
 from sasa_export.cli import main
-from sasa_export.runtime.modeling_sasa import FORMAT
+from sasa_export.runtime.nodes import FORMAT
 
 Guards = Callable[..., Guard]
 IDS = torch.tensor([[1, 65, 70, 75, 80, 85]])  # (1, tokens)

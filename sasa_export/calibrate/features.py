@@ -71,7 +71,9 @@ def reading(
     """
     import torch
 
-    from sasa_export.runtime.modeling_sasa import last_real, real_tokens, recording, run_graph, run_probe_at, watch
+    from sasa_export.runtime.lane import run_graph, run_probe_at
+    from sasa_export.runtime.mask import last_real, real_tokens
+    from sasa_export.runtime.watch import recording, watch
 
     nodes = graph.to_json()
     end = next(node for node in nodes if node["op"] == "lane_norm")

@@ -9,7 +9,7 @@ from typing import Any
 from sasa_export.errors import EmitError
 from sasa_export.graph import LayerGraph
 from sasa_export.open import Source
-from sasa_export.runtime import MODELING_FILE, guarded_type, modeling_source
+from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
 
 LONGEST_REFUSAL = 250  # tokens; how far it is spelled rides in the cache's dtype, and bfloat16 counts to 256
 
@@ -32,7 +32,8 @@ def sasa_settings(
     gate: str,
 ) -> dict[str, Any]:
     """What config.json holds under `sasa`; the modeling file executes it."""
-    from sasa_export.runtime.modeling_sasa import FORMAT, fingerprint
+    from sasa_export.runtime.nodes import FORMAT
+    from sasa_export.runtime.settings import fingerprint
 
     nodes = [{key: value for key, value in node.to_json().items() if key != "arguments"} for node in graph]
     settings = {
@@ -58,7 +59,7 @@ def sasa_settings(
 
 def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type], directory: Path) -> None:
     """Write config.json and the modeling file that it names."""
-    from sasa_export.runtime.modeling_sasa import sealed
+    from sasa_export.runtime.seal import sealed
 
     config_class, model_class = classes
     module = MODELING_FILE.removesuffix(".py")

@@ -12,7 +12,9 @@ import torch
 from sasa_export.calibrate.data import Prompt
 from sasa_export.calibrate.features import encode, place
 from sasa_export.graph import LayerGraph
-from sasa_export.runtime.modeling_sasa import Recording, last_real, real_tokens, recording, run_graph, run_lane, watch
+from sasa_export.runtime.lane import run_graph, run_lane
+from sasa_export.runtime.mask import last_real, real_tokens
+from sasa_export.runtime.watch import Recording, recording, watch
 
 
 @dataclass(frozen=True)

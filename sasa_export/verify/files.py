@@ -12,7 +12,7 @@ from sasa_export.errors import CalibrationError, OpenError
 from sasa_export.open import read_config
 from sasa_export.open.contents import outside
 from sasa_export.open.shards import Shard, read_shards
-from sasa_export.runtime import MODELING_FILE
+from sasa_export.runtime.bundle import MODELING_FILE
 from sasa_export.verify.check import Check
 
 
@@ -54,7 +54,8 @@ def _digest(path: Path) -> str | None:
 
 
 def _config(directory: Path) -> Check:
-    from sasa_export.runtime.modeling_sasa import SEAL, check_settings
+    from sasa_export.runtime.seal import SEAL
+    from sasa_export.runtime.settings import check_settings
 
     name = "config.json is guarded and sealed"
     config = read_config(directory)

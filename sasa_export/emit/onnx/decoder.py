@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         self.lane = _Named()
         # What travels inside the directory is what gets exported, so it is taken from there.
         self.runtime: Any = sys.modules[type(model).__module__]
-        stock: Any = type(model).__mro__[2]
+        stock: Any = type(model).__bases__[1]  # behind GuardedModel
         self.stock_forward = stock.forward
         text = model.config.get_text_config(decoder=True)
         sasa = model.config.sasa

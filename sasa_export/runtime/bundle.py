@@ -1,0 +1,94 @@
+"""The modeling file of a patched directory: the files of this room one after another, and its family's classes."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+MODELING_FILE = "modeling_sasa.py"
+
+# From what needs nothing to what needs all; the first stands in front of every other import.
+PARTS = (
+    "version", "formulas", "nodes", "settings", "ledger", "words", "turn", "mask", "watch", "lane", "live_lane",
+    "probe", "seal", "generation", "judge", "model",
+)  # fmt: skip
+
+HEADER = '''\
+"""A vision-language model that carries its own guard (SASA, arXiv 2507.21637).
+
+The model judges every prompt before it says a word. The idea, with h_s and h_f the outputs of the safety
+block s and the semantic block f over the prompt:
+
+    project(h_s, h_f)      = <h_s, h_f> / max(|h_f|^2, epsilon) * h_f      # (batch, tokens, hidden), float32
+    second lane(p)         = norm(block_{L-1}(... block_{s+1}(p)))[judged] # (batch, hidden), the same weights
+    unsafe_probability(x)  = sigmoid(w . x + b)                            # (batch,)
+    gate(logits, verdict)  = logits, or the next token of the refusal      # (batch, kept, vocabulary)
+
+`config.sasa["graph"]` lists these steps as nodes; this file executes them and knows no model family. Its
+last lines name the classes of the family that this directory holds.
+"""
+'''
+
+FOOTER = """
+from transformers import AutoConfig
+from {config_module} import {config_class}
+from {model_module} import {model_class}
+
+
+class Sasa{config_class}(GuardedConfig, {config_class}):
+    model_type = "{model_type}"
+
+
+class Sasa{model_class}(GuardedModel, {model_class}):
+    config_class = Sasa{config_class}
+
+
+# So that AutoProcessor and AutoTokenizer, which look at config.json too, know it and need not ask.
+AutoConfig.register("{model_type}", Sasa{config_class}, exist_ok=True)
+"""
+
+
+def guarded_type(model_type: str) -> str:
+    """The model_type of its own that a patched model has."""
+    return f"sasa_{model_type}"
+
+
+def modeling_source(config: type, model: type) -> str:
+    """The modeling file of one family: the runtime, and the classes built on the family's stock classes."""
+    texts = {part: (Path(__file__).parent / f"{part}.py").read_text(encoding="utf-8") for part in PARTS}
+    version, *others = (_section(part, text) for part, text in texts.items())
+    family = FOOTER.format(
+        config_module=config.__module__,
+        config_class=config.__name__,
+        model_module=model.__module__,
+        model_class=model.__name__,
+        model_type=guarded_type(config.model_type),  # type: ignore[attr-defined]
+    )
+    start = f"{HEADER}\nimport transformers\n\n{version}\n{_imports(list(texts.values())[1:])}"
+    return "\n\n".join([start, *others, f"{_title('the family')}\n{family}"])
+
+
+def _section(part: str, text: str) -> str:
+    """A part without its imports; its docstring as a comment."""
+    tree = ast.parse(text)
+    begin = max(node.end_lineno or 0 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    said = "\n".join(f"# {line}".rstrip() for line in (ast.get_docstring(tree) or "").splitlines())
+    body = "\n".join(text.splitlines()[begin:]).strip("\n")
+    return f"{_title(part)}\n{said}\n\n{body}\n"
+
+
+def _title(text: str) -> str:
+    return f"# {text} ".ljust(119, "-")
+
+
+def _imports(texts: list[str]) -> str:
+    """What the parts import of others than of one another, each once."""
+    nodes = [node for text in texts for node in ast.parse(text).body]
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named: dict[str, set[str]] = {}  # module -> names
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("sasa_export."):
+            named.setdefault(str(node.module), set()).update(alias.name for alias in node.names)
+    lines = [f"import {name}" for name in sorted(whole)]
+    lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(named.items())]
+    return "\n".join(lines) + "\n"

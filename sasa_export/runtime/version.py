@@ -1,0 +1,9 @@
+"""Which transformers a guarded model runs on: said before anything of it is imported that another one lacks."""
+
+import transformers
+
+if int(transformers.__version__.split(".")[0]) != 5:
+    raise ImportError(
+        f"this guarded model needs transformers 5, and {transformers.__version__} is installed. "
+        "Install it with: pip install 'transformers>=5,<6'"
+    )
