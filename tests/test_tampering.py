@@ -33,6 +33,7 @@ OTHERS: dict[str, Any] = {
     "format": FORMAT + 1, "safety_layer": 1, "semantic_layer": 5, "layers_from": "elsewhere", "epsilon": 1e-5,
     "threshold": 0.999999, "probe_space": "logits", "refusal": "Certainly!", "refusal_token_ids": [65, 2],
     "generation_prompt_ids": [70], "turn_token_ids": [70], "graph": [], "sha256": "0" * 64,
+    "further_pairs": [[0, 3]], "probe_block": 4, "probe_positions": 2, "gate": "every-token",
 }  # fmt: skip
 
 

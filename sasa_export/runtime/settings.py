@@ -52,7 +52,7 @@ def _is_sasa(graph: list[dict[str, Any]], sasa: dict[str, Any]) -> bool:
     last = len(main) - 1 if sasa.get("probe_block") is None else sasa["probe_block"]
     if any(not (safety < semantic < len(main) and safety <= last < len(main)) for safety, semantic in pairs):
         return False
-    if positions != int(positions) or positions < 1:
+    if not isinstance(positions, int) or positions < 1:
         return False
     if sasa["gate"] == EVERY_TOKEN and (positions > 1 or len(pairs) > 1):
         return False
@@ -70,7 +70,9 @@ def _is_sasa(graph: list[dict[str, Any]], sasa: dict[str, Any]) -> bool:
 def _pairs(sasa: dict[str, Any]) -> list[tuple[int, int]]:
     """All pairs of safety and semantic layer; none where the probe reads the main lane."""
     first = sasa["safety_layer"], sasa["semantic_layer"]
-    further = [(safety, semantic) for safety, semantic in sasa.get("further_pairs", [])]
+    further = [tuple(pair) for pair in sasa.get("further_pairs", [])]
+    if any(len(pair) != 2 for pair in further):
+        raise TypeError("further_pairs holds what is no pair of layers")
     return further if first == (None, None) else [first, *further]
 
 
