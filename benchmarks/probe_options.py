@@ -1,6 +1,6 @@
-"""What each option of the probe is worth on a model, by `evaluate`: AUC on the evaluation prompts against its cost.
+"""What each option of the probe is worth on a model: AUC on the evaluation prompts of `evaluate` against its cost.
 
-The model is patched once for each option, with its own calibration, and every patched model is asked the same prompts.
+The model is patched once for each option, with its own calibration, and every patched model judges the same prompts.
 Gains are differences of AUC on the same prompts, with an interval over groups of prompts. What is done lies in --work,
 and another run goes on from there; so several processes can share the options with --only.
 
@@ -36,43 +36,48 @@ def choices(blocks: int, safety: int, semantic: int) -> dict[str, dict[str, Any]
 
 
 def measured(model: str, name: str, options: dict[str, Any], work: Path, batch_size: int) -> None:
-    """Patch and evaluate one option, unless its result is there."""
-    from sasa_export.evaluate import EvaluateOptions, evaluate
+    """Patch the model with one option and ask it, unless its result is there."""
+    from sasa_export.evaluate import EvaluateOptions
+    from sasa_export.evaluate.answer import answer_all
+    from sasa_export.evaluate.detection import detection
+    from sasa_export.evaluate.guarded import open_baseline, open_guarded
+    from sasa_export.evaluate.prompts import gather
+    from sasa_export.evaluate.torch_model import TorchModel, load_guarded
+    from sasa_export.measure import running
     from sasa_export.options import Options
     from sasa_export.pipeline import patch
     from sasa_export.report import Console
+    from sasa_export.share import crew
 
     folder = work / "".join(letter if letter.isalnum() else "-" for letter in name)
     if (folder / "figures.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "patched").exists():
-        patch(Options(model=model, out=folder / "patched", link=True, batch_size=batch_size, **options), Console())
-    found = evaluate(
-        EvaluateOptions(
-            model=folder / "patched",
-            out=folder / "report",
-            max_new_tokens=1,
-            timing=0,
-            batch_size=batch_size,
-            force=True,
-        ),
-        Console(),
-    )
+    report, directory = Console(), folder / "patched"
+    if not directory.exists():
+        patch(Options(model=model, out=directory, link=True, batch_size=batch_size, verify="files", **options), report)
+    guarded = open_guarded(directory)
+    dtype, device = running(open_baseline(guarded, None), Options())
+    loaded, processor = load_guarded(directory, dtype, device)
+    prompts = gather(EvaluateOptions(directory, folder / "report"), guarded, processor).evaluation
+    patched = TorchModel(loaded, processor, batch_size, 1)
+    with report.bar(len(prompts), name) as advance:
+        answers = answer_all(lambda: patched, prompts, batch_size, folder, "patched", crew(), advance)
+    scores = np.array([answer.unsafe_probability for answer in answers])  # (prompts,)
+    labels = np.array([prompt.label for prompt in prompts])  # (prompts,)
+    groups, rate = [prompt.group for prompt in prompts], float(guarded.made.get("max_false_positive_rate", 0.02))
+    found = detection(scores, scores >= guarded.sasa["threshold"], labels, groups, rate)
     assert found is not None
-    patched = next(arm for arm in found.arms if arm.key == "patched")
-    detection = found.overall["patched"].detection
-    assert detection is not None and patched.scores is not None
     entry = {
         "name": name,
-        "cost": (found.subject.blocks + found.subject.again) / found.subject.blocks,
-        "auc": vars(detection.auc),
-        "recall": vars(detection.recall_at_rate),
-        "scores": patched.scores.tolist(),
-        "labels": [prompt.label for prompt in found.prompts],
-        "groups": [prompt.group for prompt in found.prompts],
-        "rate": found.subject.rate,
-        "said": f"{found.subject.harmful} harmful and {found.subject.harmless} harmless prompts, {found.subject.dtype}",
+        "cost": (guarded.blocks + guarded.again) / guarded.blocks,
+        "auc": vars(found.auc),
+        "recall": vars(found.recall_at_rate),
+        "scores": scores.tolist(),
+        "labels": labels.tolist(),
+        "groups": groups,
+        "rate": rate,
+        "said": f"{labels.sum()} harmful and {(1 - labels).sum()} harmless prompts, {dtype} on {device}",
     }
     (folder / "figures.json").write_text(json.dumps(entry), encoding="utf-8")
 

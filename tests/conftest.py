@@ -181,11 +181,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     from sasa_export.emit.onnx import export
 
-    @cache
-    def get(patched: Path, opset: int = 23, dtype: str = "float32") -> Path:
+    @cache  # which tells arguments apart by how they are written
+    def made(patched: Path, opset: int, dtype: str) -> Path:
         out = tmp_path_factory.mktemp("onnx")
         export(patched, out, opset=opset, dtype=dtype)
         return out
+
+    def get(patched: Path, opset: int = 23, dtype: str = "float32") -> Path:
+        return made(patched, opset, dtype)
 
     return get
 
