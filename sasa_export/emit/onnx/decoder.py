@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +15,6 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values, (batch, key-value heads, tokens, head size)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Names of a graph's inputs and outputs in order, and the symbols of their dimensions."""
-
-    inputs: dict[str, tuple[str | int, ...]]
-    outputs: dict[str, tuple[str | int, ...]]
 
 
 class Decoder(nn.Module):
@@ -234,66 +225,6 @@ class Decoder(nn.Module):
     def count(self) -> int:
         """How many cache layers the graph has."""
         return self.layers + (gate_layers(self.model) if self.guarded else 0)
-
-    @property
-    def lane_outputs(self) -> list[str]:
-        """The outputs of the second lane: P(unsafe), what follows from it, and the lane's own cache layers."""
-        if not self.every_token:
-            return ["unsafe_probability", "sasa.judged"]
-        own = range(self.layers + self.shape.layers, self.count)
-        caches = [f"present.{layer}.{kind}" for layer in own for kind in ("key", "value")]
-        return ["unsafe_probability", "sasa.states", *caches]
-
-    def signature(self, position_axes: int, extra: dict[str, tuple[str | int, ...]]) -> Signature:
-        """Names and dimensions as runtimes expect them."""
-        text = self.model.config.get_text_config(decoder=True)
-        positions = ("batch_size", "sequence_length")
-        inputs: dict[str, tuple[str | int, ...]] = {
-            "inputs_embeds": ("batch_size", "sequence_length", text.hidden_size),
-            "attention_mask": ("batch_size", "total_sequence_length"),
-            "position_ids": positions if position_axes == 1 else (position_axes, *positions),
-        }
-        outputs: dict[str, tuple[str | int, ...]] = {"logits": ("batch_size", 1, text.vocab_size)}
-        for layer in range(self.count):
-            for kind in ("key", "value"):
-                inputs[f"past_key_values.{layer}.{kind}"] = (
-                    "batch_size", self.shape.heads, "past_sequence_length", self.shape.size,
-                )  # fmt: skip
-                outputs[f"present.{layer}.{kind}"] = (
-                    "batch_size", self.shape.heads, "total_sequence_length", self.shape.size,
-                )  # fmt: skip
-        if self.guarded:
-            outputs["unsafe_probability"] = ("batch_size",)
-            tokens = ("batch_size", "sequence_length")
-            if self.every_token:
-                outputs["sasa.states"] = tokens
-            else:
-                outputs |= {"sasa.judged": tokens, "is_due": ()}
-                outputs |= {"sasa.states": tokens, "sasa.covered": tokens, "sasa.going_on": tokens, "is_read": ()}
-        return Signature(inputs | extra, outputs)
-
-    def example(self, signature: Signature, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Arguments to trace with: one call on top of a past, no two dimensions alike."""
-        sizes = {"batch_size": 2, "sequence_length": 5, "past_sequence_length": 3, "total_sequence_length": 8}
-
-        def make(name: str, kind: torch.dtype) -> torch.Tensor:
-            shape = [sizes[size] if isinstance(size, str) else size for size in signature.inputs[name]]
-            return torch.ones(shape, dtype=kind)
-
-        past = [
-            (make(f"past_key_values.{layer}.key", dtype), make(f"past_key_values.{layer}.value", dtype))
-            for layer in range(self.count)
-        ]
-        standard = ("inputs_embeds", "attention_mask", "position_ids")
-        extra = {
-            name: make(name, torch.int64)
-            for name in signature.inputs
-            if name not in standard and not name.startswith("past_key_values.")
-        }
-        return (
-            make("inputs_embeds", torch.float32), make("attention_mask", torch.int64),
-            make("position_ids", torch.int64), past, extra,
-        )  # fmt: skip
 
 
 def gate_layers(model: Any) -> int:

@@ -12,25 +12,21 @@ import torch
 
 from sasa_export.emit.onnx import DECODER, EMBEDDING, SUFFIX, VISION
 from sasa_export.emit.onnx.convert import convert
-from sasa_export.emit.onnx.decoder import Decoder, Signature, gate_layers
+from sasa_export.emit.onnx.decoder import Decoder, gate_layers
+from sasa_export.emit.onnx.decoder_signature import READING, VERDICT, example_of, lane_outputs, signature_of
 from sasa_export.emit.onnx.layout import stock_type, write_files
 from sasa_export.emit.onnx.passes.branch import run_where
 from sasa_export.emit.onnx.passes.names import forget_origin, name_decoder, name_tower
 from sasa_export.emit.onnx.passes.weights import deduplicate
 from sasa_export.emit.onnx.quantize import BITS, quantize
 from sasa_export.emit.onnx.recipes import Recipe, recipe_of
+from sasa_export.emit.onnx.signature import Signature
 from sasa_export.emit.onnx.vision import Embedding, Float32
 from sasa_export.families import family_of
 
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
 # built in memory as a whole.
 EXTERNAL_ABOVE = 256 * 2**20
-# What the second lane computes, and what stands there where no verdict is due.
-VERDICT: dict[str, float | str] = {"unsafe_probability": float("nan"), "sasa.judged": 0}
-# What reading the context gives, and what stands there where the call cannot complete a prompt.
-READING: dict[str, float | str] = {
-    "unsafe_probability": float("nan"), "sasa.states": "sasa.going_on", "sasa.covered": 1,
-}  # fmt: skip
 
 
 def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
@@ -94,11 +90,11 @@ def embedding_graph(model: Any, *, opset: int) -> ir.Model:
 def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32", guarded: bool = True) -> ir.Model:
     """The decoder; with `guarded=False` the plain one, to compare with."""
     decoder = Decoder(model, guarded=guarded).eval()
-    signature = decoder.signature(recipe.position_axes, recipe.extra)
-    graph = convert(decoder, decoder.example(signature, model.dtype), signature, opset=opset)
+    signature = signature_of(decoder, recipe.position_axes, recipe.extra)
+    graph = convert(decoder, example_of(decoder, signature, model.dtype), signature, opset=opset)
     family = family_of(stock_type(model.config.model_type))
     modules = {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")}
-    name_decoder(graph, modules, results=decoder.lane_outputs if guarded else ())
+    name_decoder(graph, modules, results=lane_outputs(decoder) if guarded else ())
     forget_origin(graph)
     graph = _quantized(graph, dtype)
     if guarded and decoder.every_token:

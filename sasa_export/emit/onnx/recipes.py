@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sasa_export.emit.onnx import vision
-from sasa_export.emit.onnx.decoder import Signature
+from sasa_export.emit.onnx.signature import Signature
 from sasa_export.emit.onnx.vision_llava_next import LlavaNext
 from sasa_export.emit.onnx.vision_qwen import Qwen25
 from sasa_export.errors import EmitError
