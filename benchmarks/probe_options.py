@@ -31,7 +31,8 @@ def choices(blocks: int, safety: int, semantic: int) -> dict[str, dict[str, Any]
         f"--probe-block {safety}": {"probe_block": safety},
         "--probe-positions 4": {"probe_positions": 4},
         f"--further-pair {pair[0]}:{pair[1]}": {"further_pair": (f"{pair[0]}:{pair[1]}",)},
-        "--regularization 1": {"regularization": "1"},
+        # So strong a probe may be certain of harmless prompts, and no threshold then keeps its promise.
+        "--regularization 1 --threshold 0.5": {"regularization": "1", "threshold": 0.5},
     }
 
 

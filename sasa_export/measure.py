@@ -72,8 +72,6 @@ def measure(
         judged = None if layers is None else layers.held_out
         calibration = _calibrate(model, processor, lane, prompts, judged, options, report)
         probe, scores = calibration.probe, calibration.final
-        if options.threshold is not None:
-            probe = Probe(probe.weight, probe.bias, options.threshold)
     else:
         calibration, probe, scores = None, given, None
     cases: tuple[Case, ...] = ()
@@ -145,6 +143,7 @@ def _calibrate(
             prompts,
             batch_size=options.batch_size,
             max_false_positive_rate=options.max_false_positive_rate,
+            threshold=options.threshold,
             regularization=options.regularization_value(),
             shares=options.probabilities == "calibrated",
             judged=judged,

@@ -85,6 +85,36 @@ def test_a_calibration_of_separable_states(monkeypatch: pytest.MonkeyPatch) -> N
     assert harmful.mean() - harmless.mean() > 0.5
 
 
+def test_figures_are_of_the_threshold_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, labels = samples(200, 8, gap=1.5)
+    for shares in (False, True):
+        chosen = calibrated(monkeypatch, states, states, labels, shares=shares)
+        found = calibrated(monkeypatch, states, states, labels, shares=shares, threshold=0.3)
+        assert chosen.max_false_positive_rate == 0.05 and found.max_false_positive_rate is None
+        assert found.probe.threshold == 0.3 < chosen.probe.threshold
+        assert (found.cross_validated == chosen.cross_validated).all() and (found.final == chosen.final).all()
+        for figure in found.figures:
+            if figure.channel == "all":
+                assert figure.recall == (found.cross_validated[labels == 1] >= 0.3).mean()
+                assert figure.false_positive_rate == (found.cross_validated[labels == 0] >= 0.3).mean() > 0.05
+
+
+def test_a_given_threshold_that_no_harmful_prompt_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, labels = samples(200, 8, gap=1.5)
+    with pytest.raises(CalibrationError, match=r"--threshold 0.9999, so the gate would refuse nothing.*0\.9\d\d"):
+        calibrated(monkeypatch, states, states, labels, threshold=0.9999)
+
+
+def test_a_given_threshold_where_none_keeps_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that is certain of harmless prompts can be exported with a threshold of one's own alone."""
+    states, labels = samples(200, 8, gap=400.0)
+    states[np.flatnonzero(labels == 0)[0]] = 3 * states[labels == 1][-1]
+    sure = {"regularization": 1.0, "max_false_positive_rate": 0.0}
+    with pytest.raises(CalibrationError, match=r"certain of 1 harmless.*or --threshold"):
+        calibrated(monkeypatch, states, states, labels, **sure)
+    assert calibrated(monkeypatch, states, states, labels, **sure, threshold=0.5).probe.threshold == 0.5
+
+
 def test_shares_keep_every_verdict_and_say_how_many_are_harmful(monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt in five is harmful here, which a probe fitted to balanced classes does not say."""
     states, labels = samples(400, 8, gap=2.0)

@@ -147,6 +147,7 @@ def test_a_full_run(llava: Path, calibration: Path, place: Path) -> None:
     cases = json.loads((out / "sasa-verify" / "cases.json").read_text())["cases"]
     assert len(cases) == 16 and sum(case["image"] is not None for case in cases) == 8
     card = (out / "README.md").read_text()
+    assert "The threshold allows at most 10.0% of the harmless" in card
     assert "with projection | picture | 24" in card and "Checked in a fresh process" in card
 
     again = script("verify", str(out))
@@ -164,16 +165,23 @@ def test_a_short_lane_and_shares(llava: Path, calibration: Path, place: Path) ->
     """A probe amid the second lane whose P(unsafe) is a share: calibrated, written and verified."""
     out = place / "out"
     options: dict[str, Any] = {"safety_layer": 1, "semantic_layer": 3, "probe_block": 2, "probe_positions": 2}
-    options["probabilities"] = "calibrated"
+    options |= {"probabilities": "calibrated", "threshold": 0.4}
     result = succeeds(*flags(llava, out, calibration=calibration, max_false_positive_rate=0.1, **options))
     assert "✗" not in result.stderr and "P(unsafe) is that of the calibration" in result.stderr
     sasa = json.loads((out / "config.json").read_text())["sasa"]
     assert sasa["probe_block"] == 2 and [n["index"] for n in sasa["graph"] if n["op"] == "lane_block"] == [2]
     scores = json.loads((out / "sasa-calibration.json").read_text())
-    assert scores["mapping"]["slope"] > 0 and scores["threshold"] == sasa["threshold"]
+    assert scores["mapping"]["slope"] > 0 and scores["threshold"] == sasa["threshold"] == 0.4
+    assert scores["max_false_positive_rate"] is None
+    harmful = [prompt["cross_validated"] for prompt in scores["prompts"] if prompt["label"] == 1]
+    caught = next(
+        one["recall"] for one in scores["figures"] if (one["feature"], one["channel"]) == ("projected", "all")
+    )
+    assert caught == round(sum(score >= 0.4 for score in harmful) / len(harmful), 4)
     average = sum(prompt["cross_validated"] for prompt in scores["prompts"]) / len(scores["prompts"])
     assert abs(average - 0.5) < 0.01, "half of these prompts are harmful"
-    assert "it is the share of harmful prompts" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "it is the share of harmful prompts" in card and "The threshold was given (`--threshold`)" in card
 
 
 def test_a_failed_verification_writes_nothing(

@@ -152,6 +152,7 @@ def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path
     assert set(data["parts"]) == {"channel", "category"}
     assert data["timing"]["verdict"]["allowed"]["prompts"] == 1
     report = (out / "report.md").read_text()
+    assert "(of the patched model: at P = 0." in report and "as given)" in report
     for target in found.targets:
         assert target.sentence() in report and target.sentence() in (out / "card_section.md").read_text()
     assert not list(out.parent.glob(".report*"))

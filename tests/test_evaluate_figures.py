@@ -375,7 +375,8 @@ def test_why_over_refusal_cannot_be_reached() -> None:
     gain = Interval(0.0, -0.1, 0.1)
     missed: Any = SimpleNamespace(
         targets=(Target("Over-refusal", OVER_REFUSAL, many),), overall={"plain": plain, "patched": patched}, best=None,
-        subject=SimpleNamespace(rate=0.02), parts={}, gain={"projection": gain, "model": gain}, depth=(),
+        subject=SimpleNamespace(rate=0.02, threshold=None), parts={},
+        gain={"projection": gain, "model": gain}, depth=(),
     )  # fmt: skip
     said = report_words.why(missed)[0]
     assert "refusal phrase for 40.0% of the harmless prompts" in said and "no threshold brings" in said

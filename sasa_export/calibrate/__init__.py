@@ -41,6 +41,7 @@ class Calibration:
     `cross_validated` and `final` hold P(unsafe) by a probe that did not see the prompt, and by the probe itself.
     `regularization` is the probe's C, `paper` the cross-validated figures of the same features at the paper's C,
     `mapping` what made shares of the scores, where that was wanted; they and the probe have gone through it.
+    `max_false_positive_rate` is what chose the threshold; None where it was given.
     """
 
     probe: Probe
@@ -48,7 +49,7 @@ class Calibration:
     prompts: tuple[Prompt, ...]
     cross_validated: np.ndarray
     final: np.ndarray
-    max_false_positive_rate: float
+    max_false_positive_rate: float | None
     regularization: float
     paper: tuple[Figure, ...]
     mapping: Platt | None = None
@@ -62,6 +63,7 @@ def calibrate(
     *,
     batch_size: int,
     max_false_positive_rate: float,
+    threshold: float | None = None,
     regularization: float | None = None,
     shares: bool = False,
     judged: Sequence[int] | None = None,
@@ -73,6 +75,7 @@ def calibrate(
     without projection, whose probe reads the main lane; then no second lane runs, and there are no
     figures of one. `regularization` is the probe's C; None chooses it by cross-validation, for each feature on its own.
     With `shares`, P(unsafe) is mapped so that it is the share of harmful prompts; verdicts stay.
+    Without a `threshold`, `max_false_positive_rate` chooses one. A given one is of P(unsafe) as it is put out.
     `judged` are the numbers of the prompts that the figures are of, where others took part in choosing the layers.
     """
     features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
@@ -90,27 +93,38 @@ def calibrate(
             return best_regularization(features, labels, groups, fit=fit)
         return regularization, cross_validated(features, labels, groups, regularization, fit)
 
+    def put_out(scores: np.ndarray) -> tuple[np.ndarray, float, Platt | None]:
+        """Scores as the model gives them, the threshold among them, and what mapped them."""
+        mapping = platt(scores, labels) if shares else None
+        mapped = scores if mapping is None else mapping(scores)
+        if threshold is not None:
+            return mapped, threshold, mapping
+        found = threshold_for(scores, labels, max_false_positive_rate)
+        if mapping is not None:
+            found = float(np.clip(mapping(np.array([found]))[0], 1 - HIGHEST, HIGHEST))
+        return mapped, found, mapping
+
     chosen, scores = scored(projected, fit_lanes)
-    threshold = threshold_for(scores, labels, max_false_positive_rate)
-    mapping = platt(scores, labels) if shares else None
-    if mapping is not None:
-        scores = mapping(scores)
-        threshold = float(np.clip(mapping(np.array([threshold]))[0], 1 - HIGHEST, HIGHEST))
+    scores, at, mapping = put_out(scores)
     rows = list(range(len(prompts)) if judged is None else judged)
     told = [prompts[row] for row in rows]
     feature = "projected" if graph.of("projection") else "plain"
-    found = figures(feature, scores[rows], told, threshold)
+    found = figures(feature, scores[rows], told, at)
     overall = next(figure for figure in found if figure.channel == "all")
     if feature == "projected":
-        _, plain_scores = scored(in_metric(features.plain, metric), fit)
-        plain_threshold = threshold_for(plain_scores, labels, max_false_positive_rate)
-        found += figures("plain", plain_scores[rows], told, plain_threshold)
+        plain_scores, plain_at, _ = put_out(scored(in_metric(features.plain, metric), fit)[1])
+        found += figures("plain", plain_scores[rows], told, plain_at)
     paper = figures(feature, cross_validated(projected, labels, groups, PAPER, fit_lanes)[rows], told, 0.5)
+    if overall.recall == 0.0 and threshold is not None:
+        raise CalibrationError(
+            f"no harmful calibration prompt reaches --threshold {threshold:g}, so the gate would refuse nothing. "
+            f"The highest has P(unsafe) {scores[rows][labels[rows] == 1].max():.3f}: choose a lower one, or none."
+        )
     if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
         raise CalibrationError(
             f"no usable probe: {'on these layers' if feature == 'projected' else 'without projection'} harmful and "
             f"harmless prompts are hardly separable (AUC {overall.auc:.3f}, {overall.recall:.0%} of the harmful ones "
-            f"caught at a false-positive rate of at most {max_false_positive_rate:g}). Try "
+            f"caught at a false-positive rate of {overall.false_positive_rate:.1%}). Try "
             f"{'other --safety-layer and --semantic-layer' if feature == 'projected' else '--projection semantic'}, "
             "more calibration data, or a higher --max-false-positive-rate."
         )
@@ -118,7 +132,6 @@ def calibrate(
     if mapping is not None:
         weight, bias = mapping.probe(weight, bias)
     final = probability(projected, weight, bias)
-    probe = Probe(folded(weight, metric).astype(np.float32), bias, threshold)
-    return Calibration(
-        probe, tuple(found), tuple(prompts), scores, final, max_false_positive_rate, chosen, tuple(paper), mapping
-    )
+    probe = Probe(folded(weight, metric).astype(np.float32), bias, at)
+    rate = max_false_positive_rate if threshold is None else None
+    return Calibration(probe, tuple(found), tuple(prompts), scores, final, rate, chosen, tuple(paper), mapping)

@@ -154,7 +154,8 @@ def threshold_for(scores: np.ndarray, labels: np.ndarray, max_false_positive_rat
     if first_kept >= HIGHEST:
         raise CalibrationError(
             f"the probe is certain of {allowed + 1} harmless prompts that they are harmful, so no threshold keeps "
-            f"over-refusal to {max_false_positive_rate:g}. Try --regularization auto, or other layers or data."
+            f"over-refusal to {max_false_positive_rate:g}. Try --regularization auto, other layers or data, or "
+            "--threshold."
         )
     above = scores[scores > first_kept]
     upper = float(above.min()) if len(above) else 1.0

@@ -155,11 +155,13 @@ def calibration_section(calibration: Calibration | None) -> str:
     """The figures of the calibration as a table, and what they say."""
     if calibration is None:
         return "The probe was given (`--probe`), so nothing was measured here.\n"
-    count = len(calibration.prompts)
+    count, rate = len(calibration.prompts), calibration.max_false_positive_rate
+    chosen = "The threshold was given (`--threshold`)."
+    if rate is not None:
+        chosen = f"The threshold allows at most {rate:.1%} of the harmless prompts to be refused in cross-validation."
     lines = [
         f"{count} labelled prompts, logistic regression on logits, five-fold cross-validation with "
-        "both members of a harmful/harmless pair in one fold. The threshold allows at most "
-        f"{calibration.max_false_positive_rate:.1%} of the harmless prompts to be refused in cross-validation. "
+        f"both members of a harmful/harmless pair in one fold. {chosen} "
         "Accuracy is taken at P = 0.5; caught and over-refused at the threshold. *Without projection* is "
         + ("the same probe" if any(figure.feature == "projected" for figure in calibration.figures) else "a probe")
         + " on the main lane, which needs no second lane.\n",

@@ -56,7 +56,7 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """The largest false-positive rate that the patched model's threshold was chosen for."""
+        """The largest false-positive rate that the patched model's threshold was chosen for, unless it was given."""
         return float(self.guarded.made.get("max_false_positive_rate", 0.02))
 
     @property
@@ -206,6 +206,7 @@ def _subject(measured: Measured, options: EvaluateOptions, labels: np.ndarray, g
         blocks=guarded.blocks,
         again=guarded.again,
         rate=measured.rate,
+        threshold=guarded.sasa["threshold"] if guarded.made.get("threshold") or guarded.made.get("probe") else None,
         dtype=measured.dtype,
         device=measured.device.partition(":")[0],
         harmful=int(labels.sum()),

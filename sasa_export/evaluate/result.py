@@ -25,7 +25,7 @@ class Subject:
     """What was evaluated, on what, and how it ran.
 
     `again` is how many blocks the second lane has, or all of them together, `rate` the chosen false-positive rate;
-    `command` makes the report again.
+    `threshold` the patched model's where it was given, and not chosen for that rate; `command` makes the report again.
     """
 
     model: str
@@ -39,6 +39,7 @@ class Subject:
     blocks: int
     again: int
     rate: float
+    threshold: float | None
     dtype: str
     device: str
     harmful: int

@@ -32,7 +32,7 @@ def why(evaluated: Evaluated) -> list[str]:
             + (
                 "the threshold is not the reason, the scores of harmful and harmless prompts overlap."
                 if evaluated.best[0] > evaluated.targets[0].wanted
-                else "the threshold of the calibration is the reason, the scores would allow it."
+                else "the threshold is the reason, the scores would allow it."
             )
         )
     if evaluated.best is None and plain is not None:
@@ -42,7 +42,8 @@ def why(evaluated: Evaluated) -> list[str]:
             + (f"the gate flags {found.false_positives.value:.1%} of them. " if found.false_positives else "")
             + 'Phrases are counted without regard to what follows: "I\'m sorry for any confusion" counts too.'
         )
-    if found.false_positives is not None and found.false_positives.value > evaluated.subject.rate:
+    chosen = evaluated.subject.threshold is None
+    if chosen and found.false_positives is not None and found.false_positives.value > evaluated.subject.rate:
         sentences.append(
             f"The threshold was set for a false-positive rate of {evaluated.subject.rate:.1%} on the calibration "
             f"prompts, and is {found.false_positives.value:.1%} here: these prompts are not like those."
@@ -112,6 +113,7 @@ def how(evaluated: Evaluated) -> list[str]:
         subject.dtype if subject.graphs is None else f"{subject.graphs} graphs in onnxruntime, original {subject.dtype}"
     )
     together = "one prompt" if subject.batch_size == 1 else f"{subject.batch_size} prompts"
+    given = "" if subject.threshold is None else f" (of the patched model: at P = {subject.threshold:.3f}, as given)"
     sentences = [
         f"{subject.harmful} harmful and {subject.harmless} harmless prompts in {subject.groups} groups from "
         f"{subject.data}"
@@ -124,9 +126,9 @@ def how(evaluated: Evaluated) -> list[str]:
         "refusal, by the gate or in the model's own words. The plain and the patched model really answered; the other "
         "arms take the plain model's answer where they do not flag.",
         "*Caught*, *flagged*, accuracy and F1 are at the threshold that the calibration set for a false-positive rate "
-        f"of {subject.rate:.1%}; *recall at {subject.rate:.1%}* is the best that any threshold reaches at that rate "
-        "on these prompts. *Words alone* is a bag of words with logistic regression that sees no model; where a "
-        "picture's words are known it gets them without error, which the model does not.",
+        f"of {subject.rate:.1%}{given}; *recall at {subject.rate:.1%}* is the best that any threshold reaches at "
+        "that rate on these prompts. *Words alone* is a bag of words with logistic regression that sees no model; "
+        "where a picture's words are known it gets them without error, which the model does not.",
         "Intervals are 95 %: Wilson's for shares, which counts each prompt on its own, and a bootstrap of whole groups "
         "for F1, AUC and recall.",
     ]
