@@ -121,6 +121,11 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
     where = "no second lane" if safety is None else f"second lane from block {safety + 1}"
     where += "".join(f", another from block {pair[0] + 1}" for pair in settings.further_pairs)
     report.step("rewrite", f"{where}, threshold {probe.threshold:.4f}")
+    if options.gate == "every-token":
+        report.warn(
+            "every token of an answer is judged at the threshold that was set on prompts, so harmless answers may end "
+            "in the refusal. Count them before you serve it: sasa-export evaluate"
+        )
     if not team.leads:
         team.wait()
         return Patched(options.out, full, probe, measured.calibration)

@@ -98,6 +98,7 @@ def test_every_token(tiny_model: Tiny, probe: Path, tmp_path: Path) -> None:
     result = run(*arguments(model, tmp_path / "out", probe, format="onnx", gate="every-token"))
     assert result.exit_code == 0, result.output
     for line in (
+        r"warning +every token of an answer is judged at the threshold that was set on prompts",
         r"✓ config.json counts the gate's layers in the cache: (\d+) in it, \1 in the graph",
         r"✓ attention and norms are single operators: 4 Attention, 10 RMSNormalization, .* over 3 \+ 1 blocks",
         r"✓ allowed prompts are answered as by the original: (\d+) of \1, .*, [1-9]\d* of them until the refusal took",
