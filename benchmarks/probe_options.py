@@ -101,15 +101,8 @@ def table(entries: list[dict[str, Any]]) -> str:
             scores = [np.array(one["scores"]) for one in (entry, by_name[other])]
             same = entry["name"] == other
             gains.append("" if same else said(difference(scores[0], scores[1], labels, groups), signed=True))
-        rows.append(
-            [
-                entry["name"] if entry["name"] == DEFAULT else f"`{entry['name']}`",
-                f"{entry['cost']:.2f}",
-                said(entry["auc"]),
-                *gains,
-                said(entry["recall"]),
-            ]
-        )
+        name = entry["name"] if entry["name"] == DEFAULT else f"`{entry['name']}`"
+        rows.append([name, f"{entry['cost']:.2f}", said(entry["auc"]), *gains, said(entry["recall"])])
     rate = f"recall at {entries[0]['rate']:.1%}"
     head = ["option", "prompt's blocks, against plain", "AUC", "over the default", "over `--projection none`", rate]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
@@ -143,9 +136,10 @@ def main(model: str, work: Path, only: tuple[str, ...], batch_size: int, out: Pa
     entries.sort(key=lambda entry: list(known).index(entry["name"]))
     model_said = f"{source.name}: {sizes.blocks} blocks, s = {safety}, f = {semantic}"
     text = (
-        f"# What each option of the probe is worth\n\n{model_said}; {entries[0]['said']}, by `make bench-probe`. Each row "
-        "is a patched model with a calibration of its own. AUC is that of P(unsafe) on the evaluation prompts; what it "
-        "gains is a difference on the same prompts. In brackets the 95 % interval over groups of prompts.\n\n"
+        f"# What each option of the probe is worth\n\n{model_said}; {entries[0]['said']}, by `make bench-probe`. "
+        "Each row is a patched model with a calibration of its own. AUC is that of P(unsafe) on the evaluation "
+        "prompts; what it gains is a difference on the same prompts. In brackets the 95 % interval over groups of "
+        "prompts.\n\n"
         f"{table(entries)}\n"
     )
     click.echo(text)
