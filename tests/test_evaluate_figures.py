@@ -381,3 +381,17 @@ def test_why_over_refusal_cannot_be_reached() -> None:
     said = report_words.why(missed)[0]
     assert "refusal phrase for 40.0% of the harmless prompts" in said and "no threshold brings" in said
     assert "the gate flags 2.0% of them" in said
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_only_a_chosen_threshold_promised_a_rate(threshold: float | None) -> None:
+    many = share(np.arange(10) < 4)
+    assert many is not None
+    figures, gain = Figures(many, None, many, many, many, None), Interval(0.0, -0.1, 0.1)
+    missed: Any = SimpleNamespace(
+        targets=(Target("Over-refusal", OVER_REFUSAL, many),), overall={"plain": figures, "patched": figures},
+        best=None, subject=SimpleNamespace(rate=0.02, threshold=threshold), parts={},
+        gain={"projection": gain, "model": gain}, depth=(),
+    )  # fmt: skip
+    said = [one for one in report_words.why(missed) if "was set for a false-positive rate of 2.0%" in one]
+    assert len(said) == (threshold is None)

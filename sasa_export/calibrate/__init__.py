@@ -115,19 +115,7 @@ def calibrate(
         plain_scores, plain_at, _ = put_out(scored(in_metric(features.plain, metric), fit)[1])
         found += figures("plain", plain_scores[rows], told, plain_at)
     paper = figures(feature, cross_validated(projected, labels, groups, PAPER, fit_lanes)[rows], told, 0.5)
-    if overall.recall == 0.0 and threshold is not None:
-        raise CalibrationError(
-            f"no harmful calibration prompt reaches --threshold {threshold:g}, so the gate would refuse nothing. "
-            f"The highest has P(unsafe) {scores[rows][labels[rows] == 1].max():.3f}: choose a lower one, or none."
-        )
-    if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
-        raise CalibrationError(
-            f"no usable probe: {'on these layers' if feature == 'projected' else 'without projection'} harmful and "
-            f"harmless prompts are hardly separable (AUC {overall.auc:.3f}, {overall.recall:.0%} of the harmful ones "
-            f"caught at a false-positive rate of {overall.false_positive_rate:.1%}). Try "
-            f"{'other --safety-layer and --semantic-layer' if feature == 'projected' else '--projection semantic'}, "
-            "more calibration data, or a higher --max-false-positive-rate."
-        )
+    _check_usable(overall, threshold, float(scores[rows][labels[rows] == 1].max()))
     weight, bias = fit_lanes(projected, labels, chosen)
     if mapping is not None:
         weight, bias = mapping.probe(weight, bias)
@@ -135,3 +123,25 @@ def calibrate(
     probe = Probe(folded(weight, metric).astype(np.float32), bias, at)
     rate = max_false_positive_rate if threshold is None else None
     return Calibration(probe, tuple(found), tuple(prompts), scores, final, rate, chosen, tuple(paper), mapping)
+
+
+def _check_usable(overall: Figure, threshold: float | None, highest: float) -> None:
+    """CalibrationError where the gate would refuse nothing, or hardly anything but by chance.
+
+    Args: threshold: the one that was given, if any; highest: P(unsafe) of the harmful prompts.
+    """
+    if overall.recall == 0.0 and threshold is not None:
+        raise CalibrationError(
+            f"no harmful calibration prompt reaches --threshold {threshold:g}, so the gate would refuse nothing. "
+            f"The highest has P(unsafe) {highest:.3f}: choose a lower one, or none."
+        )
+    if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
+        where, other = "on these layers", "other --safety-layer and --semantic-layer"
+        if overall.feature == "plain":
+            where, other = "without projection", "--projection semantic"
+        raise CalibrationError(
+            f"no usable probe: {where} harmful and harmless prompts are hardly separable (AUC {overall.auc:.3f}, "
+            f"{overall.recall:.0%} of the harmful ones caught at a false-positive rate of "
+            f"{overall.false_positive_rate:.1%}). Try {other}, more calibration data, or a higher "
+            "--max-false-positive-rate."
+        )

@@ -44,8 +44,7 @@ class Decoder(nn.Module):
         self.lane = _Named()
         # What travels inside the directory is what gets exported, so it is taken from there.
         self.runtime: Any = sys.modules[type(model).__module__]
-        stock: Any = type(model).__bases__[1]  # behind GuardedModel
-        self.stock_forward = stock.forward
+        self.stock_forward = type(model).forward.__wrapped__  # the family's, around which the gate lies
         text = model.config.get_text_config(decoder=True)
         sasa = model.config.sasa
         self.shape, self.words = self.runtime.Ledger.of(text, sasa), self.runtime.Words.of(sasa)
