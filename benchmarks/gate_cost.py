@@ -144,7 +144,7 @@ def main(model: str, before: Path | None, repetitions: int, tokens: int, new_tok
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from sasa_export.open import open_source
+    from sasa_export.models import open_source
     from sasa_export.options import Options
     from sasa_export.pipeline import patch
 

@@ -149,9 +149,9 @@ def ratio(what: str, measured: Series, against: Series) -> Row:
 
 def write_graphs(model: Any, place: Path, opset: int, dtype: str = "float32") -> dict[str, int]:
     """Write the plain and both guarded decoders; the bytes of each."""
-    from sasa_export.emit.onnx.graphs import decoder_graph, write_model
-    from sasa_export.emit.onnx.layout import stock_type
-    from sasa_export.emit.onnx.recipes import recipe_of
+    from sasa_export.writers.onnx.graphs import decoder_graph, write_model
+    from sasa_export.writers.onnx.layout import stock_type
+    from sasa_export.writers.onnx.recipes import recipe_of
 
     recipe = recipe_of(stock_type(model.config.model_type))
     sizes = {}
@@ -238,7 +238,7 @@ def main(model: str, tokens: int, steps: int, repetitions: int, threads: int, op
     import torch
 
     from sasa_export.errors import SasaExportError
-    from sasa_export.open import open_source
+    from sasa_export.models import open_source
     from sasa_export.options import Options
     from sasa_export.pipeline import patch
 

@@ -205,7 +205,7 @@ def main(model: str, onnx_dtype: str, provider: str, tokens: int, steps: int, re
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     from sasa_export.errors import SasaExportError
-    from sasa_export.open import open_source
+    from sasa_export.models import open_source
     from sasa_export.options import Options
     from sasa_export.pipeline import patch
 

@@ -110,7 +110,7 @@ def load(source: Path, patched: Path, tokens: int) -> Pair:
     """Both models in float32 on the CPU, and two prompts: one with a picture, one of about `tokens` tokens."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from sasa_export.calibrate.render import render
+    from sasa_export.prompts.render import render
 
     processor = AutoProcessor.from_pretrained(source)
     text = SENTENCE * (tokens // len(processor.tokenizer.encode(SENTENCE, add_special_tokens=False)) + 1)
@@ -349,8 +349,8 @@ def write_probe(path: Path, hidden: int) -> None:
     """A probe that lets every prompt of this benchmark pass."""
     import numpy as np
 
-    from sasa_export.calibrate.probe import Probe
-    from sasa_export.emit.weights import save_probe
+    from sasa_export.probe.fit import Probe
+    from sasa_export.writers.weights import save_probe
 
     weight = np.random.default_rng(0).normal(size=hidden).astype(np.float32) * 1e-3  # (hidden,)
     save_probe(Probe(weight, REFUSES_NOBODY, 0.5), path)
@@ -415,7 +415,7 @@ def main(
     import torch
 
     from sasa_export.errors import SasaExportError
-    from sasa_export.open import open_source
+    from sasa_export.models import open_source
     from sasa_export.options import Options
     from sasa_export.pipeline import patch
 

@@ -48,8 +48,8 @@ def main(folder: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from sasa_export import Options, patch
-    from sasa_export.calibrate.render import render
-    from sasa_export.open import EMBEDDED, open_source
+    from sasa_export.prompts.render import render
+    from sasa_export.models import EMBEDDED, open_source
     from sasa_export.report import Console as Report
 
     source = open_source(EMBEDDED)

@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from sasa_export.errors import SasaExportError
-from sasa_export.evaluate.command import evaluate_command
-from sasa_export.locate.command import locate_command
 from sasa_export.options import Options
+from sasa_export.research.evaluate.command import evaluate_command
+from sasa_export.research.locate.command import locate_command
 
 
 class Grouped(click.Group):
@@ -120,17 +120,17 @@ def main(context: click.Context, /, **flags: Any) -> None:
 def trace(model: str, safety_layer: int | None, semantic_layer: int | None, check: bool, load: bool) -> None:
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
     quiet()
-    from sasa_export.diagram import mermaid
-    from sasa_export.measure import check_traces, trace_loaded
-    from sasa_export.open import layers_of, open_source
-    from sasa_export.open.load import load_model, load_processor, read_sizes
-    from sasa_export.pipeline import trace_source
-    from sasa_export.rewrite import LaneSettings, rewrite
+    from sasa_export.graph.diagram import mermaid
+    from sasa_export.graph.rewrite import LaneSettings, rewrite
+    from sasa_export.graph.trace import check_traces, trace_source
+    from sasa_export.models import layers_of, open_source
+    from sasa_export.models.load import load_model, load_processor, read_sizes
+    from sasa_export.probe.features import trace_loaded
 
     source = open_source(model)
     graph = trace_source(source)
     if load:
-        from sasa_export.calibrate.data import builtin
+        from sasa_export.prompts.prompt import builtin
 
         loaded = load_model(source, dtype="float32", device="cpu")
         picture = next(prompt for prompt in builtin(None) if prompt.image is not None)
@@ -158,8 +158,8 @@ def fetch(model: str, out: Path, force: bool) -> None:
     quiet()
     import shutil
 
-    from sasa_export.emit.staging import check_apart, staged
-    from sasa_export.open import open_source
+    from sasa_export.files import check_apart, staged
+    from sasa_export.models import open_source
 
     source = open_source(model)
     check_apart(out, source.directory)

@@ -1,4 +1,4 @@
-"""What can go wrong, by the room it goes wrong in; every message says what, why, and what to do."""
+"""What can go wrong, by the stage it goes wrong in; every message says what, why, and what to do."""
 
 
 class SasaExportError(Exception):
@@ -33,3 +33,15 @@ class EmitError(SasaExportError):
 
 class VerifyError(SasaExportError):
     """A written model does not do what it should."""
+
+
+class DataError(SasaExportError):
+    """A data set is not what it should be."""
+
+
+class LocateError(SasaExportError):
+    """Layers could not be located."""
+
+
+class EvaluateError(SasaExportError):
+    """A patched model could not be evaluated."""

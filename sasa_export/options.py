@@ -6,13 +6,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sasa_export.emit.onnx import DTYPES as ONNX_DTYPES
-from sasa_export.emit.onnx import OPSETS
 from sasa_export.errors import SasaExportError
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MOST_POSITIONS = 64  # whose states the verdict gathers
+ONNX_DTYPES = ("float32", "float16", "int8", "int4")
+OPSETS = (20, 23)
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
 
@@ -46,12 +45,6 @@ class Options:
         "Zero-based block onto whose output it is projected, or auto. Default: likewise.",
         group="Layers",
         word=AUTO,
-    )
-    further_pair: tuple[str, ...] = _option(
-        (),
-        "A further pair of safety and semantic layer, as 20:24. It has a second lane and a probe of its own, and the "
-        "log odds of all probes are averaged. Give it several times for more pairs. Not with --gate every-token.",
-        group="Layers",
     )
     projection: str = _option(
         "semantic",
@@ -93,27 +86,6 @@ class Options:
         "what each is worth.",
         group="Probe",
     )
-    probe_positions: int = _option(
-        1,
-        "Over how many of the prompt's last tokens the probe reads the mean. Not with --gate every-token, which judges "
-        "each token by itself. `evaluate --variants` measures what it is worth.",
-        group="Probe",
-    )
-    probabilities: str = _option(
-        "raw",
-        "What P(unsafe) means. raw: the probe's own, fitted as if harmful and harmless prompts were equally many. "
-        "calibrated: mapped by two numbers fitted in cross-validation, so that it is the share of harmful prompts in "
-        "the calibration set. Verdicts are the same.",
-        group="Probe",
-        choices=("raw", "calibrated"),
-    )
-    gate: str = _option(
-        "prompt",
-        "What is judged. prompt: every prompt, before its answer begins. every-token: also each token of the answer, "
-        "at the cost of the second lane and of its cache.",
-        group="Probe",
-        choices=("prompt", "every-token"),
-    )
     refusal: str = _option(REFUSAL, "What the model says when it refuses.", group="Probe")
 
     format: str = _option(
@@ -136,13 +108,13 @@ class Options:
         group="ONNX",
         choices=ONNX_DTYPES,
     )
-    max_flips: float = _option(
+    max_changed_verdicts: float = _option(
         0.02,
-        "Largest share of the calibration prompts whose verdict the graphs may turn over, before nothing is written. "
+        "Largest share of the calibration prompts whose verdict the graphs may change, before nothing is written. "
         "The default is what the threshold itself may get wrong of the harmless ones.",
         group="ONNX",
     )
-    flip_prompts: int = _option(
+    verdict_prompts: int = _option(
         200,
         "How many calibration prompts the graphs judge again, drawn evenly from labels and channels; all where there "
         "are no more.",
@@ -171,18 +143,6 @@ class Options:
         """Is a layer left to be found on the calibration prompts?"""
         return AUTO in (self.safety_layer, self.semantic_layer)
 
-    def further_pairs(self) -> tuple[tuple[int, int], ...]:
-        """The further pairs as numbers. SasaExportError where one is no pair."""
-        found = []
-        for text in self.further_pair:
-            safety, colon, semantic = text.partition(":")
-            if not colon or not safety.strip().isdecimal() or not semantic.strip().isdecimal():
-                raise SasaExportError(
-                    f"--further-pair is {text!r}; a pair is SAFETY:SEMANTIC in block numbers, as 20:24."
-                )
-            found.append((int(safety), int(semantic)))
-        return tuple(found)
-
     def regularization_value(self) -> float | None:
         """The number that was given, or None for auto."""
         return None if self.regularization == "auto" else float(self.regularization)
@@ -208,10 +168,6 @@ class Options:
             raise SasaExportError(
                 "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
             )
-        if self.probe is not None and self.probabilities == "calibrated":
-            raise SasaExportError(
-                "--probe and --probabilities calibrated exclude each other: a given probe is not fitted."
-            )
         if self.probe_block is not None and self.projection == "none":
             raise SasaExportError("--projection none has no second lane. Leave --probe-block out.")
         if self.probe_block is not None and self.finds_layers():
@@ -219,25 +175,18 @@ class Options:
                 f"--probe-block and layers left to {AUTO} exclude each other: pairs are compared at the last block. "
                 "Give both layers."
             )
-        if not 1 <= self.probe_positions <= MOST_POSITIONS:
-            raise SasaExportError(
-                f"--probe-positions is {self.probe_positions}; it must be from 1 to {MOST_POSITIONS}."
-            )
-        if self.probe_positions > 1 and self.gate == "every-token":
-            raise SasaExportError(
-                "--probe-positions and --gate every-token exclude each other: there each token is judged by itself."
-            )
-        self._check_pairs()
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise SasaExportError(f"--threshold is {self.threshold:g}; it must lie between 0 and 1.")
         if not 0.0 <= self.max_false_positive_rate < 1.0:
             raise SasaExportError(
                 f"--max-false-positive-rate is {self.max_false_positive_rate:g}; it must be at least 0 and below 1."
             )
-        if not 0.0 <= self.max_flips < 1.0:
-            raise SasaExportError(f"--max-flips is {self.max_flips:g}; it must be at least 0 and below 1.")
-        if self.flip_prompts < 1:
-            raise SasaExportError(f"--flip-prompts is {self.flip_prompts}; it must be at least 1.")
+        if not 0.0 <= self.max_changed_verdicts < 1.0:
+            raise SasaExportError(
+                f"--max-changed-verdicts is {self.max_changed_verdicts:g}; it must be at least 0 and below 1."
+            )
+        if self.verdict_prompts < 1:
+            raise SasaExportError(f"--verdict-prompts is {self.verdict_prompts}; it must be at least 1.")
         try:
             given = self.regularization_value()
         except ValueError:
@@ -250,19 +199,6 @@ class Options:
             raise SasaExportError(f"--batch-size is {self.batch_size}; it must be at least 1.")
         if not self.refusal.strip():
             raise SasaExportError("--refusal is empty; give the sentence that the model should say.")
-
-    def _check_pairs(self) -> None:
-        pairs = self.further_pairs()
-        if not pairs:
-            return
-        if self.projection == "none":
-            raise SasaExportError("--projection none has no second lane. Leave --further-pair out.")
-        if self.gate == "every-token":
-            raise SasaExportError(
-                "--further-pair and --gate every-token exclude each other: one second lane alone runs beside an answer."
-            )
-        if self.finds_layers():
-            raise SasaExportError(f"--further-pair and layers left to {AUTO} exclude each other. Give both layers.")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that shapes the result; where it is written, and with what load, does not."""

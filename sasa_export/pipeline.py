@@ -1,4 +1,4 @@
-"""The whole tool as one walk through the house: open -> trace -> calibrate -> rewrite -> emit -> verify."""
+"""The whole tool on one page: open -> trace -> calibrate -> rewrite -> write -> verify."""
 
 from __future__ import annotations
 
@@ -6,33 +6,66 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from sasa_export.calibrate import Calibration
-from sasa_export.calibrate.given import check_probe, read_probe
-from sasa_export.calibrate.probe import Probe
-from sasa_export.emit.card import write_card
-from sasa_export.emit.config import generation_prompt_ids, refusal_ids, sasa_settings, turn_token_ids
-from sasa_export.emit.directory import Patch, write_directory
-from sasa_export.emit.manifest import write_manifest
-from sasa_export.emit.onnx.card import not_counted
-from sasa_export.emit.onnx.directory import check_possible, finish, write_onnx_directory
-from sasa_export.emit.onnx.room import needed_bytes
-from sasa_export.emit.staging import check_apart, check_disk, check_free, claimed, staged
 from sasa_export.errors import VerifyError
+from sasa_export.files import check_apart, check_disk, check_free, claimed, staged
 from sasa_export.graph import LayerGraph
-from sasa_export.locate.pairs import with_layer
-from sasa_export.measure import measure
-from sasa_export.open import Source, layers_of, open_source
-from sasa_export.open.load import SPREAD, load_processor, read_sizes, skeleton
+from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
+from sasa_export.graph.trace import check_traces, trace_source
+from sasa_export.manifest import write_manifest
+from sasa_export.models import Source, layers_of, open_source
+from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
 from sasa_export.options import Options
+from sasa_export.probe import Calibration, calibrate
+from sasa_export.probe.features import trace_loaded
+from sasa_export.probe.figures import verdict_on_projection
+from sasa_export.probe.fit import Probe
+from sasa_export.probe.given import check_probe, read_probe
+from sasa_export.prompts import calibration_prompts, lopsided
+from sasa_export.prompts.prompt import Prompt, builtin
 from sasa_export.report import Silent
-from sasa_export.rewrite import LaneSettings, rewrite
-from sasa_export.share import Crew, crew
-from sasa_export.trace import trace
 from sasa_export.verify import Check, check_files, check_graphs, check_model, check_onnx_against
+from sasa_export.verify.cases import Case, expect
 from sasa_export.verify.flips import reference
+from sasa_export.workers import workers
+from sasa_export.writers.card import write_card
+from sasa_export.writers.config import sasa_settings
+from sasa_export.writers.directory import Patch, write_directory
+from sasa_export.writers.onnx.card import not_counted
+from sasa_export.writers.onnx.directory import check_possible, finish, write_onnx_directory
+from sasa_export.writers.onnx.room import needed_bytes
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model that was opened and traced, and what is to be made of it; nothing of it is in memory.
+
+    `settings` are stand-ins where the layers are still to be found. `given` is the probe of `--probe`.
+    """
+
+    source: Source
+    sizes: Sizes
+    processor: Any
+    graph: LayerGraph
+    settings: LaneSettings
+    layers_from: str
+    given: Probe | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the original model was needed for; it is out of memory again when this is there."""
+
+    probe: Probe
+    calibration: Calibration | None
+    cases: tuple[Case, ...]
+    dtype: str
+    device: str
+    settings: LaneSettings
+    layers_from: str
 
 
 @dataclass(frozen=True)
@@ -48,91 +81,127 @@ class Patched:
 def patch(options: Options, report: Silent | None = None) -> Patched:
     """Turn a vision-language model into a guarded one. Raises SasaExportError; then nothing is written.
 
-    Several processes (`sasa_export.share`) share the calibration, and the first of them writes.
+    Several processes (`sasa_export.workers`) share the calibration, and the first of them writes.
     """
-    team = crew()
+    team = workers()
     report = report if report is not None and team.leads else Silent()
     options = replace(options, device=team.device(options.device))
     options.check()
     # The second of two runs on one output is told at once, and not after its calibration.
     with claimed(options.out) if team.leads else nullcontext():
-        return _patch(options, report, team)
+        check_free(options.out, force=options.force)
+        team.wait()  # nobody writes while another still looks
+        plan = open_and_trace(options, report)
+        measured = measure(plan, options, report)
+        graph = rewrite(plan.graph, measured.settings)
+        if team.leads:
+            write_and_verify(plan, measured, graph, options, report)
+        team.wait()
+    return Patched(options.out, graph, measured.probe, measured.calibration)
 
 
-def _patch(options: Options, report: Silent, team: Crew) -> Patched:
-    check_free(options.out, force=options.force)
-    team.wait()  # nobody writes while another still looks
+def open_and_trace(options: Options, report: Silent) -> Plan:
+    """Everything that can be wrong before the work begins."""
     given = read_probe(options.probe, options.threshold) if options.probe else None
-
     source = open_source(options.model)
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
     if options.format != "safetensors":
         check_possible(source, options)
-    needed = _needed_disk(source, options)
-    check_disk(options.out, needed)
+    check_disk(options.out, _needed_disk(source, options))
     report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
     sizes = read_sizes(source)
-    given_layers = [
-        layer if isinstance(layer, int) else None for layer in (options.safety_layer, options.semantic_layer)
-    ]
+    settings, layers_from = _layers(source, sizes, options, report)
+    graph = trace_source(source)
+    full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
+    report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
+    check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
+    return Plan(source, sizes, load_processor(source), graph, settings, layers_from, given)
+
+
+def _layers(source: Source, sizes: Sizes, options: Options, report: Silent) -> tuple[LaneSettings, str]:
+    """The settings of the second lane, and where its layers are from."""
+    given = [layer if isinstance(layer, int) else None for layer in (options.safety_layer, options.semantic_layer)]
     safety: int | None
     semantic: int | None
-    safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, *given_layers)
+    safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, *given)
     if options.projection == "none":
         safety = semantic = None
         layers_from = "none: made without projection"
     elif options.finds_layers():
-        safety, semantic = with_layer(sizes.blocks, *given_layers)[0]  # stand-ins until they are found
+        from sasa_export.research.locate.pairs import with_layer
+
+        safety, semantic = with_layer(sizes.blocks, *given)[0]
     elif "not measured" in layers_from:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
+    return LaneSettings(safety, semantic, options.epsilon, sizes.softcap, options.probe_block), layers_from
 
-    graph = trace_source(source)
-    settings = LaneSettings(
-        safety, semantic, options.epsilon, sizes.softcap, options.probe_block, options.probe_positions,
-        options.further_pairs(),
-    )  # fmt: skip
-    full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
-    report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
-    check_probe(given, max(1, len(settings.pairs)) * (sizes.vocabulary if full.of("lane_head") else sizes.hidden))
 
-    processor = load_processor(source)
-    measured = measure(source, processor, graph, settings, given, options, report)
-    if measured.layers is not None:
-        safety, semantic = measured.layers.settings.safety_layer, measured.layers.settings.semantic_layer
-        full, layers_from = rewrite(graph, measured.layers.settings), measured.layers.layers_from
-    probe = measured.probe
-    opening = generation_prompt_ids(processor)
-    sasa = sasa_settings(
-        full,
-        safety_layer=safety,
-        semantic_layer=semantic,
-        further_pairs=[list(pair) for pair in options.further_pairs()],
-        probe_block=options.probe_block,
-        probe_positions=options.probe_positions,
-        layers_from=layers_from,
-        epsilon=options.epsilon,
-        threshold=probe.threshold,
-        refusal=options.refusal,
-        refusal_token_ids=refusal_ids(processor, source.directory, options.refusal),
-        generation_prompt_ids=opening,
-        turn_token_ids=turn_token_ids(processor, source.directory, opening),
-        gate=options.gate,
+def measure(plan: Plan, options: Options, report: Silent) -> Measured:
+    """Calibrate where no probe is given, and ask the original model what verification compares with."""
+    settings, layers_from, calibration, scores = plan.settings, plan.layers_from, None, None
+    dtype, device = running(plan.source, options.dtype, options.device)
+    if plan.given is not None and options.verify == "files":
+        return Measured(plan.given, None, (), dtype, device, settings, layers_from)
+    prompts = _prompts(options, plan.processor)  # before the weights are loaded: data may be wrong
+    warning = lopsided(prompts)
+    if warning is not None:
+        report.warn(warning)
+    report.step("load", f"{dtype} on {device}")
+    model = load_model(plan.source, dtype=dtype, device=device)
+    pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
+    check_traces(plan.graph, trace_loaded(model, plan.processor, plan.source, pictured))
+    held_out = None
+    if options.finds_layers():
+        from sasa_export.research.locate.auto import choose_layers
+
+        found = choose_layers(model, plan.processor, plan.graph, prompts, settings, options, report)
+        settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
+    lane = rewrite_lane(plan.graph, settings)
+    if plan.given is None:
+        with report.bar(len(prompts), "calibrate") as advance:
+            calibration = calibrate(
+                model, plan.processor, lane, prompts, batch_size=options.batch_size, threshold=options.threshold,
+                max_false_positive_rate=options.max_false_positive_rate, judged=held_out,
+                regularization=options.regularization_value(), advance=advance,
+            )  # fmt: skip
+        _say_figures(calibration, report)
+        scores = calibration.final
+    probe = plan.given if calibration is None else calibration.probe
+    assert probe is not None
+    cases: tuple[Case, ...] = ()
+    if options.verify == "full":
+        cases = tuple(expect(model, plan.processor, lane, probe, prompts, scores))
+    return Measured(probe, calibration, cases, dtype, device, settings, layers_from)
+
+
+def _prompts(options: Options, processor: Any) -> list[Prompt]:
+    if options.calibration:
+        return calibration_prompts(options.calibration)
+    return builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
+
+
+def _say_figures(calibration: Calibration, report: Silent) -> None:
+    overall = next(figure for figure in calibration.figures if figure.channel == "all")  # of the probe that was made
+    report.step(
+        "calibrate",
+        f"{len(calibration.prompts)} prompts: AUC {overall.auc:.3f}, {overall.recall:.1%} of the harmful caught, "
+        f"{overall.false_positive_rate:.1%} of the harmless over-refused (cross-validated)",
     )
-    where = "no second lane" if safety is None else f"second lane from block {safety + 1}"
-    where += "".join(f", another from block {pair[0] + 1}" for pair in settings.further_pairs)
-    report.step("rewrite", f"{where}, threshold {probe.threshold:.4f}")
-    if options.gate == "every-token":
-        report.warn(
-            "every token of an answer is judged at the threshold that was set on prompts, so harmless answers may end "
-            "in the refusal. Count them before you serve it: sasa-export evaluate"
-        )
-    if not team.leads:
-        team.wait()
-        return Patched(options.out, full, probe, measured.calibration)
+    report.step("", verdict_on_projection(calibration.figures).strip("*"))
 
-    result = Patch(source, full, sasa, probe, measured.calibration, measured.cases, measured.dtype)
+
+def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent) -> None:
+    """Write beside `options.out`, verify, and only then show it there."""
+    pair, threshold = measured.settings.pair, measured.probe.threshold
+    lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
+    report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
+    sasa = sasa_settings(
+        plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
+        refusal=options.refusal,
+    )  # fmt: skip
+    result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
     device = "auto" if measured.device == SPREAD else measured.device  # as transformers calls it
-    with staged(options.out, force=options.force, needed_bytes=needed) as staging:
+    with staged(options.out, force=options.force, needed_bytes=_needed_disk(plan.source, options)) as staging:
         plain = staging if options.format == "safetensors" else staging / "safetensors"
         plain.mkdir(exist_ok=True)
         _write_safetensors(result, plain, options, device, report)
@@ -141,21 +210,11 @@ def _patch(options: Options, report: Silent, team: Crew) -> Patched:
             graphs.mkdir(exist_ok=True)
             _write_onnx(result, plain, graphs, options, device, report)
     report.step("done", f"{options.out}")
-    team.wait()
-    return Patched(options.out, full, probe, measured.calibration)
-
-
-def _needed_disk(source: Source, options: Options) -> int:
-    """Bytes of disk below --out, at most. The graphs are made from a copy for transformers, wanted or not."""
-    needed = SPARE_BYTES + (0 if options.link else source.weight_bytes())
-    if options.format != "safetensors":
-        needed += SPARE_BYTES + needed_bytes(source, options.onnx_dtype)
-    return needed
 
 
 def _write_safetensors(patch: Patch, directory: Path, options: Options, device: str, report: Silent) -> None:
     """Write the directory for transformers and verify it."""
-    with report.bar(patch.source.weight_bytes(), "emit") as advance:
+    with report.bar(patch.source.weight_bytes(), "write") as advance:
         digests = write_directory(patch, directory, link=options.link, advance=advance)
     checks = check_files(directory)
     if patch.cases:
@@ -175,24 +234,16 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
     if patch.cases:
         wanted = None
         if patch.calibration is not None:
-            count, most = options.flip_prompts, options.max_flips
+            count, most = options.verdict_prompts, options.max_changed_verdicts
             wanted = reference(patch.calibration, count=count, most=most, dtype=patch.dtype)
             report.step("verify", f"the graphs judge {len(wanted.prompts)} calibration prompts again")
-        checks, flips = check_onnx_against(directory, wanted, device=device)
+        checks, changed = check_onnx_against(directory, wanted, device=device)
     else:
-        checks, flips = check_graphs(directory), None
+        checks, changed = check_graphs(directory), None
     _all_passed(checks, report)
-    if flips is None:
+    if changed is None:
         report.step("verify", not_counted(options))
-    finish(patch.source, patch.sasa, patch.calibration, checks, flips, options, directory)
-
-
-def trace_source(source: Source) -> LayerGraph:
-    """Trace a source on fake weights: its shapes alone, in no memory."""
-    import torch
-
-    with skeleton(source) as model:
-        return trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+    finish(patch.source, patch.sasa, patch.calibration, checks, changed, options, directory)
 
 
 def _all_passed(checks: list[Check], report: Silent) -> None:
@@ -204,3 +255,11 @@ def _all_passed(checks: list[Check], report: Silent) -> None:
             f"{len(failed)} of {len(checks)} checks failed ({failed[0].name}: {failed[0].detail}), "
             "so nothing was written."
         )
+
+
+def _needed_disk(source: Source, options: Options) -> int:
+    """Bytes of disk below --out, at most. The graphs are made from a copy for transformers, wanted or not."""
+    needed = SPARE_BYTES + (0 if options.link else source.weight_bytes())
+    if options.format != "safetensors":
+        needed += SPARE_BYTES + needed_bytes(source, options.onnx_dtype)
+    return needed

@@ -43,7 +43,7 @@ def register() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    from sasa_export.families import families
+    from sasa_export.models.family import families
 
     for family in families().values():
         for model_type in family.model_types:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.calibrate.data import Prompt
+from sasa_export.prompts.prompt import Prompt
 
 
 def samples(count: int, hidden: int, *, seed: int = 0, gap: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

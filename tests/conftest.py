@@ -84,7 +84,7 @@ class Guard:
     processor: ProcessorMixin
     safety: int
     semantic: int
-    weight: Tensor  # (vocabulary,), or (pairs, vocabulary)
+    weight: Tensor  # (vocabulary,)
     bias: float
 
     @property
@@ -102,12 +102,8 @@ class Guard:
     def expected(self, inputs: Mapping[str, Any]) -> Tensor:
         """P(unsafe) of each row (batch,), by the oracle."""
         sasa = self.model.config.sasa
-        last, positions = sasa["probe_block"], sasa["probe_positions"]
-        logits = [
-            oracle.oracle_logits(self.stock, inputs, safety, semantic, last, positions)
-            for safety, semantic in [(self.safety, self.semantic), *sasa["further_pairs"]]
-        ]  # (batch, vocabulary) each
-        return oracle.unsafe_probability(torch.cat(logits, dim=-1), self.weight.flatten(), self.bias)  # (batch,)
+        logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic, sasa["probe_block"])
+        return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
 
     @contextmanager
     def halved(self, inputs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -148,12 +144,9 @@ def guard(
         given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(options).items()
         }
-        lanes = 1 + len(given.get("further_pair", ()))
-        weight = torch.randn(lanes, size, generator=torch.Generator().manual_seed(7)) / 20  # (lanes, vocabulary)
+        weight = torch.randn(size, generator=torch.Generator().manual_seed(7)) / 20  # (vocabulary,)
         bias = 0.1
-        folded = torch.cat([oracle.folded(model, row) for row in weight])  # (lanes * hidden,)
-        weight = weight if lanes > 1 else weight[0]  # (vocabulary,)
-        probe = {"sasa.probe.weight": folded, "sasa.probe.bias": torch.tensor(bias)}
+        probe = {"sasa.probe.weight": oracle.folded(model, weight), "sasa.probe.bias": torch.tensor(bias)}
         save_file(probe, directory / "probe.safetensors")
         settings: dict[str, Any] = {"refusal": "I will not help.", "verify": "files", **given}
         sasa_export.patch(
@@ -179,7 +172,7 @@ def guard(
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`exported(patched, opset=23)`: the ONNX directory of a patched one, written once per session."""
 
-    from sasa_export.emit.onnx import export
+    from sasa_export.writers.onnx import export
 
     @cache  # which tells arguments apart by how they are written
     def made(patched: Path, opset: int, dtype: str) -> Path:

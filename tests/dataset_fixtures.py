@@ -8,8 +8,8 @@ from pathlib import Path
 import miniature
 import pytest
 
-from sasa_export.datasets import load
 from sasa_export.errors import SasaExportError
+from sasa_export.prompts import load
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "mm-safetybench": miniature.mm_safetybench,

@@ -145,7 +145,7 @@ def watch(points: Points) -> None:
         return sendfile(target, source, offset, count)
 
     os.sendfile = sent  # type: ignore[assignment]
-    from sasa_export.emit import staging
+    from sasa_export import files as staging
 
     exchange = staging.exchange
 
@@ -191,16 +191,16 @@ def remember() -> Counter[Any]:
 
     What is remembered goes by the number of the call. Returns the numbers, to be cleared before each command.
     """
-    import sasa_export.evaluate.page
-    import sasa_export.locate.page
-    import sasa_export.locate.run
-    from sasa_export.emit.onnx import graphs
+    import sasa_export.research.evaluate.page
+    import sasa_export.research.locate.page
+    import sasa_export.research.locate.run
+    from sasa_export.writers.onnx import graphs
 
     kept: dict[Any, Any] = {}
     calls: Counter[Any] = Counter()
     places = [(graphs, name) for name in ("vision_graph", "embedding_graph", "decoder_graph")]
-    places += [(sasa_export.locate.page, "pictures"), (sasa_export.evaluate.page, "pictures")]
-    places += [(sasa_export.locate.run, "points")]
+    places += [(sasa_export.research.locate.page, "pictures"), (sasa_export.research.evaluate.page, "pictures")]
+    places += [(sasa_export.research.locate.run, "points")]
     for module, name in places:
         plain = getattr(module, name)
 

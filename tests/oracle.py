@@ -64,11 +64,10 @@ def logits_with_state(
     layer: int,
     state: Tensor,
     last: int | None = None,
-    positions: int = 1,
 ) -> Tensor:
     """Pass 2: the logits (batch, vocabulary) when block `layer` is made to put out `state`.
 
-    The blocks behind `last` put out what they are given. The logits are the mean over the last `positions` tokens.
+    The blocks behind `last` put out what they are given.
     """
 
     def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -81,7 +80,7 @@ def logits_with_state(
     count = len(blocks(model))
     skipped = range(count if last is None else last + 1, count)
     with _hooks(model, {layer: replace, **dict.fromkeys(skipped, pass_on)}):
-        return mean_of_last(_all_logits(model, inputs), inputs, positions)
+        return _last(_all_logits(model, inputs), inputs)
 
 
 def oracle_logits(
@@ -90,15 +89,11 @@ def oracle_logits(
     safety_layer: int,
     semantic_layer: int,
     last: int | None = None,
-    positions: int = 1,
 ) -> Tensor:
-    """SASA's logits (batch, vocabulary) at each row's last prompt token; with `last`, as if no block came behind it.
-
-    With `positions`, they are the mean over so many last tokens, or over all where a prompt has fewer.
-    """
+    """SASA's logits (batch, vocabulary) at each row's last prompt token; with `last`, as if no block came behind it."""
     seen = block_outputs(model, inputs, (safety_layer, semantic_layer))
     projected = project(seen[safety_layer], seen[semantic_layer])  # (batch, tokens, hidden)
-    return logits_with_state(model, inputs, safety_layer, projected, last, positions)
+    return logits_with_state(model, inputs, safety_layer, projected, last)
 
 
 def plain_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
@@ -167,13 +162,6 @@ def _all_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """One full pass, no cache: logits of every position (batch, tokens, vocabulary)."""
     with torch.no_grad():
         return model(**inputs, use_cache=False).logits
-
-
-def mean_of_last(logits: Tensor, inputs: Mapping[str, Any], positions: int) -> Tensor:
-    """The mean (batch, vocabulary) of the logits of each row's last real tokens."""
-    real = inputs["attention_mask"].bool()  # (batch, tokens)
-    means = [row[kept][-positions:].mean(0) for row, kept in zip(logits, real, strict=True)]  # (vocabulary,) each
-    return torch.stack(means)
 
 
 def _last(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sasa_export.calibrate.data import Prompt
+from sasa_export.prompts.prompt import Prompt
 
 BLOCKS, HIDDEN, HEADS = 8, 32, 4
 SAFETY, SEMANTIC, VOICE = 2, 5, 7
@@ -145,7 +145,7 @@ def _topic(model: Any, processor: Any, letter: str) -> Tensor:
 
 def _give_words_voice(model: Any, processor: Any) -> None:
     """Words answer to SPOKEN, everything else to BASE, and each token in its own way to DANGER."""
-    from sasa_export.locate.expression import is_readable, vocabulary
+    from sasa_export.research.locate.expression import is_readable, vocabulary
 
     head = model.get_output_embeddings().weight  # (vocabulary, hidden)
     head[:, DANGER] = torch.randn(head.shape[0], generator=torch.Generator().manual_seed(1))

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 import sasa_export
-from sasa_export.emit.manifest import write_manifest
-from sasa_export.emit.onnx import GRAPHS
-from sasa_export.emit.onnx.layout import write_files
+from sasa_export.manifest import write_manifest
 from sasa_export.verify import verify_directory
+from sasa_export.writers.onnx import GRAPHS
+from sasa_export.writers.onnx.layout import write_files
 
 Guards = Callable[..., Guard]
 Fresh = Callable[..., Any]

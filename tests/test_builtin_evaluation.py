@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import sasa_export
-from sasa_export.calibrate.data import CARRIERS
-from sasa_export.calibrate.render import GRID, cells, flow, render
-from sasa_export.datasets import asked, grouped
-from sasa_export.datasets.builtin_evaluation import builtin_evaluation, drawn
-from sasa_export.open import open_source, smol_llava
+from sasa_export.models import open_source, smol_llava
+from sasa_export.prompts import asked, grouped
+from sasa_export.prompts.builtin_evaluation import builtin_evaluation, drawn
+from sasa_export.prompts.prompt import CARRIERS
+from sasa_export.prompts.render import GRID, cells, flow, render
 
 FILE = Path(sasa_export.__file__).parent / "datasets" / "evaluation.jsonl"
 ROWS: list[dict[str, Any]] = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]

@@ -13,22 +13,22 @@ import torch
 from calibration_samples import prompts_of, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sasa_export.probe.platt import platt
 from transformers import PreTrainedModel, ProcessorMixin
 
-import sasa_export.calibrate as calibration
-from sasa_export.calibrate import calibrate
-from sasa_export.calibrate.data import Prompt
-from sasa_export.calibrate.features import Features, batches, collect, encode
-from sasa_export.calibrate.platt import platt
-from sasa_export.calibrate.probe import (
+import sasa_export.probe as calibration
+from sasa_export.errors import CalibrationError
+from sasa_export.graph import LayerGraph, Node
+from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
+from sasa_export.graph.trace import trace
+from sasa_export.models.family import family_of
+from sasa_export.probe import calibrate
+from sasa_export.probe.features import Features, batches, collect
+from sasa_export.probe.fit import (
     probability,
     threshold_for,
 )
-from sasa_export.errors import CalibrationError
-from sasa_export.families import family_of
-from sasa_export.graph import LayerGraph, Node
-from sasa_export.rewrite import LaneSettings, rewrite_lane
-from sasa_export.trace import trace
+from sasa_export.prompts.prompt import Prompt, encode
 from sasa_export.verify.cases import choose
 
 Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]

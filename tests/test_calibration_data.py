@@ -16,9 +16,9 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sasa_export.calibrate import data
-from sasa_export.calibrate.data import Prompt, builtin, from_jsonl
 from sasa_export.errors import CalibrationError
+from sasa_export.probe import data
+from sasa_export.prompts.prompt import Prompt, builtin, from_jsonl
 
 # -------------------------------------------------------------------------------------------- JSONL files
 
@@ -160,7 +160,7 @@ def test_the_pictures_are_deterministic() -> None:
     expected = digest(builtin(None), SOME)
     assert digest(builtin(None), SOME) == expected
     code = (
-        "import hashlib\nfrom sasa_export.calibrate.data import builtin\n"
+        "import hashlib\nfrom sasa_export.prompts.prompt import builtin\n"
         f"found, prompts = hashlib.sha256(), builtin(None)\n"
         f"for row in {SOME}:\n"
         "    found.update(prompts[row].prompt.encode())\n"

@@ -9,7 +9,7 @@ import tiny
 import torch
 from cli_steps import Tiny, contents, copied, fails, flags, flip, invoke, message_of, succeeds
 
-from sasa_export import families
+from sasa_export.models import family as families
 
 # ---------------------------------------------------------------------------------------- fetch and trace
 

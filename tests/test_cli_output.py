@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from cli_steps import FINISHED, contents, fails, flags, heeding_ctrl_c, offline, plenty, script_fails, succeeds
 
-from sasa_export.emit import files as emit_files
-from sasa_export.emit import staging
+from sasa_export import files as staging
 from sasa_export.report import Console
+from sasa_export.writers import files as emit_files
 
 # -------------------------------------------------------------------------------------- the output's place
 
@@ -115,7 +115,7 @@ def test_a_real_disk_that_fills_up(
 # Stops once the weights are written, and waits there for a signal.
 SLOW = """
 import time
-from sasa_export.emit import weights
+from sasa_export.writers import weights
 
 bring = weights._bring
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from sasa_export.cli import main
-from sasa_export.emit import weights
+from sasa_export.writers import weights
 
 # ------------------------------------------------------------------------------------------ what is written
 

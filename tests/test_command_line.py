@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from sasa_export.command_line import command_line
-from sasa_export.evaluate.options import EvaluateOptions
-from sasa_export.locate.options import LocateOptions
+from sasa_export.research.command_line import command_line
+from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.research.locate.options import LocateOptions
 
 
 def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 from dataset_fixtures import message
 
-from sasa_export.calibrate.data import LEAST
 from sasa_export.cli import main
-from sasa_export.datasets import DataError, calibration_prompts, load, load_all, lopsided
 from sasa_export.options import Options
+from sasa_export.prompts import DataError, calibration_prompts, load, load_all, lopsided
+from sasa_export.prompts.prompt import LEAST
 
 # --------------------------------------------------------------------------------------------------- specs
 

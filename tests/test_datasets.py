@@ -12,8 +12,8 @@ import pytest
 from dataset_fixtures import MAKERS
 from PIL import Image
 
-from sasa_export.calibrate.data import Prompt
-from sasa_export.datasets import NAMES, load
+from sasa_export.prompts import NAMES, load
+from sasa_export.prompts.prompt import Prompt
 
 
 def test_every_data_set_has_a_loader() -> None:

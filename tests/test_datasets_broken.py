@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from dataset_fixtures import message
 
-from sasa_export.datasets import DataError, load
 from sasa_export.errors import SasaExportError
+from sasa_export.prompts import DataError, load
 
 Break = Callable[[Path], Any]
 

@@ -21,23 +21,24 @@ from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
 
 import sasa_export
-from sasa_export.calibrate.features import RECENT, batches, encode, reading
 from sasa_export.cli import main
-from sasa_export.datasets import load_all
-from sasa_export.emit.manifest import write_manifest
-from sasa_export.evaluate import EvaluateError, EvaluateOptions, evaluate
-from sasa_export.evaluate.depth import depths_of
-from sasa_export.evaluate.guarded import open_baseline, open_guarded
-from sasa_export.evaluate.result import Evaluated
-from sasa_export.evaluate.torch_model import TorchModel
-from sasa_export.evaluate.variants import LAST_TOKENS
-from sasa_export.locate import LocateOptions, locate
-from sasa_export.locate.errors import LocateError
-from sasa_export.open import open_source
-from sasa_export.open.load import SPREAD, load_model, load_processor
-from sasa_export.pipeline import trace_source
+from sasa_export.errors import LocateError
+from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
+from sasa_export.graph.trace import trace_source
+from sasa_export.manifest import write_manifest
+from sasa_export.models import open_source
+from sasa_export.models.load import SPREAD, load_model, load_processor
+from sasa_export.probe.features import RECENT, batches, reading
+from sasa_export.prompts import load_all
+from sasa_export.prompts.prompt import encode
 from sasa_export.report import Console
-from sasa_export.rewrite import LaneSettings, rewrite_lane
+from sasa_export.research.evaluate import EvaluateError, EvaluateOptions, evaluate
+from sasa_export.research.evaluate.depth import depths_of
+from sasa_export.research.evaluate.guarded import open_baseline, open_guarded
+from sasa_export.research.evaluate.result import Evaluated
+from sasa_export.research.evaluate.torch_model import TorchModel
+from sasa_export.research.evaluate.variants import LAST_TOKENS
+from sasa_export.research.locate import LocateOptions, locate
 
 pytestmark = pytest.mark.xdist_group("llava")  # whose models and graphs other tests share
 

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, roc_curve
 
-from sasa_export.calibrate.data import Prompt
-from sasa_export.evaluate import EvaluateError, EvaluateOptions
-from sasa_export.evaluate import words as report_words
-from sasa_export.evaluate.answer import Answer, answer_all, append, read_answers
-from sasa_export.evaluate.arm import Figures, answering, figures, gated, guarded, parts, spelled
-from sasa_export.evaluate.compare import difference, lowest_attack
-from sasa_export.evaluate.detection import DRAWS, Curve, detection, resamples
-from sasa_export.evaluate.fitted import probe, words
-from sasa_export.evaluate.judge import is_refusal, load_judge
-from sasa_export.evaluate.prompts import limited
-from sasa_export.evaluate.reliability import reliability
-from sasa_export.evaluate.shares import Interval, Share, share
-from sasa_export.evaluate.targets import OVER_REFUSAL, Target
-from sasa_export.evaluate.timing import choose, timed
-from sasa_export.share import Crew
+from sasa_export.prompts.prompt import Prompt
+from sasa_export.research.evaluate import EvaluateError, EvaluateOptions
+from sasa_export.research.evaluate import words as report_words
+from sasa_export.research.evaluate.answer import Answer, answer_all, append, read_answers
+from sasa_export.research.evaluate.arm import Figures, answering, figures, gated, guarded, parts, spelled
+from sasa_export.research.evaluate.compare import difference, lowest_attack
+from sasa_export.research.evaluate.detection import DRAWS, Curve, detection, resamples
+from sasa_export.research.evaluate.fitted import probe, words
+from sasa_export.research.evaluate.judge import is_refusal, load_judge
+from sasa_export.research.evaluate.prompts import limited
+from sasa_export.research.evaluate.reliability import reliability
+from sasa_export.research.evaluate.shares import Interval, Share, share
+from sasa_export.research.evaluate.targets import OVER_REFUSAL, Target
+from sasa_export.research.evaluate.timing import choose, timed
+from sasa_export.workers import Workers
 
 
 def prompts_of(labels: Any, **fields: Any) -> list[Prompt]:
@@ -310,12 +310,12 @@ def test_answers_go_on_where_they_stopped(tmp_path: Path) -> None:
     prompts = prompts_of([0, 1] * 5)
     first = Counting(fails_at=2)
     with pytest.raises(KeyboardInterrupt):
-        answer_all(lambda: first, prompts, 4, tmp_path, "plain", Crew(), lambda count: None)
+        answer_all(lambda: first, prompts, 4, tmp_path, "plain", Workers(), lambda count: None)
     with (tmp_path / "plain.0.jsonl").open("a") as file:
         file.write('{"name": "prompt 9", "tok')  # what a kill leaves
     second = Counting()
     done: list[int] = []
-    found = answer_all(lambda: second, prompts, 4, tmp_path, "plain", Crew(), done.append)
+    found = answer_all(lambda: second, prompts, 4, tmp_path, "plain", Workers(), done.append)
     assert [len(batch) for batch in first.calls] == [4, 4] and [len(batch) for batch in second.calls] == [2]
     assert [answer.name for answer in found] == [prompt.name for prompt in prompts] and sum(done) == 10
     assert sorted(answer.name for answer in read_answers(tmp_path / "plain.0.jsonl")) == sorted(p.name for p in prompts)
@@ -323,7 +323,7 @@ def test_answers_go_on_where_they_stopped(tmp_path: Path) -> None:
     def none() -> Counting:
         raise AssertionError("everything is there, so nothing is to be loaded")
 
-    assert answer_all(none, prompts, 4, tmp_path, "plain", Crew(), done.append) == found
+    assert answer_all(none, prompts, 4, tmp_path, "plain", Workers(), done.append) == found
 
 
 def test_a_torn_line_spoils_no_other(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import sasa_export
-from sasa_export.calibrate.data import builtin
-from sasa_export.datasets import asked, check_disjoint
-from sasa_export.datasets.builtin_evaluation import builtin_evaluation
-from sasa_export.datasets.leak import normalised
+from sasa_export.prompts import asked, check_disjoint
+from sasa_export.prompts.builtin_evaluation import builtin_evaluation
+from sasa_export.prompts.leak import normalised
+from sasa_export.prompts.prompt import builtin
 
 FILE = Path(sasa_export.__file__).parent / "datasets" / "evaluation.jsonl"
 ROWS: list[dict[str, Any]] = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]

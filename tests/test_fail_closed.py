@@ -18,14 +18,14 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from sasa_export.errors import RewriteError
-from sasa_export.families import family_of
-from sasa_export.rewrite import LaneSettings, rewrite
+from sasa_export.graph.rewrite import LaneSettings, rewrite
+from sasa_export.graph.trace import trace
+from sasa_export.models.family import family_of
 from sasa_export.runtime.lane import run_graph
 from sasa_export.runtime.nodes import FORMAT
 from sasa_export.runtime.probe import Probe
 from sasa_export.runtime.seal import SEAL
 from sasa_export.runtime.watch import recording, watch
-from sasa_export.trace import trace
 
 Guards = Callable[..., Guard]
 Fresh = Callable[..., Any]

@@ -20,9 +20,9 @@ import tiny
 from faulty import CALL, NEEDS_SPACE, Driver, Ended
 from records import note
 
-from sasa_export.emit.staging import claimed
 from sasa_export.errors import EmitError
-from sasa_export.evaluate import EvaluateOptions, evaluate
+from sasa_export.files import claimed
+from sasa_export.research.evaluate import EvaluateOptions, evaluate
 
 EVERY = os.environ.get("SASA_FAULTS") == "all"
 # What is tried by default, kills and full disks; the ONNX export and the evaluation take longest to begin.

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import note
 
-from sasa_export.calibrate.data import Prompt
-from sasa_export.calibrate.features import batches
-from sasa_export.datasets import calibration_prompts
 from sasa_export.errors import SasaExportError
+from sasa_export.probe.features import batches
+from sasa_export.prompts import calibration_prompts
+from sasa_export.prompts.prompt import Prompt
 
 quick = examples(40)
 

@@ -9,17 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sasa_export.diagram import LABELS, mermaid
 from sasa_export.errors import RewriteError
 from sasa_export.graph import LayerGraph, Node
-from sasa_export.rewrite import LaneSettings, rewrite, rewrite_lane
-from sasa_export.rewrite.gate import add_gate
-from sasa_export.rewrite.lane_head import add_lane_head
-from sasa_export.rewrite.lane_norm import add_lane_norm
-from sasa_export.rewrite.probe import add_probe
-from sasa_export.rewrite.projection import add_projection
-from sasa_export.rewrite.second_lane import add_second_lane
-from sasa_export.rewrite.tap import add_taps
+from sasa_export.graph.diagram import LABELS, mermaid
+from sasa_export.graph.rewrite import (
+    LaneSettings,
+    add_gate,
+    add_lane_head,
+    add_lane_norm,
+    add_probe,
+    add_projection,
+    add_second_lane,
+    add_taps,
+    rewrite,
+    rewrite_lane,
+)
 
 Pass = Callable[[LayerGraph, LaneSettings], LayerGraph]
 

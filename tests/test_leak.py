@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sasa_export.calibrate.data import CARRIERS, builtin
 from sasa_export.cli import main
-from sasa_export.datasets import DataError, Record, asked, calibration_prompts, check_disjoint, grouped, load, split
-from sasa_export.datasets.leak import normalised
+from sasa_export.prompts import DataError, Record, asked, calibration_prompts, check_disjoint, grouped, load, split
+from sasa_export.prompts.leak import normalised
+from sasa_export.prompts.prompt import CARRIERS, builtin
 
 Draw = tuple[int, int, int, int, int]  # question, picture, way of writing both, group, label
 

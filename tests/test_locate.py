@@ -20,10 +20,10 @@ from sklearn.metrics import roc_auc_score
 from sasa_export import Options, SasaExportError, families, patch
 from sasa_export.cli import main
 from sasa_export.errors import EmitError
-from sasa_export.locate import Located, LocateError, LocateOptions, locate
-from sasa_export.locate.family_file import with_entry
-from sasa_export.locate.lane import MainLane
-from sasa_export.locate.work import Work
+from sasa_export.research.locate import Located, LocateError, LocateOptions, locate
+from sasa_export.research.locate.family_file import with_entry
+from sasa_export.research.locate.lane import MainLane
+from sasa_export.research.locate.work import Work
 
 Stock = Callable[..., tuple[Any, Any]]
 
@@ -122,7 +122,7 @@ def test_the_report_is_whole_and_needs_no_network(report: tuple[Located, Path]) 
 
 def test_a_report_shows_any_token(report: tuple[Located, Path], tmp_path: Path) -> None:
     """What a model might say ends up in a table, so it must not end up as markup."""
-    from sasa_export.locate.page import page
+    from sasa_export.research.locate.page import page
 
     located = report[0]
     strange = replace(located.example, words=(("<b>", "&amp", "a|b", "\n", "\ufffd"),) * planted.BLOCKS)
@@ -134,7 +134,7 @@ def test_a_report_shows_any_token(report: tuple[Located, Path], tmp_path: Path) 
 def test_a_whole_run_on_other_families(
     tiny_model: Callable[..., Path], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sasa_export.locate.run.points", lambda states: states[:, :2])  # t-SNE knows no family
+    monkeypatch.setattr("sasa_export.research.locate.run.points", lambda states: states[:, :2])  # t-SNE knows no family
     options = quick(tiny_model(family), tmp_path / "report", pairs="1:3", blocks="2", limit=20, ablation_prompts=2)
     located = locate(options)
     assert located is not None and located.subject.family == family and located.subject.groups == 20
@@ -212,7 +212,7 @@ def test_other_settings_do_not_go_on_with_unfinished_work(
         locate(quick(planted_model, out), prompts=planted.prompts(12))
     assert not list(tmp_path.iterdir()), "nothing was finished, so there is nothing to go on with"
     with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr("sasa_export.locate.run.survey", stop)
+        patched.setattr("sasa_export.research.locate.run.survey", stop)
         locate(quick(planted_model, out), prompts=planted.prompts(12))
     with pytest.raises(LocateError, match=r"unfinished work of another run \(other: prompts\)"):
         locate(quick(planted_model, out), prompts=planted.prompts(13))
@@ -224,7 +224,7 @@ def test_other_settings_do_not_go_on_with_unfinished_work(
     ]
     with pytest.raises(LocateError, match="other: prompts"):
         locate(quick(planted_model, out), prompts=repainted)
-    monkeypatch.setattr("sasa_export.locate.run.write_report", lambda located, directory: None)
+    monkeypatch.setattr("sasa_export.research.locate.run.write_report", lambda located, directory: None)
     assert locate(quick(planted_model, out, force=True), prompts=planted.prompts(13)) is not None
 
 
@@ -259,8 +259,8 @@ def family_file(tmp_path: Path) -> Path:
 def test_the_layers_are_written_into_a_family_file(
     report: tuple[Located, Path], planted_model: Path, family_file: Path
 ) -> None:
-    from sasa_export.locate.family_file import check_family, write_family
-    from sasa_export.open import open_source
+    from sasa_export.models import open_source
+    from sasa_export.research.locate.family_file import check_family, write_family
 
     located, source = report[0], open_source(str(planted_model))
     before = families.read(family_file)
@@ -307,8 +307,8 @@ def test_a_family_file_that_cannot_take_the_entry(
     report: tuple[Located, Path], planted_model: Path, family_file: Path
 ) -> None:
     """An inline list of layers is valid, and nothing can be put behind it: it stays as it is."""
-    from sasa_export.locate.family_file import write_family
-    from sasa_export.open import open_source
+    from sasa_export.models import open_source
+    from sasa_export.research.locate.family_file import write_family
 
     text = family_file.read_text(encoding="utf-8").partition("[[layers]]")[0]
     inline = 'layers = [{checkpoint = "x", blocks = 8, hidden = 32, safety = 0, semantic = 1, source = "y"}]\n'

@@ -15,23 +15,22 @@ import tiny
 import torch
 from sklearn.metrics import roc_auc_score
 
-from sasa_export import families
-from sasa_export.calibrate.data import Prompt, builtin
-from sasa_export.calibrate.features import encode
-from sasa_export.locate import LocateError
-from sasa_export.locate.ablation import Heads
-from sasa_export.locate.alignment import alignment, centred, cosines
-from sasa_export.locate.expression import Expression, is_readable, vocabulary
-from sasa_export.locate.heads import HeadScores, degrees, leading
-from sasa_export.locate.interval import auc_of, is_below, mean_of
-from sasa_export.locate.lane import MainLane, watched
-from sasa_export.locate.pairs import default_pairs, parse_blocks, parse_pairs, with_layer
-from sasa_export.locate.prompts import ablated_on, controls, limited, spaced
-from sasa_export.locate.propose import Proposal, cheapest, nearest, spans
-from sasa_export.locate.run import _held_out
-from sasa_export.locate.sweep import Sweep, halves
-from sasa_export.rewrite import LaneSettings, rewrite_lane
-from sasa_export.trace import trace
+from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
+from sasa_export.graph.trace import trace
+from sasa_export.models import family as families
+from sasa_export.prompts.prompt import Prompt, builtin, encode
+from sasa_export.research.locate import LocateError
+from sasa_export.research.locate.ablation import Heads
+from sasa_export.research.locate.alignment import alignment, centred, cosines
+from sasa_export.research.locate.expression import Expression, is_readable, vocabulary
+from sasa_export.research.locate.heads import HeadScores, degrees, leading
+from sasa_export.research.locate.interval import auc_of, is_below, mean_of
+from sasa_export.research.locate.lane import MainLane, watched
+from sasa_export.research.locate.pairs import default_pairs, parse_blocks, parse_pairs, with_layer
+from sasa_export.research.locate.prompts import ablated_on, controls, limited, spaced
+from sasa_export.research.locate.propose import Proposal, cheapest, nearest, spans
+from sasa_export.research.locate.run import _held_out
+from sasa_export.research.locate.sweep import Sweep, halves
 
 Stock = Callable[..., tuple[Any, Any]]
 

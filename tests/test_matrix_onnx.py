@@ -22,11 +22,11 @@ CASES = [
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`plain(patched, dtype)`: the decoder without the gate as the same code writes it, once per session."""
-    from sasa_export.emit.onnx.graphs import decoder_graph, write_model
-    from sasa_export.emit.onnx.layout import stock_type
-    from sasa_export.emit.onnx.passes.weights import deduplicate
-    from sasa_export.emit.onnx.quantize import BITS, quantize
-    from sasa_export.emit.onnx.recipes import recipe_of
+    from sasa_export.writers.onnx.graphs import decoder_graph, write_model
+    from sasa_export.writers.onnx.layout import stock_type
+    from sasa_export.writers.onnx.passes.weights import deduplicate
+    from sasa_export.writers.onnx.quantize import BITS, quantize
+    from sasa_export.writers.onnx.recipes import recipe_of
 
     @cache
     def graph(patched: Path, dtype: str) -> Any:

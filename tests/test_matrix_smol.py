@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sasa_export
-from sasa_export.calibrate.render import render
-from sasa_export.open import EMBEDDED, open_source
-from sasa_export.open.smol_llava import pieces
+from sasa_export.models import EMBEDDED, open_source
+from sasa_export.models.smol_llava import pieces
+from sasa_export.prompts.render import render
 
 pytestmark = [
     pytest.mark.smol,

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sasa_export.calibrate.data import Prompt
-from sasa_export.emit.onnx import card
 from sasa_export.options import Options
+from sasa_export.prompts.prompt import Prompt
 from sasa_export.verify.flips import Reference, check_flips, count_flips, reference
+from sasa_export.writers.onnx import card
 
 
 def prompt(number: int, label: int = 0, channel: str = "text") -> Prompt:

@@ -24,13 +24,13 @@ from click.testing import CliRunner
 
 from sasa_export import pipeline
 from sasa_export.cli import main
-from sasa_export.emit.onnx import directory as onnx_directory
-from sasa_export.emit.onnx import graphs
-from sasa_export.emit.onnx.recipes import RECIPES
 from sasa_export.errors import EmitError, VerifyError
 from sasa_export.options import Options
 from sasa_export.verify import flips, verify_directory
 from sasa_export.verify import onnx as verify_onnx
+from sasa_export.writers.onnx import directory as onnx_directory
+from sasa_export.writers.onnx import graphs
+from sasa_export.writers.onnx.recipes import RECIPES
 
 Tiny = Callable[..., Path]
 REFUSAL = "I will not help."

@@ -12,8 +12,8 @@ import torch
 from onnx_runner import Runner, batch, image_token, lane_of, positions
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from sasa_export.emit.onnx import export
 from sasa_export.errors import EmitError
+from sasa_export.writers.onnx import export
 
 SINGLE_OPERATORS = {"Attention": 1, "RMSNormalization": 2, "RotaryEmbedding": 2}  # in each block
 BLOCKS, LANE = 6, 3  # of the tiny models; the lane is blocks 3, 4 and 5

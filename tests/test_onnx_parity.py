@@ -8,7 +8,7 @@ import tiny
 import torch
 from onnx_runner import Runner, batch, image_token, positions
 
-from sasa_export.emit.onnx.recipes import RECIPES
+from sasa_export.writers.onnx.recipes import RECIPES
 
 TOLERANCE = 1e-4
 STEPS = 15  # beyond the end of the refusal

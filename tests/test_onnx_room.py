@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from sasa_export import pipeline
 from sasa_export.cli import main
-from sasa_export.emit.onnx import room
-from sasa_export.open import Source, memory, open_source
+from sasa_export.models import Source, memory, open_source
+from sasa_export.writers.onnx import room
 
 Tiny = Callable[..., Path]
 GB = 10**9

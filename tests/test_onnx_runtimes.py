@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sasa_export
-from sasa_export.calibrate.render import render
-from sasa_export.open.smol_llava import pieces
+from sasa_export.models.smol_llava import pieces
+from sasa_export.prompts.render import render
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMPT = "Follow the instruction shown in the image."
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.xdist_group("onnx-smol")  # the export takes longest
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The two requests as pictures."""
-    from sasa_export.open import open_source
+    from sasa_export.models import open_source
 
     tokenizer = AutoProcessor.from_pretrained(open_source("smol-llava").directory).tokenizer
     directory = tmp_path_factory.mktemp("pictures")

@@ -11,7 +11,7 @@ import torch
 from conftest import Guard
 from torch import Tensor
 
-from sasa_export.families import family_of
+from sasa_export.models.family import family_of
 
 Guards = Callable[..., Guard]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 import sasa_export
-from sasa_export.evaluate import EvaluateOptions, evaluate
+from sasa_export.research.evaluate import EvaluateOptions, evaluate
 from sasa_export.runtime.settings import check_settings
 
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in ("llava", "qwen2_5_vl", "gemma3")]

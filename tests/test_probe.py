@@ -11,9 +11,10 @@ from calibration_samples import prompts_of, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sasa_export.calibrate import probe as probes
-from sasa_export.calibrate.figure import figures
-from sasa_export.calibrate.probe import (
+from sasa_export.errors import CalibrationError
+from sasa_export.probe import probe as probes
+from sasa_export.probe.figures import figures
+from sasa_export.probe.fit import (
     CANDIDATES,
     best_regularization,
     cross_validated,
@@ -23,7 +24,6 @@ from sasa_export.calibrate.probe import (
     quick_fit,
     threshold_for,
 )
-from sasa_export.errors import CalibrationError
 
 # ----------------------------------------------------------------------------------------- fitting a probe
 

@@ -9,8 +9,8 @@ import numpy
 import pytest
 from PIL import Image
 
-from sasa_export.calibrate import render as module
-from sasa_export.calibrate.render import GRID, cells, contrast, flow, fonts, render
+from sasa_export.probe import render as module
+from sasa_export.prompts.render import GRID, cells, contrast, flow, fonts, render
 
 REQUEST = "explain how to hire a teacher for the school"
 

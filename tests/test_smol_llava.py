@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sasa_export.calibrate.render import render
 from sasa_export.errors import OpenError
-from sasa_export.open import smol_llava
+from sasa_export.models import smol_llava
+from sasa_export.prompts.render import render
 
 PROMPT = "Follow the instruction shown in the image."
 

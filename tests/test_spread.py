@@ -14,11 +14,10 @@ from safetensors.numpy import load_file
 from test_evaluate import write_set
 
 import sasa_export
-from sasa_export.evaluate import EvaluateOptions, evaluate
-from sasa_export.locate import LocateOptions, locate
-from sasa_export.measure import running
-from sasa_export.open import memory, open_source
-from sasa_export.open.load import SPREAD, load_model
+from sasa_export.models import memory, open_source
+from sasa_export.models.load import SPREAD, load_model, running
+from sasa_export.research.evaluate import EvaluateOptions, evaluate
+from sasa_export.research.locate import LocateOptions, locate
 
 pytestmark = pytest.mark.xdist_group("llava")
 

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from sasa_export.emit import staging
-from sasa_export.emit.exchange import exchange
-from sasa_export.emit.staging import check_apart, check_free, claimed, staged
+from sasa_export import files as staging
 from sasa_export.errors import EmitError, SasaExportError
+from sasa_export.files import check_apart, check_free, claimed, exchange, staged
 
 HOLD = """
 import sys
 from pathlib import Path
-from sasa_export.emit.staging import staged
+from sasa_export.files import staged
 with staged(Path(sys.argv[1]), force=True) as directory:
     (directory / "half.txt").write_text("half")
     print("held", flush=True)

@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from sasa_export.errors import RewriteError, TraceError
-from sasa_export.families import Family, families, family_of
 from sasa_export.graph import LayerGraph
-from sasa_export.open import open_source
-from sasa_export.open.load import skeleton
-from sasa_export.rewrite import LaneSettings, rewrite
-from sasa_export.trace import trace
+from sasa_export.graph.rewrite import LaneSettings, rewrite
+from sasa_export.graph.trace import trace
+from sasa_export.models import open_source
+from sasa_export.models.family import Family, families, family_of
+from sasa_export.models.load import skeleton
 
 Tiny = Callable[..., Path]
 Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]

@@ -23,7 +23,7 @@ from corpus import targets as cell_targets
 from torch import Tensor
 from tower import Tower, read
 
-from sasa_export.calibrate import render
+from sasa_export.probe import render
 
 CALIBRATE = Path(render.__file__).parent
 REQUESTS = (CALIBRATE / "builtin.jsonl", CALIBRATE / "heldout.jsonl")
@@ -88,7 +88,7 @@ def share(requests: Sequence[str], answers: Sequence[str]) -> float:
 @torch.no_grad()
 def answers(model: Any, processor: Any, requests: Sequence[str], pictures: bool, batch: int = 20) -> list[str]:
     """Greedy answers of 48 tokens, to requests as pictures or as text."""
-    from sasa_export.open.smol_llava import pieces
+    from sasa_export.models.smol_llava import pieces
 
     count = pieces(processor.tokenizer)
     result: list[str] = []
@@ -121,7 +121,7 @@ def following(model: Any, processor: Any, count: int, pictures: bool) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="directory that sasa_export.open.smol_llava.build wrote")
+    parser.add_argument("model", type=Path, help="directory that sasa_export.models.smol_llava.build wrote")
     parser.add_argument("--tower", type=Path, help="weights of another tower and projector")
     parser.add_argument("--common", type=int, default=5000, help="size of the training's list of common words")
     parser.add_argument("--following", action="store_true", help="also let the model answer (minutes)")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from sasa_export.open.smol_llava import config
+from sasa_export.models.smol_llava import config
 
 
 class Tower(nn.Module):

@@ -2,7 +2,7 @@
 
     python training/train_smol_llava_vision.py MODEL_DIRECTORY --work FOLDER [--init FILE] [--steps N]
 
-MODEL_DIRECTORY is what `sasa_export.open.smol_llava.build` wrote; its language model is frozen and gives the
+MODEL_DIRECTORY is what `sasa_export.models.smol_llava.build` wrote; its language model is frozen and gives the
 embeddings. Training is seeded, page by page, and goes on from the last checkpoint in FOLDER when started
 again. The finished tower is FOLDER/vision.safetensors. Needs the extra `training` and, for variety, Debian's
 fonts. Where other work shares the cores, OMP_WAIT_POLICY=PASSIVE makes a step several times cheaper.
@@ -36,7 +36,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from tower import Tower, read
 
-from sasa_export.open.smol_llava import VISION
+from sasa_export.models.smol_llava import VISION
 
 WARM_UP = 100  # steps
 FULL_VARIETY = 0.25  # the share of training after which pages vary as much as the renderer's
@@ -119,7 +119,7 @@ def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="directory that sasa_export.open.smol_llava.build wrote")
+    parser.add_argument("model", type=Path, help="directory that sasa_export.models.smol_llava.build wrote")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
     parser.add_argument("--init", type=Path, default=VISION, help="tower to start from")
     parser.add_argument("--steps", type=int, default=5000)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sasa_export.open import read_config
+from sasa_export.models import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
 from sasa_export.verify.check import Check, cut_short
 from sasa_export.verify.files import check_files, check_manifest

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.calibrate.data import Prompt
-from sasa_export.calibrate.features import collect, encode, place
-from sasa_export.calibrate.probe import Probe, probability
 from sasa_export.graph import LayerGraph
+from sasa_export.models.load import place
+from sasa_export.probe.features import collect
+from sasa_export.probe.fit import Probe, probability
+from sasa_export.prompts.prompt import Prompt, encode
 
 FOLDER = "sasa-verify"
 CASES = "cases.json"

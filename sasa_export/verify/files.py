@@ -6,12 +6,12 @@ import ast
 import json
 from pathlib import Path
 
-from sasa_export.calibrate.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
-from sasa_export.emit.manifest import MANIFEST, digest
 from sasa_export.errors import CalibrationError, OpenError
-from sasa_export.open import read_config
-from sasa_export.open.contents import outside
-from sasa_export.open.shards import Shard, read_shards
+from sasa_export.manifest import MANIFEST, digest
+from sasa_export.models import read_config
+from sasa_export.models.contents import outside
+from sasa_export.models.shards import Shard, read_shards
+from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
 from sasa_export.runtime.bundle import MODELING_FILE
 from sasa_export.verify.check import Check
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sasa_export.calibrate import Calibration
-from sasa_export.calibrate.data import Prompt
+from sasa_export.probe import Calibration
+from sasa_export.prompts.prompt import Prompt
 from sasa_export.verify.check import Check
 
 PROMPTS = "prompts.json"

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.emit.onnx import DECODER, GRAPHS, SUFFIX
 from sasa_export.errors import VerifyError
 from sasa_export.graph import blocks_again
-from sasa_export.open import read_config
+from sasa_export.models import read_config
 from sasa_export.verify.cases import TOKENS, read_cases
 from sasa_export.verify.check import Check, cut_short
 from sasa_export.verify.flips import Flips, Reference, check_flips, count_flips, write_prompts
 from sasa_export.verify.process import run_fresh
+from sasa_export.writers.onnx import DECODER, GRAPHS, SUFFIX
 
 # Of P(unsafe) and of the logits (relative to the largest), by type: of the graphs or of the cases, whichever is
 # wider. The logits of quantized weights are not held to the original's.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from matrix.bench import MARGIN, Bench, Inputs, Way
 from matrix.outcome import NOT_ASKED, REFUSED, UNCHANGED, Outcome
-from sasa_export.emit.onnx import SUFFIX
+from sasa_export.writers.onnx import SUFFIX
 
 
 class Past:

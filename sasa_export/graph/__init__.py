@@ -1,0 +1,79 @@
+"""The decoder as plain data: nodes, and the edges between them that carry the hidden state.
+
+A `LayerGraph` is what one stage hands to the next: the trace observes it, the rewrite passes extend it, the
+patched model's config.json stores it, and the runtime executes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAIN_LANE = ("vision", "projector", "embed", "between", "block", "norm", "head", "after_head")
+SASA = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step: `op` says what is done, `module` whose weights do it, `inputs` whose values it reads."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...] = ()
+    module: str | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        module = {} if self.module is None else {"module": self.module}
+        return {"name": self.name, "op": self.op, "inputs": list(self.inputs), **module, **self.attributes}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Node:
+        rest = {key: value for key, value in data.items() if key not in ("name", "op", "inputs", "module")}
+        return cls(data["name"], data["op"], tuple(data["inputs"]), data.get("module"), rest)
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """An ordered, immutable graph; a node comes after everything that it reads."""
+
+    nodes: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for node in self.nodes:
+            if node.op not in MAIN_LANE + SASA:
+                raise ValueError(f"node {node.name} has the unknown operation {node.op}")
+            missing = [name for name in node.inputs if name not in seen]
+            if missing or node.name in seen:
+                raise ValueError(f"node {node.name} reads {missing} before they exist, or is there twice")
+            seen.add(node.name)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __getitem__(self, name: str) -> Node:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def of(self, op: str) -> tuple[Node, ...]:
+        """All nodes of one operation, in order."""
+        return tuple(node for node in self.nodes if node.op == op)
+
+    def add(self, *nodes: Node) -> LayerGraph:
+        return LayerGraph(self.nodes + nodes)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [node.to_json() for node in self.nodes]
+
+    @classmethod
+    def from_json(cls, data: list[dict[str, Any]]) -> LayerGraph:
+        return cls(tuple(Node.from_json(node) for node in data))
+
+
+def blocks_again(nodes: Sequence[dict[str, Any]]) -> list[int]:
+    """The numbers of the blocks that run once more, lane by lane, in a graph as `LayerGraph.to_json` gives it."""
+    return [node["index"] for node in nodes if node["op"] == "lane_block"]

@@ -1,0 +1,69 @@
+"""A LayerGraph as a Mermaid diagram, runs of blocks drawn as one box."""
+
+from __future__ import annotations
+
+from sasa_export.graph import MAIN_LANE, LayerGraph, Node
+
+LABELS = {
+    "vision": "vision tower",
+    "projector": "projector",
+    "embed": "token embeddings, picture merged in",
+    "norm": "final norm",
+    "head": "head",
+    "after_head": "what follows the head",
+    "projection": "projection",
+    "lane_head": "head",
+    "probe": "probe",
+    "gate": "gate",
+}
+
+
+def mermaid(graph: LayerGraph) -> str:
+    """Draw the graph. Blocks in a row are one box, cut where another node reads from the middle."""
+    readers: dict[str, int] = {}
+    for node in graph:
+        for name in node.inputs:
+            readers[name] = readers.get(name, 0) + 1
+    boxes: dict[str, str] = {}  # node name -> box id
+    lines = ["flowchart TD"]
+    runs: list[list[Node]] = []
+    for node in graph:
+        last = runs[-1][-1] if runs else None
+        joins = (
+            last is not None
+            and node.op == last.op
+            and node.op in ("block", "lane_block")
+            and node.inputs == (last.name,)
+            and readers[last.name] == 1
+        )
+        if joins:
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+    for number, run in enumerate(runs):
+        box = f"n{number}"
+        boxes.update((node.name, box) for node in run)
+        lines.append(f'    {box}["{_label(run)}"]')
+    for run in runs:
+        lines += [f"    {boxes[name]} --> {boxes[run[0].name]}" for name in run[0].inputs]
+    lane = [boxes[run[0].name] for run in runs if run[0].op not in MAIN_LANE]
+    if lane:
+        lines.append("    classDef sasa fill:#e8f0fe,stroke:#1a56c4")
+        lines.append(f"    class {','.join(dict.fromkeys(lane))} sasa")
+    return "\n".join(lines) + "\n"
+
+
+def _label(run: list[Node]) -> str:
+    first, last = run[0], run[-1]
+    if first.op in ("block", "lane_block"):
+        numbers = [node.attributes["index"] for node in (first, last)]
+        span = f"block {numbers[0]}" if first is last else f"blocks {numbers[0]} to {numbers[1]}"
+        return span if first.op == "block" else f"second lane: {span}"
+    if first.op == "tap":
+        of, index = first.attributes["of"], first.attributes["index"]
+        return f"last block, {index}" if of == "last" else f"{of} layer {index}"
+    if first.op == "lane_norm":
+        return "final norm, judged position"
+    if first.op == "between":
+        return f"added between blocks: {first.name}"
+    return LABELS[first.op]

@@ -1,0 +1,155 @@
+"""The rewrite: small passes, each of which adds one step of SASA to a traced graph.
+
+    tap -> projection -> second lane -> norm -> head (where it is not linear) -> probe -> gate
+
+A pass is a function `(graph, settings) -> graph`. It checks its preconditions first and raises RewriteError, which names
+the node, where one does not hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sasa_export.errors import RewriteError
+from sasa_export.graph import LayerGraph, Node
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any.
+
+    Without layers there is no projection and no second lane: the probe reads the end of the main lane. With `probe_block`
+    the second lane ends there; the safety layer's own number stands for the projection itself.
+    """
+
+    safety_layer: int | None
+    semantic_layer: int | None
+    epsilon: float = 1e-6
+    softcap: float | None = None
+    probe_block: int | None = None
+
+    @property
+    def pair(self) -> tuple[int, int] | None:
+        """Safety and semantic layer; None without projection, and so without a second lane."""
+        if self.safety_layer is None or self.semantic_layer is None:
+            return None
+        return self.safety_layer, self.semantic_layer
+
+    def last(self, graph: LayerGraph) -> int:
+        """The block whose output the probe reads."""
+        return len(graph.of("block")) - 1 if self.probe_block is None else self.probe_block
+
+
+def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """The second lane alone: what calibration reads its features from."""
+    for apply in (add_taps, add_projection, add_second_lane, add_lane_norm, add_lane_head):
+        graph = apply(graph, settings)
+    return graph
+
+
+def rewrite(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """The whole rewrite: second lane, probe and gate."""
+    return add_gate(add_probe(rewrite_lane(graph, settings), settings), settings)
+
+
+def add_taps(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """Keep the output of the safety and the semantic layer for every token; without projection, of the last block."""
+    blocks = len(graph.of("block"))
+    if settings.pair is None:
+        last = _require(graph, f"layers.{blocks - 1}", "the tap")
+        if _require(graph, "norm", "the tap").inputs != (last.name,):
+            raise RewriteError(
+                f"{last.name}: the final norm reads something else than the last block's output, so a probe without "
+                "projection would miss it. Export with the projection."
+            )
+        return graph.add(Node("sasa.last", "tap", (last.name,), last.module, {"of": "last", "index": blocks - 1}))
+    safety, semantic = settings.pair
+    if not 0 <= safety < semantic < blocks:
+        raise RewriteError(
+            f"safety layer {safety} and semantic layer {semantic} do not fit a decoder of {blocks} blocks: "
+            f"0 <= safety layer < semantic layer <= {blocks - 1} must hold. "
+            "Set --safety-layer and --semantic-layer (zero-based)."
+        )
+    for of, index in (("safety", safety), ("semantic", semantic)):
+        block = _require(graph, f"layers.{index}", "the tap")
+        graph = graph.add(Node(f"sasa.{of}", "tap", (block.name,), block.module, {"of": of, "index": index}))
+    return graph
+
+
+def add_projection(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """Project the safety state onto the semantic state (the paper's Eq. 8); the result replaces h_s."""
+    if settings.pair is None:
+        return graph
+    inputs = tuple(_require(graph, f"sasa.{of}", "the projection").name for of in ("safety", "semantic"))
+    return graph.add(Node("sasa.projection", "projection", inputs, None, {"epsilon": settings.epsilon}))
+
+
+def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """Blocks s+1 .. L-1 once more, or as far as they are wanted, with the main lane's weights."""
+    if settings.pair is None:
+        return graph
+    safety, blocks, last = settings.pair[0], graph.of("block"), settings.last(graph)
+    before = _require(graph, "sasa.projection", "the second lane").name
+    for node in graph.of("between"):
+        # What is added between two blocks is no block's doing, so replaying blocks would lose it.
+        if graph[node.inputs[0]].attributes.get("index", -1) >= safety:
+            raise RewriteError(
+                f"{node.name}: the model adds to the hidden state between blocks behind the safety layer, and "
+                "the second lane would miss it. Choose a later --safety-layer."
+            )
+    if not safety <= last < len(blocks):
+        raise RewriteError(
+            f"--probe-block is {last}; it must be from the safety layer, {safety}, to the last block, {len(blocks) - 1}."
+        )
+    for block in blocks[safety + 1 : last + 1]:
+        name, index = f"sasa.lane.layers.{block.attributes['index']}", block.attributes["index"]
+        graph = graph.add(Node(name, "lane_block", (before,), block.module, {"index": index}))
+        before = name
+    return graph
+
+
+def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """The final norm of the lane, at the judged position alone; without a lane, of the main lane's end."""
+    last, end = settings.last(graph), "sasa.last"
+    if settings.pair is not None:
+        end = "sasa.projection" if last == settings.pair[0] else f"sasa.lane.layers.{last}"
+    before, norm = (_require(graph, name, "the lane's norm") for name in (end, "norm"))
+    return graph.add(Node("sasa.lane.norm", "lane_norm", (before.name,), norm.module))
+
+
+def add_lane_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """The head of the lane, where the probe cannot fold through it.
+
+    z = W_head h, so w . z = (W_head^T w) . h: the probe folds exactly into the hidden dimension, and the lane needs no
+    head. Where something non-linear follows the head, folding is not exact: the probe then reads logits.
+    """
+    if not graph.of("after_head"):
+        return graph
+    if settings.softcap is None:
+        raise RewriteError(
+            "after_head: the model changes its logits behind the head in a way that its configuration does not "
+            "name (final_logit_softcapping), so the probe cannot read them. This model is not supported yet."
+        )
+    before, head = (_require(graph, name, "the lane's head") for name in ("sasa.lane.norm", "head"))
+    return graph.add(Node("sasa.lane.head", "lane_head", (before.name,), head.module, {"softcap": settings.softcap}))
+
+
+def add_probe(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """The linear probe on the lane: P(unsafe) of the prompt."""
+    end = (*graph.of("lane_head"), *graph.of("lane_norm"))[:1] or (_require(graph, "sasa.lane.norm", "the probe"),)
+    return graph.add(Node("sasa.probe", "probe", (end[0].name,), "sasa.probe"))
+
+
+def add_gate(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """The gate on the logits: the model's own, or the next token of the refusal."""
+    logits = "after_head" if graph.of("after_head") else "head"
+    inputs = tuple(_require(graph, name, "the gate").name for name in (logits, "sasa.probe"))
+    return graph.add(Node("sasa.gate", "gate", inputs))
+
+
+def _require(graph: LayerGraph, name: str, needed_by: str) -> Node:
+    """The named node, or RewriteError that says which pass misses it."""
+    try:
+        return graph[name]
+    except KeyError:
+        raise RewriteError(f"{needed_by} needs the node {name}, which the graph does not have.") from None

@@ -1,0 +1,165 @@
+"""Run a model once on a tiny input and observe its decoder as a graph of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+from sasa_export.errors import TraceError
+from sasa_export.graph import LayerGraph, Node
+from sasa_export.models import Source
+from sasa_export.models.family import Family
+from sasa_export.models.load import skeleton
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a watched module: the hidden state that went in and came out, and the keyword arguments."""
+
+    path: str
+    entered: torch.Tensor | None
+    left: torch.Tensor | None
+    arguments: dict[str, str]  # name -> what it was, such as "float32 (1, 1, 9, 9)"
+
+
+def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGraph:
+    """Observe the decoder of `model` in one forward pass and check it against its family's file.
+
+    Args:
+        model: a stock ...ForConditionalGeneration; on the meta device no weights are needed.
+        inputs: keyword arguments of its forward: a short prompt, with a picture where there is one.
+
+    Raises TraceError, which names the node, where the model is not what the family's file says.
+    """
+    modules = _modules(model, family)
+    calls, logits = _observe(model, modules, inputs)
+    order = [call.path for call in calls]
+    blocks = [path for path in modules if path.startswith(family.modules["blocks"] + ".")]
+    expected = [family.modules["embedding"], *blocks, family.modules["norm"], family.modules["head"]]
+    decoder = [path for path in order if path in expected]
+    for position, path in enumerate(expected):
+        found = decoder[position] if position < len(decoder) else "nothing"
+        if found != path:
+            raise TraceError(
+                f"{path} should run as step {position} of the decoder, but {found} does. "
+                f"graphs/{family.name}.toml does not describe this model: correct its module paths."
+            )
+    if len(decoder) > len(expected):
+        raise TraceError(f"{decoder[len(expected)]} runs twice in one pass; this decoder cannot be rewritten.")
+    if any(isinstance(value, torch.Tensor) and name.startswith("pixel") for name, value in inputs.items()):
+        _check_vision(order, family)
+    graph = _graph({call.path: call for call in calls}, expected, family)
+    if logits is not calls[-1].left:
+        # Such as soft-capping: the probe must then see what the model's logits really are.
+        graph = graph.add(Node("after_head", "after_head", ("head",)))
+    return graph
+
+
+def trace_source(source: Source) -> LayerGraph:
+    """Trace a source on fake weights: its shapes alone, in no memory."""
+    with skeleton(source) as model:
+        return trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+
+
+def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
+    """Raise TraceError where a picture takes another way through the decoder than a text does."""
+    for before, after in zip_longest(expected, observed):
+        if (before and (before.name, before.inputs)) != (after and (after.name, after.inputs)):
+            node = after or before
+            raise TraceError(
+                f"{node.name}: with a picture, this model's decoder does not run as without one "
+                f"({node.op} behind {', '.join(node.inputs) or 'nothing'}). It cannot be rewritten yet."
+            )
+
+
+def _check_vision(order: list[str], family: Family) -> None:
+    """A picture runs through the vision tower and the projector once, before the decoder."""
+    first_block = order.index(f"{family.modules['blocks']}.0")
+    for role in ("vision", "projector"):
+        path = family.modules[role]
+        if order.count(path) != 1 or order.index(path) > first_block:
+            raise TraceError(
+                f"{path} ({role}) should run once and before the decoder, and ran {order.count(path)} times. "
+                f"graphs/{family.name}.toml does not describe this model: correct its module paths."
+            )
+
+
+def expected_blocks(config: Any) -> int:
+    """The number of decoder blocks that a configuration names."""
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for role, path in family.modules.items():
+        try:
+            found[path] = model.get_submodule(path)
+        except AttributeError:
+            raise TraceError(
+                f"the model has no module {path} ({role}). graphs/{family.name}.toml does not describe it: "
+                "correct its module paths."
+            ) from None
+    blocks = found.pop(family.modules["blocks"])
+    count = expected_blocks(model.config)
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) != count:
+        raise TraceError(f"{family.modules['blocks']} should be a list of {count} blocks, as the configuration says.")
+    found.update((f"{family.modules['blocks']}.{index}", block) for index, block in enumerate(blocks))
+    return found
+
+
+def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[list[Call], Any]:
+    """All calls in order, and the logits that the model returned."""
+    calls: list[Call] = []
+
+    def see(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            entered = args[0] if args else kwargs.get("hidden_states")
+            left = output[0] if isinstance(output, tuple) else output
+            calls.append(Call(path, entered, left, {name: describe(value) for name, value in kwargs.items()}))
+
+        return hook
+
+    handles = [module.register_forward_hook(see(path), with_kwargs=True) for path, module in modules.items()]
+    try:
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False, return_dict=True).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, logits
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(describe(item) for item in value)})"
+    return type(value).__name__ if value is not None else "None"
+
+
+def _graph(calls: dict[str, Call], expected: list[str], family: Family) -> LayerGraph:
+    embedding, *blocks, norm, head = expected
+    nodes = [
+        Node("vision", "vision", (), family.modules["vision"]),
+        Node("projector", "projector", ("vision",), family.modules["projector"]),
+        Node("embed", "embed", ("projector",), embedding),
+    ]
+    before: Call | None = None
+    for index, path in enumerate(blocks):
+        call = calls[path]
+        source = nodes[-1].name
+        # By identity: a tensor that is merely equal may still have had something added to it in between.
+        if before is not None and call.entered is not before.left:
+            nodes.append(Node(f"between.{index - 1}.{index}", "between", (source,)))
+            source = nodes[-1].name
+        nodes.append(Node(f"layers.{index}", "block", (source,), path, {"index": index, "arguments": call.arguments}))
+        before = call
+    if before is not None and calls[norm].entered is not before.left:
+        nodes.append(Node(f"between.{len(blocks) - 1}.norm", "between", (nodes[-1].name,)))
+    nodes.append(Node("norm", "norm", (nodes[-1].name,), norm))
+    nodes.append(Node("head", "head", ("norm",), head))
+    return LayerGraph(tuple(nodes))

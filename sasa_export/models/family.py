@@ -1,0 +1,105 @@
+"""Model families, read from graphs/*.toml: one declarative file each, checked when it is read."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sasa_export.errors import OpenError, SasaExportError
+
+MODULES = ("embedding", "blocks", "norm", "head", "vision", "projector")
+
+
+@dataclass(frozen=True)
+class KnownLayers:
+    """Safety and semantic layer (zero-based) of decoders of one shape, and where the numbers come from."""
+
+    checkpoint: str
+    blocks: int
+    hidden: int
+    safety: int
+    semantic: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a file under graphs/ says of a family of models.
+
+    `modules` holds the module paths by role; `peculiar` what the second lane has to respect; `files` the
+    files beside the weights that travel into a patched directory, as glob patterns.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    aliases: dict[str, str]
+    modules: dict[str, str]
+    layers: tuple[KnownLayers, ...]
+    peculiar: dict[str, str]
+    files: tuple[str, ...]
+
+    def known_layers(self, blocks: int, hidden: int) -> KnownLayers | None:
+        return next((entry for entry in self.layers if (entry.blocks, entry.hidden) == (blocks, hidden)), None)
+
+
+def directory() -> Path:
+    """graphs/, inside the installed package or at the root of the repository."""
+    inside = Path(__file__).parents[1] / "graphs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "graphs"
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """All families by name."""
+    return {path.stem: read(path) for path in sorted(directory().glob("*.toml"))}
+
+
+def read(path: Path) -> Family:
+    """Read one family file; SasaExportError names what is wrong in it."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        missing = [role for role in MODULES if not isinstance(data["modules"].get(role), str)]
+        if missing:
+            raise KeyError(f"modules.{missing[0]}")
+        aliases = data.get("aliases", {})
+        if not all(isinstance(target, str) for target in aliases.values()):
+            raise ValueError("an alias is not a string (an alias with a dot needs quotes)")
+        layers = tuple(KnownLayers(**entry) for entry in data.get("layers", []))
+        for entry in layers:
+            if not 0 <= entry.safety < entry.semantic < entry.blocks or not entry.source:
+                raise ValueError(f"layers of {entry.checkpoint} need 0 <= safety < semantic < blocks and a source")
+        return Family(
+            path.stem,
+            tuple(data["model_types"]),
+            dict(aliases),
+            dict(data["modules"]),
+            layers,
+            dict(data.get("peculiar", {})),
+            tuple(data["files"]),
+        )
+    except KeyError as error:
+        raise SasaExportError(
+            f"{path.name}: {error.args[0]} is missing. graphs/README.md says what belongs there."
+        ) from None
+    except (tomllib.TOMLDecodeError, ValueError, TypeError) as error:
+        raise SasaExportError(f"{path.name}: {error}. graphs/README.md says what belongs there.") from None
+
+
+def family_of(model_type: Any) -> Family:
+    """The family that a config.json's model_type belongs to; OpenError lists the supported ones."""
+    for family in families().values():
+        if model_type in family.model_types:
+            return family
+    supported = ", ".join(sorted(name for family in families().values() for name in family.model_types))
+    raise OpenError(
+        f"model type {model_type!r} is not supported. Supported: {supported}. "
+        "To add a family, write one file under graphs/ (graphs/README.md says how)."
+    )
+
+
+def aliases() -> dict[str, str]:
+    """Every alias, and the hub id that it stands for."""
+    return {alias: target for family in families().values() for alias, target in family.aliases.items()}

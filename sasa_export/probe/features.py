@@ -1,0 +1,157 @@
+"""What the probe reads: the state of both lanes at the last prompt position, for every prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sasa_export.errors import CalibrationError
+from sasa_export.graph import LayerGraph
+from sasa_export.graph.trace import trace
+from sasa_export.models import Source
+from sasa_export.models.load import place
+from sasa_export.prompts.prompt import Prompt, encode
+from sasa_export.workers import workers
+
+RECENT = "recent"  # the name of the mean over the last few tokens
+MAIN = "main"  # what enters the final norm
+
+
+@dataclass(frozen=True)
+class Features:
+    """The second lane's and the main lane's first-token features: (prompts, features), float32.
+
+    They are normed hidden states, or logits where the graph has a head in the lane. Those of several lanes are side by
+    side in `projected`: (prompts, lanes * features).
+    """
+
+    projected: np.ndarray
+    plain: np.ndarray
+
+
+@dataclass(frozen=True)
+class Read:
+    """One batch's features, float32: `projected` (rows, lanes * features), `plain` (rows, features), and `more` by
+    name, (rows, hidden) each."""
+
+    rows: tuple[int, ...]
+    projected: np.ndarray
+    plain: np.ndarray
+    more: dict[str, np.ndarray]
+
+
+@contextmanager
+def reading(
+    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = (), recent: int = 0
+) -> Iterator[Callable[[Sequence[Prompt], Sequence[int]], Read]]:
+    """Watch the model while the context lasts; gives a function that runs both lanes over a batch of prompts.
+
+    Args:
+        graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
+        more: nodes within the lane, its last block not among them, whose states are wanted too, read as those of the
+            last block are, behind the final norm.
+        recent: of so many last tokens the lane's normed states are averaged, as `RECENT` among `more`; 0 leaves it out.
+
+    The function takes all prompts and the rows of a batch, and raises CalibrationError where a state is not finite.
+    """
+    import torch
+
+    from sasa_export.runtime.lane import run_graph, run_probe_at
+    from sasa_export.runtime.mask import last_real, real_tokens
+    from sasa_export.runtime.watch import recording, watch
+
+    nodes = graph.to_json()
+    end = next(node for node in nodes if node["op"] == "lane_norm")
+    head = [node for node in nodes if node["op"] == "lane_head"][:1]
+    plain = [{**end, "inputs": [MAIN]}, *head]  # what is done to a lane's end, done to the main lane's
+    others = {name: {**end, "inputs": [name]} for name in more}
+    if recent:
+        others[RECENT] = {**end, "positions": recent}
+    norm = model.get_submodule(graph["norm"].module)
+    seen_norm: list[torch.Tensor] = []
+
+    def read(prompts: Sequence[Prompt], rows: Sequence[int]) -> Read:
+        inputs = place(encode(processor, [prompts[row] for row in rows]), model)
+        seen_norm.clear()
+        with torch.no_grad(), recording() as seen:
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        judged = last_real(mask, ids.shape[1], ids)  # (batch,)
+        real = real_tokens(mask, 0, ids.shape[1], ids)  # (batch, tokens)
+        with torch.no_grad():
+            values = run_graph(model, nodes, seen, judged, real)
+            lane = values[nodes[-1]["name"]]  # (batch, lanes * features)
+            main = run_probe_at(model, plain, {MAIN: seen_norm[0]}, judged, real)[plain[-1]["name"]]
+            found = {name: run_probe_at(model, [node], values, judged, real) for name, node in others.items()}
+        batch = Read(
+            tuple(rows),
+            lane.float().cpu().numpy(),
+            main.float().cpu().numpy(),
+            {name: states[end["name"]].float().cpu().numpy() for name, states in found.items()},  # (batch, hidden) each
+        )
+        for row, *states in zip(rows, batch.projected, batch.plain, strict=True):
+            if not all(np.isfinite(state).all() for state in states):
+                raise CalibrationError(
+                    f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
+                    "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
+                )
+        return batch
+
+    handles = watch(model, nodes)
+    handles.append(norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0])))
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(
+    model: Any,
+    processor: Any,
+    graph: LayerGraph,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Features:
+    """Run both lanes over all prompts, in as many processes as there are (`sasa_export.workers`).
+
+    Args:
+        graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
+        advance: called with the number of prompts done since the last call.
+
+    Raises CalibrationError where a state is not finite.
+    """
+    with reading(model, processor, graph) as read:
+        found = workers().spread(
+            list(batches(prompts, batch_size)),
+            lambda rows: read(prompts, rows),
+            lambda rows: advance(len(rows)),
+        )
+    order = np.argsort([row for batch in found for row in batch.rows])
+    return Features(
+        np.concatenate([batch.projected for batch in found])[order],
+        np.concatenate([batch.plain for batch in found])[order],
+    )
+
+
+def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers, batch by batch: channels apart and short prompts together, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda row: (prompts[row].channel, len(prompts[row].prompt), row))
+    start = 0
+    while start < len(order):
+        batch = [row for row in order[start : start + batch_size]]
+        channel = prompts[batch[0]].channel
+        batch = [row for row in batch if prompts[row].channel == channel]
+        yield batch
+        start += len(batch)
+
+
+def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:
+    """Trace a loaded model on a prompt, with its picture if it has one."""
+    return trace(model, source.family, place(encode(processor, [prompt]), model))

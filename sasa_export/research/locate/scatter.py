@@ -1,0 +1,38 @@
+"""t-SNE of the last token's states: a picture of how harmful and harmless prompts lie, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sasa_export.research.locate.prompts import spaced
+
+PICTURES = 12
+POINTS = 300
+COMPONENTS = 30  # that t-SNE is given of the states
+
+
+def drawn_blocks(blocks: int, chosen: Sequence[int]) -> list[int]:
+    """Up to twelve blocks, evenly spaced, with the chosen layers among them."""
+    found = set(chosen) | {blocks - 1}
+    for block in spaced(range(blocks), PICTURES):
+        if len(found) < min(PICTURES, blocks):
+            found.add(block)
+    return sorted(found)
+
+
+def points(states: np.ndarray) -> np.ndarray:
+    """Two coordinates for each of states (prompts, hidden): (prompts, 2). The same states give the same points."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    states = states.astype(np.float64) - states.mean(0)
+    size = states.std(0)
+    scaled = np.divide(states, size, out=np.zeros_like(states), where=size > 1e-6 * max(size.max(), 1e-30))
+    if not scaled.any():
+        return np.zeros((len(states), 2))
+    count = min(COMPONENTS, *scaled.shape)
+    reduced = PCA(count, svd_solver="full").fit_transform(scaled)  # (prompts, components)
+    perplexity = min(30.0, (len(states) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=750).fit_transform(reduced)

@@ -1,0 +1,102 @@
+"""Share work among the processes that `accelerate launch` has started; without it, one process does all of it.
+
+What is shared are whole batches, cut in the same way however many processes there are, so that one and several give
+the same numbers. Results go back to every process in the order of the batches.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes at work: the number of this one, and of how many. Every process calls the same methods in turn."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Does this process write and print?"""
+        return self.index == 0
+
+    def device(self, wanted: str) -> str:
+        """Where this process runs: `auto` is a device of its own where there are several."""
+        if wanted != "auto" or self.count == 1:
+            return wanted
+        device = _state().device
+        return "cpu" if device.type == "cpu" else str(device)
+
+    def wait(self) -> None:
+        """Go on when every process has come here."""
+        if self.count > 1:
+            _state().wait_for_everyone()
+
+    def gather(self, mine: list[Item]) -> list[Item]:
+        """The lists of all processes, one after the other, in every process."""
+        if self.count == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        return list(gather_object(mine))
+
+    def tell(self, value: Item) -> Item:
+        """The first process's value, in every process."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        values: list[Any] = [value]
+        broadcast_object_list(values)
+        return values[0]
+
+    def spread(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Item], Result],
+        advance: Callable[[Item], None] = lambda item: None,
+    ) -> list[Result]:
+        """The results of `work` on all items, in their order; this process does every `count`-th of them.
+
+        `advance` is called in the first process alone: with each item that it has done, and, on the supposition that
+        all are equally fast, with those that the others have done in the meantime.
+        """
+        mine = []
+        for start in range(0, len(items), self.count):
+            if start + self.index < len(items):
+                mine.append((start + self.index, work(items[start + self.index])))
+            if self.leads:
+                for item in items[start : start + self.count]:
+                    advance(item)
+        return [result for _, result in sorted(self.gather(mine), key=lambda pair: pair[0])]
+
+
+def workers() -> Workers:
+    """The processes of this run: several where a launcher has set WORLD_SIZE."""
+    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        return Workers()
+    state = _state()
+    return Workers(int(state.process_index), int(state.num_processes))
+
+
+@cache
+def _state() -> Any:
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+
+    # The others wait while the first process fits, writes and verifies, which may take hours for a large model.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    # Its threads, left to the end of the interpreter, abort the process now and then.
+    atexit.register(state.destroy_process_group)
+    return state

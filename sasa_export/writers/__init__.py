@@ -1,0 +1,1 @@
+"""Writing patched models: a safetensors directory for transformers, an ONNX directory for any runtime."""

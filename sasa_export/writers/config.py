@@ -1,0 +1,118 @@
+"""config.json of a patched model: a type of its own, sealed against stock classes, with all settings of SASA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sasa_export.errors import EmitError
+from sasa_export.graph import LayerGraph
+from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.models import Source
+from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
+
+LONGEST_REFUSAL = 250  # tokens; how far it is spelled rides in the cache's dtype, and bfloat16 counts to 256
+
+
+def sasa_settings(
+    source: Source,
+    processor: Any,
+    graph: LayerGraph,
+    lane: LaneSettings,
+    *,
+    layers_from: str,
+    threshold: float,
+    refusal: str,
+) -> dict[str, Any]:
+    """What config.json holds under `sasa`; the modeling file executes its `graph`.
+
+    An operator may change `threshold` and `refusal` there.
+    """
+    from sasa_export.runtime.nodes import FORMAT
+    from sasa_export.runtime.settings import fingerprint
+
+    opening = generation_prompt_ids(processor)
+    settings = {
+        "format": FORMAT,
+        "safety_layer": lane.safety_layer,
+        "semantic_layer": lane.semantic_layer,
+        "probe_block": lane.probe_block,
+        "layers_from": layers_from,
+        "epsilon": lane.epsilon,
+        "threshold": threshold,
+        "probe_space": "logits" if graph.of("lane_head") else "hidden",
+        "refusal": refusal,
+        "refusal_token_ids": refusal_ids(processor, source.directory, refusal),
+        "generation_prompt_ids": opening,
+        "turn_token_ids": turn_token_ids(processor, source.directory, opening),
+        "gate": "prompt",
+        "graph": [{key: value for key, value in node.to_json().items() if key != "arguments"} for node in graph],
+    }
+    return {**settings, "sha256": fingerprint(settings)}
+
+
+def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type], directory: Path) -> None:
+    """Write config.json and the modeling file that it names."""
+    from sasa_export.runtime.seal import sealed
+
+    config_class, model_class = classes
+    module = MODELING_FILE.removesuffix(".py")
+    config = dict(source.config)
+    config["model_type"] = guarded_type(source.config["model_type"])
+    config["architectures"] = [f"Sasa{model_class.__name__}"]
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.Sasa{config_class.__name__}",
+        "AutoModelForImageTextToText": f"{module}.Sasa{model_class.__name__}",
+    }
+    config["sasa"] = sasa
+    text = json.dumps(sealed(config), indent=2, ensure_ascii=False) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    (directory / MODELING_FILE).write_text(modeling_source(config_class, model_class), encoding="utf-8")
+
+
+def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
+    """The refusal as token ids, end of sequence last."""
+    tokenizer = processor.tokenizer
+    ends = _end_tokens(directory) or [tokenizer.eos_token_id]
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+    ids = [*tokenizer.encode(refusal, add_special_tokens=False), int(end)]
+    if len(ids) > LONGEST_REFUSAL:
+        raise EmitError(f"the refusal has {len(ids)} tokens, and at most {LONGEST_REFUSAL} fit. Shorten --refusal.")
+    return ids
+
+
+def generation_prompt_ids(processor: Any) -> list[int]:
+    """The token ids with which the chat template opens the answer; empty where it opens none."""
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
+    with_prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    without = processor.apply_chat_template(chat, add_generation_prompt=False, tokenize=False)
+    if not with_prompt.startswith(without):
+        return []
+    tokenizer = processor.tokenizer
+    whole = tokenizer.encode(with_prompt, add_special_tokens=False)
+    alone = tokenizer.encode(with_prompt[len(without) :], add_special_tokens=False)
+    shared = 0  # a tokenizer may join the first piece with what stands before it
+    while shared < min(len(whole), len(alone)) and whole[-1 - shared] == alone[-1 - shared]:
+        shared += 1
+    return [int(token) for token in alone[len(alone) - shared :]]
+
+
+def turn_token_ids(processor: Any, directory: Path, opening: list[int]) -> list[int]:
+    """The tokens that end an answer: those that end generation, and a special one that opens any turn.
+
+    Args:
+        opening: the generation prompt. Its first token may be a plain word, which an answer may hold.
+    """
+    tokenizer = processor.tokenizer
+    found = {int(token) for token in _end_tokens(directory) or [tokenizer.eos_token_id]}
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(found | (special & set(opening[:1])))
+
+
+def _end_tokens(directory: Path) -> list[int]:
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return []
+    end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return [] if end is None else [end] if isinstance(end, int) else list(end)

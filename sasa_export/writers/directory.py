@@ -1,0 +1,50 @@
+"""A patched directory of safetensors, all but its card and manifest, which tell what was verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sasa_export.graph import LayerGraph
+from sasa_export.models import Source
+from sasa_export.models.load import stock_classes
+from sasa_export.probe import Calibration
+from sasa_export.probe.fit import Probe
+from sasa_export.verify.cases import Case, write_cases
+from sasa_export.writers.config import write_config
+from sasa_export.writers.files import copy_files
+from sasa_export.writers.scores import write_scores
+from sasa_export.writers.weights import write_weights
+
+
+@dataclass(frozen=True)
+class Patch:
+    """All that a patched directory is made from.
+
+    `sasa` is what its config.json holds under that name; `cases` are there where the model was loaded, computed
+    in `dtype`.
+    """
+
+    source: Source
+    graph: LayerGraph
+    sasa: dict[str, Any]
+    probe: Probe
+    calibration: Calibration | None
+    cases: tuple[Case, ...]
+    dtype: str
+
+
+def write_directory(
+    patch: Patch, directory: Path, *, link: bool, advance: Callable[[int], None] = lambda count: None
+) -> dict[str, str]:
+    """Write weights, probe, processor, configuration, scores and cases. Returns the digests of the shards."""
+    digests = write_weights(patch.source.shards, patch.probe, directory, link=link, advance=advance)
+    copy_files(patch.source, directory)
+    write_config(patch.source, patch.sasa, stock_classes(patch.source), directory)
+    if patch.calibration is not None:
+        write_scores(patch.calibration, directory)
+    if patch.cases:
+        write_cases(patch.cases, directory, patch.dtype)
+    return digests

@@ -1,0 +1,119 @@
+"""A torch module to an onnx-ir model: exported, simplified, its weights shared and its dimensions named."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript.optimizer import optimize_ir
+from onnxscript.rewriter import onnx_fusions
+from torch import nn
+
+from sasa_export.writers.onnx.passes.attention import share_key_value_heads
+from sasa_export.writers.onnx.passes.weights import deduplicate, fold_transposes, reads_weight
+from sasa_export.writers.onnx.signature import Signature
+
+IR_VERSION = {20: 9, 21: 10, 22: 10, 23: 11, 24: 11}  # by opset
+
+
+def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature, *, opset: int) -> ir.Model:
+    """Export `module` with every named dimension of `signature` free.
+
+    The weights stay where they are: the returned model refers to the module's tensors, and no pass copies one.
+    """
+    variadic = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(module.forward).parameters.values())
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(
+            module.eval(), arguments, dynamic_shapes=_free(arguments, signature, variadic=variadic), strict=False
+        )
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
+        assert exported is not None
+        model = exported.model
+        # Folding a weight would hold a second copy of it in memory and, used in both lanes, in the file.
+        optimize_ir(model, onnx_shape_inference=False, should_fold=lambda node: False if reads_weight(node) else None)
+        onnx_fusions.fuse(model)
+    share_key_value_heads(model)
+    fold_transposes(model)
+    deduplicate(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.IdentityEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    _name_values(model, signature)
+    model.ir_version = IR_VERSION[opset]
+    return model
+
+
+def _free(arguments: tuple[Any, ...], signature: Signature, *, variadic: bool) -> Any:
+    """The dynamic_shapes of torch.export: each dimension that the signature names is free."""
+    shapes = iter(signature.inputs.values())
+
+    def of(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            names = next(shapes)
+            return {axis: torch.export.Dim.DYNAMIC for axis, name in enumerate(names) if isinstance(name, str)}
+        if isinstance(value, dict):
+            return {key: of(item) for key, item in value.items()}
+        return type(value)(of(item) for item in value)
+
+    found = tuple(of(argument) for argument in arguments)
+    return (found,) if variadic else found
+
+
+def _name_values(model: ir.Model, signature: Signature) -> None:
+    """Give inputs and outputs their names, and dimensions their symbols, everywhere in the graph."""
+    graph = model.graph
+    symbols: dict[str, str] = {}
+    for value, (name, shape) in zip(graph.inputs, signature.inputs.items(), strict=True):
+        value.name = name
+        for found, wanted in zip(value.shape or (), shape, strict=True):
+            if isinstance(found, ir.SymbolicDim) and isinstance(wanted, str):
+                symbols.setdefault(str(found.value), wanted)
+        value.shape = ir.Shape(shape)
+    for value, (name, shape) in zip(graph.outputs, signature.outputs.items(), strict=True):
+        value.name = name
+        value.shape = ir.Shape(shape)
+    named = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.outputs:
+            if value.shape is not None and id(value) not in named:
+                value.shape = ir.Shape([_renamed(size, symbols) for size in value.shape])
+
+
+def _renamed(size: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    if size.value is None:
+        return None
+    return re.sub(r"\bs\d+\b", lambda match: symbols.get(match.group(), match.group()), str(size.value))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter says of optional packages and of its own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    before = os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK")
+    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # such a check has no equivalent in ONNX
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if before is None:
+            del os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"]
+        else:
+            os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = before

@@ -1,0 +1,133 @@
+"""The three graphs of a directory: vision encoder, embedding and decoder."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from sasa_export.models.family import family_of
+from sasa_export.writers.onnx import DECODER, EMBEDDING, SUFFIX, VISION
+from sasa_export.writers.onnx.convert import convert
+from sasa_export.writers.onnx.decoder import Decoder, gate_layers
+from sasa_export.writers.onnx.decoder_signature import READING, VERDICT, example_of, lane_outputs, signature_of
+from sasa_export.writers.onnx.layout import stock_type, write_files
+from sasa_export.writers.onnx.passes.branch import run_where
+from sasa_export.writers.onnx.passes.names import forget_origin, name_decoder, name_tower
+from sasa_export.writers.onnx.passes.weights import deduplicate
+from sasa_export.writers.onnx.quantize import BITS, quantize
+from sasa_export.writers.onnx.recipes import Recipe, recipe_of
+from sasa_export.writers.onnx.signature import Signature
+from sasa_export.writers.onnx.vision import Embedding, Float32
+
+# A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
+# built in memory as a whole.
+EXTERNAL_ABOVE = 256 * 2**20
+
+
+def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
+    """Load a guarded directory and write the ONNX directory; see `sasa_export.writers.onnx.export`."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    advance("loading the guarded model")
+    kind = torch.float32 if dtype in BITS else getattr(torch, dtype)
+    model = AutoModelForImageTextToText.from_pretrained(
+        patched, dtype=kind, trust_remote_code=True, attn_implementation="sdpa"
+    ).eval()
+    recipe = recipe_of(stock_type(model.config.model_type))
+    (out / "onnx").mkdir()
+    external: dict[str, int] = {}
+
+    def save(name: str, graph: ir.Model) -> None:
+        if write_model(graph, out / "onnx" / f"{name}{SUFFIX[dtype]}.onnx"):
+            external[name] = 1
+
+    advance("exporting the vision encoder")
+    save(VISION, vision_graph(model, recipe, opset=opset, dtype=dtype))
+    advance("exporting the embedding")
+    save(EMBEDDING, embedding_graph(model, opset=opset))
+    advance("exporting the decoder")
+    save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
+    advance("writing configuration and processor")
+    processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
+    write_files(patched, out, processor, external=external, gate=gate_layers(model))
+    _forget(model)
+
+
+def _forget(model: Any) -> None:
+    """Let go of a model's weights before the graphs are verified.
+
+    The exporter's rewriting rules live as long as the process, and remember the graph that they were last tried on.
+    """
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    gc.collect()
+
+
+def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
+    arguments, signature = recipe.inputs(model)
+    graph = convert(Float32(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
+    name_tower(graph, "/vision")
+    forget_origin(graph)
+    return _quantized(graph, dtype)
+
+
+def embedding_graph(model: Any, *, opset: int) -> ir.Model:
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    tokens = ("batch_size", "sequence_length")
+    signature = Signature({"input_ids": tokens}, {"inputs_embeds": (*tokens, hidden)})
+    module, ids = Float32(Embedding(model), model.dtype), torch.ones(2, 5, dtype=torch.int64)
+    graph = convert(module, (ids,), signature, opset=opset)
+    name_tower(graph, "/embedding")
+    forget_origin(graph)
+    return graph
+
+
+def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32", guarded: bool = True) -> ir.Model:
+    """The decoder; with `guarded=False` the plain one, to compare with."""
+    decoder = Decoder(model, guarded=guarded).eval()
+    signature = signature_of(decoder, recipe.position_axes, recipe.extra)
+    graph = convert(decoder, example_of(decoder, signature, model.dtype), signature, opset=opset)
+    family = family_of(stock_type(model.config.model_type))
+    modules = {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")}
+    name_decoder(graph, modules, results=lane_outputs(decoder) if guarded else ())
+    forget_origin(graph)
+    graph = _quantized(graph, dtype)
+    if guarded and decoder.every_token:
+        graph.graph.outputs[:] = [value for value in graph.graph.outputs if value.name != "sasa.states"]
+    elif guarded:
+        kept = ["unsafe_probability"]
+        run_where(graph, "/sasa/lane", results=VERDICT, kept=[*kept, *READING], predicate="is_due")
+        run_where(graph, "/sasa/turn/read", results=READING, kept=kept, predicate="is_read")
+    for name in recipe.extra:
+        _make_optional(graph, name)
+    return graph
+
+
+def _quantized(graph: ir.Model, dtype: str) -> ir.Model:
+    if dtype in BITS:
+        quantize(graph, dtype)
+        deduplicate(graph)
+    return graph
+
+
+def _make_optional(model: ir.Model, name: str) -> None:
+    """Give an input the default of one zero, (1, 1): ONNX calls it an initializer that can be overridden."""
+    value = next(value for value in model.graph.inputs if value.name == name)
+    value.shape = ir.Shape([None, None])
+    value.const_value = ir.tensor([[0]], dtype=ir.DataType.INT64, name=name)
+    model.graph.register_initializer(value)
+
+
+def write_model(model: ir.Model, path: Path) -> bool:
+    """Write one graph; True where its weights went into a file beside it."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size <= EXTERNAL_ABOVE:
+        ir.save(model, path)
+        return False
+    ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+    return True

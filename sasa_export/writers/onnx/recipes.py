@@ -1,0 +1,104 @@
+"""What differs between families in ONNX: the vision graph's inputs, position ids, and further inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sasa_export.errors import EmitError
+from sasa_export.writers.onnx import vision
+from sasa_export.writers.onnx.signature import Signature
+from sasa_export.writers.onnx.vision_llava_next import LlavaNext
+from sasa_export.writers.onnx.vision_qwen import Qwen25
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one family is exported.
+
+    `tower(model)` is the module behind vision_encoder.onnx, `inputs(model)` gives its example arguments and its
+    signature. `position_axes` is 3 for M-RoPE, `extra` names further inputs of the decoder, which a runtime may
+    leave out: they are zero then.
+    """
+
+    tower: Callable[[Any], nn.Module]
+    inputs: Callable[[Any], tuple[tuple[torch.Tensor, ...], Signature]]
+    position_axes: int = 1
+    extra: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+
+
+def recipe_of(model_type: str) -> Recipe:
+    """The recipe of a stock model type; EmitError names those that there are."""
+    try:
+        return RECIPES[model_type]
+    except KeyError:
+        raise EmitError(
+            f"model type {model_type!r} has no ONNX recipe. Supported: {', '.join(sorted(RECIPES))}. "
+            "Export it with --format safetensors, or add a recipe in emit/onnx/recipes.py."
+        ) from None
+
+
+def _square_pictures(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+    """Pictures of the one size that the tower takes."""
+    config = model.config.vision_config
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    shape = (getattr(config, "num_channels", 3), config.image_size, config.image_size)
+    tokens = "num_image_tokens"
+    signature = Signature({"pixel_values": ("num_images", *shape)}, {"image_features": ("num_images", tokens, hidden)})
+    return (torch.ones(2, *shape),), signature
+
+
+def _tiles(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+    """LLaVA-NeXT: each picture a whole tile and a grid of tiles, with the picture's size."""
+    config, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    side = config.image_size
+    count = 1 + max(height * width for height, width in model.config.image_grid_pinpoints) // side**2
+    shape = (config.num_channels, side, side)
+    signature = Signature(
+        {"pixel_values": ("num_images", "num_tiles", *shape), "image_sizes": ("num_images", 2)},
+        {"image_features": ("num_image_tokens", hidden)},
+    )
+    sizes = torch.tensor([[side, 2 * side], [2 * side, side]])
+    return (torch.ones(2, count, *shape), sizes), signature
+
+
+def _masked_tiles(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+    """Idefics3 and SmolVLM: tiles with a mask of their pixels."""
+    config, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    side = config.image_size
+    signature = Signature(
+        {
+            "pixel_values": ("batch_size", "num_images", config.num_channels, side, side),
+            "pixel_attention_mask": ("batch_size", "num_images", side, side),
+        },
+        {"image_features": ("num_real_images", "num_image_tokens", hidden)},
+    )
+    mask = torch.ones(2, 3, side, side, dtype=torch.bool)
+    return (torch.ones(2, 3, config.num_channels, side, side), mask), signature
+
+
+def _patches(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+    """Qwen2.5-VL: the patches of all pictures in a row, and each picture's grid."""
+    config = model.config.vision_config
+    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    signature = Signature(
+        {"pixel_values": ("num_patches", pixels), "image_grid_thw": ("num_images", 3)},
+        {"image_features": ("num_image_tokens", model.config.text_config.hidden_size)},
+    )
+    grids = torch.tensor([[1, 8, 4], [1, 4, 12]])
+    return (torch.ones(8 * 4 + 4 * 12, pixels), grids), signature
+
+
+RECIPES: dict[str, Recipe] = {
+    "llava": Recipe(vision.Llava, _square_pictures),
+    "llava_next": Recipe(LlavaNext, _tiles),
+    "smolvlm": Recipe(vision.Idefics3, _masked_tiles),
+    "idefics3": Recipe(vision.Idefics3, _masked_tiles),
+    # Which tokens are a picture's: they see each other both ways. A runtime that does not say gets a causal mask.
+    "gemma3": Recipe(vision.Gemma3, _square_pictures, extra={"token_type_ids": ("batch_size", "sequence_length")}),
+    "qwen2_5_vl": Recipe(Qwen25, _patches, position_axes=3),
+}

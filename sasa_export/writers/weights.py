@@ -1,0 +1,76 @@
+"""The shards: copied or linked as they are, never loaded, with the probe in a shard of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sasa_export.errors import EmitError
+from sasa_export.models.shards import INDEX, SINGLE, Shard
+from sasa_export.probe.fit import Probe
+from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT
+
+CHUNK = 1 << 22  # bytes
+
+
+def write_weights(
+    shards: tuple[Shard, ...],
+    probe: Probe,
+    directory: Path,
+    *,
+    link: bool,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, str]:
+    """Write all shards and their index. Returns the SHA-256 of each file that was read on the way, by name."""
+    digests: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    single = [shard.path.name for shard in shards] == [SINGLE]
+    for shard in shards:
+        # A lone model.safetensors would be loaded alone, and the index with the probe overlooked.
+        name = "model-00001-of-00002.safetensors" if single else shard.path.name
+        digests[name] = _bring(shard.path, directory / name, link=link, advance=advance)
+        weight_map.update(dict.fromkeys(shard.keys, name))
+    name = "model-00002-of-00002.safetensors" if single else "sasa-probe.safetensors"
+    if name in digests:
+        raise EmitError(f"the source has a shard of its own called {name}. Rename it, there and in {INDEX}.")
+    save_probe(probe, directory / name)
+    weight_map.update({PROBE_WEIGHT: name, PROBE_BIAS: name})
+    total = sum((directory / name).stat().st_size for name in sorted(set(weight_map.values())))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return digests
+
+
+def save_probe(probe: Probe, path: Path) -> None:
+    """`sasa.probe.weight` (features,) and `sasa.probe.bias` (), float32: the format that --probe reads too."""
+    from safetensors.numpy import save
+
+    tensors = {
+        PROBE_WEIGHT: np.asarray(probe.weight, np.float32),
+        PROBE_BIAS: np.asarray(probe.bias, np.float32).reshape(()),
+    }
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def _bring(source: Path, target: Path, *, link: bool, advance: Callable[[int], None]) -> str:
+    """Link or copy one file, and return its SHA-256; the bytes are read once either way."""
+    digest = hashlib.sha256()
+    source = source.resolve()  # a hub cache holds links to blobs
+    linked = False
+    if link:
+        try:
+            os.link(source, target)
+            linked = True
+        except OSError:  # another disk, or a file system without links
+            pass
+    with source.open("rb") as reader, open(os.devnull if linked else target, "wb") as writer:
+        while chunk := reader.read(CHUNK):
+            digest.update(chunk)
+            writer.write(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
