@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from sasa_export.errors import SasaExportError
+from sasa_export.flags import flags
 from sasa_export.options import Options
 from sasa_export.research.evaluate.command import evaluate_command
 from sasa_export.research.locate.command import locate_command
@@ -41,55 +42,11 @@ class Grouped(click.Group):
             sys.exit(1)
 
 
-class NumberOr(click.ParamType):
-    """A whole number, or one word in its place."""
-
-    def __init__(self, word: str) -> None:
-        self.word = word
-        self.name = f"integer|{word}"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
-        if value == self.word:
-            return self.word
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor {self.word!r}.", param, context)
-
-
-def patch_options(command: Any) -> Any:
-    """Flags made from `Options`: one a field, with its help and default."""
-    for entry in reversed(fields(Options)):
-        flag = "--" + entry.name.replace("_", "-")
-        kind: dict[str, Any] = {"help": entry.metadata["help"]}
-        if isinstance(entry.default, bool):
-            kind["is_flag"] = True
-        elif "choices" in entry.metadata:
-            kind |= {
-                "type": click.Choice(entry.metadata["choices"]),
-                "default": entry.default,
-                "show_default": True,
-            }
-        elif "word" in entry.metadata:
-            kind["type"] = NumberOr(entry.metadata["word"])
-        elif "tuple" in str(entry.type):
-            kind["multiple"] = True
-        elif "Path" in str(entry.type):
-            kind["type"] = click.Path(path_type=Path)
-        elif "int" in str(entry.type) or "float" in str(entry.type):
-            kind["type"] = click.INT if "int" in str(entry.type) else click.FLOAT
-            kind |= {"default": entry.default, "show_default": entry.default is not None}
-        elif not entry.metadata.get("required"):
-            kind |= {"default": entry.default, "show_default": True}
-        command = click.option(flag, entry.name, **kind)(command)
-    return command
-
-
 @click.group(cls=Grouped, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@patch_options
+@flags(Options)
 @click.version_option(package_name="sasa-export")
 @click.pass_context
-def main(context: click.Context, /, **flags: Any) -> None:
+def main(context: click.Context, /, **values: Any) -> None:
     """Bake a safety gate (SASA, arXiv 2507.21637) into an open vision-language model.
 
     \b
@@ -102,13 +59,13 @@ def main(context: click.Context, /, **flags: Any) -> None:
     if context.invoked_subcommand is not None:
         return
     for name in ("model", "out"):
-        if flags[name] is None:
+        if values[name] is None:
             raise click.UsageError(f"Missing option '--{name}'. See sasa-export --help.")
     quiet()
     from sasa_export.pipeline import patch
     from sasa_export.report import Console
 
-    patch(Options(**flags), Console())
+    patch(Options(**values), Console())
 
 
 @main.command()

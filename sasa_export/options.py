@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import SasaExportError
+from sasa_export.flags import option
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -15,123 +16,119 @@ OPSETS = (20, 23)
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
 
-def _option(default: Any, help: str, *, group: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help, "group": group, **extra})
-
-
 @dataclass(frozen=True)
 class Options:
     """What `sasa-export --model ... --out ...` does, and with what."""
 
-    model: str = _option("", "Alias, hub id (owner/name) or local directory.", group="What", required=True)
-    out: Path = _option(Path(), "Directory to write the patched model to.", group="What", required=True)
-    force: bool = _option(False, "Replace the output directory if it is there and not empty.", group="What")
-    link: bool = _option(
+    model: str = option("", "Alias, hub id (owner/name) or local directory.", group="What", required=True)
+    out: Path = option(Path(), "Directory to write the patched model to.", group="What", required=True)
+    force: bool = option(False, "Replace the output directory if it is there and not empty.", group="What")
+    link: bool = option(
         False,
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
         "one of the two directories in place then changes both.",
         group="What",
     )
 
-    safety_layer: int | str | None = _option(
+    safety_layer: int | str | None = option(
         None,
         "Zero-based block whose output is projected, or auto: found on the calibration prompts, as the other layer "
         "is unless it is given. Default: what the family's file says.",
         group="Layers",
         word=AUTO,
     )
-    semantic_layer: int | str | None = _option(
+    semantic_layer: int | str | None = option(
         None,
         "Zero-based block onto whose output it is projected, or auto. Default: likewise.",
         group="Layers",
         word=AUTO,
     )
-    projection: str = _option(
+    projection: str = option(
         "semantic",
         "semantic: the safety layer's output is projected onto the semantic layer's, and a second lane runs on it. "
         "none: the probe reads the end of the main lane, which costs nothing more.",
         group="Layers",
         choices=("semantic", "none"),
     )
-    epsilon: float = _option(1e-6, "Least squared norm in the projection's denominator.", group="Layers")
+    epsilon: float = option(1e-6, "Least squared norm in the projection's denominator.", group="Layers")
 
-    calibration: tuple[str, ...] = _option(
+    calibration: tuple[str, ...] = option(
         (),
         'Labelled prompts, a JSON object a line: {"image": path or null, "prompt": text, "label": 0 or 1}. Or a data '
         "set of the field as name:PATH, options behind commas: mm-safetybench, figstep, vlguard, jailbreakv, xstest. "
         "Give it several times to combine them. Default: the built-in set.",
         group="Probe",
     )
-    probe: Path | None = _option(
+    probe: Path | None = option(
         None, "A probe of your own (sasa.probe.weight, sasa.probe.bias): no calibration.", group="Probe"
     )
-    threshold: float | None = _option(
+    threshold: float | None = option(
         None,
         "Refuse from this P(unsafe) on. Default: from the calibration, or 0.5 with --probe.",
         group="Probe",
     )
-    max_false_positive_rate: float = _option(
+    max_false_positive_rate: float = option(
         0.02, "Largest share of harmless calibration prompts that the threshold may refuse.", group="Probe"
     )
-    regularization: str = _option(
+    regularization: str = option(
         "auto",
         "The probe's C in scikit-learn, its inverse strength of regularization: a number (the paper's is 1), or "
         "auto, by cross-validation.",
         group="Probe",
     )
-    probe_block: int | None = _option(
+    probe_block: int | None = option(
         None,
         "Block of the second lane that the probe reads, zero-based: the lane ends there and costs less. The safety "
         "layer's number stands for the projection itself. Default: the last block. `evaluate --depth-curve` measures "
         "what each is worth.",
         group="Probe",
     )
-    refusal: str = _option(REFUSAL, "What the model says when it refuses.", group="Probe")
+    refusal: str = option(REFUSAL, "What the model says when it refuses.", group="Probe")
 
-    format: str = _option(
+    format: str = option(
         "safetensors",
         "safetensors: a directory for transformers. onnx: one that ONNX runtimes load as any other model. both: "
         "safetensors/ and onnx/ below --out.",
         group="ONNX",
         choices=("safetensors", "onnx", "both"),
     )
-    opset: int = _option(
+    opset: int = option(
         23,
         "Operator set: 23 keeps attention, rotary embedding and RMS norm as single operators; 20 loads in older "
         "runtimes.",
         group="ONNX",
         choices=OPSETS,
     )
-    onnx_dtype: str = _option(
+    onnx_dtype: str = option(
         "float32",
         "Type of the graphs. int8 and int4 are of the weights alone. The gate computes in float32 in all of them.",
         group="ONNX",
         choices=ONNX_DTYPES,
     )
-    max_changed_verdicts: float = _option(
+    max_changed_verdicts: float = option(
         0.02,
         "Largest share of the calibration prompts whose verdict the graphs may change, before nothing is written. "
         "The default is what the threshold itself may get wrong of the harmless ones.",
         group="ONNX",
     )
-    verdict_prompts: int = _option(
+    verdict_prompts: int = option(
         200,
         "How many calibration prompts the graphs judge again, drawn evenly from labels and channels; all where there "
         "are no more.",
         group="ONNX",
     )
 
-    batch_size: int = _option(16, "Prompts at a time in calibration.", group="Running")
-    device: str = _option(
+    batch_size: int = option(16, "Prompts at a time in calibration.", group="Running")
+    device: str = option(
         "auto",
         "Where the model runs: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto "
         "does where one device has no room for the model.",
         group="Running",
     )
-    dtype: str = _option(
+    dtype: str = option(
         "auto", "Type the model runs in while it is calibrated and verified.", group="Running", choices=DTYPES
     )
-    verify: str = _option(
+    verify: str = option(
         "full",
         "full: load what was written in a fresh process and compare it with the original. files: check what "
         "needs no model in memory, for models larger than the machine.",

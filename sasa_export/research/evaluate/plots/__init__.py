@@ -8,7 +8,7 @@ from sasa_export.research.evaluate.plots.reliability import reliability
 from sasa_export.research.evaluate.plots.roc import roc
 from sasa_export.research.evaluate.plots.scores import scores
 from sasa_export.research.evaluate.result import Evaluated
-from sasa_export.research.locate.plots.theme import LIGHT, Theme
+from sasa_export.research.theme import LIGHT, Theme
 
 __all__ = ["bars", "depth", "pictures", "reliability", "roc", "scores"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from sasa_export.research.evaluate.result import Evaluated
 from sasa_export.research.evaluate.shares import Share
 from sasa_export.research.evaluate.targets import ATTACK, OVER_REFUSAL
-from sasa_export.research.locate.plots.theme import Theme, drawing, png
+from sasa_export.research.theme import Theme, drawing, png
 
 
 def bars(evaluated: Evaluated, theme: Theme) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sasa_export.research.evaluate.result import Evaluated
-from sasa_export.research.locate.plots.theme import Theme, drawing, png
+from sasa_export.research.theme import Theme, drawing, png
 
 
 def reliability(evaluated: Evaluated, theme: Theme) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sasa_export.research.evaluate.result import Evaluated
-from sasa_export.research.locate.plots.theme import Theme, drawing, png
+from sasa_export.research.theme import Theme, drawing, png
 
 BINS = np.linspace(0, 1, 41)
 BORDERLINE = "borderline"  # the category or attack of harmless prompts that are made to look harmful

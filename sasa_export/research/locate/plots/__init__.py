@@ -6,6 +6,6 @@ from sasa_export.research.locate.plots.depth import depth
 from sasa_export.research.locate.plots.heads import heads
 from sasa_export.research.locate.plots.scatter import scatter
 from sasa_export.research.locate.plots.sweep import sweep_map
-from sasa_export.research.locate.plots.theme import DARK, LIGHT, Theme
+from sasa_export.research.theme import DARK, LIGHT, Theme
 
 __all__ = ["DARK", "LIGHT", "Theme", "depth", "heads", "scatter", "sweep_map"]

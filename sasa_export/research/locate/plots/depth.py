@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sasa_export.research.locate.interval import Estimate
-from sasa_export.research.locate.plots.theme import Theme, drawing, png, ticks
 from sasa_export.research.locate.result import Located
+from sasa_export.research.theme import Theme, drawing, png, ticks
 
 
 def depth(located: Located, theme: Theme) -> bytes:

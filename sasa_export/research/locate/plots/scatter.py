@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sasa_export.research.locate.plots.theme import WIDTH, Theme, drawing, png
 from sasa_export.research.locate.result import Located
+from sasa_export.research.theme import WIDTH, Theme, drawing, png
 
 COLUMNS = 4
 MARKERS = {"text": "o", "picture": "^"}

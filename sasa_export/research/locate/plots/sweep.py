@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sasa_export.research.locate.plots.theme import Theme, drawing, png
 from sasa_export.research.locate.result import Located
+from sasa_export.research.theme import Theme, drawing, png
 
 ROOM = 14  # cells a side, above which numbers do not fit into them
 
