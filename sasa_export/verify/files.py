@@ -54,8 +54,7 @@ def _digest(path: Path) -> str | None:
 
 
 def _config(directory: Path) -> Check:
-    from sasa_export.runtime.seal import SEAL
-    from sasa_export.runtime.settings import check_settings
+    from sasa_export.runtime.settings import SEAL, check_settings
 
     name = "config.json is guarded and sealed"
     config = read_config(directory)

@@ -12,9 +12,8 @@ import torch
 from sasa_export.graph import LayerGraph
 from sasa_export.models.load import place
 from sasa_export.prompts.prompt import Prompt, encode
-from sasa_export.runtime.lane import run_graph, run_lane
+from sasa_export.runtime.lane import Recording, recording, run_graph, run_lane, watch
 from sasa_export.runtime.mask import last_real, real_tokens
-from sasa_export.runtime.watch import Recording, recording, watch
 
 
 @dataclass(frozen=True)
