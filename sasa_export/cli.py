@@ -26,7 +26,7 @@ class Main(click.Group):
     """Shows the common options, or all of them under their headings, and prints errors of ours in one line."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        settings = {entry.name: entry.metadata for entry in fields(Options)}
+        settings: dict[str, Any] = {entry.name: entry.metadata for entry in fields(Options)}
         every = context.meta.get(EVERY, False)
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(context):
