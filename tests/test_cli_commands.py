@@ -131,7 +131,7 @@ def test_a_family_file_with_a_mistake(tmp_path: Path, text: str, said: str) -> N
     path.write_text(GOOD)
     assert families.read(path).modules["norm"] == "m"
     path.write_text(text)
-    with pytest.raises(families.SasaExportError, match="graphs/README.md") as caught:
+    with pytest.raises(families.SasaExportError, match=r"graphs/README\.md") as caught:
         families.read(path)
     assert said in str(caught.value)
 
