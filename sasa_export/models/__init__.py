@@ -35,12 +35,12 @@ class Source:
         return sum(shard.path.stat().st_size for shard in self.shards)
 
 
-def open_source(name: str, *, cache: Path | None = None) -> Source:
+def open_source(name: str) -> Source:
     """Find the model, fetching it where it is not on this machine, and check what can be checked unloaded.
 
     Raises OpenError: unknown model, unsupported family, corrupt or missing files, pickled weights, code of its own.
     """
-    directory = _directory(name, cache)
+    directory = _directory(name)
     config = read_config(directory)
     model_type = config.get("model_type")
     if str(model_type).startswith("sasa_"):
@@ -83,10 +83,10 @@ def layers_of(
     return first if safety is None else safety, second if semantic is None else semantic, origin
 
 
-def _directory(name: str, cache: Path | None) -> Path:
+def _directory(name: str) -> Path:
     """The model's directory on this machine."""
     if name == EMBEDDED:
-        return _embedded(cache)
+        return _embedded()
     known = aliases()
     if name not in known and Path(name).is_dir():
         return Path(name)
@@ -98,17 +98,17 @@ def _directory(name: str, cache: Path | None) -> Path:
     )
 
 
-def _embedded(cache: Path | None) -> Path:
+def _embedded() -> Path:
     """smol-llava, built once for each version of what it is built from."""
     from sasa_export.models import smol_llava
 
     parts = (smol_llava.VISION, Path(smol_llava.__file__))
     version = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
-    folder = (cache or smol_llava.cache_directory()) / f"smol-llava-{version}"
+    folder = smol_llava.cache_directory() / f"smol-llava-{version}"
     if not folder.exists():
         with claimed(folder, wait=True):  # another run may be building it
             if not folder.exists():
-                smol_llava.build(folder, cache)
+                smol_llava.build(folder)
     return folder
 
 

