@@ -17,7 +17,6 @@ from sasa_export.models.load import place
 from sasa_export.prompts.prompt import Prompt, encode
 from sasa_export.workers import workers
 
-RECENT = "recent"  # the name of the mean over the last few tokens
 MAIN = "main"  # what enters the final norm
 
 
@@ -46,7 +45,7 @@ class Read:
 
 @contextmanager
 def reading(
-    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = (), recent: int = 0
+    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = ()
 ) -> Iterator[Callable[[Sequence[Prompt], Sequence[int]], Read]]:
     """Watch the model while the context lasts; gives a function that runs both lanes over a batch of prompts.
 
@@ -54,14 +53,13 @@ def reading(
         graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
         more: nodes within the lane, its last block not among them, whose states are wanted too, read as those of the
             last block are, behind the final norm.
-        recent: of so many last tokens the lane's normed states are averaged, as `RECENT` among `more`; 0 leaves it out.
 
     The function takes all prompts and the rows of a batch, and raises CalibrationError where a state is not finite.
     """
     import torch
 
-    from sasa_export.runtime.lane import run_graph, run_probe_at
-    from sasa_export.runtime.mask import last_real, real_tokens
+    from sasa_export.runtime.guard import last_real, real_tokens
+    from sasa_export.runtime.lane import project_taps, read_lane, run_lane
     from sasa_export.runtime.watch import recording, watch
 
     nodes = graph.to_json()
@@ -69,8 +67,6 @@ def reading(
     head = [node for node in nodes if node["op"] == "lane_head"][:1]
     plain = [{**end, "inputs": [MAIN]}, *head]  # what is done to a lane's end, done to the main lane's
     others = {name: {**end, "inputs": [name]} for name in more}
-    if recent:
-        others[RECENT] = {**end, "positions": recent}
     norm = model.get_submodule(graph["norm"].module)
     seen_norm: list[torch.Tensor] = []
 
@@ -80,13 +76,12 @@ def reading(
         with torch.no_grad(), recording() as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        judged = last_real(mask, ids.shape[1], ids)  # (batch,)
-        real = real_tokens(mask, 0, ids.shape[1], ids)  # (batch, tokens)
+        at = last_real(real_tokens(mask, ids.shape[1], ids))  # (batch,)
         with torch.no_grad():
-            values = run_graph(model, nodes, seen, judged, real)
-            lane = values[nodes[-1]["name"]]  # (batch, lanes * features)
-            main = run_probe_at(model, plain, {MAIN: seen_norm[0]}, judged, real)[plain[-1]["name"]]
-            found = {name: run_probe_at(model, [node], values, judged, real) for name, node in others.items()}
+            values = run_lane(model, nodes, project_taps(nodes, seen), seen.arguments)  # (batch, tokens, hidden) each
+            lane = read_lane(model, nodes, values, at)[nodes[-1]["name"]]  # (batch, features)
+            main = read_lane(model, plain, {MAIN: seen_norm[0]}, at)[plain[-1]["name"]]  # (batch, features)
+            found = {name: read_lane(model, [node], values, at) for name, node in others.items()}
         batch = Read(
             tuple(rows),
             lane.float().cpu().numpy(),
