@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ PAUSE = 30.0  # seconds between two lines of progress where there is no terminal
 class Silent:
     """Says nothing."""
 
-    def step(self, room: str, text: str) -> None:
-        """One room of the house is done, or has something to say."""
+    def step(self, stage: str, text: str) -> None:
+        """One stage is done, or has something to say."""
 
     def warn(self, text: str) -> None:
         """Something the user should know before relying on the result."""
@@ -38,8 +39,8 @@ class Console(Silent):
         self.escape = escape
         self.console: Any = RichConsole(stderr=True, highlight=False)
 
-    def step(self, room: str, text: str) -> None:
-        self.console.print(f"[bold]{room:<10}[/bold]{self.escape(text)}", soft_wrap=True)
+    def step(self, stage: str, text: str) -> None:
+        self.console.print(f"[bold]{stage:<10}[/bold]{self.escape(text)}", soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]{'warning':<10}{self.escape(text)}[/yellow]", soft_wrap=True)
@@ -68,9 +69,16 @@ class Console(Silent):
         def advance(count: int) -> None:
             nonlocal done, said
             done, now = done + count, time.monotonic()
-            if done and done < total and now - said >= PAUSE:
+            if 0 < done < total and now - said >= PAUSE:
                 said = now
                 left = (now - start) / done * (total - done)
                 self.step("", f"{label}: {done} of {total}, about {left / 60:.0f} min left")
 
         return advance
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of ours. They read this when they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
