@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,3 +75,10 @@ class Console(Silent):
                 self.step("", f"{label}: {done} of {total}, about {left / 60:.0f} min left")
 
         return advance
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of ours. They read this when they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 SPAN = 1.96  # standard errors on either side: 95 %
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,11 @@ class Estimate:
     high: float
     pull: np.ndarray
 
-    def to_json(self) -> dict[str, float]:
-        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
-
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def auc_of(scores: np.ndarray, labels: np.ndarray, groups: Sequence[str]) -> Estimate:
+def auc_of(scores: np.ndarray, labels: np.ndarray, groups: Sequence[str] | np.ndarray) -> Estimate:
     """The area under the ROC curve of scores (prompts,) for labels 0 and 1."""
     harmful, harmless = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
     pull = np.zeros(len(scores))
@@ -39,7 +39,7 @@ def auc_of(scores: np.ndarray, labels: np.ndarray, groups: Sequence[str]) -> Est
     return _estimate(value, pull, groups, 0.0, 1.0)
 
 
-def mean_of(values: np.ndarray, groups: Sequence[str]) -> Estimate:
+def mean_of(values: np.ndarray, groups: Sequence[str] | np.ndarray) -> Estimate:
     """The mean of values (prompts,)."""
     value = float(values.mean())
     return _estimate(value, (values - value) / len(values), groups, -np.inf, np.inf)
@@ -58,7 +58,20 @@ def is_below(lower: Estimate, higher: Estimate, among: int = 1) -> bool:
     return bool(higher.value - lower.value > span * _error(higher.pull - lower.pull) + 1e-9)
 
 
-def _estimate(value: float, pull: np.ndarray, groups: Sequence[str], least: float, most: float) -> Estimate:
+def best(estimates: Mapping[Key, Estimate]) -> Key:
+    """The key of the highest figure, the first of equals."""
+    return max(estimates, key=lambda key: estimates[key].value)
+
+
+def within_noise(estimates: Mapping[Key, Estimate]) -> list[Key]:
+    """The keys of the figures that are not below the best one by more than noise, in order."""
+    highest = estimates[best(estimates)]
+    return [key for key, estimate in estimates.items() if not is_below(estimate, highest, len(estimates))]
+
+
+def _estimate(
+    value: float, pull: np.ndarray, groups: Sequence[str] | np.ndarray, least: float, most: float
+) -> Estimate:
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     by_group = np.bincount(index, weights=pull)  # (groups,)
     error = SPAN * _error(by_group)

@@ -1,4 +1,4 @@
-"""t-SNE of the last token's states: a picture of how harmful and harmless prompts lie, block by block."""
+"""t-SNE of the last token's states: how harmful and harmless prompts lie, block by block."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import numpy as np
 
 from sasa_export.research.locate.prompts import spaced
 
-PICTURES = 12
-POINTS = 300
+DRAWN = 12  # blocks
+POINTS = 300  # prompts
 COMPONENTS = 30  # that t-SNE is given of the states
 
 
 def drawn_blocks(blocks: int, chosen: Sequence[int]) -> list[int]:
     """Up to twelve blocks, evenly spaced, with the chosen layers among them."""
-    found = set(chosen) | {blocks - 1}
-    for block in spaced(range(blocks), PICTURES):
-        if len(found) < min(PICTURES, blocks):
+    found = {*chosen, blocks - 1}
+    for block in spaced(range(blocks), DRAWN):
+        if len(found) < min(DRAWN, blocks):
             found.add(block)
     return sorted(found)
 
 
 def points(states: np.ndarray) -> np.ndarray:
-    """Two coordinates for each of states (prompts, hidden): (prompts, 2). The same states give the same points."""
+    """t-SNE of states (prompts, hidden): (prompts, 2). The same states give the same points."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
