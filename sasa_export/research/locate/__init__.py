@@ -12,7 +12,7 @@ from sasa_export.errors import LocateError
 from sasa_export.research.locate.options import LocateOptions
 
 if TYPE_CHECKING:
-    from sasa_export.research.locate.result import Located as Located
+    from sasa_export.research.locate.page import Located as Located
     from sasa_export.research.locate.run import locate as locate
 
 __all__ = ["LocateError", "LocateOptions", "Located", "locate"]

@@ -18,7 +18,7 @@ from torch import nn
 
 from sasa_export.errors import LocateError
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.locate.lane import MainLane, Passed
+from sasa_export.research.locate.lane import Batch, MainLane
 from sasa_export.research.work import Work
 from sasa_export.workers import workers
 
@@ -33,15 +33,9 @@ class Heads:
         self.lane = lane
         self.count = int(lane.model.config.get_text_config(decoder=True).num_attention_heads)
         self.at_once = min(self.count, most_at_once)  # rows of a batch, each without another head
-        self.projections = [_output_projection(lane.model.get_submodule(path), path) for path in lane.blocks]
         if lane.graph.of("between"):
             raise _impossible("this model adds to the hidden state between blocks, so they cannot be run again alone")
-        for path, projection in zip(lane.blocks, self.projections, strict=True):
-            if projection.in_features % self.count:
-                raise _impossible(
-                    f"the {projection.in_features} features that enter the output projection of {path} are no whole "
-                    f"number for each of its {self.count} heads"
-                )
+        self.projections = [_output_projection(lane.model.get_submodule(path), path) for path in lane.blocks]
 
     def run(
         self,
@@ -59,14 +53,14 @@ class Heads:
         team = workers()
 
         def run(row: int) -> None:
-            passed: Passed | None = None
+            batch: Batch | None = None
             for block in blocks:
                 if not work.has(ablated(row, block)):
-                    if passed is None:
-                        passed = self.lane.run([prompts[row]] * self.at_once)
-                        final = self.lane.normed(self.lane.states(passed)[-1])  # (rows, hidden)
+                    if batch is None:
+                        batch = self.lane.run([prompts[row]] * self.at_once)
+                        final = self.lane.normed(self.lane.states(batch)[-1])  # (rows, hidden)
                         work.put(intact(row), final[0].float().cpu().numpy())
-                    work.put(ablated(row, block), self._without_each(passed, block))
+                    work.put(ablated(row, block), self._without_each(batch, block))
                 if team.leads:
                     advance(1)
 
@@ -91,13 +85,13 @@ class Heads:
         finally:
             handle.remove()
 
-    def _without_each(self, passed: Passed, block: int) -> np.ndarray:
+    def _without_each(self, batch: Batch, block: int) -> np.ndarray:
         """The final state of one prompt without each head of a block in turn: (heads, hidden), float32."""
         states = []
         for first in range(0, self.count, self.at_once):
             chunk = list(range(first, min(first + self.at_once, self.count)))
             with self.silenced(block, [*chunk, *[None] * (self.at_once - len(chunk))]):
-                states.append(self.lane.again(passed, block)[: len(chunk)].float().cpu().numpy())  # (chunk, hidden)
+                states.append(self.lane.again(batch, block)[: len(chunk)].float().cpu().numpy())  # (chunk, hidden)
         return np.concatenate(states)
 
 

@@ -19,9 +19,6 @@ def locate_command(**values: Any) -> None:
     Writes report.html, which opens without a network, with its pictures, report.md and locate.json. An interrupted run
     goes on where it stopped when the same command is given again.
     """
-    for name in ("model", "out"):
-        if values[name] is None:
-            raise click.UsageError(f"Missing option '--{name}'.")
     quiet()
     from sasa_export.research.locate.run import locate
 

@@ -18,9 +18,9 @@ from sasa_export.runtime.watch import Recording, recording, watch
 
 
 @dataclass(frozen=True)
-class Passed:
-    """One batch behind the main lane. `judged` (rows,) is the position of each row's last token, `real` (rows, tokens)
-    tells tokens from padding."""
+class Batch:
+    """A batch of prompts that the main lane ran on. `judged` (rows,) is the position of each row's last token, `real`
+    (rows, tokens) tells tokens from padding."""
 
     seen: Recording
     judged: torch.Tensor
@@ -42,34 +42,34 @@ class MainLane:
         self.head = model.get_submodule(graph["head"].module)
 
     @torch.no_grad()
-    def run(self, prompts: Sequence[Prompt]) -> Passed:
+    def run(self, prompts: Sequence[Prompt]) -> Batch:
         """Run the decoder once over a batch of prompts."""
         inputs = place(encode(self.processor, prompts), self.model)
         with recording() as seen:
             self.model(**inputs, use_cache=False, logits_to_keep=1)
         ids = inputs["input_ids"]  # (rows, tokens)
         mask, tokens = inputs.get("attention_mask"), ids.shape[1]
-        return Passed(seen, last_real(mask, tokens, ids), real_tokens(mask, 0, tokens, ids))
+        return Batch(seen, last_real(mask, tokens, ids), real_tokens(mask, 0, tokens, ids))
 
     @torch.no_grad()
-    def states(self, passed: Passed) -> list[torch.Tensor]:
+    def states(self, batch: Batch) -> list[torch.Tensor]:
         """The last token's state behind each block, (rows, hidden) each."""
-        return [passed.last(passed.seen.outputs[path]) for path in self.blocks]
+        return [batch.last(batch.seen.outputs[path]) for path in self.blocks]
 
     @torch.no_grad()
-    def second(self, passed: Passed, lane: LayerGraph) -> torch.Tensor:
+    def second(self, batch: Batch, lane: LayerGraph) -> torch.Tensor:
         """The second lane of a rewritten graph on the batch: its normed state at the last token, (rows, hidden)."""
         nodes = [node.to_json() for node in lane if node.op != "lane_head"]
-        return run_graph(self.model, nodes, passed.seen, passed.judged, passed.real)["sasa.lane.norm"]
+        return run_graph(self.model, nodes, batch.seen, batch.judged, batch.real)["sasa.lane.norm"]
 
     @torch.no_grad()
-    def again(self, passed: Passed, first: int) -> torch.Tensor:
+    def again(self, batch: Batch, first: int) -> torch.Tensor:
         """Blocks `first`..L-1 once more on what entered them: the normed state at the last token, (rows, hidden)."""
-        args, kwargs = passed.seen.arguments[self.blocks[first]]
+        args, kwargs = batch.seen.arguments[self.blocks[first]]
         state = args[0] if args else kwargs["hidden_states"]  # (rows, tokens, hidden)
         for path in self.blocks[first:]:
-            state = replay(self.model.get_submodule(path), state, passed.seen.arguments[path])
-        return self.normed(passed.last(state))
+            state = replay(self.model.get_submodule(path), state, batch.seen.arguments[path])
+        return self.normed(batch.last(state))
 
     @torch.no_grad()
     def normed(self, state: torch.Tensor) -> torch.Tensor:

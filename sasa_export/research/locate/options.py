@@ -55,7 +55,3 @@ class LocateOptions:
                 raise LocateError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
         if self.blocks is not None and not self.ablation_prompts:
             raise LocateError("--blocks says whose heads are ablated, and --ablation-prompts 0 leaves that out.")
-        if not 0.0 < self.epsilon < float("inf"):
-            raise LocateError(f"--epsilon is {self.epsilon:g}; it must be a number above 0.")
-        if self.dtype not in DTYPES:
-            raise LocateError(f"--dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")

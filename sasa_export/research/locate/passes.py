@@ -14,7 +14,7 @@ import torch
 from sasa_export.graph import LayerGraph
 from sasa_export.probe.features import batches
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.locate.lane import MainLane, Passed
+from sasa_export.research.locate.lane import Batch, MainLane
 from sasa_export.research.locate.pairs import Pair
 from sasa_export.research.work import Work
 from sasa_export.workers import workers
@@ -37,11 +37,11 @@ class Passes:
             # The states come last, so that where they are the rest of the main lane is.
             if not missing and self.work.has(self._file(number, "states")):
                 return
-            passed = lane.run([self.prompts[row] for row in self.batches[number]])
+            batch = lane.run([self.prompts[row] for row in self.batches[number]])
             for pair in missing:
-                state = lane.second(passed, lanes[pair])  # (rows, hidden)
+                state = lane.second(batch, lanes[pair])  # (rows, hidden)
                 self.work.put(self._file(number, second_lane(pair)), state.float().cpu().numpy())
-            for name, array in _of_main_lane(lane, passed):
+            for name, array in _of_main_lane(lane, batch):
                 self.work.put(self._file(number, name), array)
 
         workers().spread(range(len(self.batches)), run, lambda number: advance(1))
@@ -69,8 +69,8 @@ def second_lane(pair: Pair) -> str:
 
 
 @torch.no_grad()
-def _of_main_lane(lane: MainLane, passed: Passed) -> Iterator[tuple[str, np.ndarray]]:
-    states = lane.states(passed)
+def _of_main_lane(lane: MainLane, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:
+    states = lane.states(batch)
     normed = [lane.normed(state) for state in states]  # (rows, hidden) each
     tokens = [lane.head(state).topk(LIKELIEST).indices.cpu() for state in normed]  # (rows, 5) each
     yield "tokens", torch.stack(tokens, 1).numpy().astype(np.int32)

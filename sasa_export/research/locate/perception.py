@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from sasa_export.research.locate.prompts import labels_and_groups
 STRENGTH = 1e-3  # the inverse strength of regularization, on features of unit variance
 
 
-def decision_values(states: np.ndarray, labels: np.ndarray, groups: Sequence[str] | np.ndarray) -> np.ndarray:
+def decision_values(states: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Cross-validated decision values (prompts,) of a logistic regression on states (prompts, hidden).
 
     Features are scaled to unit variance within each fold, since a few dimensions of a residual stream are larger

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,10 @@ import pandas as pd
 from sasa_export.research.locate.heads import HeadScores
 from sasa_export.research.locate.interval import Estimate
 from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.result import Located
 from sasa_export.research.theme import LIGHT, WIDTH, drawing, png, ticks
+
+if TYPE_CHECKING:
+    from sasa_export.research.locate.page import Located
 
 MOST_NUMBERED = 14  # cells a side, above which numbers do not fit into them
 COLUMNS = 4  # of t-SNE pictures

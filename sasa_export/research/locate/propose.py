@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from sasa_export.research.locate.heads import HeadScores
 from sasa_export.research.locate.interval import Estimate, best, is_below, within_noise
@@ -148,21 +149,17 @@ def _on_projection(swept: Sweep, chosen: Pair) -> str:
 
 def spans(blocks: Blocks) -> str:
     """Blocks in words: "block 3", "blocks 3 to 7 and 9"."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
+    order = sorted(blocks)
+    # A run of neighbours has one difference between block and place.
+    runs = [list(run) for _, run in groupby(order, lambda block: block - order.index(block))]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return f"block {listed}" if len(blocks) == 1 else f"blocks {listed}"
 
 
 def _others(blocks: Blocks, highest: int) -> str:
-    if set(blocks) <= {highest}:
-        return "at no other within noise of that"
-    return f"within noise of that at {spans(blocks)}"
+    others = set(blocks) - {highest}
+    return f"within noise of that at {spans(blocks)}" if others else "at no other within noise of that"
 
 
 def _named(pair: Pair) -> str:

@@ -25,11 +25,10 @@ from sasa_export.research.locate.family_file import check_family, write_family
 from sasa_export.research.locate.heads import HeadScores, head_scores
 from sasa_export.research.locate.lane import MainLane, watched
 from sasa_export.research.locate.options import LocateOptions
-from sasa_export.research.locate.page import write_report
+from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.locate.pairs import Pair, default_pairs, parse_blocks, parse_pairs
 from sasa_export.research.locate.prompts import ablated_on, limited, spaced
 from sasa_export.research.locate.propose import propose
-from sasa_export.research.locate.result import Located
 from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.research.locate.sweep import held_out
 from sasa_export.research.locate.tsne import POINTS, drawn_blocks, points

@@ -35,13 +35,13 @@ class Alignment:
 
 def understanding(passes: Passes, blocks: int) -> Alignment | None:
     """Alignment behind each block, from passes over `controls(...)`; None where there are fewer than two requests."""
-    groups = [prompt.group for prompt in passes.prompts[::3]]
+    groups = np.array([prompt.group for prompt in passes.prompts[::3]])
     if len(groups) < 2:
         return None
     return alignment([passes.read("states", block).reshape(len(groups), 3, -1) for block in range(blocks)], groups)
 
 
-def alignment(states: Sequence[np.ndarray], groups: Sequence[str]) -> Alignment:
+def alignment(states: Sequence[np.ndarray], groups: np.ndarray) -> Alignment:
     """From each block's states (requests, 3, hidden): picture with text, text-only and image-dominant control."""
     found = Alignment(len(groups), [], [], [], [])
     for block in states:
