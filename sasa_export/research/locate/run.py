@@ -31,11 +31,13 @@ from sasa_export.research.locate.prompts import ablated_on, limited, spaced
 from sasa_export.research.locate.propose import propose
 from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.research.locate.sweep import held_out
-from sasa_export.research.locate.tsne import POINTS, drawn_blocks, points
+from sasa_export.research.locate.tsne import points
 from sasa_export.research.work import Work, fingerprint
 from sasa_export.workers import workers
 
 SPARE_BYTES = 20_000_000  # pictures and page
+DRAWN_PROMPTS = 300  # as points of the t-SNE pictures
+DRAWN_BLOCKS = 9  # and the last one, and the chosen layers
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def locate(
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
         if team.leads:
             stack.enter_context(work.kept())
-            left = work.open(_fingerprint(plan, options), discard=options.force)
+            of_run = {"epsilon": options.epsilon, "batch_size": options.batch_size}
+            of_run |= {"dtype": plan.dtype, "device": plan.device.partition(":")[0]}
+            left = work.open(fingerprint(plan.source, plan.prompts, **of_run), discard=options.force)
             if left:
                 report.step("resume", f"{left} results of an interrupted run are there already")
         team.wait()
@@ -106,7 +110,11 @@ def _plan(options: LocateOptions, prompts: Sequence[Prompt] | None) -> Plan:
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
     processor = load_processor(source)
-    chosen = limited(_prompts(options, processor) if prompts is None else prompts, options.limit)
+    if prompts is None and options.calibration:
+        prompts = calibration_prompts(options.calibration)
+    elif prompts is None:
+        prompts = builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
+    chosen = limited(prompts, options.limit)
     dtype, device = running(source, options.dtype, workers().device(options.device))
     return Plan(
         source,
@@ -121,19 +129,6 @@ def _plan(options: LocateOptions, prompts: Sequence[Prompt] | None) -> Plan:
         dtype,
         device,
     )
-
-
-def _prompts(options: LocateOptions, processor: Any) -> list[Prompt]:
-    if options.calibration:
-        return calibration_prompts(options.calibration)
-    return builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
-
-
-def _fingerprint(plan: Plan, options: LocateOptions) -> dict[str, Any]:
-    return fingerprint(
-        plan.source, plan.prompts, epsilon=options.epsilon, dtype=plan.dtype, device=plan.device.partition(":")[0],
-        batch_size=options.batch_size,
-    )  # fmt: skip
 
 
 def _measure(
@@ -162,22 +157,22 @@ def _conclude(plan: Plan, evidence: Evidence, heads: HeadScores | None, command:
     """The proposal from the evidence, and what else a report shows."""
     proposal, prompts = propose(evidence, heads), plan.prompts
     candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
-    drawn, tsne = spaced(range(len(prompts)), POINTS), {}
-    blocks = drawn_blocks(plan.sizes.blocks, proposal.pair)
+    drawn, tsne = spaced(range(len(prompts)), DRAWN_PROMPTS), {}
+    blocks = {*spaced(range(plan.sizes.blocks), DRAWN_BLOCKS), plan.sizes.blocks - 1, *proposal.pair}
     with report.bar(len(blocks), "t-SNE") as advance:
         for block in blocks:
             tsne[block] = points(evidence.passes.read("states", block)[drawn])
             advance(1)
     return Located(
-        _subject(plan, command),
-        evidence,
-        heads,
-        proposal,
-        plan.known,
-        held_out(evidence.sweep, candidates, prompts),
-        _example(evidence, prompts),
-        tsne,
-        [prompts[row] for row in drawn],
+        subject=_subject(plan, command),
+        evidence=evidence,
+        heads=heads,
+        proposal=proposal,
+        known=plan.known,
+        held_out=held_out(evidence.sweep, candidates, prompts),
+        example=_example(evidence, prompts),
+        tsne=tsne,
+        drawn=[prompts[row] for row in drawn],
     )
 
 

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from sasa_export.research.locate.prompts import spaced
-
-DRAWN = 12  # blocks
-POINTS = 300  # prompts
 COMPONENTS = 30  # that t-SNE is given of the states
-
-
-def drawn_blocks(blocks: int, chosen: Sequence[int]) -> list[int]:
-    """Up to twelve blocks, evenly spaced, with the chosen layers among them."""
-    found = {*chosen, blocks - 1}
-    for block in spaced(range(blocks), DRAWN):
-        if len(found) < min(DRAWN, blocks):
-            found.add(block)
-    return sorted(found)
 
 
 def points(states: np.ndarray) -> np.ndarray:
