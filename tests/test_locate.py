@@ -7,6 +7,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,36 +145,31 @@ class Stop(BaseException):
     """Stands for Ctrl-C."""
 
 
-@pytest.mark.parametrize("after", [5, 18])  # among the heads, among the batches
 def test_an_interrupted_run_goes_on_and_ends_alike(
-    planted_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    planted_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, put, written = planted.prompts(12), Work.put, []
+    prompts, put = planted.prompts(12), Work.put
     whole, out = tmp_path / "whole/report", tmp_path / "cut/report"
     locate(quick(planted_model, whole), prompts=prompts)
+    written: list[str] = []
+    for stop in (5, 26, None):  # among the heads, among the batches, not at all
 
-    def counted(self: Work, name: str, array: np.ndarray) -> None:
-        if len(written) == after:
-            raise Stop
-        put(self, name, array)
-        written.append(name)
+        def counted(self: Work, name: str, array: np.ndarray, stop: int | None = stop) -> None:
+            if len(written) == stop:
+                raise Stop
+            put(self, name, array)
+            written.append(name)
 
-    with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr(Work, "put", counted)
-        locate(quick(planted_model, out), prompts=prompts)
-    left = {path.stem for path in (out.parent / ".report.work").glob("*.npy")}
-    assert not out.exists() and left == set(written)
-    for changed, what in (({"batch_size": 3}, "batch_size"), ({"limit": 11}, "prompts")):
-        with pytest.raises(LocateError, match=rf"unfinished work of another run \(other: {what}\)"):
-            locate(quick(planted_model, out, **changed), prompts=prompts)
-
-    after = len(written) + 10**6
-    with monkeypatch.context() as patched:
-        patched.setattr(Work, "put", counted)
-        locate(quick(planted_model, out), prompts=prompts)
-    # What a batch's main lane left is written anew where the batch had not come to its end.
-    again = written[len(left) :]
-    assert not left & {name for name in again if "lane" in name or "block" in name}, "finished work was done again"
+        monkeypatch.setattr(Work, "put", counted)
+        with pytest.raises(Stop) if stop else nullcontext():
+            locate(quick(planted_model, out), prompts=prompts)
+        if stop:
+            assert not out.exists() and {path.stem for path in out.parent.glob(".report.work/*.npy")} == set(written)
+            with pytest.raises(LocateError, match=r"unfinished work of another run \(other: batch_size, prompts\)"):
+                locate(quick(planted_model, out, batch_size=3, limit=11), prompts=prompts)
+    # What a prompt's or a batch's main lane left is written anew where it had not come to its end.
+    parts = [name for name in written if "lane" in name or "block" in name]
+    assert len(parts) == len(set(parts)), "finished work was done again"
     for path in whole.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
     assert [path.name for path in out.parent.iterdir()] == ["report"]
@@ -287,7 +283,13 @@ def test_the_model_itself_is_not_replaced(planted_model: Path) -> None:
 # ---------------------------------------------------------------------------------- auto, in a patch
 
 
-@pytest.mark.parametrize("safety, semantic, expected", [("auto", 5, (2, 5)), (2, "auto", (2, 3)), ("auto", None, (2, 3))])
+@pytest.mark.parametrize(
+    "safety, semantic, expected",
+    [
+        (2, "auto", (2, 3)),
+        *(pytest.param("auto", given, (2, f), marks=pytest.mark.slow) for given, f in ((5, 5), (None, 3))),
+    ],
+)
 def test_auto_layers(
     planted_model: Path, texts: Path, tmp_path: Path, safety: Any, semantic: Any, expected: tuple[int, int]
 ) -> None:

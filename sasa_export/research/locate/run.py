@@ -77,9 +77,15 @@ def locate(
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
         if team.leads:
             stack.enter_context(work.kept())
-            of_run = {"epsilon": options.epsilon, "batch_size": options.batch_size}
-            of_run |= {"dtype": plan.dtype, "device": plan.device.partition(":")[0]}
-            left = work.open(fingerprint(plan.source, plan.prompts, **of_run), discard=options.force)
+            of_run = fingerprint(
+                plan.source,
+                plan.prompts,
+                epsilon=options.epsilon,
+                batch_size=options.batch_size,
+                dtype=plan.dtype,
+                device=plan.device.partition(":")[0],
+            )
+            left = work.open(of_run, discard=options.force)
             if left:
                 report.step("resume", f"{left} results of an interrupted run are there already")
         team.wait()
@@ -93,9 +99,8 @@ def locate(
         if options.write_family is not None:
             write_family(options.write_family, plan.source, _entry(plan, located))
         work.remove()
-    report.step(
-        "propose", f"safety layer {located.proposal.safety_layer}, semantic layer {located.proposal.semantic_layer}"
-    )
+    safety, semantic = located.proposal.pair
+    report.step("propose", f"safety layer {safety}, semantic layer {semantic}")
     report.step("done", f"{options.out / 'report.html'}")
     return located
 
