@@ -145,7 +145,10 @@ def test_alignment_sees_what_requests_do_not_share() -> None:
     assert not centred(rounding).any(), "rounding means nothing"
 
 
-def test_readable() -> None:
+def test_where_words_begin() -> None:
+    assert onset([0.2, 0.2, 0.2, 0.8, 0.9]) == 3
+    assert onset([0.6, 0.1, 0.1, 0.5, 0.9]) == 3, "early chance does not count"
+    assert onset([0.3, 0.3, 0.35]) is None and onset([0.9, 0.5, 0.1]) is None
     for text in ("Hello", " the", "ation", "don't", "l’homme", "well-known", "Straße", "мир", "世界"):
         assert is_readable(text), text
     for text in ("", " ", "a", "\n", "\ufffd", "th\ufffd", "42", "a1", "...", "<s>", "_x", "-ly", "dog's'", "a b"):
@@ -158,12 +161,6 @@ def test_the_vocabulary_leaves_out_control_tokens(stock: Stock) -> None:
     texts = token_texts(processor.tokenizer, size)
     assert len(texts) == size > len(processor.tokenizer) and sum(map(is_readable, texts)) > 50
     assert all(texts[number] == "" for number in processor.tokenizer.all_special_ids)
-
-
-def test_where_words_begin() -> None:
-    assert onset([0.2, 0.2, 0.2, 0.8, 0.9]) == 3
-    assert onset([0.6, 0.1, 0.1, 0.5, 0.9]) == 3, "early chance does not count"
-    assert onset([0.3, 0.3, 0.35]) is None and onset([0.9, 0.5, 0.1]) is None
 
 
 def test_angles() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from sasa_export.research.locate.expression import Expression
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_NUMBERED = 14  # cells a side
 COLUMNS = 4  # of t-SNE pictures
+COMPONENTS = 30  # of the states that t-SNE is given
 MARKERS = {"text": "o", "picture": "^"}
 
 
@@ -40,15 +42,13 @@ def depth(located: Located) -> bytes:
             _understanding(axes[1], evidence.understanding)
             _mark(axes[1], proposal.semantic_blocks, LIGHT.semantic)
         _expression(axes[-1], evidence.expression)
+        layers = {"safety": proposal.safety_layer, "semantic": proposal.semantic_layer}
         for axis in axes:
-            axis.axvline(proposal.safety_layer, color=LIGHT.safety, linewidth=1.4, linestyle=(0, (4, 2)))
-            axis.axvline(proposal.semantic_layer, color=LIGHT.semantic, linewidth=1.4, linestyle=(0, (4, 2)))
-            axis.legend(loc="best", fontsize=9, ncols=3 if axis is axes[0] else 1)
-        # Names above the upper panel, one higher than the other, away from the panel's ends.
-        side = "left" if proposal.safety_layer < blocks / 4 else "right"
-        _name(axes[0], f"safety layer {proposal.safety_layer}", proposal.safety_layer, LIGHT.safety, 4, side)
-        side = "right" if proposal.semantic_layer > blocks * 3 / 4 else "left"
-        _name(axes[0], f"semantic layer {proposal.semantic_layer}", proposal.semantic_layer, LIGHT.semantic, 17, side)
+            for name, layer in layers.items():
+                label = f"{name} layer {layer}" if axis is axes[0] else None
+                line = {"color": getattr(LIGHT, name), "linewidth": 1.4, "linestyle": (0, (4, 2)), "label": label}
+                axis.axvline(layer, **line)
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
         axes[-1].set_xlim(-0.5, blocks - 0.5)
         axes[-1].set_xticks(ticks(blocks))
         axes[-1].set_xlabel("block (zero-based)")
@@ -63,7 +63,7 @@ def _perception(axis: Any, curves: Mapping[str, Sequence[Estimate]]) -> None:
             colour, line = styles.get(channel, (LIGHT.third, ":"))
             axis.plot([point.value for point in curve], color=colour, label=channel, linestyle=line, linewidth=1.3)
     _curve(axis, curves["all"], LIGHT.safety, "all prompts" if len(curves) > 1 else "prompts")
-    axis.set_title("Safety perception", pad=32)
+    axis.set_title("Safety perception")
     axis.set_ylabel("AUC")
 
 
@@ -97,12 +97,6 @@ def _mark(axis: Any, blocks: Sequence[int], colour: str) -> None:
     """A bar along the bottom under the blocks that the evidence of this panel points to."""
     for block in blocks:
         axis.axvspan(block - 0.5, block + 0.5, ymin=0, ymax=0.035, color=colour, linewidth=0)
-
-
-def _name(axis: Any, name: str, layer: int, colour: str, height: int, side: str) -> None:
-    offset = (-3 if side == "right" else 3, height)
-    place = {"xycoords": ("data", "axes fraction"), "xytext": offset, "textcoords": "offset points", "ha": side}
-    axis.annotate(name, (layer, 1.0), **place, fontsize=9.5, fontweight="bold", color=colour)
 
 
 def heads(found: HeadScores) -> bytes:
@@ -194,3 +188,19 @@ def scatter(located: Located) -> bytes:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, markerscale=1.6)
         return png(figure)
+
+
+def points(states: np.ndarray) -> np.ndarray:
+    """t-SNE of states (prompts, hidden): (prompts, 2). The same states give the same points."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    states = states.astype(np.float64) - states.mean(0)
+    size = states.std(0)
+    scaled = np.divide(states, size, out=np.zeros_like(states), where=size > 1e-6 * max(size.max(), 1e-30))
+    if not scaled.any():
+        return np.zeros((len(states), 2))
+    count = min(COMPONENTS, *scaled.shape)
+    reduced = PCA(count, svd_solver="full").fit_transform(scaled)  # (prompts, components)
+    perplexity = min(30.0, (len(states) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=750).fit_transform(reduced)

@@ -27,11 +27,11 @@ from sasa_export.research.locate.lane import MainLane, watched
 from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.locate.pairs import Pair, default_pairs, parse_blocks, parse_pairs
+from sasa_export.research.locate.pictures import points
 from sasa_export.research.locate.prompts import ablated_on, limited, spaced
 from sasa_export.research.locate.propose import propose
 from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.research.locate.sweep import held_out
-from sasa_export.research.locate.tsne import points
 from sasa_export.research.work import Work, fingerprint
 from sasa_export.workers import workers
 
