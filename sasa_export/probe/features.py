@@ -58,8 +58,7 @@ def reading(
     """
     import torch
 
-    from sasa_export.runtime.guard import real_tokens
-    from sasa_export.runtime.lane import project_taps, recording, run_lane, watch
+    from sasa_export.runtime.lane import project_taps, recording, run_lane
 
     nodes = graph.to_json()
     end = next(node for node in nodes if node["op"] == "lane_norm")
@@ -74,8 +73,6 @@ def reading(
         seen_norm.clear()
         with torch.no_grad(), recording() as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        real = real_tokens(mask, ids.shape[1], ids)  # (batch, tokens)
         at = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(
             -1
         )  # (batch,), the last real one
@@ -99,15 +96,37 @@ def reading(
                 )
         return batch
 
-    watched = watch(model, nodes)
     handle = norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0]))
     try:
-        yield read
+        with watching(model, nodes):
+            yield read
     finally:
         handle.remove()
+
+
+@contextmanager
+def watching(model: Any, nodes: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Watch the decoder and its blocks (`sasa_export.runtime.lane.watch`) while the context lasts."""
+    from sasa_export.runtime.lane import watch
+
+    watched = watch(model, list(nodes))
+    try:
+        yield
+    finally:
         for module in watched:
-            module.__class__ = type(module).__mro__[1]  # what `watch` put in front of it
+            module.__class__ = type(module).__mro__[1]
             del module._sasa_watched
+
+
+def last_real(inputs: dict[str, Any]) -> Any:
+    """The position of each row's last real token, (batch,), under any padding."""
+    import torch
+
+    from sasa_export.runtime.guard import real_tokens
+
+    ids = inputs["input_ids"]  # (batch, tokens)
+    real = real_tokens(inputs.get("attention_mask"), ids.shape[1], ids)  # (batch, tokens)
+    return torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(-1)
 
 
 def collect(

@@ -127,7 +127,7 @@ def run_lane(
             continue
         module = model.get_submodule(node["module"])
         if operation == "lane_block":
-            value = _replay(module, before, arguments[node["module"]])  # (batch, context, hidden)
+            value = replay(module, before, arguments[node["module"]])  # (batch, context, hidden)
         elif operation == "lane_norm":
             rows = torch.arange(before.shape[0], device=before.device)  # (batch,)
             value = module(before[rows, at.to(before.device)][:, None])[:, 0]  # (batch, hidden)
@@ -139,7 +139,7 @@ def run_lane(
     return values
 
 
-def _replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict]) -> torch.Tensor:
+def replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict]) -> torch.Tensor:
     """Run a block on another state (batch, context, hidden), without a cache."""
     args, kwargs = seen
     kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}

@@ -59,7 +59,11 @@ def write_card(
 ) -> None:
     """Write README.md into a patched directory."""
     blocks = len(graph.of("block"))
-    each = "what it did" if sasa.get("gate", "prompt") == "prompt" or sasa["safety_layer"] is None else "the second lane too"
+    each = (
+        "what it did"
+        if sasa.get("gate", "prompt") == "prompt" or sasa["safety_layer"] is None
+        else "the second lane too"
+    )
     parts = [
         front_matter(source, "transformers"),
         f"# {source.name}, guarded by SASA\n",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sasa_export.errors import LocateError
+from sasa_export.models import Source
+from sasa_export.prompts.prompt import Prompt
 
 FINGERPRINT = "fingerprint.json"
 
@@ -35,29 +39,26 @@ class Work:
         Raises LocateError where the folder holds the results of another model, other prompts or settings and
         `discard` is not set. Only one run may be at work in it (`claimed` its output).
         """
-        try:
+        with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
-            left = self._read_fingerprint()
-            if left is not None and left != fingerprint:
-                changed = ", ".join(
-                    name for name in sorted({*left, *fingerprint}) if left.get(name) != fingerprint.get(name)
-                )
-                if not discard:
-                    raise LocateError(
-                        f"{self.folder} holds the unfinished work of another run (other: {changed}). Repeat that run "
-                        "to go on with it, add --force to discard it, or give another --out."
-                    )
+            try:
+                left = json.loads((self.folder / FINGERPRINT).read_text(encoding="utf-8"))
+            except (FileNotFoundError, ValueError):
                 left = None
-            if left is None:
+            if left is not None and left != fingerprint and not discard:
+                changed = (name for name in sorted({*left, *fingerprint}) if left.get(name) != fingerprint.get(name))
+                raise LocateError(
+                    f"{self.folder} holds the unfinished work of another run (other: {', '.join(changed)}). Repeat "
+                    "that run to go on with it, add --force to discard it, or give another --out."
+                )
+            if left != fingerprint:
                 for path in self.folder.iterdir():
                     path.unlink()
                 self._write(FINGERPRINT, lambda path: path.write_text(json.dumps(fingerprint), encoding="utf-8"))
             return sum(path.suffix == ".npy" for path in self.folder.iterdir())
-        except OSError as error:
-            raise self._explained(error) from None
 
     def has(self, name: str) -> bool:
-        return self._path(name).exists()
+        return (self.folder / f"{name}.npy").exists()
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Store a finished array; LocateError where it is not finite or the disk is full."""
@@ -68,17 +69,15 @@ class Work:
             )
 
         def save(path: Path) -> None:
-            with path.open("wb") as file:
+            with path.open("wb") as file:  # np.save would put .npy behind the partial file's name
                 np.save(file, array, allow_pickle=False)
 
-        try:
-            self._write(self._path(name).name, save)
-        except OSError as error:
-            raise self._explained(error) from None
+        with self._explained():
+            self._write(f"{name}.npy", save)
 
     def get(self, name: str) -> np.ndarray:
-        """A finished array, read from the disk where it is used."""
-        path = self._path(name)
+        """A finished array, read from the disk where it is used. LocateError where its file is damaged."""
+        path = self.folder / f"{name}.npy"
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -92,7 +91,7 @@ class Work:
         try:
             yield
         except BaseException:
-            if self.folder.is_dir() and not any(path.suffix == ".npy" for path in self.folder.iterdir()):
+            if not any(self.folder.glob("*.npy")):
                 self.remove()
             raise
 
@@ -100,10 +99,7 @@ class Work:
         """The report is written: nothing of this is needed any longer."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.npy"
-
-    def _write(self, name: str, save: Any) -> None:
+    def _write(self, name: str, save: Callable[[Path], Any]) -> None:
         partial = self.folder / f"{name}.partial-{os.getpid()}"
         try:
             save(partial)
@@ -111,15 +107,37 @@ class Work:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _read_fingerprint(self) -> dict[str, Any] | None:
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            left = json.loads((self.folder / FINGERPRINT).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        return left if isinstance(left, dict) else None
+            yield
+        except OSError as error:
+            raise LocateError(
+                f"{self.folder} could not be written ({error.strerror or error}). What is finished is kept there: free "
+                "some space or correct the rights, and run the same command again."
+            ) from None
 
-    def _explained(self, error: OSError) -> LocateError:
-        return LocateError(
-            f"{self.folder} could not be written ({error.strerror or error}). What is finished is kept there: free "
-            "some space or correct the rights, and run the same command again."
-        )
+
+def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> dict[str, Any]:
+    """What finished work depends on, as a JSON object: equal objects mean that it may be used again.
+
+    It covers the model's files, the prompts to the pixel, the packages' versions, and `running`, how the model runs.
+    """
+    model = hashlib.sha256((source.directory / "config.json").read_bytes())
+    for shard in source.shards:  # size, time and head, since shards are too large to be read whole
+        state = shard.path.stat()
+        model.update(f"{shard.path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        with shard.path.open("rb") as file:
+            model.update(file.read(1 << 20))
+    asked = hashlib.sha256()
+    for prompt in prompts:
+        asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.channel)).encode())
+        if prompt.image is not None:
+            picture = prompt.image()
+            asked.update(repr(picture.size).encode() + picture.tobytes())
+    return {
+        "model": model.hexdigest(),
+        "prompts": asked.hexdigest(),
+        "versions": {name: version(name) for name in ("sasa-export", "torch", "transformers", "numpy", "pillow")},
+        **running,
+    }
