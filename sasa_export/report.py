@@ -74,3 +74,12 @@ class Console(Silent):
                 self.step("", f"{label}: {done} of {total}, about {left / 60:.0f} min left")
 
         return advance
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of ours."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

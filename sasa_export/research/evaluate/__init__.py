@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sasa_export.errors import EvaluateError as EvaluateError
+    from sasa_export.research.evaluate.measure import Evaluated as Evaluated
     from sasa_export.research.evaluate.options import EvaluateOptions as EvaluateOptions
-    from sasa_export.research.evaluate.result import Evaluated as Evaluated
     from sasa_export.research.evaluate.run import evaluate as evaluate
 
-HOMES = {"EvaluateError": "errors", "EvaluateOptions": "options", "Evaluated": "result", "evaluate": "run"}
+HOMES = {
+    "EvaluateError": "sasa_export.errors",
+    "EvaluateOptions": "sasa_export.research.evaluate.options",
+    "Evaluated": "sasa_export.research.evaluate.measure",
+    "evaluate": "sasa_export.research.evaluate.run",
+}
 __all__ = ["EvaluateError", "EvaluateOptions", "Evaluated", "evaluate"]
 
 
@@ -20,4 +25,4 @@ def __getattr__(name: str) -> Any:
 
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    return getattr(import_module(HOMES[name]), name)

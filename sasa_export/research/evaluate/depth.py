@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from sasa_export.graph import LayerGraph
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.detection import detection
+from sasa_export.research.evaluate.estimates import Estimate, auc, bootstrap, recall_at
 from sasa_export.research.evaluate.fitted import probe
-from sasa_export.research.evaluate.shares import Interval
 
 
 @dataclass(frozen=True)
@@ -24,16 +22,8 @@ class Depth:
 
     block: int
     cost: float
-    auc: Interval
-    recall_at_rate: Interval
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "block": self.block,
-            "cost": round(self.cost, 4),
-            "auc": self.auc.to_json(),
-            "recall_at_rate": self.recall_at_rate.to_json(),
-        }
+    auc: Estimate
+    recall_at_rate: Estimate
 
 
 def depths_of(lane: LayerGraph) -> dict[int, str]:
@@ -41,9 +31,8 @@ def depths_of(lane: LayerGraph) -> dict[int, str]:
     blocks = lane.of("lane_block")
     if not blocks:  # the projection itself is what the probe reads anyway
         return {}
-    first = blocks[0].attributes["index"]  # the block after the safety layer
-    inner = {first + place: node.name for place, node in enumerate(blocks[:-1])}
-    return {first - 1: lane.of("projection")[0].name, **inner}
+    inner = {block.attributes["index"]: block.name for block in blocks[:-1]}
+    return {blocks[0].attributes["index"] - 1: lane.of("projection")[0].name, **inner}
 
 
 def depth_curve(
@@ -54,22 +43,18 @@ def depth_curve(
     prompts: Sequence[Prompt],
     rate: float,
     regularization: float | None,
-    advance: Callable[[int], None] = lambda count: None,
-) -> tuple[Depth, ...]:
+) -> list[Depth]:
     """Fit and measure a probe at each depth; features (prompts, hidden) in the head's metric, by block.
 
-    `blocks` is the number of the decoder's; `advance` counts depths.
+    `blocks` is the number of the decoder's; `rate` and `regularization` are as in `probe`.
     """
     labels = np.array([prompt.label for prompt in prompts])
     groups = [prompt.group for prompt in prompts]
     safety = min(calibration)
     found = []
     for block in sorted(calibration):
-        fitted = probe(calibration[block], evaluation[block], fitted_on, rate, regularization)
-        threshold = 1.0 if fitted.threshold is None else fitted.threshold
-        figures = detection(fitted.scores, fitted.scores >= threshold, labels, groups, rate)
-        assert figures is not None  # both labels are there, or the evaluation would have stopped
-        cost = (blocks + block - safety) / blocks
-        found.append(Depth(block, cost, figures.auc, figures.recall_at_rate))
-        advance(1)
-    return tuple(found)
+        scores = probe(calibration[block], evaluation[block], fitted_on, rate, regularization).scores
+        area = bootstrap(lambda weights, scores=scores: auc(scores, labels, weights), groups)
+        recall = bootstrap(lambda weights, scores=scores: recall_at(rate, scores, labels, weights), groups)
+        found.append(Depth(block, (blocks + block - safety) / blocks, area, recall))
+    return found

@@ -2,80 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import cache
+from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import EvaluateError
-from sasa_export.files import check_apart, check_free, claimed, staged
-from sasa_export.graph import LayerGraph
-from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
-from sasa_export.graph.trace import trace_source
-from sasa_export.manifest import MANIFEST
-from sasa_export.models import Source, layers_of
-from sasa_export.models.load import head_weight, load_model, load_processor, read_sizes, running
+from sasa_export.errors import EvaluateError, LocateError
+from sasa_export.files import check_free, claimed, staged
+from sasa_export.models.load import head_weight, load_model
+from sasa_export.probe.features import reading
 from sasa_export.probe.fit import head_metric
+from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
-from sasa_export.research.evaluate.answer import Answer, Model, answer_all
-from sasa_export.research.evaluate.depth import depths_of
-from sasa_export.research.evaluate.features import Features, read_features
-from sasa_export.research.evaluate.figures import Measured, assess
-from sasa_export.research.evaluate.guarded import Guarded, open_baseline, open_guarded
+from sasa_export.research.evaluate.arms import Answers
+from sasa_export.research.evaluate.batched import batched
 from sasa_export.research.evaluate.judge import load_judge
+from sasa_export.research.evaluate.measure import Evaluated, Features, measure
 from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.page import write_report
-from sasa_export.research.evaluate.prompts import Asked, gather
-from sasa_export.research.evaluate.result import Evaluated
+from sasa_export.research.evaluate.setting import Setting, open_setting
 from sasa_export.research.evaluate.timing import Timing, choose, timed
-from sasa_export.research.evaluate.variants import LAST_TOKENS
-from sasa_export.research.locate.fingerprint import fingerprint
 from sasa_export.research.locate.work import Work
 from sasa_export.workers import Workers, workers
 
 SPARE_BYTES = 20_000_000  # pictures, tables and answers
 
-Value = TypeVar("Value")
-
-
-class Lazy(Generic[Value]):
-    """Made when it is first asked for."""
-
-    def __init__(self, make: Callable[[], Value]) -> None:
-        self.make = make
-        self.value: Value | None = None
-
-    def __call__(self) -> Value:
-        if self.value is None:
-            self.value = self.make()
-        return self.value
-
-    def drop(self) -> None:
-        """Let its memory go; it is made anew when it is asked for again."""
-        self.value = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is evaluated, opened and checked, and how it runs."""
-
-    options: EvaluateOptions
-    guarded: Guarded
-    source: Source
-    processor: Any
-    asked: Asked
-    lane: LayerGraph
-    depths: dict[int, str]  # nodes by block; empty without a depth curve
-    dtype: str
-    device: str
-
-    @property
-    def batch_size(self) -> int:
-        """Of the answers, which are compared and so run in the same batches in both models."""
-        return self.options.batch_size if self.guarded.graphs is None else 1
+Model = Callable[[], Any]  # loads the model when it is first asked for
 
 
 def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluated | None:
@@ -92,163 +46,109 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
             # The second of two runs on one output is told at once: they would share the unfinished work beside it.
             stack.enter_context(claimed(options.out))
             stack.enter_context(Work.beside(options.out).kept())
-        return _evaluate(options, team, report)
+        try:
+            return _evaluate(options, team, report)
+        except LocateError as error:  # of the work folder, which both commands use
+            raise EvaluateError(str(error)) from None
 
 
 def _evaluate(options: EvaluateOptions, team: Workers, report: Silent) -> Evaluated | None:
     check_free(options.out, force=options.force)
     judge = None if options.judge is None else load_judge(options.judge)
-    setting = _open(options, team, report)
+    setting = open_setting(options, team, report)
     work = Work.beside(options.out)
-    if team.leads:
-        left = work.open(_fingerprint(setting), discard=options.force)
-        left += len(list(work.folder.glob("*.jsonl")))
-        if left:
-            report.step("resume", "results of an interrupted run are there already")
+    if team.leads and work.open(setting.fingerprint(), discard=options.force):
+        report.step("resume", "results of an interrupted run are there already")
     team.wait()
     work.folder.mkdir(parents=True, exist_ok=True)  # on a machine of its own
 
-    plain, patched = Lazy(lambda: _plain(setting)), Lazy(lambda: _patched(setting))
+    plain, patched = cache(lambda: _plain(setting)), cache(lambda: _patched(setting))
     features = _features(setting, plain, work, team, report)
-    metric = _metric(setting, plain) if team.leads else None
+    # Where something non-linear follows the head, probes see logits, which have no metric.
+    metric = None if setting.lane.of("lane_head") or not team.leads else head_metric(head_weight(plain().model))
     answers = {"plain": _answers(setting, plain, "plain", work, team, report)}
     if not (team.leads and options.timing):
-        plain.drop()
+        plain.cache_clear()
     answers["patched"] = _answers(setting, patched, "patched", work, team, report)
     if not team.leads:
         team.wait()
         return None
     timing = _timing(setting, plain, patched, answers["patched"], report)
-    plain.drop()
-    patched.drop()
+    plain.cache_clear()
+    patched.cache_clear()
     report.step("measure", "fitting the arms, drawing intervals")
-    found = assess(
-        Measured(setting.guarded, setting.source, setting.asked, answers["plain"], answers["patched"], metric,
-                 *features, setting.depths, timing, setting.dtype, setting.device, setting.batch_size),
-        options, judge,
-    )  # fmt: skip
+    found = measure(setting, answers, features, metric, timing, judge)
     with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
-        texts = {key: [answer.text for answer in said] for key, said in answers.items()}
-        write_report(found, texts, options.to_json(), staging)
+        write_report(found, {key: said.texts for key, said in answers.items()}, staging)
     work.remove()
     for target in found.targets:
-        report.check(target.met, target.name, target.sentence().partition(": ")[2].replace("**", ""))
+        report.check(target.met, target.name, str(target))
     report.step("done", f"{options.out / 'report.md'}")
     team.wait()
     return found
 
 
-def _open(options: EvaluateOptions, team: Workers, report: Silent) -> Setting:
-    guarded = open_guarded(options.model)
-    source = open_baseline(guarded, options.baseline)
-    check_apart(options.out, guarded.directory, source.directory)
-    report.step("open", f"{options.model} ({guarded.format}), made from {source.name}")
-    processor = load_processor(source)
-    asked = gather(options, guarded, processor)
-    harmful = sum(prompt.label for prompt in asked.evaluation)
-    report.step("data", f"{harmful} harmful and {len(asked.evaluation) - harmful} harmless prompts")
-    dtype, device = running(source, options.dtype, team.device(options.device))
-    sasa = guarded.sasa
-    sizes = read_sizes(source)
-    # One made without projection is compared with what the family's layers would give.
-    layers = sasa["safety_layer"], sasa["semantic_layer"]
-    safety, semantic = layers_of(source, sizes.blocks, sizes.hidden, *layers)[:2]
-    settings = LaneSettings(
-        safety, semantic, sasa["epsilon"], sizes.softcap, sasa.get("probe_block"), sasa.get("probe_positions", 1),
-        guarded.further_pairs,
-    )  # fmt: skip
-    if options.depth_curve and guarded.further_pairs:
-        raise EvaluateError("--depth-curve draws one second lane, and this model has several. Leave it out.")
-    lane = rewrite_lane(trace_source(source), settings)
-    depths = depths_of(lane) if options.depth_curve else {}
-    return Setting(options, guarded, source, processor, asked, lane, depths, dtype, device)
-
-
-def _fingerprint(setting: Setting) -> dict[str, Any]:
-    """What finished work depends on."""
-    options, asked = setting.options, setting.asked
-    manifest = (setting.guarded.directory / MANIFEST).read_bytes()
-    return fingerprint(
-        setting.source,
-        [*asked.evaluation, *asked.calibration],
-        patched=hashlib.sha256(manifest).hexdigest(),
-        dtype=setting.dtype,
-        device=setting.device.partition(":")[0],
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-    )
-
-
 def _plain(setting: Setting) -> Any:
     from sasa_export.research.evaluate.torch_model import TorchModel
 
-    options = setting.options
     model = load_model(setting.source, dtype=setting.dtype, device=setting.device)
-    return TorchModel(model, setting.processor, setting.batch_size, options.max_new_tokens)
+    return TorchModel(model, setting.processor, setting.options.max_new_tokens)
 
 
-def _patched(setting: Setting) -> Model:
-    guarded, tokens = setting.guarded, setting.options.max_new_tokens
-    if guarded.graphs is not None:
+def _patched(setting: Setting) -> Any:
+    patched, tokens = setting.patched, setting.options.max_new_tokens
+    if patched.graphs is not None:
         from sasa_export.research.evaluate.onnx_model import OnnxModel
 
-        return OnnxModel(guarded.directory, guarded.graphs, setting.device, tokens)
-    from sasa_export.research.evaluate.torch_model import TorchModel, load_guarded
+        return OnnxModel(patched.directory, patched.graphs, setting.device, tokens)
+    from sasa_export.research.evaluate.torch_model import TorchModel, load_patched
 
-    model, processor = load_guarded(guarded.directory, setting.dtype, setting.device)
-    return TorchModel(model, processor, setting.batch_size, tokens)
+    return TorchModel(*load_patched(patched.directory, setting.dtype, setting.device), tokens)
 
 
-def _features(
-    setting: Setting, plain: Lazy[Any], work: Work, team: Workers, report: Silent
-) -> tuple[Features, Features]:
-    """Of the calibration prompts, and of the evaluation prompts."""
-    asked, found = setting.asked, []
+def _features(setting: Setting, plain: Model, work: Work, team: Workers, report: Silent) -> dict[str, Features]:
+    """What probes read of the original, for the calibration prompts and the evaluation prompts."""
     nodes = list(setting.depths.values())
-    guarded = setting.guarded
-    # Of one lane, and of one that reads no mean already.
-    alone = guarded.sasa.get("probe_positions", 1) == 1 and not guarded.further_pairs
-    for kind, prompts in (("calibration", asked.calibration), ("evaluation", asked.evaluation)):
+
+    def compute(prompts: list[Prompt]) -> Features:
+        with reading(plain().model, setting.processor, setting.lane, nodes) as read:
+            found = read(prompts, range(len(prompts)))
+        return {"plain": found.plain, "projected": found.projected, **found.more}
+
+    features = {}
+    for kind, prompts in (("calibration", setting.calibration), ("evaluation", setting.evaluation)):
         with report.bar(len(prompts), kind) as advance:
-            found.append(
-                read_features(
-                    lambda: plain().model,
-                    setting.processor,
-                    setting.lane,
-                    prompts,
-                    nodes,
-                    work,
-                    kind,
-                    team,
-                    batch_size=setting.options.batch_size,
-                    recent=LAST_TOKENS if setting.options.variants and alone else 0,
-                    advance=advance,
-                )
+            features[kind] = batched(
+                compute, ["plain", "projected", *nodes], prompts, setting.options.batch_size, work, kind, team, advance
             )
-    return found[0], found[1]
+    return features
 
 
-def _metric(setting: Setting, plain: Lazy[Any]) -> np.ndarray | None:
-    """The head's metric, (hidden, hidden); None where the probe sees capped logits."""
-    if setting.lane.of("lane_head"):
-        return None
-    return head_metric(head_weight(plain().model))
+def _answers(setting: Setting, model: Model, kind: str, work: Work, team: Workers, report: Silent) -> Answers:
+    """The answers of the `kind` of model, "plain" or "patched". EvaluateError where a patched one gives no verdict."""
+    prompts = setting.evaluation
 
+    def compute(batch: list[Prompt]) -> dict[str, np.ndarray]:
+        found = model().answers(batch)
+        silent = np.flatnonzero(np.isnan(found["scores"])) if kind == "patched" else ()
+        if len(silent):
+            raise EvaluateError(
+                f"the patched model gives no verdict on the prompt {batch[silent[0]].name}. Export it again."
+            )
+        return found
 
-def _answers(setting: Setting, model: Lazy[Any], kind: str, work: Work, team: Workers, report: Silent) -> list[Answer]:
-    prompts = setting.asked.evaluation
+    names = ["tokens"] if kind == "plain" else ["tokens", "scores"]
     with report.bar(len(prompts), kind) as advance:
-        return answer_all(model, prompts, setting.batch_size, work.folder, kind, team, advance)
+        found = batched(compute, names, prompts, setting.batch_size, work, kind, team, advance)
+    said = [row[row >= 0].tolist() for row in found["tokens"]]
+    texts = setting.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+    return Answers(found["tokens"], texts, found.get("scores"))
 
 
-def _timing(
-    setting: Setting, plain: Lazy[Any], patched: Lazy[Any], answers: Sequence[Answer], report: Silent
-) -> Timing | None:
-    count = setting.options.timing
-    if not count:
-        return None
-    threshold = setting.guarded.sasa["threshold"]
-    refused = [answer.unsafe_probability is None or not answer.unsafe_probability < threshold for answer in answers]
-    chosen = choose(setting.asked.evaluation, refused, count)
+def _timing(setting: Setting, plain: Model, patched: Model, answers: Answers, report: Silent) -> dict[str, Timing]:
+    if not setting.options.timing:
+        return {}
+    refused = answers.scores >= setting.patched.sasa["threshold"]  # (prompts,)
+    chosen = choose(setting.evaluation, refused, setting.options.timing)
     with report.bar(len(chosen), "timing") as advance:
         return timed(plain(), patched(), chosen, advance)

@@ -18,7 +18,7 @@ from sasa_export.verify.onnx import dtype_of
 
 
 @dataclass(frozen=True)
-class Guarded:
+class Patched:
     """A patched directory whose files are those that were exported; nothing of it is loaded.
 
     `graphs` is the type of its ONNX graphs, None where it holds safetensors; `sasa` the settings of its gate; `made`
@@ -40,31 +40,36 @@ class Guarded:
         return sum(node["op"] == "block" for node in self.sasa["graph"])
 
     @property
-    def again(self) -> int:
-        """How many blocks the second lane has, or all of them together."""
+    def lane_blocks(self) -> int:
+        """How many blocks the second lane has."""
         return len(blocks_again(self.sasa["graph"]))
 
     @property
-    def further_pairs(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of safety and semantic layer behind the first."""
-        return tuple((safety, semantic) for safety, semantic in self.sasa.get("further_pairs", []))
+    def rate(self) -> float:
+        """The largest false-positive rate that its threshold was chosen for, unless the threshold was given."""
+        return float(self.made.get("max_false_positive_rate", 0.02))
 
     @property
-    def refusal(self) -> list[int]:
-        """The refusal's token ids, end of sequence last."""
-        return list(self.sasa["refusal_token_ids"])
+    def given_threshold(self) -> float | None:
+        """The threshold, where it was given and not chosen for a false-positive rate."""
+        return self.sasa["threshold"] if self.made.get("threshold") or self.made.get("probe") else None
+
+    @property
+    def regularization(self) -> float | None:
+        """The C that the probe was fitted with; None where cross-validation chose it."""
+        given = self.made.get("regularization", "auto")
+        return None if given == "auto" else float(given)
 
 
-def open_guarded(directory: Path) -> Guarded:
+def open_patched(directory: Path) -> Patched:
     """Read a patched directory, and check every file's SHA-256. Raises EvaluateError, or OpenError for no model."""
     if not directory.is_dir():
-        raise EvaluateError(f"there is no directory {directory}. Give a patched model as --model.")
+        raise EvaluateError(f"{directory} is not a directory. Give a patched model as --model.")
     both = [directory / name for name in FORMATS]
     if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
         raise EvaluateError(f"{directory} holds two patched models. Give {both[0]} or {both[1]} as --model.")
-    config = read_config(directory)
-    sasa = config.get("sasa")
-    if not isinstance(sasa, dict) or not isinstance(sasa.get("graph"), list):
+    sasa = read_config(directory).get("sasa")
+    if not isinstance(sasa, dict):
         raise EvaluateError(
             f"{directory} is no patched model: its config.json has no gate. Patch it first: sasa-export --model "
             f"{directory} --out patched/."
@@ -72,38 +77,38 @@ def open_guarded(directory: Path) -> Guarded:
     check = check_manifest(directory)
     if not check.passed:
         raise EvaluateError(
-            f"{directory} is not what was exported ({check.detail}), and evaluating it would run its code. Export the "
-            "model again."
+            f"{directory} is not what was exported ({check.detail}), so its figures would be of something else. "
+            "Export the model again."
         )
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    return Guarded(directory, dtype_of(directory), sasa, dict(manifest.get("options") or {}), dict(manifest["files"]))
+    return Patched(directory, dtype_of(directory), sasa, manifest.get("options") or {}, manifest["files"])
 
 
-def open_baseline(guarded: Guarded, given: str | None) -> Source:
+def open_baseline(patched: Patched, given: str | None) -> Source:
     """The model that a patched one was made from: `given`, or what its manifest names.
 
     Raises EvaluateError where it is another model: of another size, or with other weights.
     """
-    name = given or guarded.made.get("model")
+    name = given or patched.made.get("model")
     if not name:
-        raise EvaluateError(f"{guarded.directory} does not say what it was made from. Give it as --baseline.")
+        raise EvaluateError(f"{patched.directory} does not say what it was made from. Give it as --baseline.")
     try:
         source = open_source(str(name))
     except OpenError as error:
         if given:
             raise
-        raise EvaluateError(f"the original of {guarded.directory} is not there: {error} Or give --baseline.") from None
-    sizes = read_sizes(source)
-    if sizes.blocks != guarded.blocks:
+        raise EvaluateError(f"the original of {patched.directory} is not there: {error} Or give --baseline.") from None
+    blocks = read_sizes(source).blocks
+    if blocks != patched.blocks:
         raise EvaluateError(
-            f"{source.name} has {sizes.blocks} blocks, and what {guarded.directory} was made from has "
-            f"{guarded.blocks}. Give its original as --baseline."
+            f"{source.name} has {blocks} blocks, and what {patched.directory} was made from has {patched.blocks}. Give "
+            "its original as --baseline."
         )
-    copied = set(guarded.files.values())
-    for shard in source.shards if guarded.graphs is None else ():
+    copied = set(patched.files.values())
+    for shard in source.shards if patched.graphs is None else ():
         if digest(shard.path) not in copied:  # shards are copied byte for byte
             raise EvaluateError(
-                f"{shard.path} is none of the weights in {guarded.directory}, so {source.name} is not what it was made "
+                f"{shard.path} is none of the weights in {patched.directory}, so {source.name} is not what it was made "
                 "from. Give its original as --baseline."
             )
     return source
