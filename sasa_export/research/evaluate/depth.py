@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from sasa_export.graph import LayerGraph
-from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.estimates import Estimate, auc, bootstrap, recall_at
+from sasa_export.research.evaluate.arms import ranking
+from sasa_export.research.evaluate.estimates import Estimate
 from sasa_export.research.evaluate.fitted import probe
+from sasa_export.research.evaluate.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,22 @@ def depths_of(lane: LayerGraph) -> dict[int, str]:
     return {blocks[0].attributes["index"] - 1: lane.of("projection")[0].name, **inner}
 
 
-def depth_curve(
-    calibration: Mapping[int, np.ndarray],
-    evaluation: Mapping[int, np.ndarray],
-    blocks: int,
-    fitted_on: Sequence[Prompt],
-    prompts: Sequence[Prompt],
-    rate: float,
-    regularization: float | None,
-) -> list[Depth]:
-    """Fit and measure a probe at each depth; features (prompts, hidden) in the head's metric, by block.
+def depth_curve(subject: Subject, features: Mapping[str, Mapping[str, np.ndarray]]) -> list[Depth]:
+    """Fit and measure a probe at each depth.
 
-    `blocks` is the number of the decoder's; `rate` and `regularization` are as in `probe`.
+    `features` (prompts, hidden), in the head's metric, of the "calibration" and the "evaluation" prompts, by node;
+    "projected" are those of the lane's end. Empty where the lane ends with the projection.
     """
-    labels = np.array([prompt.label for prompt in prompts])
-    groups = [prompt.group for prompt in prompts]
-    safety = min(calibration)
+    depths, blocks = depths_of(subject.lane), subject.blocks[0]
+    if not depths:
+        return []
+    last = subject.lane.of("lane_block")[-1].attributes["index"]
+    labels = np.array([prompt.label for prompt in subject.evaluation])
+    groups = [prompt.group for prompt in subject.evaluation]
     found = []
-    for block in sorted(calibration):
-        scores = probe(calibration[block], evaluation[block], fitted_on, rate, regularization).scores
-        area = bootstrap(lambda weights, scores=scores: auc(scores, labels, weights), groups)
-        recall = bootstrap(lambda weights, scores=scores: recall_at(rate, scores, labels, weights), groups)
-        found.append(Depth(block, (blocks + block - safety) / blocks, area, recall))
+    for block, node in {**depths, last: "projected"}.items():
+        before, after = features["calibration"][node], features["evaluation"][node]
+        scores, _ = probe(before, after, subject.calibration, subject.rate, subject.regularization)
+        cost = (blocks + block - min(depths)) / blocks
+        found.append(Depth(block, cost, **ranking(scores, labels, groups, subject.rate)))
     return found

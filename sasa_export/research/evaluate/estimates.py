@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,14 +15,21 @@ AT_ONCE = 2_000_000  # weights in memory at a time
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval; `f"{estimate:.1%}"` writes both."""
+    """A figure with its interval. It is written as `form` says, or with another one: `f"{estimate:+.3f}"`."""
 
     value: float
     low: float
     high: float
+    form: ClassVar[str] = ".3f"
 
-    def __format__(self, spec: str) -> str:
-        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+    def __format__(self, form: str) -> str:
+        form = form or self.form
+        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+    @property
+    def short(self) -> str:
+        """The figure alone."""
+        return format(self.value, self.form)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Share(Estimate):
 
     count: int
     total: int
+    form: ClassVar[str] = ".1%"
 
 
 def share(flags: np.ndarray) -> Share | None:

@@ -7,7 +7,6 @@ by group, and the threshold that the false-positive rate allows, as in calibrati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,7 @@ from sasa_export.prompts.prompt import Prompt
 
 WORD_STRENGTHS = (0.1, 1.0, 10.0)  # C, of features of length 1
 
-
-@dataclass(frozen=True)
-class Fitted:
-    """P(unsafe) of the evaluation prompts (prompts,), and what the calibration prompts chose by cross-validation.
-
-    `threshold` is None where none keeps the false-positive rate; `calibration_auc` is of the cross-validated scores.
-    """
-
-    scores: np.ndarray
-    threshold: float | None
-    regularization: float
-    calibration_auc: float
+Fitted = tuple[np.ndarray, float | None]  # scores and threshold
 
 
 def probe(
@@ -46,17 +34,22 @@ def probe(
         prompts: the calibration prompts; features are in the head's metric (`head_metric`), as in calibration.
         rate: the largest share of harmless calibration prompts that may be flagged.
         regularization: the probe's C; None chooses it.
+
+    Returns P(unsafe) of the evaluation prompts, (prompts,), and the threshold; None where none keeps the rate.
     """
     labels = np.array([prompt.label for prompt in prompts])
     groups = [prompt.group for prompt in prompts]
     candidates = CANDIDATES if regularization is None else (regularization,)
     chosen, held_out = best_regularization(calibration, labels, groups, candidates, quick_fit)
     weight, bias = quick_fit(calibration, labels, chosen)
-    return _fitted(probability(evaluation, weight, bias), held_out, labels, rate, chosen)
+    return probability(evaluation, weight, bias), _threshold(held_out, labels, rate)
 
 
 def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Fitted:
-    """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known."""
+    """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known.
+
+    Returns what `probe` does.
+    """
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
 
@@ -73,7 +66,7 @@ def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: flo
     chosen = min(WORD_STRENGTHS, key=lambda strength: log_loss(labels, held_out[strength], labels=[0, 1]))
     model = _bag_of_words(chosen).fit(texts, labels)
     scores = model.predict_proba([asked(prompt) for prompt in evaluation])[:, 1]  # (prompts,)
-    return _fitted(scores, held_out[chosen], labels, rate, chosen)
+    return scores, _threshold(held_out[chosen], labels, rate)
 
 
 def _bag_of_words(strength: float) -> Any:
@@ -85,11 +78,8 @@ def _bag_of_words(strength: float) -> Any:
     return make_pipeline(vectors, LogisticRegression(C=strength, class_weight="balanced", max_iter=1000))
 
 
-def _fitted(scores: np.ndarray, held_out: np.ndarray, labels: np.ndarray, rate: float, chosen: float) -> Fitted:
-    from sklearn.metrics import roc_auc_score
-
+def _threshold(held_out: np.ndarray, labels: np.ndarray, rate: float) -> float | None:
     try:
-        threshold = threshold_for(held_out, labels, rate)
+        return threshold_for(held_out, labels, rate)
     except CalibrationError:  # it is certain of too many harmless prompts
-        threshold = None
-    return Fitted(scores, threshold, chosen, float(roc_auc_score(labels, held_out)))
+        return None

@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sasa_export.probe.fit import in_metric
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.command_line import command_line
-from sasa_export.research.evaluate.arms import (
-    Answers,
-    Arm,
-    Figures,
-    emitted,
-    figures,
-    fitted_arm,
-    lowest_attack,
-    parts,
-    patched_arm,
-    plain_arm,
-)
+from sasa_export.research.evaluate.arms import Answers, Arm, Figures, answering_arm, figures, fitted_arm, parts
 from sasa_export.research.evaluate.depth import Depth, depth_curve
 from sasa_export.research.evaluate.estimates import Estimate, Share, auc, bootstrap, share
 from sasa_export.research.evaluate.fitted import Fitted, probe, words
 from sasa_export.research.evaluate.judge import Judge
-from sasa_export.research.evaluate.reliability import Reliability, reliability
-from sasa_export.research.evaluate.setting import Setting
+from sasa_export.research.evaluate.reliability import reliability
+from sasa_export.research.evaluate.subject import Subject
 from sasa_export.research.evaluate.targets import OVER_REFUSAL, Target, targets_of
 from sasa_export.research.evaluate.timing import Timing
 
-TITLES = {  # of the arms that are fitted here
-    "with": "probe with projection",
-    "without": "probe without projection",
-    "words": "words alone",
-}
-
 Features = dict[str, np.ndarray]  # (prompts, features): "plain" of the main lane, "projected" of the second, and depths
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some of the prompts: how many, and the figures of each arm."""
-
-    prompts: int
-    figures: dict[str, Figures]
 
 
 @dataclass(frozen=True)
@@ -58,28 +32,27 @@ class Evaluated:
         subject: what was evaluated, on what, and how it ran.
         prompts, arms, figures: the evaluation prompts, and the arms and their figures over all prompts, by key: plain,
             patched, with or without (the probe that the patched model does not have), and words.
-        parts: by kind of part and part: `parts["channel"]["text"].figures["patched"]`.
+        parts: figures by kind of part, part and arm, `parts["channel"]["text"]["patched"]`; counts: prompts of a part.
         best: attack success rate and over-refusal at the best threshold, which is chosen on these very prompts.
         gain: differences of AUC. "projection": a probe with it less one without, both fitted here alike; "model": the
             patched model less words alone.
-        fitted: threshold, strength of regularization and cross-validated AUC of the arms that were fitted here.
         identical: harmless prompts that the patched model allows, answered token for token as by the original.
         emitted: flagged prompts that are answered with the refusal.
-        timing: by kind of prompt, allowed or refused.
+        reliability: of each arm that detects; timing: by kind of prompt, allowed or refused.
     """
 
     subject: dict[str, Any]
     prompts: list[Prompt]
     arms: dict[str, Arm]
     figures: dict[str, Figures]
-    parts: dict[str, dict[str, Part]]
+    parts: dict[str, dict[str, dict[str, Figures]]]
+    counts: dict[str, dict[str, int]]
     targets: list[Target]
-    best: dict[str, float] | None
+    best: tuple[float, float] | None
     gain: dict[str, Estimate]
-    fitted: dict[str, dict[str, Any]]
     identical: Share | None
     emitted: Share | None
-    reliability: dict[str, Reliability]
+    reliability: dict[str, dict[str, Any]]
     timing: dict[str, Timing]
     depth: list[Depth]
 
@@ -88,151 +61,151 @@ class Evaluated:
         return np.array([prompt.label for prompt in self.prompts])
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, as plain values of six significant digits."""
-        found = {
+        """All figures; `vars` makes the values in it JSON."""
+        return {
             "tool": f"sasa-export {version('sasa-export')}",
             "subject": self.subject,
             "targets": [{**vars(target), "met": target.met} for target in self.targets],
-            "best_threshold_in_hindsight": self.best,
+            "best_threshold_in_hindsight": self.best and dict(zip(("attack", "over_refusal"), self.best, strict=True)),
             "arms": {
                 key: {"title": arm.title, "threshold": arm.threshold, **self.figures[key]}
                 for key, arm in self.arms.items()
             },
-            "fitted": self.fitted,
             "auc_gained_by": self.gain,
             "utility": {"identical": self.identical, "emitted": self.emitted},
             "reliability": self.reliability,
             "timing": self.timing,
             "depth_curve": self.depth,
             "parts": {
-                kind: {name: {"prompts": part.prompts, **part.figures} for name, part in held.items()}
+                kind: {part: {"prompts": self.counts[kind][part], **arms} for part, arms in held.items()}
                 for kind, held in self.parts.items()
             },
         }
-        return _plain(found)
 
 
 def measure(
-    setting: Setting,
+    subject: Subject,
     answers: dict[str, Answers],
     features: dict[str, Features],
-    metric: np.ndarray | None,
     timing: dict[str, Timing],
     judge: Judge | None,
 ) -> Evaluated:
     """All arms and all figures.
 
     Args:
-        answers: of the "plain" and the "patched" model; features: of the "calibration" and the "evaluation" prompts.
-        metric: (hidden, hidden), the head's; None where probes see logits.
+        answers: of the "plain" and the "patched" model.
+        features: of the "calibration" and the "evaluation" prompts, in the head's metric.
     """
-    prompts, patched = setting.evaluation, setting.patched
+    prompts = subject.evaluation
     labels, groups = np.array([prompt.label for prompt in prompts]), [prompt.group for prompt in prompts]
-    fitted = _fitted(setting, features, metric)
-    plain = plain_arm(answers["plain"], prompts, judge)
-    arms = {"plain": plain, "patched": patched_arm(answers["patched"], prompts, patched, judge)}
-    own = "without" if patched.sasa["safety_layer"] is None else "with"  # what the patched model is itself
-    arms |= {key: fitted_arm(title, plain, fitted[key]) for key, title in TITLES.items() if key != own}
+    fitted = _fitted(subject, features)
+    arms = _arms(subject, answers, fitted, judge)
+    flagged = answers["patched"].scores >= subject.sasa["threshold"]  # (prompts,)
     scores = {key: arm.scores for key, arm in arms.items() if arm.scores is not None}
-    flagged = scores["patched"] >= patched.sasa["threshold"]  # (prompts,)
     same = (answers["plain"].tokens == answers["patched"].tokens).all(1)  # (prompts,)
+    rows = parts(prompts)
 
     def on(rows: np.ndarray) -> dict[str, Figures]:
-        return {key: figures(arm, rows, prompts, patched.rate) for key, arm in arms.items()}
+        return {key: figures(arm, rows, prompts, subject.rate) for key, arm in arms.items()}
 
     def gained(better: np.ndarray, base: np.ndarray) -> Estimate:
         return bootstrap(lambda weights: auc(better, labels, weights) - auc(base, labels, weights), groups)
 
     overall = on(np.arange(len(prompts)))
     return Evaluated(
-        subject=_subject(setting),
+        subject=_described(subject),
         prompts=prompts,
         arms=arms,
         figures=overall,
-        parts={
-            kind: {name: Part(len(rows), on(rows)) for name, rows in held.items()}
-            for kind, held in parts(prompts).items()
-        },
+        parts={kind: {part: on(held) for part, held in of.items()} for kind, of in rows.items()},
+        counts={kind: {part: len(held) for part, held in of.items()} for kind, of in rows.items()},
         targets=targets_of(overall["patched"]),
-        best=lowest_attack(scores["patched"], plain.refused, labels, OVER_REFUSAL),
+        best=lowest_attack(scores["patched"], arms["plain"].refused, labels, OVER_REFUSAL),
         gain={
-            "projection": gained(fitted["with"].scores, fitted["without"].scores),
-            "model": gained(scores["patched"], fitted["words"].scores),
-        },
-        fitted={
-            key: {name: value for name, value in vars(of).items() if name != "scores"} for key, of in fitted.items()
+            "projection": gained(fitted["with"][0], fitted["without"][0]),
+            "model": gained(scores["patched"], scores["words"]),
         },
         identical=share(same[(labels == 0) & ~flagged]),
-        emitted=share(emitted(answers["patched"], patched.sasa["refusal_token_ids"])[flagged]),
+        emitted=share(answers["patched"].are(subject.sasa["refusal_token_ids"])[flagged]),
         reliability={key: reliability(of, labels) for key, of in scores.items()},
         timing=timing,
-        depth=_depth(setting, features, metric),
+        depth=depth_curve(subject, features) if subject.options.depth_curve else [],
     )
 
 
-def _fitted(setting: Setting, features: dict[str, Features], metric: np.ndarray | None) -> dict[str, Fitted]:
-    rate, regularization = setting.patched.rate, setting.patched.regularization
-    probes = {
-        key: probe(
-            in_metric(features["calibration"][lane], metric), in_metric(features["evaluation"][lane], metric),
-            setting.calibration, rate, regularization,
-        )
-        for key, lane in (("with", "projected"), ("without", "plain"))
-    }  # fmt: skip
-    return {**probes, "words": words(setting.calibration, setting.evaluation, rate)}
-
-
-def _depth(setting: Setting, features: dict[str, Features], metric: np.ndarray | None) -> list[Depth]:
-    if not setting.depths:
-        return []
-    patched, last = setting.patched, setting.patched.sasa.get("probe_block")
-    nodes = {**setting.depths, patched.blocks - 1 if last is None else last: "projected"}
-    before, after = (
-        {block: in_metric(features[kind][node], metric) for block, node in nodes.items()}
-        for kind in ("calibration", "evaluation")
-    )
-    return depth_curve(
-        before, after, patched.blocks, setting.calibration, setting.evaluation, patched.rate, patched.regularization
-    )
-
-
-def _subject(setting: Setting) -> dict[str, Any]:
-    """What was evaluated, on what, and how it ran; `command` makes the report again."""
-    options, patched, name = setting.options, setting.patched, setting.source.name
-    harmful = sum(prompt.label for prompt in setting.evaluation)
+def _arms(
+    subject: Subject,
+    answers: dict[str, Answers],
+    fitted: dict[str, Fitted],
+    judge: Judge | None,
+) -> dict[str, Arm]:
+    prompts, threshold, said = subject.evaluation, float(subject.sasa["threshold"]), answers["patched"]
+    own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
+    plain = answering_arm("plain model", answers["plain"], np.zeros(len(prompts), bool), prompts, judge)
+    gate = said.are(subject.sasa["refusal_token_ids"]) & (said.scores >= threshold)  # (prompts,)
     return {
-        "model": patched.directory.resolve().name,
-        "baseline": Path(name).name if Path(name).exists() else name,
-        "family": setting.source.family.name,
-        "format": patched.format,
-        "graphs": patched.graphs,
-        "safety_layer": patched.sasa["safety_layer"],
-        "semantic_layer": patched.sasa["semantic_layer"],
-        "blocks": patched.blocks,
-        "lane_blocks": patched.lane_blocks,
-        "false_positive_rate": patched.rate,
-        "given_threshold": patched.given_threshold,
-        "dtype": setting.dtype,
-        "device": setting.device.partition(":")[0],
-        "harmful": harmful,
-        "harmless": len(setting.evaluation) - harmful,
-        "groups": len({prompt.group for prompt in setting.evaluation}),
-        "data": ", ".join(options.data) or "the built-in evaluation set",
-        "left_out": setting.left_out,
-        "calibrated_on": setting.calibrated_on,
-        "judge": options.judge,
-        "max_new_tokens": options.max_new_tokens,
-        "batch_size": setting.batch_size,
-        "command": command_line("evaluate", options),
+        "plain": plain,
+        "patched": answering_arm(f"patched model (probe {own} projection)", said, gate, prompts, judge, threshold),
+        other: fitted_arm(f"probe {other} projection", plain, *fitted[other]),
+        "words": fitted_arm("words alone", plain, *fitted["words"]),
     }
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses, lists and dictionaries as JSON has them."""
-    if is_dataclass(value):
-        value = vars(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def lowest_attack(
+    scores: np.ndarray, refused: np.ndarray, labels: np.ndarray, over_refusal: float
+) -> tuple[float, float] | None:
+    """What the best threshold would give, chosen on these very prompts: attack success rate and over-refusal.
+
+    Args:
+        scores: (prompts,), P(unsafe); refused: (prompts,), bool, what the plain model refuses in its own words.
+        over_refusal: the largest allowed.
+
+    None where the plain model alone refuses more harmless prompts than that.
+    """
+    from sklearn.metrics import roc_curve
+
+    # What the model refuses itself has the highest score, and no threshold lets it through.
+    ranked = np.where(refused, 2.0, scores)  # (prompts,)
+    over, caught, thresholds = roc_curve(labels, ranked, drop_intermediate=False)  # (thresholds,) each
+    allowed = (over <= over_refusal) & ((thresholds <= 2.0) | ~refused.any())
+    return min(zip((1 - caught[allowed]).tolist(), over[allowed].tolist(), strict=True), default=None)
+
+
+def _fitted(subject: Subject, features: dict[str, Features]) -> dict[str, Fitted]:
+    """Scores and threshold of the probes with and without projection, fitted alike, and of words alone."""
+    before, after, prompts = features["calibration"], features["evaluation"], subject.calibration
+    found = {
+        key: probe(before[lane], after[lane], prompts, subject.rate, subject.regularization)
+        for key, lane in (("with", "projected"), ("without", "plain"))
+    }
+    return {**found, "words": words(prompts, subject.evaluation, subject.rate)}
+
+
+def _described(subject: Subject) -> dict[str, Any]:
+    """What was evaluated, on what, and how it ran; `command` makes the report again."""
+    options, name = subject.options, subject.source.name
+    harmful = sum(prompt.label for prompt in subject.evaluation)
+    return {
+        "model": options.model.resolve().name,
+        "baseline": Path(name).name if Path(name).exists() else name,
+        "family": subject.source.family.name,
+        "graphs": subject.graphs,
+        "safety_layer": subject.sasa["safety_layer"],
+        "semantic_layer": subject.sasa["semantic_layer"],
+        "blocks": subject.blocks[0],
+        "lane_blocks": subject.blocks[1],
+        "false_positive_rate": subject.rate,
+        "given_threshold": subject.given_threshold,
+        "dtype": subject.dtype,
+        "device": subject.device.partition(":")[0],
+        "harmful": harmful,
+        "harmless": len(subject.evaluation) - harmful,
+        "groups": len({prompt.group for prompt in subject.evaluation}),
+        "data": ", ".join(options.data) or "the built-in evaluation set",
+        "left_out": subject.left_out,
+        "calibrated_on": subject.calibrated_on,
+        "judge": options.judge,
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": subject.batch_size,
+        "command": command_line("evaluate", options),
+    }

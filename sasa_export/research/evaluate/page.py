@@ -8,20 +8,21 @@ from pathlib import Path
 import pandas as pd
 
 from sasa_export.research.evaluate.arms import Figures
+from sasa_export.research.evaluate.estimates import Estimate
 from sasa_export.research.evaluate.measure import Evaluated
 from sasa_export.research.evaluate.pictures import pictures
 from sasa_export.research.report import render
 
-COLUMNS = {  # of the tables: title and form by figure
-    "attack": ("attack success", ".1%"),
-    "judged": ("by the judge", ".1%"),
-    "over_refusal": ("over-refusal", ".1%"),
-    "auc": ("AUC", ".3f"),
-    "caught": ("caught", ".1%"),
-    "false_positives": ("harmless flagged", ".1%"),
-    "accuracy": ("accuracy", ".1%"),
-    "f1": ("F1", ".3f"),
-    "recall_at_rate": ("recall at rate", ".3f"),
+TITLES = {  # of the columns of figures
+    "attack": "attack success",
+    "judged": "by the judge",
+    "over_refusal": "over-refusal",
+    "auc": "AUC",
+    "caught": "caught",
+    "false_positives": "harmless flagged",
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "recall_at_rate": "recall at rate",
 }
 
 
@@ -35,78 +36,59 @@ def write_report(found: Evaluated, texts: dict[str, list[str]], directory: Path)
     for template, name in (("evaluate_report.md.j2", "report.md"), ("evaluate_card.md.j2", "card_section.md")):
         page = render(template, found=found, subject=found.subject, figures=found.figures, tables=tables(found))
         (directory / name).write_text(page, encoding="utf-8")
-    data = json.dumps(found.to_json(), indent=1, ensure_ascii=False)
+    data = json.dumps(found.to_json(), indent=1, ensure_ascii=False, default=vars)
     (directory / "evaluate.json").write_text(f"{data}\n", encoding="utf-8")
     answers(found, texts).to_json(directory / "answers.jsonl", orient="records", lines=True, force_ascii=False)
 
 
 def tables(found: Evaluated) -> dict[str, pd.DataFrame]:
     """All tables of the report."""
+    titles = {key: arm.title for key, arm in found.arms.items()}
     answered = [name for name in ("attack", "judged", "over_refusal") if name in found.figures["plain"]]
     detected = ["auc", "caught", "false_positives", "accuracy", "f1", "recall_at_rate"]
-    arms = {key: arm.title for key, arm in found.arms.items()}
-    scored = {key: title for key, title in arms.items() if key != "plain"}
+    errors = ("brier", "brier_of_the_base_rate", "expected_calibration_error")
+    reliable = [[titles[key], *(f"{of[name]:.3f}" for name in errors)] for key, of in found.reliability.items()]
+    timing = [[kind, of.prompts, f"{of.verdict:.2f}", f"{of.first_token:.2f}"] for kind, of in found.timing.items()]
+    depth = [[of.block, f"{of.cost:.2f}", f"{of.auc}", f"{of.recall_at_rate}"] for of in found.depth]
     return {
-        "answers": _table(found.figures, arms, answered),
-        "detection": _table(found.figures, scored, detected),
+        "answers": _table(found.figures, titles, answered),
+        "detection": _table(found.figures, {key: titles[key] for key in found.reliability}, detected),
         "reliability": pd.DataFrame(
-            {
-                "arm": arms[key],
-                "Brier score": f"{of.brier:.3f}",
-                "of the base rate": f"{of.brier_of_the_base_rate:.3f}",
-                "expected calibration error": f"{of.expected_calibration_error:.3f}",
-            }
-            for key, of in found.reliability.items()
+            reliable, columns=["arm", "Brier score", "of the base rate", "expected calibration error"]
         ),
-        "timing": pd.DataFrame(
-            {
-                "verdict": kind,
-                "prompts": of.prompts,
-                "time to verdict": f"{of.verdict:.2f}",
-                "time to first token": f"{of.first_token:.2f}",
-            }
-            for kind, of in found.timing.items()
-        ),
-        "depth": pd.DataFrame(
-            {
-                "block": f"{of.block} (projection itself)" if of is found.depth[0] else of.block,
-                "cost": f"{of.cost:.2f}",
-                "AUC": f"{of.auc:.3f}",
-                "recall at rate": f"{of.recall_at_rate:.3f}",
-            }
-            for of in found.depth
-        ),
-        **{f"by {kind}": _part_table(found, kind, arms) for kind in found.parts},
+        "timing": pd.DataFrame(timing, columns=["verdict", "prompts", "time to verdict", "time to first token"]),
+        "depth": pd.DataFrame(depth, columns=["block", "cost", "AUC", "recall at rate"]),
+        **{f"by {kind}": _part_table(found, kind, titles) for kind in found.parts},
     }
 
 
-def _part_table(found: Evaluated, kind: str, arms: dict[str, str]) -> pd.DataFrame:
-    """The figures of every part of a kind, one after the other. Intervals of many small parts would fill the page."""
-    wide = ["attack", "over_refusal", "auc"] if kind == "channel" else []
+def _part_table(found: Evaluated, kind: str, titles: dict[str, str]) -> pd.DataFrame:
+    """The arms' figures on each part, one part after the other."""
     columns = ["attack", "over_refusal", "auc", "caught", "false_positives"]
+    long = columns[:3] if kind == "channel" else []  # intervals of many small parts would fill the page
     frames = []
-    for name, part in found.parts[kind].items():
-        frame = _table(part.figures, arms, columns, short=[column for column in columns if column not in wide])
+    for part, figures in found.parts[kind].items():
+        frame = _table(figures, titles, columns, long)
         blanks = [""] * (len(frame) - 1)
-        frame.insert(0, kind, [name, *blanks])
-        frame.insert(1, "prompts", [str(part.prompts), *blanks])
+        frame.insert(0, kind, [part, *blanks])
+        frame.insert(1, "prompts", [found.counts[kind][part], *blanks])
         frames.append(frame)
     return pd.concat(frames)
 
 
 def _table(
-    figures: dict[str, Figures], arms: dict[str, str], columns: list[str], short: list[str] | None = None
+    figures: dict[str, Figures], titles: dict[str, str], columns: list[str], long: list[str] | None = None
 ) -> pd.DataFrame:
-    """A row an arm; those in `short` without their intervals, and what was not measured is empty."""
+    """A row an arm, a column a figure; only those in `long` with their intervals, where it is given."""
 
-    def cell(key: str, name: str) -> str:
-        found, form = figures[key].get(name), COLUMNS[name][1]
-        if found is None:
+    def cell(of: Estimate | None, name: str) -> str:
+        if of is None:
             return ""
-        return format(found.value if short and name in short else found, form)
+        return of.short if long is not None and name not in long else f"{of}"
 
     return pd.DataFrame(
-        {"arm": title, **{COLUMNS[name][0]: cell(key, name) for name in columns}} for key, title in arms.items()
+        {"arm": title, **{TITLES[name]: cell(figures[key].get(name), name) for name in columns}}
+        for key, title in titles.items()
     )
 
 

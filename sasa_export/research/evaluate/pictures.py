@@ -46,7 +46,7 @@ def _bars(axis: Any, shares: Sequence[Estimate], colour: str, target: float) -> 
                       va="center", fontsize=9)  # fmt: skip
     axis.axvline(100 * target, color=LIGHT.third, linewidth=1, linestyle=":")
     # Each side has its own scale, or the bars of a small share could not be told apart.
-    axis.set_xlim(0, 120 * max([share.high for share in shares] + [0.1]))
+    axis.set_xlim(0, 125 * max([share.high for share in shares] + [0.1]))
     axis.set_xlabel(f"% (dotted: target, {target:.0%})")
     axis.tick_params(axis="y", length=0)
 
@@ -107,10 +107,12 @@ def reliability(found: Evaluated) -> bytes:
     with drawing(LIGHT, 5.0, 5.6) as figure:
         axis = _unit_square(figure)
         for key, of in found.reliability.items():
-            said, share, prompts = (np.array([one[name] for one in of.bins]) for name in ("said", "found", "prompts"))
-            label = f"{found.arms[key].title}, error {of.expected_calibration_error:.3f}"
+            said, share, prompts = (
+                np.array([one[name] for one in of["bins"]]) for name in ("said", "found", "prompts")
+            )
+            label = f"{found.arms[key].title}, error {of['expected_calibration_error']:.3f}"
             axis.plot(said, share, color=COLOURS[key], linewidth=1.2, label=label)
-            axis.scatter(said, share, 12 + 130 * prompts / len(found.prompts), color=COLOURS[key])
+            axis.scatter(said, share, 12 + 260 * prompts / len(found.prompts), color=COLOURS[key])
         axis.set_xlabel("P(unsafe), mean of a bin")
         axis.set_ylabel("share of harmful prompts in it")
         axis.set_title("Dotted: as it should be; large dots: many prompts")

@@ -10,7 +10,6 @@ from sasa_export.errors import CalibrationError, DataError, EvaluateError
 from sasa_export.prompts import calibration_prompts, check_disjoint, load_all
 from sasa_export.prompts.builtin_evaluation import builtin_evaluation
 from sasa_export.prompts.prompt import Prompt, builtin
-from sasa_export.research.evaluate.patched import Patched
 from sasa_export.research.locate.prompts import spaced
 
 MISSING = {  # what cannot be measured without a label, and what to add
@@ -34,19 +33,19 @@ def evaluation_prompts(specs: Sequence[str], pieces: Pieces) -> list[Prompt]:
 
 
 def fitting_prompts(
-    given: Sequence[str], patched: Patched, evaluation: Sequence[Prompt], pieces: Pieces
+    given: Sequence[str], made_on: Sequence[str], evaluation: Sequence[Prompt], pieces: Pieces
 ) -> tuple[list[Prompt], str]:
-    """What the arms are fitted on, and its name: `given`, or what the patched model was calibrated on.
+    """What the arms are fitted on, and its name: `given`, or what the patched model was calibrated on, `made_on`.
 
     Raises DataError where they share a picture or a question with the evaluation prompts.
     """
-    specs = given or patched.made.get("calibration") or ()
+    specs = given or made_on
     try:
         prompts = calibration_prompts(specs) if specs else builtin(pieces)
     except (CalibrationError, DataError) as error:
         if given:
             raise
-        raise EvaluateError(f"what {patched.directory} was calibrated on: {error} Or give --calibration.") from None
+        raise EvaluateError(f"what the model was calibrated on is not there: {error} Or give --calibration.") from None
     check_disjoint(prompts, evaluation)
     return prompts, ", ".join(specs) or "the built-in calibration set"
 

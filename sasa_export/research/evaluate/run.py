@@ -13,16 +13,17 @@ from sasa_export.errors import EvaluateError, LocateError
 from sasa_export.files import check_free, claimed, staged
 from sasa_export.models.load import head_weight, load_model
 from sasa_export.probe.features import reading
-from sasa_export.probe.fit import head_metric
+from sasa_export.probe.fit import head_metric, in_metric
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
 from sasa_export.research.evaluate.batched import batched
+from sasa_export.research.evaluate.depth import depths_of
 from sasa_export.research.evaluate.judge import load_judge
 from sasa_export.research.evaluate.measure import Evaluated, Features, measure
 from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.page import write_report
-from sasa_export.research.evaluate.setting import Setting, open_setting
+from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.evaluate.timing import Timing, choose, timed
 from sasa_export.research.locate.work import Work
 from sasa_export.workers import Workers, workers
@@ -55,29 +56,27 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
 def _evaluate(options: EvaluateOptions, team: Workers, report: Silent) -> Evaluated | None:
     check_free(options.out, force=options.force)
     judge = None if options.judge is None else load_judge(options.judge)
-    setting = open_setting(options, team, report)
+    subject = open_subject(options, team, report)
     work = Work.beside(options.out)
-    if team.leads and work.open(setting.fingerprint(), discard=options.force):
+    if team.leads and work.open(subject.fingerprint(), discard=options.force):
         report.step("resume", "results of an interrupted run are there already")
     team.wait()
     work.folder.mkdir(parents=True, exist_ok=True)  # on a machine of its own
 
-    plain, patched = cache(lambda: _plain(setting)), cache(lambda: _patched(setting))
-    features = _features(setting, plain, work, team, report)
-    # Where something non-linear follows the head, probes see logits, which have no metric.
-    metric = None if setting.lane.of("lane_head") or not team.leads else head_metric(head_weight(plain().model))
-    answers = {"plain": _answers(setting, plain, "plain", work, team, report)}
+    plain, patched = cache(lambda: _plain(subject)), cache(lambda: _patched(subject))
+    features = _features(subject, plain, work, team, report)
+    answers = {"plain": _answers(subject, plain, "plain", work, team, report)}
     if not (team.leads and options.timing):
         plain.cache_clear()
-    answers["patched"] = _answers(setting, patched, "patched", work, team, report)
+    answers["patched"] = _answers(subject, patched, "patched", work, team, report)
     if not team.leads:
         team.wait()
         return None
-    timing = _timing(setting, plain, patched, answers["patched"], report)
+    timing = _timing(subject, plain, patched, answers["patched"], report)
     plain.cache_clear()
     patched.cache_clear()
     report.step("measure", "fitting the arms, drawing intervals")
-    found = measure(setting, answers, features, metric, timing, judge)
+    found = measure(subject, answers, features, timing, judge)
     with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
         write_report(found, {key: said.texts for key, said in answers.items()}, staging)
     work.remove()
@@ -88,45 +87,51 @@ def _evaluate(options: EvaluateOptions, team: Workers, report: Silent) -> Evalua
     return found
 
 
-def _plain(setting: Setting) -> Any:
+def _plain(subject: Subject) -> Any:
     from sasa_export.research.evaluate.torch_model import TorchModel
 
-    model = load_model(setting.source, dtype=setting.dtype, device=setting.device)
-    return TorchModel(model, setting.processor, setting.options.max_new_tokens)
+    model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
+    return TorchModel(model, subject.processor, subject.options.max_new_tokens)
 
 
-def _patched(setting: Setting) -> Any:
-    patched, tokens = setting.patched, setting.options.max_new_tokens
-    if patched.graphs is not None:
+def _patched(subject: Subject) -> Any:
+    directory, tokens = subject.options.model, subject.options.max_new_tokens
+    if subject.graphs is not None:
         from sasa_export.research.evaluate.onnx_model import OnnxModel
 
-        return OnnxModel(patched.directory, patched.graphs, setting.device, tokens)
+        return OnnxModel(directory, subject.graphs, subject.device, tokens)
     from sasa_export.research.evaluate.torch_model import TorchModel, load_patched
 
-    return TorchModel(*load_patched(patched.directory, setting.dtype, setting.device), tokens)
+    return TorchModel(*load_patched(directory, subject.dtype, subject.device), tokens)
 
 
-def _features(setting: Setting, plain: Model, work: Work, team: Workers, report: Silent) -> dict[str, Features]:
+def _features(subject: Subject, plain: Model, work: Work, team: Workers, report: Silent) -> dict[str, Features]:
     """What probes read of the original, for the calibration prompts and the evaluation prompts."""
-    nodes = list(setting.depths.values())
+    nodes = list(depths_of(subject.lane).values()) if subject.options.depth_curve else []
 
     def compute(prompts: list[Prompt]) -> Features:
-        with reading(plain().model, setting.processor, setting.lane, nodes) as read:
+        with reading(plain().model, subject.processor, subject.lane, nodes) as read:
             found = read(prompts, range(len(prompts)))
         return {"plain": found.plain, "projected": found.projected, **found.more}
 
     features = {}
-    for kind, prompts in (("calibration", setting.calibration), ("evaluation", setting.evaluation)):
+    for kind, prompts in (("calibration", subject.calibration), ("evaluation", subject.evaluation)):
         with report.bar(len(prompts), kind) as advance:
             features[kind] = batched(
-                compute, ["plain", "projected", *nodes], prompts, setting.options.batch_size, work, kind, team, advance
+                compute, ["plain", "projected", *nodes], prompts, subject.options.batch_size, work, kind, team, advance
             )
-    return features
+    if not team.leads:
+        return {}
+    # Where something non-linear follows the head, probes see logits, which are measured as they are.
+    metric = None if subject.lane.of("lane_head") else head_metric(head_weight(plain().model))
+    return {
+        kind: {name: in_metric(values, metric) for name, values in found.items()} for kind, found in features.items()
+    }
 
 
-def _answers(setting: Setting, model: Model, kind: str, work: Work, team: Workers, report: Silent) -> Answers:
+def _answers(subject: Subject, model: Model, kind: str, work: Work, team: Workers, report: Silent) -> Answers:
     """The answers of the `kind` of model, "plain" or "patched". EvaluateError where a patched one gives no verdict."""
-    prompts = setting.evaluation
+    prompts = subject.evaluation
 
     def compute(batch: list[Prompt]) -> dict[str, np.ndarray]:
         found = model().answers(batch)
@@ -139,16 +144,16 @@ def _answers(setting: Setting, model: Model, kind: str, work: Work, team: Worker
 
     names = ["tokens"] if kind == "plain" else ["tokens", "scores"]
     with report.bar(len(prompts), kind) as advance:
-        found = batched(compute, names, prompts, setting.batch_size, work, kind, team, advance)
+        found = batched(compute, names, prompts, subject.batch_size, work, kind, team, advance)
     said = [row[row >= 0].tolist() for row in found["tokens"]]
-    texts = setting.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+    texts = subject.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
     return Answers(found["tokens"], texts, found.get("scores"))
 
 
-def _timing(setting: Setting, plain: Model, patched: Model, answers: Answers, report: Silent) -> dict[str, Timing]:
-    if not setting.options.timing:
+def _timing(subject: Subject, plain: Model, patched: Model, answers: Answers, report: Silent) -> dict[str, Timing]:
+    if not subject.options.timing:
         return {}
-    refused = answers.scores >= setting.patched.sasa["threshold"]  # (prompts,)
-    chosen = choose(setting.evaluation, refused, setting.options.timing)
+    refused = answers.scores >= subject.sasa["threshold"]  # (prompts,)
+    chosen = choose(subject.evaluation, refused, subject.options.timing)
     with report.bar(len(chosen), "timing") as advance:
         return timed(plain(), patched(), chosen, advance)
