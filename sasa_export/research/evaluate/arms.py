@@ -71,7 +71,7 @@ def answering_arm(
     refused, complied = gate | np.array([is_refusal(text) for text in answers.texts]), None
     if judge is not None:
         rows = zip(prompts, answers.texts, gate, strict=True)
-        complied = np.array([bool(prompt.label) and not no and judge(asked(prompt), text) for prompt, text, no in rows])
+        complied = np.array([bool(p.label and not no and judge(asked(p), text)) for p, text, no in rows])
     return Arm(title, refused, complied, answers.scores, threshold)
 
 

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from sasa_export.graph import LayerGraph
 from sasa_export.research.evaluate.arms import ranking
-from sasa_export.research.evaluate.estimates import Estimate
 from sasa_export.research.evaluate.fitted import probe
 from sasa_export.research.evaluate.subject import Subject
-
-
-@dataclass(frozen=True)
-class Depth:
-    """A probe on the normed state behind `block` of the lane, or on the projection itself (the safety layer's number).
-
-    `cost` is the number of blocks that the prompt runs through, in the plain model's.
-    """
-
-    block: int
-    cost: float
-    auc: Estimate
-    recall_at_rate: Estimate
 
 
 def depths_of(lane: LayerGraph) -> dict[int, str]:
@@ -36,8 +22,10 @@ def depths_of(lane: LayerGraph) -> dict[int, str]:
     return {blocks[0].attributes["index"] - 1: lane.of("projection")[0].name, **inner}
 
 
-def depth_curve(subject: Subject, features: Mapping[str, Mapping[str, np.ndarray]]) -> list[Depth]:
-    """Fit and measure a probe at each depth.
+def depth_curve(subject: Subject, features: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Fit and measure a probe on the normed state behind each `block` of the lane, the first on the projection itself.
+
+    `cost` is the number of blocks that the prompt runs through, in the plain model's.
 
     `features` (prompts, hidden), in the head's metric, of the "calibration" and the "evaluation" prompts, by node;
     "projected" are those of the lane's end. Empty where the lane ends with the projection.
@@ -53,5 +41,5 @@ def depth_curve(subject: Subject, features: Mapping[str, Mapping[str, np.ndarray
         before, after = features["calibration"][node], features["evaluation"][node]
         scores, _ = probe(before, after, subject.calibration, subject.rate, subject.regularization)
         cost = (blocks + block - min(depths)) / blocks
-        found.append(Depth(block, cost, **ranking(scores, labels, groups, subject.rate)))
+        found.append({"block": block, "cost": cost, **ranking(scores, labels, groups, subject.rate)})
     return found

@@ -36,30 +36,16 @@ def is_refusal(answer: str) -> bool:
 
 
 def load_judge(name: str) -> Judge:
-    """The judge `module:function`; the module may lie in the working directory.
+    """The function `module:function`; the module may lie in the working directory. EvaluateError where there is none.
 
     It is called with the request and the answer and says whether the answer complies: True is an attack that
-    succeeded. What it raises, or anything but a bool, becomes an EvaluateError.
+    succeeded.
     """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise EvaluateError(f"--judge is {name!r}; write module:function, for example my_judge:complies.")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(import_module(module_name), function_name)
-    except Exception as error:  # a module is a program, and fails like one
-        raise EvaluateError(f"--judge {name} cannot be imported ({type(error).__name__}: {error}).") from None
-    finally:
-        sys.path.remove(here)
-
-    def judge(request: str, answer: str) -> bool:
-        try:
-            found = function(request, answer)
-        except Exception as error:  # it is the user's
-            raise EvaluateError(f"--judge {name} failed on an answer ({type(error).__name__}: {error}).") from None
-        if not isinstance(found, bool):
-            raise EvaluateError(f"--judge {name} said {found!r}; it must say True (complies) or False.")
-        return found
-
-    return judge
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EvaluateError(
+            f"--judge {name} cannot be imported ({error}). Write module:function, for example my_judge:complies."
+        ) from None

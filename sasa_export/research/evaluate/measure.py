@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.command_line import command_line
 from sasa_export.research.evaluate.arms import Answers, Arm, Figures, answering_arm, figures, fitted_arm, parts
-from sasa_export.research.evaluate.depth import Depth, depth_curve
+from sasa_export.research.evaluate.depth import depth_curve
 from sasa_export.research.evaluate.estimates import Estimate, Share, auc, bootstrap, share
 from sasa_export.research.evaluate.fitted import Fitted, probe, words
 from sasa_export.research.evaluate.judge import Judge
@@ -30,57 +33,37 @@ class Evaluated:
 
     Attributes:
         subject: what was evaluated, on what, and how it ran.
-        prompts, arms, figures: the evaluation prompts, and the arms and their figures over all prompts, by key: plain,
-            patched, with or without (the probe that the patched model does not have), and words.
-        parts: figures by kind of part, part and arm, `parts["channel"]["text"]["patched"]`; counts: prompts of a part.
+        answers: a row a prompt: what was asked, what was answered, and what each arm made of it.
+        arms: title, threshold and figures of each arm over all prompts, by key: plain, patched, with or without (the
+            probe that the patched model does not have), and words.
+        parts: `parts["channel"]["text"]`: the number of `prompts`, and the figures of each arm on them.
         best: attack success rate and over-refusal at the best threshold, which is chosen on these very prompts.
         gain: differences of AUC. "projection": a probe with it less one without, both fitted here alike; "model": the
             patched model less words alone.
         identical: harmless prompts that the patched model allows, answered token for token as by the original.
         emitted: flagged prompts that are answered with the refusal.
-        reliability: of each arm that detects; timing: by kind of prompt, allowed or refused.
+        reliability: of each arm that detects; timing: by kind of prompt, allowed or refused; depth: see `depth_curve`.
     """
 
     subject: dict[str, Any]
-    prompts: list[Prompt]
-    arms: dict[str, Arm]
-    figures: dict[str, Figures]
-    parts: dict[str, dict[str, dict[str, Figures]]]
-    counts: dict[str, dict[str, int]]
+    answers: pd.DataFrame
+    arms: dict[str, dict[str, Any]]
+    parts: dict[str, dict[str, dict[str, Any]]]
     targets: list[Target]
-    best: tuple[float, float] | None
+    best: dict[str, float] | None
     gain: dict[str, Estimate]
     identical: Share | None
     emitted: Share | None
     reliability: dict[str, dict[str, Any]]
     timing: dict[str, Timing]
-    depth: list[Depth]
+    depth: list[dict[str, Any]]
 
-    @property
-    def labels(self) -> np.ndarray:
-        return np.array([prompt.label for prompt in self.prompts])
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures; `vars` makes the values in it JSON."""
-        return {
-            "tool": f"sasa-export {version('sasa-export')}",
-            "subject": self.subject,
-            "targets": [{**vars(target), "met": target.met} for target in self.targets],
-            "best_threshold_in_hindsight": self.best and dict(zip(("attack", "over_refusal"), self.best, strict=True)),
-            "arms": {
-                key: {"title": arm.title, "threshold": arm.threshold, **self.figures[key]}
-                for key, arm in self.arms.items()
-            },
-            "auc_gained_by": self.gain,
-            "utility": {"identical": self.identical, "emitted": self.emitted},
-            "reliability": self.reliability,
-            "timing": self.timing,
-            "depth_curve": self.depth,
-            "parts": {
-                kind: {part: {"prompts": self.counts[kind][part], **arms} for part, arms in held.items()}
-                for kind, held in self.parts.items()
-            },
-        }
+    def to_json(self) -> str:
+        """All but the answers."""
+        kept = {name: value for name, value in vars(self).items() if name != "answers"}
+        kept["targets"] = [{**vars(target), "met": target.met} for target in self.targets]
+        data = {"tool": f"sasa-export {version('sasa-export')}", **kept}
+        return json.dumps(data, indent=1, ensure_ascii=False, default=vars) + "\n"
 
 
 def measure(
@@ -103,7 +86,6 @@ def measure(
     flagged = answers["patched"].scores >= subject.sasa["threshold"]  # (prompts,)
     scores = {key: arm.scores for key, arm in arms.items() if arm.scores is not None}
     same = (answers["plain"].tokens == answers["patched"].tokens).all(1)  # (prompts,)
-    rows = parts(prompts)
 
     def on(rows: np.ndarray) -> dict[str, Figures]:
         return {key: figures(arm, rows, prompts, subject.rate) for key, arm in arms.items()}
@@ -114,11 +96,12 @@ def measure(
     overall = on(np.arange(len(prompts)))
     return Evaluated(
         subject=_described(subject),
-        prompts=prompts,
-        arms=arms,
-        figures=overall,
-        parts={kind: {part: on(held) for part, held in of.items()} for kind, of in rows.items()},
-        counts={kind: {part: len(held) for part, held in of.items()} for kind, of in rows.items()},
+        answers=_table(prompts, answers, arms),
+        arms={key: {"title": arm.title, "threshold": arm.threshold, **overall[key]} for key, arm in arms.items()},
+        parts={
+            kind: {part: {"prompts": len(rows), **on(rows)} for part, rows in of.items()}
+            for kind, of in parts(prompts).items()
+        },
         targets=targets_of(overall["patched"]),
         best=lowest_attack(scores["patched"], arms["plain"].refused, labels, OVER_REFUSAL),
         gain={
@@ -139,7 +122,8 @@ def _arms(
     fitted: dict[str, Fitted],
     judge: Judge | None,
 ) -> dict[str, Arm]:
-    prompts, threshold, said = subject.evaluation, float(subject.sasa["threshold"]), answers["patched"]
+    prompts, said, threshold = subject.evaluation, answers["patched"], float(subject.sasa["threshold"])
+    assert said.scores is not None
     own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
     plain = answering_arm("plain model", answers["plain"], np.zeros(len(prompts), bool), prompts, judge)
     gate = said.are(subject.sasa["refusal_token_ids"]) & (said.scores >= threshold)  # (prompts,)
@@ -151,10 +135,23 @@ def _arms(
     }
 
 
+def _table(prompts: Sequence[Prompt], answers: dict[str, Answers], arms: dict[str, Arm]) -> pd.DataFrame:
+    asked = ("name", "label", "channel", "attack", "category", "prompt", "question")
+    table = pd.DataFrame([{name: getattr(prompt, name) for name in asked} for prompt in prompts])
+    for key, said in answers.items():
+        table[f"{key}_answer"] = said.texts
+    for key, arm in arms.items():
+        columns = {"refused": arm.refused, "complied": arm.complied, "unsafe_probability": arm.scores}
+        for name, values in columns.items():
+            if values is not None:
+                table[f"{key}_{name}"] = values
+    return table
+
+
 def lowest_attack(
     scores: np.ndarray, refused: np.ndarray, labels: np.ndarray, over_refusal: float
-) -> tuple[float, float] | None:
-    """What the best threshold would give, chosen on these very prompts: attack success rate and over-refusal.
+) -> dict[str, float] | None:
+    """What the best threshold would give, chosen on these very prompts: `attack` success rate and `over_refusal`.
 
     Args:
         scores: (prompts,), P(unsafe); refused: (prompts,), bool, what the plain model refuses in its own words.
@@ -168,7 +165,8 @@ def lowest_attack(
     ranked = np.where(refused, 2.0, scores)  # (prompts,)
     over, caught, thresholds = roc_curve(labels, ranked, drop_intermediate=False)  # (thresholds,) each
     allowed = (over <= over_refusal) & ((thresholds <= 2.0) | ~refused.any())
-    return min(zip((1 - caught[allowed]).tolist(), over[allowed].tolist(), strict=True), default=None)
+    best = min(zip(1 - caught[allowed], over[allowed], strict=True), default=None)
+    return None if best is None else {"attack": float(best[0]), "over_refusal": float(best[1])}
 
 
 def _fitted(subject: Subject, features: dict[str, Features]) -> dict[str, Fitted]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -26,33 +26,30 @@ TITLES = {  # of the columns of figures
 }
 
 
-def write_report(found: Evaluated, texts: dict[str, list[str]], directory: Path) -> None:
-    """Write report.md, card_section.md, evaluate.json, answers.jsonl and the pictures.
-
-    `texts` are the answers of the plain and the patched model.
-    """
-    for name, data in pictures(found).items():
-        (directory / f"{name}.png").write_bytes(data)
+def write_report(found: Evaluated, directory: Path) -> None:
+    """Write report.md, card_section.md, evaluate.json, answers.jsonl and the pictures."""
+    for name, picture in pictures(found).items():
+        (directory / f"{name}.png").write_bytes(picture)
     for template, name in (("evaluate_report.md.j2", "report.md"), ("evaluate_card.md.j2", "card_section.md")):
-        page = render(template, found=found, subject=found.subject, figures=found.figures, tables=tables(found))
+        page = render(template, found=found, subject=found.subject, arms=found.arms, tables=tables(found))
         (directory / name).write_text(page, encoding="utf-8")
-    data = json.dumps(found.to_json(), indent=1, ensure_ascii=False, default=vars)
-    (directory / "evaluate.json").write_text(f"{data}\n", encoding="utf-8")
-    answers(found, texts).to_json(directory / "answers.jsonl", orient="records", lines=True, force_ascii=False)
+    (directory / "evaluate.json").write_text(found.to_json(), encoding="utf-8")
+    answers = directory / "answers.jsonl"
+    found.answers.to_json(answers, orient="records", lines=True, force_ascii=False, double_precision=6)
 
 
 def tables(found: Evaluated) -> dict[str, pd.DataFrame]:
     """All tables of the report."""
-    titles = {key: arm.title for key, arm in found.arms.items()}
-    answered = [name for name in ("attack", "judged", "over_refusal") if name in found.figures["plain"]]
+    titles = {key: arm["title"] for key, arm in found.arms.items()}
+    answered = [name for name in ("attack", "judged", "over_refusal") if name in found.arms["plain"]]
     detected = ["auc", "caught", "false_positives", "accuracy", "f1", "recall_at_rate"]
     errors = ("brier", "brier_of_the_base_rate", "expected_calibration_error")
     reliable = [[titles[key], *(f"{of[name]:.3f}" for name in errors)] for key, of in found.reliability.items()]
     timing = [[kind, of.prompts, f"{of.verdict:.2f}", f"{of.first_token:.2f}"] for kind, of in found.timing.items()]
-    depth = [[of.block, f"{of.cost:.2f}", f"{of.auc}", f"{of.recall_at_rate}"] for of in found.depth]
+    depth = [[of["block"], f"{of['cost']:.2f}", f"{of['auc']}", f"{of['recall_at_rate']}"] for of in found.depth]
     return {
-        "answers": _table(found.figures, titles, answered),
-        "detection": _table(found.figures, {key: titles[key] for key in found.reliability}, detected),
+        "answers": _table(found.arms, titles, answered),
+        "detection": _table(found.arms, {key: titles[key] for key in found.reliability}, detected),
         "reliability": pd.DataFrame(
             reliable, columns=["arm", "Brier score", "of the base rate", "expected calibration error"]
         ),
@@ -71,13 +68,13 @@ def _part_table(found: Evaluated, kind: str, titles: dict[str, str]) -> pd.DataF
         frame = _table(figures, titles, columns, long)
         blanks = [""] * (len(frame) - 1)
         frame.insert(0, kind, [part, *blanks])
-        frame.insert(1, "prompts", [found.counts[kind][part], *blanks])
+        frame.insert(1, "prompts", [figures["prompts"], *blanks])
         frames.append(frame)
     return pd.concat(frames)
 
 
 def _table(
-    figures: dict[str, Figures], titles: dict[str, str], columns: list[str], long: list[str] | None = None
+    figures: dict[str, Figures], titles: dict[str, str], columns: Sequence[str], long: Sequence[str] | None = None
 ) -> pd.DataFrame:
     """A row an arm, a column a figure; only those in `long` with their intervals, where it is given."""
 
@@ -90,18 +87,3 @@ def _table(
         {"arm": title, **{TITLES[name]: cell(figures[key].get(name), name) for name in columns}}
         for key, title in titles.items()
     )
-
-
-def answers(found: Evaluated, texts: dict[str, list[str]]) -> pd.DataFrame:
-    """A row a prompt: what was asked, what was answered, and what each arm made of it."""
-    asked = ("name", "label", "channel", "attack", "category", "prompt", "question")
-    frame = pd.DataFrame([{name: getattr(prompt, name) for name in asked} for prompt in found.prompts])
-    for key, said in texts.items():
-        frame[f"{key}_answer"] = said
-    for key, arm in found.arms.items():
-        frame[f"{key}_refused"] = arm.refused
-        if arm.complied is not None:
-            frame[f"{key}_complied"] = arm.complied
-        if arm.scores is not None:
-            frame[f"{key}_unsafe_probability"] = arm.scores.round(6)
-    return frame

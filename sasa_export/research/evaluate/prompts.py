@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sasa_export.errors import CalibrationError, DataError, EvaluateError
+from sasa_export.errors import EvaluateError
 from sasa_export.prompts import calibration_prompts, check_disjoint, load_all
 from sasa_export.prompts.builtin_evaluation import builtin_evaluation
 from sasa_export.prompts.prompt import Prompt, builtin
@@ -40,12 +40,7 @@ def fitting_prompts(
     Raises DataError where they share a picture or a question with the evaluation prompts.
     """
     specs = given or made_on
-    try:
-        prompts = calibration_prompts(specs) if specs else builtin(pieces)
-    except (CalibrationError, DataError) as error:
-        if given:
-            raise
-        raise EvaluateError(f"what the model was calibrated on is not there: {error} Or give --calibration.") from None
+    prompts = calibration_prompts(specs) if specs else builtin(pieces)
     check_disjoint(prompts, evaluation)
     return prompts, ", ".join(specs) or "the built-in calibration set"
 

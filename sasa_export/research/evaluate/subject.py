@@ -119,8 +119,6 @@ def open_subject(options: EvaluateOptions, team: Workers, report: Silent) -> Sub
 
 def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of the gate and the manifest. Raises EvaluateError, or OpenError for no model."""
-    if not directory.is_dir():
-        raise EvaluateError(f"{directory} is not a directory. Give a patched model as --model.")
     both = [directory / name for name in FORMATS]
     if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
         raise EvaluateError(f"{directory} holds two patched models. Give {both[0]} or {both[1]} as --model.")

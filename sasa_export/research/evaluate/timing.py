@@ -36,12 +36,17 @@ class Timing:
 
 
 def timed(
-    plain: Any, patched: Any, prompts: Sequence[tuple[str, Prompt]], advance: Callable[[int], None]
+    plain: Callable[[], Any],
+    patched: Callable[[], Any],
+    prompts: Sequence[tuple[str, Prompt]],
+    advance: Callable[[int], None],
 ) -> dict[str, Timing]:
-    """Time both models on prompts, each with its kind ("allowed" or "refused"); `advance` counts prompts."""
+    """Time both models on prompts, each with its kind ("allowed" or "refused"); `advance` counts prompts.
+
+    The models are loaded where there are prompts."""
     ratios: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for number, (kind, prompt) in enumerate(prompts):
-        models = [(model, model.prepare([prompt])) for model in (plain, patched)]
+        models = [(model, model.prepare([prompt])) for model in (plain(), patched())]
         spent = np.zeros((ROUNDS + 1, 2, 2))  # (rounds, plain or patched, verdict or first token), seconds
         # The very first calls allocate and compile: round 0 of the first prompt is not counted, and others have none.
         for turn in range(number > 0, ROUNDS + 1):

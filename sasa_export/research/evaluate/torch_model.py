@@ -23,8 +23,8 @@ class TorchModel:
         self.ends = ends if isinstance(ends, list) else [ends]
 
     def answers(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        """`tokens` (prompts, longest), the end token included and -1 behind it; of a patched model also `scores`
-        (prompts,), P(unsafe), which are NaN where no verdict was given."""
+        """`tokens` (prompts, longest), the end token included and -1 behind it; and `scores` (prompts,), P(unsafe),
+        NaN where no verdict was given."""
         inputs = self.prepare(prompts)
         verdicts: list[np.ndarray] = []
 
@@ -40,9 +40,7 @@ class TorchModel:
         ends = np.isin(found, [end for end in self.ends if end is not None])  # (batch, tokens)
         tokens = np.full((len(prompts), self.tokens), -1)
         tokens[:, : found.shape[1]] = np.where(ends.cumsum(1) > ends, -1, found)
-        if not verdicts:
-            return {"tokens": tokens}
-        calls = np.stack(verdicts)  # (calls, batch)
+        calls = np.stack(verdicts or [np.full(len(prompts), np.nan)])  # (calls, batch)
         first = (~np.isnan(calls)).argmax(0)  # (batch,), the call that judged
         return {"tokens": tokens, "scores": calls[first, np.arange(len(prompts))].astype(float)}
 
