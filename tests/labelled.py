@@ -64,4 +64,4 @@ def patch_evaluate_locate(model: str, evaluation: str, calibration: str, out: Pa
 
 
 if __name__ == "__main__":
-    patch_evaluate_locate(*sys.argv[1:4], Path(sys.argv[4]))
+    patch_evaluate_locate(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))

@@ -240,8 +240,24 @@ def remade(directory: Path, out: Path, **made: Any) -> Path:
     return edited(directory, out, "sasa-export.json", change)
 
 
+def lacking(options: EvaluateOptions, label: int) -> str:
+    """The evaluation set without one label."""
+    path = Path(options.data[0]).with_name(f"without-{label}.jsonl")
+    lines = Path(options.data[0]).read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if json.loads(line)["label"] != label))
+    return str(path)
+
+
+def both_formats(out: Path) -> Path:
+    """What holds two patched models."""
+    for name in ("safetensors", "onnx"):
+        (out / name).mkdir(parents=True)
+        (out / name / "config.json").write_text("{}")
+    return out
+
+
 @pytest.mark.parametrize(
-    ("wrong", "match"),
+    ("change", "match"),
     [
         (lambda o, tmp, tiny: {"limit": 1}, "--limit is 1"),
         (lambda o, tmp, tiny: {"max_new_tokens": 0}, "--max-new-tokens is 0"),
@@ -251,41 +267,22 @@ def remade(directory: Path, out: Path, **made: Any) -> Path:
         (lambda o, tmp, tiny: {"judge": "verdicts"}, "Write module:function"),
         (lambda o, tmp, tiny: {"out": o.model.parent, "force": True}, "would remove that"),
         (lambda o, tmp, tiny: {"model": tmp / "absent"}, "is not a model directory"),
+        (lambda o, tmp, tiny: {"model": both_formats(tmp / "both")}, "holds two patched models"),
         (lambda o, tmp, tiny: {"model": tiny("llava")}, "has no gate"),
-        (
-            lambda o, tmp, tiny: {"model": edited(o.model, tmp / "edited", "modeling_sasa.py", lambda text: text + "#")},
-            r"is not what was exported .1 differ: modeling_sasa.py",
-        ),
-        (lambda o, tmp, tiny: {"baseline": str(tiny("llava", seed=5))}, "whose weights are others"),
-        (lambda o, tmp, tiny: {"baseline": str(tiny("llava", num_hidden_layers=4))}, "whose weights are others"),
-        (lambda o, tmp, tiny: {"baseline": "no-such-model"}, "there is no model"),
+        (lambda o, tmp, tiny: {"model": edited(o.model, tmp / "code", "modeling_sasa.py", "{}#".format)}, "1 differ"),
         (lambda o, tmp, tiny: {"model": remade(o.model, tmp / "moved", model="gone")}, "Or give --baseline"),
         (lambda o, tmp, tiny: {"model": remade(o.model, tmp / "bare", model="")}, "does not say what it was made from"),
+        (lambda o, tmp, tiny: {"baseline": str(tiny("llava", seed=5))}, "whose weights are others"),
+        (lambda o, tmp, tiny: {"baseline": "no-such-model"}, "there is no model"),
         (lambda o, tmp, tiny: {"calibration": (str(tmp / "gone.jsonl"),)}, "there is no calibration file"),
         (lambda o, tmp, tiny: {"data": o.calibration}, "the sets leak"),
+        (lambda o, tmp, tiny: {"data": (lacking(o, 1),)}, "no harmful prompts"),
+        (lambda o, tmp, tiny: {"data": (lacking(o, 0),)}, "no harmless prompts"),
     ],
-)  # fmt: skip
+)
 def test_errors(
-    options: EvaluateOptions, tiny_model: Guards, tmp_path: Path, wrong: Callable[..., Any], match: str
+    options: EvaluateOptions, tiny_model: Guards, tmp_path: Path, change: Callable[..., Any], match: str
 ) -> None:
-    changed = {"out": tmp_path / "report", **wrong(options, tmp_path, tiny_model)}
     with pytest.raises(sasa_export.SasaExportError, match=match):
-        evaluate(replace(options, **changed))
+        evaluate(replace(options, **{"out": tmp_path / "report", **change(options, tmp_path, tiny_model)}))
     assert not list(tmp_path.glob("*report*"))
-
-
-@pytest.mark.parametrize(("label", "what"), [(1, "no harmless prompts"), (0, "no harmful prompts")])
-def test_data_without_a_label(options: EvaluateOptions, tmp_path: Path, label: int, what: str) -> None:
-    path = Path(options.data[0]).with_name(f"only-{label}.jsonl")
-    lines = Path(options.data[0]).read_text().splitlines()
-    path.write_text("\n".join(line for line in lines if json.loads(line)["label"] == label))
-    with pytest.raises(EvaluateError, match=what):
-        evaluate(replace(options, data=(str(path),), out=tmp_path / "report"))
-
-
-def test_two_patched_models_in_one_directory(options: EvaluateOptions, tmp_path: Path) -> None:
-    for name in ("safetensors", "onnx"):
-        (tmp_path / "both" / name).mkdir(parents=True)
-        (tmp_path / "both" / name / "config.json").write_text("{}")
-    with pytest.raises(EvaluateError, match="holds two patched models"):
-        evaluate(replace(options, model=tmp_path / "both", out=tmp_path / "report"))

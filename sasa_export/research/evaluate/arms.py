@@ -20,11 +20,11 @@ Figures = dict[str, Estimate]  # by the names that `figures` gives them
 @dataclass(frozen=True)
 class Answers:
     """What a model said to all prompts: `tokens` (prompts, longest), -1 behind the end, and their `texts`; `scores`
-    (prompts,), P(unsafe), of a patched model."""
+    (prompts,), P(unsafe), NaN of a model without a gate."""
 
     tokens: np.ndarray
     texts: list[str]
-    scores: np.ndarray | None = None
+    scores: np.ndarray
 
     def are(self, tokens: Sequence[int]) -> np.ndarray:
         """Is each answer these tokens, or as many of them as there was room for? (prompts,), bool."""
@@ -72,7 +72,7 @@ def answering_arm(
     if judge is not None:
         rows = zip(prompts, answers.texts, gate, strict=True)
         complied = np.array([bool(p.label and not no and judge(asked(p), text)) for p, text, no in rows])
-    return Arm(title, refused, complied, answers.scores, threshold)
+    return Arm(title, refused, complied, None if threshold is None else answers.scores, threshold)
 
 
 def fitted_arm(title: str, plain: Arm, scores: np.ndarray, threshold: float | None) -> Arm:

@@ -123,7 +123,6 @@ def _arms(
     judge: Judge | None,
 ) -> dict[str, Arm]:
     prompts, said, threshold = subject.evaluation, answers["patched"], float(subject.sasa["threshold"])
-    assert said.scores is not None
     own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
     plain = answering_arm("plain model", answers["plain"], np.zeros(len(prompts), bool), prompts, judge)
     gate = said.are(subject.sasa["refusal_token_ids"]) & (said.scores >= threshold)  # (prompts,)

@@ -181,4 +181,4 @@ def _answers(subject: Subject, model: Model, kind: str, batched: Batched) -> Ans
     found = batched(compute, names, subject.evaluation, subject.batch_size, kind)
     said = [row[row >= 0].tolist() for row in found["tokens"]]
     texts = subject.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-    return Answers(found["tokens"], texts, found.get("scores"))
+    return Answers(found["tokens"], texts, found.get("scores", np.full(len(texts), np.nan)))
