@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ class Subject:
         return fingerprint(
             self.source,
             [*self.evaluation, *self.calibration],
-            patched=hashlib.sha256(json.dumps(self.manifest).encode()).hexdigest(),
+            patched=digest(self.options.model / MANIFEST),
             dtype=self.dtype,
             device=self.device.partition(":")[0],
             batch_size=self.options.batch_size,
