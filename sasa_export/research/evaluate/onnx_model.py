@@ -7,29 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sasa_export.errors import EvaluateError
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.answer import Answer
-from sasa_export.verify.onnx import runs_here
 from sasa_export.verify.onnx_fresh import CHANGES, Graphs
 from sasa_export.writers.onnx import SUFFIX
 
-BATCH = 1  # prompts at a time
-
 
 class OnnxModel:
-    """Answers greedily by the directory's three graphs."""
-
-    batch_size = BATCH
+    """Answers greedily by the directory's three graphs; `tokens` is the longest answer."""
 
     def __init__(self, directory: Path, dtype: str, device: str, tokens: int) -> None:
-        """EvaluateError where the graphs do not run on this machine."""
+        """EvaluateError where the graphs do not run on this machine, or would not answer as the original."""
         from transformers import AutoProcessor
 
-        if not runs_here(dtype):
-            raise EvaluateError(
-                f"the {dtype} graphs in {directory} need onnxruntime's CUDA provider, and there is none."
-            )
         try:
             self.graphs = Graphs(directory, SUFFIX[dtype], "cuda" if device.startswith("cuda") else "cpu")
             self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
@@ -51,18 +43,19 @@ class OnnxModel:
                 "so its answers would not be the original's. Evaluate the safetensors directory."
             )
 
-    def answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        found = []
-        for prompt in prompts:
-            score, _, tokens = self.graphs.answer(self.prepare(prompt), self.tokens, self.ends, self.penalty)
-            text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-            found.append(Answer(prompt.name, tuple(tokens), text, None if score != score else float(score)))
-        return found
+    def answers(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """As `TorchModel.answers`."""
+        tokens, scores = np.full((len(prompts), self.tokens), -1), np.zeros(len(prompts))
+        for row, prompt in enumerate(prompts):
+            scores[row], _, said = self._answer(self.prepare([prompt]), self.tokens)
+            tokens[row, : len(said)] = said
+        return {"tokens": tokens, "scores": scores}
 
-    def prepare(self, prompt: Prompt) -> Any:
+    def prepare(self, prompts: Sequence[Prompt]) -> Any:
+        """The graphs' inputs for one prompt."""
         return dict(
             self.processor.apply_chat_template(
-                [prompt.conversation()],
+                [prompt.conversation() for prompt in prompts],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
@@ -71,6 +64,10 @@ class OnnxModel:
         )
 
     def judge(self, inputs: Any) -> None:
-        self.graphs.answer(inputs, 1, self.ends, self.penalty)
+        """Run the prompt: the verdict is there with the first logits, and so is the first token."""
+        self._answer(inputs, 1)
 
-    begin = judge  # the verdict is there with the first logits
+    begin = judge
+
+    def _answer(self, inputs: Any, count: int) -> Any:
+        return self.graphs.answer(inputs, count, self.ends, self.penalty)
