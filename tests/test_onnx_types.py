@@ -10,7 +10,7 @@ import torch
 from onnx_runner import Runner, batch, image_token, lane_of, positions
 
 from sasa_export.models import open_source
-from sasa_export.writers.onnx.room import needed_bytes
+from sasa_export.writers.onnx.memory import needed_bytes
 
 # Tolerance of P(unsafe) and of the logits, relative to their spread. Random weights suffer most from rounding: what
 # 4 bits leave of them says nothing, so there the graph is held to its own verdicts alone.

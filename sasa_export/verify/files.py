@@ -12,8 +12,8 @@ from sasa_export.models import read_config
 from sasa_export.models.contents import outside
 from sasa_export.models.shards import Shard, read_shards
 from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
+from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE
-from sasa_export.verify.check import Check
 
 
 def check_files(directory: Path) -> list[Check]:
@@ -26,7 +26,7 @@ def check_manifest(directory: Path) -> Check:
     name = "files are those that were exported"
     path = directory / MANIFEST
     if not path.exists():
-        return Check(name, False, f"{MANIFEST} is missing")
+        return Check(name, None, f"not checked, since {MANIFEST} is missing, as it is where a model was saved again")
     try:
         listed = dict(json.loads(path.read_text(encoding="utf-8"))["files"])
         present = _present(directory)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from sasa_export import pipeline
 from sasa_export.cli import main
 from sasa_export.models import Source, memory, open_source
-from sasa_export.writers.onnx import room
+from sasa_export.writers.onnx import memory
 
 Tiny = Callable[..., Path]
 GB = 10**9
