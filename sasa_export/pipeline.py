@@ -235,6 +235,9 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
         directory, device=device, only_files=not patch.cases, calibration=patch.calibration,
         count=options.verdict_prompts, most=options.max_changed_verdicts,
     )  # fmt: skip
+    if patch.cases and patch.calibration is None:
+        said = "not checked, since the probe was given (--probe), so there are no calibration prompts"
+        checks.append(Check("verdicts hold over the calibration prompts", None, said))
     _all_passed(checks, report)
     write_onnx_card(patch, checks, options, directory)
     write_onnx_manifest(
@@ -246,7 +249,7 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
 def _all_passed(checks: list[Check], report: Silent) -> None:
     for check in checks:
         report.check(check.passed, check.name, check.detail)
-    failed = [check for check in checks if not check.passed]
+    failed = [check for check in checks if check.passed is False]
     if failed:
         raise VerifyError(
             f"{len(failed)} of {len(checks)} checks failed ({failed[0].name}: {failed[0].detail}), "

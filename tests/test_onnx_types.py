@@ -16,16 +16,30 @@ from sasa_export.writers.onnx.memory import needed_bytes
 # 4 bits leave of them says nothing, so there the graph is held to its own verdicts alone.
 TOLERANCES = {"float16": (0.02, 0.02), "int8": (0.15, 0.15), "int4": (1.0, 2.0)}
 SUFFIXES = {"float16": "_fp16", "int8": "_int8", "int4": "_q4"}
-pytestmark = pytest.mark.xdist_group("onnx-llava")
+pytestmark = [pytest.mark.xdist_group("onnx-llava"), pytest.mark.slow]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_close_to_float32(dtype: str, split: Any, exported: Any) -> None:
-    guard = split("llava")
+@pytest.fixture
+def guard(split: Any) -> Any:
+    return split("llava")
+
+
+@pytest.fixture(params=TOLERANCES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def graphs(dtype: str, guard: Any, exported: Any) -> Path:
+    path: Path = exported(guard.directory, dtype=dtype)
+    return path
+
+
+def test_close_to_float32(dtype: str, guard: Any, graphs: Path) -> None:
     inputs = batch(guard, count=6)
     ids, following = positions(guard, inputs)
     arrays = {name: value.numpy() for name, value in inputs.items()}
-    runner = Runner(exported(guard.directory, dtype=dtype), SUFFIXES[dtype])
+    runner = Runner(graphs, SUFFIXES[dtype])
     runner.prompt(arrays, image_token(guard), ids.numpy())
     with torch.no_grad():
         output = guard.model(**inputs, position_ids=ids)
@@ -35,7 +49,7 @@ def test_close_to_float32(dtype: str, split: Any, exported: Any) -> None:
     assert np.abs(probability - wanted).max() < tolerance
     threshold = guard.model.config.sasa["threshold"]
     refused = probability >= threshold  # (batch,)
-    assert not (refused != (wanted >= threshold))[np.abs(wanted - threshold) > tolerance].any(), "a verdict flipped"
+    assert not (refused != (wanted >= threshold))[np.abs(wanted - threshold) > tolerance].any(), "a verdict changed"
     said = runner.logits.argmax(-1)  # (batch,)
     assert set(said[refused]) <= {guard.refusal[0]}
     both = ~refused & (wanted < threshold)
@@ -48,14 +62,12 @@ def test_close_to_float32(dtype: str, split: Any, exported: Any) -> None:
         assert set(said[refused]) <= {guard.refusal[place]}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_token_by_token_as_at_once(dtype: str, split: Any, exported: Any) -> None:
-    """The template's words are known whatever the weights are rounded to."""
-    guard = split("llava")
+def test_token_by_token_as_at_once(dtype: str, guard: Any, graphs: Path) -> None:
+    """The template's tokens are recognised whatever the weights are rounded to."""
     inputs = batch(guard, count=6, images=False)
     ids, _ = positions(guard, inputs)  # (batch, tokens)
     tokens, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()  # (batch, tokens)
-    runner, found = Runner(exported(guard.directory, dtype=dtype), SUFFIXES[dtype]), []
+    runner, found = Runner(graphs, SUFFIXES[dtype]), []
     for pieces in (1, tokens.shape[1]):
         runner.start(len(tokens))
         for start in range(0, tokens.shape[1], tokens.shape[1] // pieces):
@@ -67,10 +79,8 @@ def test_token_by_token_as_at_once(dtype: str, split: Any, exported: Any) -> Non
     np.testing.assert_allclose(found[1], found[0], atol=2e-2 if dtype == "float16" else 2e-3)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_the_gate_computes_in_float32(dtype: str, split: Any, exported: Any) -> None:
-    path: Path = exported(split("llava").directory, dtype=dtype) / "onnx"
-    model = ir.load(path / f"decoder_model_merged{SUFFIXES[dtype]}.onnx")
+def test_the_gate_computes_in_float32(dtype: str, graphs: Path) -> None:
+    model = ir.load(graphs / "onnx" / f"decoder_model_merged{SUFFIXES[dtype]}.onnx")
     lane = lane_of(model)
     assert not lane.initializers
     exact = [node for node in model.graph.all_nodes() if "/sasa/" in str(node.name) and "/lane/" not in str(node.name)]
@@ -89,13 +99,11 @@ def test_the_gate_computes_in_float32(dtype: str, split: Any, exported: Any) -> 
     assert {value.dtype for value in arithmetic} == {ir.DataType.FLOAT}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_the_estimate_of_the_disk_is_an_upper_bound(dtype: str, split: Any, exported: Any, tiny_model: Any) -> None:
+def test_the_estimate_of_the_disk_is_an_upper_bound(dtype: str, graphs: Path, tiny_model: Any) -> None:
     """Of the weights, that is: a tiny graph itself is larger than they are."""
-    path: Path = exported(split("llava").directory, dtype=dtype) / "onnx"
     stored = sum(
         value.const_value.nbytes
-        for graph in path.glob("*.onnx")
+        for graph in graphs.glob("onnx/*.onnx")
         for value in ir.load(graph).graph.initializers.values()
         if value.const_value is not None
     )
