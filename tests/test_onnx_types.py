@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.xdist_group("onnx-llava"), pytest.mark.slow]
 
 
 @pytest.fixture
-def guard(split: Any) -> Any:
+def guarded(split: Any) -> Any:
     return split("llava")
 
 
@@ -30,42 +30,42 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def graphs(dtype: str, guard: Any, exported: Any) -> Path:
-    path: Path = exported(guard.directory, dtype=dtype)
+def graphs(dtype: str, guarded: Any, exported: Any) -> Path:
+    path: Path = exported(guarded.directory, dtype=dtype)
     return path
 
 
-def test_close_to_float32(dtype: str, guard: Any, graphs: Path) -> None:
-    inputs = batch(guard, count=6)
-    ids, following = positions(guard, inputs)
+def test_close_to_float32(dtype: str, guarded: Any, graphs: Path) -> None:
+    inputs = batch(guarded, count=6)
+    ids, following = positions(guarded, inputs)
     arrays = {name: value.numpy() for name, value in inputs.items()}
     runner = Runner(graphs, SUFFIXES[dtype])
-    runner.prompt(arrays, image_token(guard), ids.numpy())
+    runner.prompt(arrays, image_token(guarded), ids.numpy())
     with torch.no_grad():
-        output = guard.model(**inputs, position_ids=ids)
+        output = guarded.model(**inputs, position_ids=ids)
     probability, wanted = runner.probability, output.unsafe_probability.numpy()  # (batch,)
     tolerance, spread = TOLERANCES[dtype]
     assert probability is not None and probability.dtype == np.float32
     assert np.abs(probability - wanted).max() < tolerance
-    threshold = guard.model.config.sasa["threshold"]
+    threshold = guarded.model.config.sasa["threshold"]
     refused = probability >= threshold  # (batch,)
     assert not (refused != (wanted >= threshold))[np.abs(wanted - threshold) > tolerance].any(), "a verdict changed"
     said = runner.logits.argmax(-1)  # (batch,)
-    assert set(said[refused]) <= {guard.refusal[0]}
+    assert set(said[refused]) <= {guarded.refusal[0]}
     both = ~refused & (wanted < threshold)
     logits = output.logits[:, -1].numpy()  # (batch, vocabulary)
     if both.any():
         assert np.abs(runner.logits - logits)[both].max() < spread * np.ptp(logits[both])
-    for place in range(1, len(guard.refusal)):
+    for place in range(1, len(guarded.refusal)):
         runner.step(said, following.numpy() + place - 1)
         said = runner.logits.argmax(-1)
-        assert set(said[refused]) <= {guard.refusal[place]}
+        assert set(said[refused]) <= {guarded.refusal[place]}
 
 
-def test_token_by_token_as_at_once(dtype: str, guard: Any, graphs: Path) -> None:
+def test_token_by_token_as_at_once(dtype: str, guarded: Any, graphs: Path) -> None:
     """The template's tokens are recognised whatever the weights are rounded to."""
-    inputs = batch(guard, count=6, images=False)
-    ids, _ = positions(guard, inputs)  # (batch, tokens)
+    inputs = batch(guarded, count=6, images=False)
+    ids, _ = positions(guarded, inputs)  # (batch, tokens)
     tokens, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()  # (batch, tokens)
     runner, found = Runner(graphs, SUFFIXES[dtype]), []
     for pieces in (1, tokens.shape[1]):

@@ -68,8 +68,13 @@ def count_changed(
 ) -> ChangedVerdicts:
     """Compare the graphs' P(unsafe), (judged,), with the calibration's; NaN is refused."""
     was, now = np.asarray(before), np.asarray(after)
-    answered, refused = was < threshold, ~(now < threshold)
-    changed = answered == refused
-    clear = changed & (np.abs(was - threshold) > tolerance)
-    counts = ((changed & ~answered), (changed & answered), clear)
-    return ChangedVerdicts(len(was), whole, *(int(rows.sum()) for rows in counts), tolerance)
+    allowed, refused = was < threshold, ~(now < threshold)
+    changed = allowed == refused
+    return ChangedVerdicts(
+        judged=len(was),
+        whole=whole,
+        now_answered=int((changed & ~allowed).sum()),
+        now_refused=int((changed & allowed).sum()),
+        clear=int((changed & (np.abs(was - threshold) > tolerance)).sum()),
+        tolerance=tolerance,
+    )

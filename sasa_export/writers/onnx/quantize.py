@@ -82,6 +82,9 @@ def _packer(bits: int) -> Any:
         assert weight.const_value is not None
         blocks, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.const_value.numpy()))
         tensors = (ir.tensor(blocks, name=f"{weight.name}_Q{bits}"), ir.tensor(scales, name=f"{weight.name}_scales"))
-        return [ir.Value(name=t.name, shape=t.shape, type=ir.TensorType(t.dtype), const_value=t) for t in tensors]
+        return [
+            ir.Value(name=t.name, shape=ir.Shape(t.shape.numpy()), type=ir.TensorType(t.dtype), const_value=t)
+            for t in tensors
+        ]
 
     return pack
