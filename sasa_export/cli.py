@@ -161,7 +161,7 @@ def verify(directory: Path, device: str, only_files: bool) -> None:
     report = Console()
     for check in checks:
         report.check(check.passed, check.name, check.detail)
-    if not all(check.passed for check in checks):
+    if any(check.passed is False for check in checks):
         raise SasaExportError(f"{directory} failed its verification. Do not serve it; export the model again.")
 
 

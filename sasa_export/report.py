@@ -6,9 +6,22 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 PAUSE = 30.0  # seconds between two lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a written directory: `name` says what should hold, `detail` what was measured.
+
+    `passed` is None where it could not be checked, and `detail` then says why.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
 
 
 class Silent:
@@ -20,7 +33,7 @@ class Silent:
     def warn(self, text: str) -> None:
         """Something the user should know before relying on the result."""
 
-    def check(self, passed: bool, name: str, detail: str) -> None:
+    def check(self, passed: bool | None, name: str, detail: str) -> None:
         """One line of verification."""
 
     @contextmanager
@@ -45,8 +58,8 @@ class Console(Silent):
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]{'warning':<10}{self.escape(text)}[/yellow]", soft_wrap=True)
 
-    def check(self, passed: bool, name: str, detail: str) -> None:
-        mark = "[green]✓[/green]" if passed else "[red]✗[/red]"
+    def check(self, passed: bool | None, name: str, detail: str) -> None:
+        mark = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "[yellow]–[/yellow]"}[passed]
         self.console.print(f"{'':<10}{mark} {self.escape(name)}: {self.escape(detail)}", soft_wrap=True)
 
     @contextmanager

@@ -11,9 +11,9 @@ from sasa_export.options import Options
 from sasa_export.writers.onnx import SUFFIX
 
 # Bits of a weight in memory while the graphs are made, by type of the graphs; the quantizer starts from float32.
-LOADED = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 32, "int4": 32}
+LOADED = {"float32": 32, "float16": 16, "int8": 32, "int4": 32}
 # Bits of a weight of a matrix product in the file; a block of 32 has one scale of 32 bits.
-STORED = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 9, "int4": 5}
+STORED = {"float32": 32, "float16": 16, "int8": 9, "int4": 5}
 # Of own memory, measured by benchmarks/export_memory.py (docs/onnx-memory.md), rounded up. What has the type of the
 # source stays in its file and is mapped, so that it takes none.
 PROGRAM = 1_300_000_000  # bytes: Python, torch, the exporter, and what it holds of one weight at a time
@@ -23,7 +23,7 @@ PER_WEIGHT = 1.1  # times the weights, where their type changes
 QUANTIZED, COPIES = 1.5, 9
 # Times the graphs' bytes while onnxruntime loads them: 1.4 was measured on smol-llava in float32, 1.1 once it runs.
 RUN = 1.5
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F32": "float32", "F16": "float16"}  # the names in safetensors
 MATRIX = 2  # axes
 
 
@@ -38,14 +38,11 @@ def needed_bytes(source: Source, dtype: str) -> int:
 def needed_memory(source: Source, dtype: str, *, run: bool) -> int:
     """Bytes of memory that the graphs of a type take to make and, with `run`, to verify in onnxruntime."""
     counts = [prod(shape) for shard in source.shards for shape in shard.shapes]
-    count, largest = sum(counts), max(counts)
-    loaded = count * LOADED[dtype] // 8
+    loaded, largest = (count * LOADED[dtype] // 8 for count in (sum(counts), max(counts)))  # bytes
     if dtype in ("int8", "int4"):
-        made = loaded * QUANTIZED + largest * LOADED[dtype] // 8 * COPIES
-    elif stored_types(source) == {dtype}:
-        made = 0.0
+        made = loaded * QUANTIZED + largest * COPIES
     else:
-        made = loaded * PER_WEIGHT
+        made = 0.0 if stored_types(source) == {dtype} else loaded * PER_WEIGHT
     return PROGRAM + int(max(made, needed_bytes(source, dtype) * RUN if run else 0.0))
 
 

@@ -64,7 +64,7 @@ def expect(
 
     known = {} if scores is None else {prompt.name: float(score) for prompt, score in zip(prompts, scores, strict=True)}
     for prompt in choose(prompts, scores):
-        state = collect(model, processor, lane, [prompt], batch_size=1).projected.astype(np.float64)
+        state = collect(model, processor, lane, [prompt], batch_size=1).projected.astype(np.float64)  # (1, features)
         score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
         inputs = place(encode(processor, [prompt]), model)
         with torch.no_grad():
@@ -82,25 +82,28 @@ def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
     """Write the cases with their pictures; `dtype` is what they were computed in."""
     folder = directory / FOLDER
     folder.mkdir()
-    entries = []
-    for number, case in enumerate(cases):
-        image = None
-        if case.prompt.image is not None:
-            image = f"{number:02}.png"
-            case.prompt.image().save(folder / image)
-        entries.append(
-            {
-                "name": case.prompt.name,
-                "prompt": case.prompt.prompt,
-                "image": image,
-                "unsafe_probability": case.unsafe_probability,
-                "calibrated": case.calibrated,
-                "tokens": list(case.tokens),
-                "logits": [list(pair) for pair in case.logits],
-            }
-        )
+    entries = write_prompts([case.prompt for case in cases], folder)
+    for entry, case in zip(entries, cases, strict=True):
+        entry |= {
+            "unsafe_probability": case.unsafe_probability,
+            "calibrated": case.calibrated,
+            "tokens": case.tokens,
+            "logits": case.logits,
+        }
     text = json.dumps({"dtype": dtype, "cases": entries}, indent=1, ensure_ascii=False)
     (folder / CASES).write_text(text + "\n", encoding="utf-8")
+
+
+def write_prompts(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any]]:
+    """Write the prompts' pictures; the prompts in JSON, each with the name of its picture's file."""
+    entries = []
+    for number, prompt in enumerate(prompts):
+        image = None
+        if prompt.image is not None:
+            image = f"{number:02}.png"
+            prompt.image().save(folder / image)
+        entries.append({"name": prompt.name, "prompt": prompt.prompt, "image": image})
+    return entries
 
 
 def read_cases(directory: Path) -> dict[str, Any]:
