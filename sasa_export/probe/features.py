@@ -17,7 +17,6 @@ from sasa_export.models.load import place
 from sasa_export.prompts.prompt import Prompt, encode
 from sasa_export.workers import workers
 
-RECENT = "recent"  # the name of the mean over the last few tokens
 MAIN = "main"  # what enters the final norm
 
 
@@ -25,8 +24,7 @@ MAIN = "main"  # what enters the final norm
 class Features:
     """The second lane's and the main lane's first-token features: (prompts, features), float32.
 
-    They are normed hidden states, or logits where the graph has a head in the lane. Those of several lanes are side by
-    side in `projected`: (prompts, lanes * features).
+    They are normed hidden states, or logits where the graph has a head in the lane.
     """
 
     projected: np.ndarray
@@ -35,8 +33,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Read:
-    """One batch's features, float32: `projected` (rows, lanes * features), `plain` (rows, features), and `more` by
-    name, (rows, hidden) each."""
+    """One batch's features, float32: `projected` and `plain` (rows, features), and `more` by name, (rows, hidden)."""
 
     rows: tuple[int, ...]
     projected: np.ndarray
@@ -46,7 +43,7 @@ class Read:
 
 @contextmanager
 def reading(
-    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = (), recent: int = 0
+    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = ()
 ) -> Iterator[Callable[[Sequence[Prompt], Sequence[int]], Read]]:
     """Watch the model while the context lasts; gives a function that runs both lanes over a batch of prompts.
 
@@ -54,7 +51,6 @@ def reading(
         graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
         more: nodes within the lane, its last block not among them, whose states are wanted too, read as those of the
             last block are, behind the final norm.
-        recent: of so many last tokens the lane's normed states are averaged, as `RECENT` among `more`; 0 leaves it out.
 
     The function takes all prompts and the rows of a batch, and raises CalibrationError where a state is not finite.
     """
@@ -69,8 +65,6 @@ def reading(
     head = [node for node in nodes if node["op"] == "lane_head"][:1]
     plain = [{**end, "inputs": [MAIN]}, *head]  # what is done to a lane's end, done to the main lane's
     others = {name: {**end, "inputs": [name]} for name in more}
-    if recent:
-        others[RECENT] = {**end, "positions": recent}
     norm = model.get_submodule(graph["norm"].module)
     seen_norm: list[torch.Tensor] = []
 
@@ -84,7 +78,7 @@ def reading(
         real = real_tokens(mask, 0, ids.shape[1], ids)  # (batch, tokens)
         with torch.no_grad():
             values = run_graph(model, nodes, seen, judged, real)
-            lane = values[nodes[-1]["name"]]  # (batch, lanes * features)
+            lane = values[nodes[-1]["name"]]  # (batch, features)
             main = run_probe_at(model, plain, {MAIN: seen_norm[0]}, judged, real)[plain[-1]["name"]]
             found = {name: run_probe_at(model, [node], values, judged, real) for name, node in others.items()}
         batch = Read(
@@ -142,14 +136,10 @@ def collect(
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
     """Row numbers, batch by batch: channels apart and short prompts together, so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda row: (prompts[row].channel, len(prompts[row].prompt), row))
-    start = 0
-    while start < len(order):
-        batch = [row for row in order[start : start + batch_size]]
-        channel = prompts[batch[0]].channel
-        batch = [row for row in batch if prompts[row].channel == channel]
-        yield batch
-        start += len(batch)
+    for channel in sorted({prompt.channel for prompt in prompts}):
+        rows = [row for row, prompt in enumerate(prompts) if prompt.channel == channel]
+        rows.sort(key=lambda row: len(prompts[row].prompt))
+        yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 
 
 def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:
