@@ -8,10 +8,11 @@ import pytest
 import tiny
 import torch
 from conftest import Guard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from sasa_export.runtime.turn import read_turn
-from sasa_export.runtime.words import Words
+from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
 
 Guards = Callable[..., Guard]
 
@@ -96,73 +97,101 @@ def test_random_chunkings(guard: Guards, family: str, images: bool) -> None:
             assert torch.equal(said == guarded.refusal[0], refused), ends
 
 
-def read(
-    ids: list[list[int]], past: int, before: list[int], prompt_end: int | None = None, covered: bool = True
-) -> tuple[Any, Any, Any]:
-    """`read_turn` with a past that a verdict covers or not.
+TOKENS = TemplateTokens.of({"generation_prompt_ids": [7, 8], "turn_token_ids": [2], "refusal_token_ids": [11, 12, 2]})
 
-    0 is padding, (7, 8) the generation prompt, 2 an end of turn and (11, 12, 2) the refusal.
+
+class Rule:
+    """The rule of the verdict, one token after the other, for one row: what a call of any length must come to.
+
+    0 is padding, (7, 8) the generation prompt, 2 an end of turn and (11, 12, 2) the refusal. `refuses` says of each
+    context whether its verdict would be to refuse.
     """
-    words = Words.of({"generation_prompt_ids": [7, 8], "turn_token_ids": [2], "refusal_token_ids": [11, 12, 2]})
-    tokens = torch.tensor(ids)
-    several = past == 0 or tokens.shape[1] - past > 1
-    marks = (torch.arange(tokens.shape[1]) < past).expand_as(tokens) & covered
-    turn = read_turn(words.in_ids(tokens), tokens != 0, past, several, torch.tensor(before), marks, words, prompt_end)
-    refused = turn.states(torch.ones(len(ids), dtype=torch.bool))
-    return turn.judged.tolist(), turn.due.tolist(), refused.tolist()
+
+    def __init__(self, refuses: Callable[[tuple[int, ...]], bool]) -> None:
+        self.refuses = refuses
+        self.context: list[int] = []
+        self.judged = self.answering = False
+        self.state = 0
+
+    def feed(self, tokens: list[int]) -> tuple[bool, int]:
+        """Is a verdict due in this call, and STATE behind it."""
+        due_at, start, begun = None, self.state, len(self.context)
+        for token in tokens:
+            self.context.append(token)
+            if token == 2:
+                self.answering = False
+            if self.context[-2:] == [7, 8]:
+                self.answering, due_at = True, len(self.context)
+        several = len(tokens) > 1
+        if not self.answering:
+            due_at = len(self.context) if several or not self.judged else None
+        if due_at is not None:
+            start = int(self.refuses(tuple(self.context[:due_at])))
+            self.judged = self.judged or several or self.answering or bool(start)
+        state = start
+        for token in self.context[due_at or begun :]:
+            if state:
+                wanted = (11, 12, 2)[state - 1]
+                state = min(state + 1, 3) if token == wanted or not several else 1
+                if state == 1 and several:
+                    break  # a stray begins the refusal anew, and what follows it in this call is a draft
+        self.state = state
+        return due_at is not None, state
 
 
-def test_a_prompt_ends_with_the_generation_prompt() -> None:
-    judged, due, states = read([[5, 7, 8, 9, 9], [5, 2, 5, 7, 8], [5, 7, 8, 11, 12], [5, 7, 8, 2, 5]], 0, [0] * 4)
-    assert judged == [2, 4, 2, 4]  # the last row's answer is over, and another turn has begun
-    assert due == [True] * 4
-    # A foreign answer is refused from its next token on; one that is the refusal so far goes on.
-    assert states == [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 0, 1, 2, 3], [0, 0, 0, 0, 1]]
+calls = st.lists(
+    st.lists(st.sampled_from([(7, 8), (2,), (5,), (11, 12, 2), (11,), (7,), (8,)]), min_size=1, max_size=4).map(
+        lambda parts: [token for part in parts for token in part]
+    )
+    | st.sampled_from([[5], [7], [8], [2], [11], [12]]),
+    min_size=1,
+    max_size=8,
+)
 
 
-def test_padding_within_a_generation_prompt() -> None:
-    judged, due, _ = read([[5, 7, 0, 0, 8], [0, 0, 5, 7, 8]], 4, [0, 0])
-    assert judged == [4, 4] and due == [True, True]
+@given(calls, st.integers(0, 3), st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_the_rule_token_by_token(fed: list[list[int]], padding: int, harmful: bool) -> None:
+    """What tensors say of a call is what the rule says token by token, under any padding on the left."""
+
+    def refuses(context: tuple[int, ...]) -> bool:
+        return harmful ^ (len(context) % 3 == 0)
+
+    rule, kept, context = Rule(refuses), torch.zeros(1, 0, 3, dtype=torch.long), []
+    for number, tokens in enumerate(fed):
+        ids = torch.tensor([[0] * (padding if number == 0 else 0) + tokens])  # (1, tokens)
+        symbols, real = TOKENS.in_ids(ids), ids != 0
+        several = torch.tensor(ids.shape[1] > 1)
+        earlier = torch.nn.functional.pad(kept, (0, 0, 2, 0))[:, -2:]  # (1, 2, 3)
+        call = Call(symbols, real, earlier, several, several)
+        due = find_due(call, TOKENS)
+        judged = tuple(context + tokens[: int(due.at) + 1 - (ids.shape[1] - len(tokens))])
+        refused = due.rows & torch.tensor([refuses(judged)])
+        states, turns = follow(call, due, refused, TOKENS)
+        context += tokens
+        if number == 0 and padding and len(tokens) == 1:
+            return  # a first call of padding and one token brings several
+        assert (bool(due.rows), int(states[0, -1])) == rule.feed(tokens), fed
+        kept = torch.cat([kept, torch.stack([states, turns, symbols], dim=-1)], dim=1)
 
 
-def test_an_answer_is_not_judged() -> None:
-    _, due, states = read([[5, 7, 8, 9], [5, 7, 8, 11]], 3, [0, 1])
-    assert due == [False, False] and states == [[0], [2]]
-    _, due, states = read([[5, 7, 8, 9, 9], [5, 7, 8, 11, 12]], 3, [0, 1])  # as drafts are fed
-    assert due == [False, False] and states == [[0, 0], [2, 3]]
-
-
-def test_a_past_without_a_verdict_is_judged() -> None:
-    """Whoever crops a conversation back behind an earlier prompt finds no verdict there."""
-    judged, due, states = read([[5, 7, 8, 9], [5, 7, 8, 11], [5, 5, 5, 9]], 3, [0, 0, 0], covered=False)
-    assert judged == [2, 2, 3] and due == [True] * 3
-    assert states == [[1], [2], [1]]
-
-
-def test_text_without_a_template() -> None:
-    assert read([[5, 5, 5]], 0, [0])[:2] == ([2], [True])
-    assert read([[5, 5, 5, 5]], 2, [0])[:2] == ([3], [True])
-    assert read([[5, 5, 5, 5]], 3, [0])[1] == [False]
-    # A decoding loop says where its prompt ends, and what it feeds behind that is never a prompt.
-    assert read([[5, 5, 5, 5]], 0, [0], prompt_end=2)[:2] == ([1], [True])
-    assert read([[5, 5, 5, 5]], 2, [0], prompt_end=2)[1] == [False]
-    assert read([[5, 5, 5]], 0, [0], prompt_end=4)[1] == [False]
-    assert read([[5, 5, 5, 5]], 3, [0], prompt_end=4)[:2] == ([3], [True])
-
-
-def test_text_that_comes_a_token_at_a_time() -> None:
-    """Each token may be the prompt's last, until several come at once; but a refusal goes on to its end."""
-    for ids in ([5], [5, 5], [5, 5, 5]):
-        assert read([ids], len(ids) - 1, [0], covered=False)[1:] == ([True], [[1]])
-    assert read([[5, 11], [5, 9]], 1, [1, 1], covered=False)[1:] == ([False, True], [[2], [1]])
-    assert read([[5, 11, 12]], 2, [2], covered=False)[1:] == ([False], [[3]])
-    assert read([[5, 11, 12]], 1, [1], covered=False)[1] == [True]
+def test_generate_says_where_its_prompt_ends() -> None:
+    """What a decoding loop feeds behind its prompt is never one, be it drafts with a generation prompt in them."""
+    earlier = torch.tensor([[[0, 0, 0], [2, 2, 0]]])  # (1, 2, 3): token 1 of a refusal is due
+    ids = torch.tensor([[11, 7, 8, 5]])
+    call = Call(
+        TOKENS.in_ids(ids), ids != 0, earlier, torch.tensor(True), torch.tensor(False), torch.zeros(4, dtype=torch.bool)
+    )
+    due = find_due(call, TOKENS)
+    assert not due.rows.any()
+    states, _ = follow(call, due, due.rows, TOKENS)
+    assert states[0, 0] == 1  # a stray: 12 was due
 
 
 def test_embeddings_are_recognised(guard: Guards) -> None:
     """Symbols read off embeddings are those of the ids."""
     guarded = guard("gemma3")
-    words = Words.of(guarded.model.config.sasa)
+    words = TemplateTokens.of(guarded.model.config.sasa)
     ids = torch.arange(guarded.model.config.text_config.vocab_size)[None]  # (1, vocabulary)
     embedding = guarded.model.get_input_embeddings()
     with torch.no_grad():

@@ -136,7 +136,7 @@ def test_generate_says_what_the_original_says(guard: Guards, family: str, images
     with guarded.halved(inputs) as refused, seen_outputs(guarded.model) as outputs:
         found = guarded.model.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]
     assert differs(outputs[0].unsafe_probability, guarded.expected(inputs)) <= TOLERANCE
-    assert all(output.unsafe_probability is None for output in outputs[1:])
+    assert all(bool(output.unsafe_probability.isnan().all()) for output in outputs[1:])
     assert len({tuple(row) for row in expected.tolist()}) == len(expected)
     for row, answer in enumerate(found.tolist()):
         if refused[row]:
@@ -189,7 +189,7 @@ def test_cache_holds_the_main_lane(guard: Guards, family: str, padding_side: str
         plain = guarded.stock(**step, past_key_values=expected)
     same_layers(found, expected)
     assert found.get_seq_length(tiny.LAYERS) == tokens + 1
-    assert after.unsafe_probability is None
+    assert after.unsafe_probability.isnan().all()
     assert torch.equal(after.logits[~refused], plain.logits[~refused])
     assert (after.logits[refused, -1].argmax(dim=-1) == guarded.refusal[1]).all()
 

@@ -56,8 +56,8 @@ def reading(
     """
     import torch
 
-    from sasa_export.runtime.lane import run_graph, run_probe_at
-    from sasa_export.runtime.mask import last_real, real_tokens
+    from sasa_export.runtime.guard import last_real, real_tokens
+    from sasa_export.runtime.lane import project_taps, read_lane, run_lane
     from sasa_export.runtime.watch import recording, watch
 
     nodes = graph.to_json()
@@ -74,13 +74,12 @@ def reading(
         with torch.no_grad(), recording() as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        judged = last_real(mask, ids.shape[1], ids)  # (batch,)
-        real = real_tokens(mask, 0, ids.shape[1], ids)  # (batch, tokens)
+        at = last_real(real_tokens(mask, ids.shape[1], ids))  # (batch,)
         with torch.no_grad():
-            values = run_graph(model, nodes, seen, judged, real)
-            lane = values[nodes[-1]["name"]]  # (batch, features)
-            main = run_probe_at(model, plain, {MAIN: seen_norm[0]}, judged, real)[plain[-1]["name"]]
-            found = {name: run_probe_at(model, [node], values, judged, real) for name, node in others.items()}
+            values = run_lane(model, nodes, project_taps(nodes, seen), seen.arguments)  # (batch, tokens, hidden) each
+            lane = read_lane(model, nodes, values, at)[nodes[-1]["name"]]  # (batch, features)
+            main = read_lane(model, plain, {MAIN: seen_norm[0]}, at)[plain[-1]["name"]]  # (batch, features)
+            found = {name: read_lane(model, [node], values, at) for name, node in others.items()}
         batch = Read(
             tuple(rows),
             lane.float().cpu().numpy(),

@@ -1,4 +1,4 @@
-"""The modeling file of a patched directory: the files of this room one after another, and its family's classes."""
+"""The modeling file of a patched directory: the files beside this one after another, and its family's classes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 MODELING_FILE = "modeling_sasa.py"
 
 # From what needs nothing to what needs all; the first stands in front of every other import.
-PARTS = (
-    "version", "formulas", "nodes", "settings", "ledger", "words", "turn", "mask", "watch", "lane", "live_lane",
-    "probe", "seal", "generation", "judge", "model",
-)  # fmt: skip
+PARTS = ("version", "formulas", "settings", "seal", "ledger", "verdict", "watch", "lane", "guard", "model")
 
 HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637).
@@ -20,7 +17,7 @@ The model judges every prompt before it says a word. The idea, with h_s and h_f 
 block s and the semantic block f over the prompt:
 
     project(h_s, h_f)      = <h_s, h_f> / max(|h_f|^2, epsilon) * h_f      # (batch, tokens, hidden), float32
-    second lane(p)         = norm(block_{L-1}(... block_{s+1}(p)))[judged] # (batch, hidden), the same weights
+    second_lane(p)         = norm(block_{L-1}(... block_{s+1}(p)))[judged] # (batch, hidden), the same weights
     unsafe_probability(x)  = sigmoid(w . x + b)                            # (batch,)
     gate(logits, verdict)  = logits, or the next token of the refusal      # (batch, kept, vocabulary)
 
@@ -41,8 +38,11 @@ class Sasa{config_class}(GuardedConfig, {config_class}):
 
 class Sasa{model_class}(GuardedModel, {model_class}):
     config_class = Sasa{config_class}
+    forward = guarded({model_class}.forward)
 
 
+rename_old_keys("{model_type}", {model_class})
+refuse_guarded_configurations({model_class})
 # So that AutoProcessor and AutoTokenizer, which look at config.json too, know it and need not ask.
 AutoConfig.register("{model_type}", Sasa{config_class}, exist_ok=True)
 """

@@ -1,9 +1,9 @@
-"""The formulas of SASA (arXiv 2507.21637): projection, probability and gate."""
+"""The idea on one page: the formulas of SASA (arXiv 2507.21637), with h_s and h_f the outputs of blocks s and f."""
 
 import torch
 
 # Logits of a refused row. The order is what counts: where a generation option forbids the wanted token, another
-# word of the refusal follows, and where none is left the answer ends.
+# token of the refusal follows, and where none is left the answer ends.
 WANTED, REFUSAL, END, OTHER = 0.0, -5e2, -1e3, -1e4
 
 
@@ -19,8 +19,13 @@ def project(safety: torch.Tensor, semantic: torch.Tensor, epsilon: float) -> tor
 
 
 def unsafe_probability(state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Logistic regression on the lane's state (..., features): P(unsafe), (...), float32."""
+    """Logistic regression on the second lane's state (..., features): P(unsafe), (...), float32."""
     return torch.sigmoid((state.float() * weight.float()).sum(-1) + bias.float())
+
+
+def is_refused(probability: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The verdicts (batch,), bool, on P(unsafe) (batch,). What is NaN could not be judged, and is refused."""
+    return ~(probability < threshold)
 
 
 def gate(logits: torch.Tensor, wanted: torch.Tensor, refused: torch.Tensor, refusal: tuple[int, ...]) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""What the cache keeps of a token.
+"""What the cache keeps of each token for the gate: a few small integers and the projected state.
 
-A verdict must not depend on how a prompt is fed, so the gate keeps a ledger: for each token a few small integers
-and its projected state, packed into extra layers of the KV cache, after the model's own. Beams, batches, crops and
-resets carry it as they carry keys and values, and the second lane can run over the whole context at any call. All
+They are packed into extra layers of the KV cache, behind the model's own, so that whatever copies, repeats or crops a
+cache carries them. With them a verdict can be read over the whole context at any call, however that came in. All
 integers stay below 256, which every float type holds exactly.
 """
 
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sasa_export.runtime.nodes import EVERY_TOKEN, lane_entries
-
-# Its columns. STATE is 0, or k + 1 where token k of the refusal is due; JUDGED is 1 where a verdict covers the token.
-STATE, SYMBOL, REAL, PICTURE, JUDGED, POSITION = range(6)
+# Its columns. STATE is 0, or k + 1 where token k of the refusal is due; TURN and SYMBOL are those of verdict.py; PICTURE
+# is the token's type in families that tell pictures from text by it. Digits of the position follow.
+STATE, TURN, SYMBOL, PICTURE, POSITION = range(5)
 DIGITS, BASE = 3, 128  # of a position, one column each
 
 
@@ -26,18 +24,15 @@ class Ledger:
     first: int  # index of the first extra cache layer
     heads: int
     size: int  # of a head
-    hidden: int  # of all projected states
+    hidden: int
     axes: int  # of a position: three in families with M-RoPE
-    lanes: int  # each has a projected state
 
     @classmethod
-    def of(cls, text: Any, sasa: dict[str, Any]) -> "Ledger":
-        """The ledger of a text configuration. A lane that keeps its own cache needs no projected states in it."""
+    def of(cls, text: Any) -> "Ledger":
+        """The ledger of a text configuration."""
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         axes = 3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1
-        lanes = len(lane_entries(sasa["graph"]))
-        hidden = 0 if sasa["gate"] == EVERY_TOKEN else lanes * text.hidden_size
-        return cls(text.num_hidden_layers, text.num_key_value_heads, size, hidden, axes, lanes)
+        return cls(text.num_hidden_layers, text.num_key_value_heads, size, text.hidden_size, axes)
 
     @property
     def columns(self) -> int:
@@ -48,14 +43,18 @@ class Ledger:
         """How many cache layers hold it."""
         return -(-(self.columns + self.hidden) // (2 * self.heads * self.size))
 
+    def empty(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """The ledger of no tokens: tensors (batch, heads, 0, size), in the dtype of states (batch, tokens, hidden)."""
+        return [like.new_zeros(like.shape[0], self.heads, 0, self.size)] * (2 * self.layers)
+
     def pack(self, columns: torch.Tensor, projection: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """Columns (batch, tokens, columns) and projection (batch, tokens, hidden) as keys, values, keys, values ...
 
         Each is (batch, heads, tokens, size), like those of every other layer.
         """
         flat = torch.cat([columns.to(dtype), projection.to(dtype)], dim=-1)  # (batch, tokens, columns + hidden)
-        room = 2 * self.layers * self.heads * self.size
-        flat = nn.functional.pad(flat, (0, room - flat.shape[-1]))  # (batch, tokens, room)
+        width = 2 * self.layers * self.heads * self.size
+        flat = nn.functional.pad(flat, (0, width - flat.shape[-1]))  # (batch, tokens, width)
         flat = flat.unflatten(-1, (2 * self.layers * self.heads, self.size))
         return list(flat.transpose(1, 2).split(self.heads, dim=1))
 
@@ -78,6 +77,11 @@ class Ledger:
     def unpack_projection(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """(batch, tokens, hidden)."""
         return self.unpack(tensors, self.columns, self.columns + self.hidden)
+
+    def tail(self, tensors: list[torch.Tensor], count: int) -> torch.Tensor:
+        """The last `count` tokens' STATE, TURN and SYMBOL, (batch, count, 3), int64; 0 where there were fewer."""
+        kept = self.unpack(tensors, 0, SYMBOL + 1)  # (batch, past, 3)
+        return nn.functional.pad(kept, (0, 0, count, 0))[:, kept.shape[1] :].round().long()
 
     def digits(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions (axes, batch, tokens) as columns (batch, tokens, axes * digits)."""

@@ -1,7 +1,8 @@
-"""The classes that a family's stock classes are mixed with."""
+"""The class that a family's stock class is mixed with."""
 
 import functools
 import inspect
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,52 +16,65 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from sasa_export.runtime.generation import generating
-from sasa_export.runtime.judge import PACKED, Judging
-from sasa_export.runtime.nodes import HOW_TO_LOAD, lane_entries
-from sasa_export.runtime.probe import Probe
-from sasa_export.runtime.seal import SEAL
-from sasa_export.runtime.settings import check_settings
-from sasa_export.runtime.watch import watch
+from sasa_export.runtime.guard import Guard, generating
+from sasa_export.runtime.ledger import Ledger
+from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
+from sasa_export.runtime.watch import recording, watch
+
+PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
+# Options of `generate` that would answer without the gate, or past it, and why.
+UNGUARDED = {
+    "assistant_early_exit": "it leaves out the blocks that judge",
+    "assistant_ensemble_weight": "it mixes what an unguarded model says into the answer",
+    "guidance_scale": "it mixes in the answer to a second prompt, which may be refused apart from the first",
+    "is_assistant": "a guarded model does not guard the model that it drafts for; take it as the main one",
+}
 
 
-class GuardedModel(Judging):
+def guarded(forward: Callable) -> Callable:
+    """The family's forward with the gate around it; generate() still reads the family's own signature."""
+    names = list(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(names, args, strict=False), **kwargs)
+        as_dictionary = kwargs.pop("return_dict", None)
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+            return forward(self, **kwargs)  # the family's own error says what is missing
+        if "paged" in str(self.config._attn_implementation) or kwargs.get("cu_seq_lens_q") is not None:
+            raise NotImplementedError(f"packed prompts: {PACKED}")
+        kept = self.sasa.kept(kwargs.get("past_key_values"))
+        with recording() as seen:
+            output = forward(self, **kwargs, return_dict=True)
+        output = self.sasa(self, kwargs, kept, seen, output)
+        plain = as_dictionary is False or (as_dictionary is None and not self.config.return_dict)
+        return output.to_tuple() if plain else output
+
+    return guarded_forward
+
+
+class GuardedModel:
     """Mixed into a family's ...ForConditionalGeneration: judges each prompt, then lets it answer or refuses."""
 
     _keep_in_fp32_modules_strict = ("sasa",)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if GuardedModel not in cls.__bases__:  # a subclass of a guarded class inherits its gate
-            return
-        family = cls.__bases__[cls.__bases__.index(GuardedModel) + 1]  # the stock class
-        cls.forward = _guarded(family.forward)
-        if not hasattr(family.__init__, "sealed_by_sasa"):
-            family.__init__ = _sealed(family.__init__)
-        stock, own = family.config_class.model_type, cls.config_class.model_type
-        mapping = get_checkpoint_conversion_mapping(family.__name__) or get_checkpoint_conversion_mapping(stock)
-        if mapping is not None:  # old names in the shards are renamed as for the stock class
-            register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
-
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         text = config.get_text_config(decoder=True)
-        settings = check_settings(getattr(config, "sasa", None))
-        if sum(node["op"] == "block" for node in settings["graph"]) != text.num_hidden_layers:
+        sasa = check_settings(getattr(config, "sasa", None))
+        if sum(node["op"] == "block" for node in sasa["graph"]) != text.num_hidden_layers:
             raise ValueError(f"config.sasa's graph has not as many blocks as the decoder. {HOW_TO_LOAD}")
-        if not all(0 <= token < text.vocab_size for token in settings["refusal_token_ids"]):
+        if not all(0 <= token < text.vocab_size for token in sasa["refusal_token_ids"]):
             raise ValueError(f"config.sasa's refusal has tokens outside the vocabulary. {HOW_TO_LOAD}")
-        features = text.vocab_size if settings.get("probe_space") == "logits" else text.hidden_size
-        features *= len(lane_entries(settings["graph"]))
-        self.sasa = nn.Module()
-        self.sasa.probe = Probe(features)
-        watch(self, settings["graph"])
+        on_logits = any(node["op"] == "lane_head" for node in sasa["graph"])
+        self.sasa: nn.Module = Guard(sasa, Ledger.of(text), text.vocab_size if on_logits else text.hidden_size)
+        watch(self, sasa["graph"])
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(directory, *args, output_loading_info=True, **kwargs)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
                 names = sorted(str(name) for name in info[problem])
@@ -69,38 +83,26 @@ class GuardedModel(Judging):
                     f"{' ...' if len(names) > 5 else ''} ({len(names)} in all). {HOW_TO_LOAD}"
                 )
         model.sasa.probe.check()
+        follow_refusal(model.config.sasa, directory)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
         owner = next(cls for cls in type(self).__mro__ if GuardedModel in cls.__bases__)
-        spec = sys.modules[owner.__module__].__spec__
-        Path(save_directory, "modeling_sasa.py").write_text(spec.loader.get_source(spec.name), encoding="utf-8")
+        shutil.copyfile(str(sys.modules[owner.__module__].__file__), Path(save_directory, "modeling_sasa.py"))
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
         settings = {**vars(given[0] if given else self.generation_config), **kwargs}
-        if settings.get("assistant_early_exit"):
-            raise NotImplementedError("assistant_early_exit leaves out the blocks that judge. Run without it.")
-        if settings.get("assistant_ensemble_weight") is not None:
-            raise NotImplementedError(
-                "assistant_ensemble_weight mixes the words of an unguarded model into the answer. Run without it."
-            )
-        if settings.get("guidance_scale") not in (None, 1, 1.0):
-            raise NotImplementedError(
-                "guidance_scale mixes in the answer to a second, negative prompt, which may be refused apart from the "
-                "first. Run without it."
-            )
-        if self.training and self.is_gradient_checkpointing and settings.get("use_cache") is not False:
-            raise NotImplementedError("gradient checkpointing keeps no cache to generate with. Call eval() first.")
-        if settings.get("is_assistant"):
-            raise NotImplementedError(
-                "a guarded model does not guard the model that it drafts for. Take the guarded model as the main one, "
-                "and an unguarded one as the assistant."
-            )
+        for name, why in UNGUARDED.items():
+            if settings.get(name) not in (None, False, 1):
+                raise NotImplementedError(f"{name}: {why}. Run without it.")
         if "paged" in str(settings.get("cache_implementation")):
             raise NotImplementedError(f"cache_implementation='paged': {PACKED}")
-        return super().generate(*args, **kwargs)
+        prompt = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
+        lengths = [value.shape[1] for value in prompt if isinstance(value, torch.Tensor) and value.dim() > 1]
+        with generating(max(lengths, default=None)):
+            return super().generate(inputs, *args, **kwargs)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -112,38 +114,10 @@ class GuardedModel(Judging):
 
     generate_batch = init_continuous_batching = continuous_batching_context_manager = _no_continuous_batching
 
-    def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with generating(input_ids, kwargs):
-            return super()._sample(input_ids, *args, **kwargs)
 
-    def _beam_search(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with generating(input_ids, kwargs):
-            return super()._beam_search(input_ids, *args, **kwargs)
-
-    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with generating(input_ids, kwargs):
-            return super()._assisted_decoding(input_ids, *args, **kwargs)
-
-
-def _sealed(init: Callable) -> Callable:
-    """The stock class's `__init__`, which refuses a guarded configuration that it is handed already opened."""
-
-    @functools.wraps(init)
-    def sealed_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if hasattr(config, "sasa") and not hasattr(type(self), "_sasa_forward"):
-            raise ValueError(SEAL)
-        init(self, config, *args, **kwargs)
-
-    sealed_init.sealed_by_sasa = True
-    return sealed_init
-
-
-def _guarded(forward: Callable) -> Callable:
-    """The family's forward with the gate around it; generate() still reads the family's own signature."""
-    names = list(inspect.signature(forward).parameters)[1:]
-
-    @functools.wraps(forward)
-    def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._sasa_forward(forward, dict(zip(names, args, strict=False), **kwargs))
-
-    return guarded_forward
+def rename_old_keys(guarded_type: str, stock: Any) -> None:
+    """Let old names in the shards of a guarded model be renamed on loading, as for its stock class."""
+    mapping = get_checkpoint_conversion_mapping(stock.__name__)
+    mapping = mapping or get_checkpoint_conversion_mapping(stock.config_class.model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(guarded_type, mapping, overwrite=True)

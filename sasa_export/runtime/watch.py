@@ -19,7 +19,6 @@ class Recording:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # module path -> (batch, tokens, hidden)
     arguments: dict[str, tuple[tuple, dict]] = field(default_factory=dict)  # module path -> args, kwargs
     position_ids: torch.Tensor | None = None  # as the decoder got them
-    lane: Any = None  # the LiveLane that runs along, where every token is judged
 
 
 current_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
@@ -43,21 +42,16 @@ def _watched(cls: type) -> type:
         recording.arguments[path] = (args, kwargs)
         if recording.dry:
             return args[0] if args else kwargs["hidden_states"]
-        lane = recording.lane
-        if lane is not None and lane.state is not None and path in lane.paths:
-            return lane.along(functools.partial(cls.__call__, self), path, args, kwargs)
         output = cls.__call__(self, *args, **kwargs)
         if role == "tapped":
             recording.outputs[path] = output[0] if isinstance(output, tuple) else output
-            if lane is not None and path == lane.semantic:
-                lane.start(recording)
         return output
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 @dataclass
-class _Watch:
+class Watch:
     """Undoes the watching of one module."""
 
     module: nn.Module
@@ -67,7 +61,7 @@ class _Watch:
         del self.module._sasa_watched
 
 
-def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[_Watch]:
+def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[Watch]:
     """Watch the decoder and its blocks. Returns what removes the watching again."""
     tapped = {node["module"] for node in graph if node["op"] == "tap"}
     blocks = [node["module"] for node in graph if node["op"] == "block"]
@@ -78,14 +72,14 @@ def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[_Watch]:
         module = model.get_submodule(path)
         module._sasa_watched = (path, role)  # type: ignore[assignment]
         module.__class__ = _watched(type(module))  # type: ignore[arg-type]
-        watches.append(_Watch(module))
+        watches.append(Watch(module))
     return watches
 
 
 @contextlib.contextmanager
-def recording(*, dry: bool = False, lane: Any = None) -> Iterator[Recording]:
+def recording(*, dry: bool = False) -> Iterator[Recording]:
     """Within this context, watched modules leave their outputs and arguments in the Recording."""
-    seen = Recording(dry, lane=lane)
+    seen = Recording(dry)
     token = current_recording.set(seen)
     try:
         yield seen

@@ -99,7 +99,7 @@ def check_model(directory: Path, *, device: str = "cpu") -> list[Check]:
     allowed = [(want, have) for (_, want), (score, have) in zip(expected, got, strict=True) if score < threshold]
     equal = sum(want == have for want, have in allowed)
     cut = 0
-    if sasa["gate"] == "every-token":
+    if sasa.get("gate", "prompt") == "every-token":
         cut = sum(want != have and cut_short(want, have, refusal) for want, have in allowed)
         equal += cut
     detail = f"{equal} of {len(allowed)}, token for token over {TOKENS} greedy tokens"

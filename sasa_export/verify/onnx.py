@@ -154,7 +154,7 @@ def _decoder(model: Any, config: dict[str, Any]) -> list[Check]:
 def _blocks_again(sasa: dict[str, Any]) -> int:
     """How many blocks the graph has for the second lane alone."""
     again = blocks_again(sasa["graph"])
-    if sasa["gate"] == "every-token":  # from f+1 on both lanes are one batch
+    if sasa.get("gate", "prompt") == "every-token":  # from f+1 on both lanes are one batch
         again = [index for index in again if index <= sasa["semantic_layer"]]
     return len(again)
 
@@ -219,7 +219,7 @@ def compare(written: dict[str, Any], found: dict[str, Any], sasa: dict[str, Any]
     checks.append(Check("refused prompts spell the refusal", spelled == len(refused), detail))
 
     allowed = [(case, have) for case, have in pairs if not refuses(have)]
-    answers = _tokens(allowed, exact, refusal, found["changes"], may_be_cut=sasa["gate"] == "every-token")
+    answers = _tokens(allowed, exact, refusal, found["changes"], may_be_cut=sasa.get("gate", "prompt") == "every-token")
     return [*checks, _logits(allowed, dtype, written["dtype"]), answers]
 
 

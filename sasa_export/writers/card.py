@@ -59,7 +59,7 @@ def write_card(
 ) -> None:
     """Write README.md into a patched directory."""
     blocks = len(graph.of("block"))
-    each = "what it did" if sasa["gate"] == "prompt" or sasa["safety_layer"] is None else "the second lane too"
+    each = "what it did" if sasa.get("gate", "prompt") == "prompt" or sasa["safety_layer"] is None else "the second lane too"
     parts = [
         front_matter(source, "transformers"),
         f"# {source.name}, guarded by SASA\n",
@@ -84,7 +84,7 @@ def write_card(
         "## Verification\n",
         verification_section(checks, HOW[verified]),
         "## Limits\n",
-        LIMITS.format(raw=RAW[sasa["gate"]], answers=ANSWERS[sasa["gate"]]),
+        LIMITS.format(raw=RAW[sasa.get("gate", "prompt")], answers=ANSWERS[sasa.get("gate", "prompt")]),
     ]
     (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
 

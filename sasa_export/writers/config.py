@@ -11,8 +11,7 @@ from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import Source
 from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
-
-LONGEST_REFUSAL = 250  # tokens; how far it is spelled rides in the cache's dtype, and bfloat16 counts to 256
+from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL
 
 
 def sasa_settings(
@@ -29,11 +28,8 @@ def sasa_settings(
 
     An operator may change `threshold` and `refusal` there.
     """
-    from sasa_export.runtime.nodes import FORMAT
-    from sasa_export.runtime.settings import fingerprint
-
     opening = generation_prompt_ids(processor)
-    settings = {
+    return {
         "format": FORMAT,
         "safety_layer": lane.safety_layer,
         "semantic_layer": lane.semantic_layer,
@@ -41,15 +37,13 @@ def sasa_settings(
         "layers_from": layers_from,
         "epsilon": lane.epsilon,
         "threshold": threshold,
-        "probe_space": "logits" if graph.of("lane_head") else "hidden",
         "refusal": refusal,
+        "tokenized_refusal": refusal,
         "refusal_token_ids": refusal_ids(processor, source.directory, refusal),
         "generation_prompt_ids": opening,
         "turn_token_ids": turn_token_ids(processor, source.directory, opening),
-        "gate": "prompt",
         "graph": [{key: value for key, value in node.to_json().items() if key != "arguments"} for node in graph],
     }
-    return {**settings, "sha256": fingerprint(settings)}
 
 
 def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type], directory: Path) -> None:
@@ -76,10 +70,14 @@ def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
     tokenizer = processor.tokenizer
     ends = _end_tokens(directory) or [tokenizer.eos_token_id]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    ids = [*tokenizer.encode(refusal, add_special_tokens=False), int(end)]
-    if len(ids) > LONGEST_REFUSAL:
-        raise EmitError(f"the refusal has {len(ids)} tokens, and at most {LONGEST_REFUSAL} fit. Shorten --refusal.")
-    return ids
+    said = tokenizer.encode(refusal, add_special_tokens=False)
+    if set(said) & set(tokenizer.all_special_ids):
+        raise EmitError(f"--refusal {refusal!r} holds a special token of this model. Give a plain sentence.")
+    if len(said) >= LONGEST_REFUSAL:
+        raise EmitError(
+            f"the refusal has {len(said)} tokens, and at most {LONGEST_REFUSAL - 1} fit. Shorten --refusal."
+        )
+    return [*said, int(end)]
 
 
 def generation_prompt_ids(processor: Any) -> list[int]:

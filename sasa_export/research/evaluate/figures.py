@@ -150,7 +150,7 @@ def _utility(measured: Measured, patched: Arm, labels: np.ndarray) -> Utility:
     refusal = measured.guarded.refusal
     written = np.array([spelled(answer, refusal) for answer in measured.patched])
     cut = None
-    if measured.guarded.sasa["gate"] == "every-token":
+    if measured.guarded.sasa.get("gate", "prompt") == "every-token":
         pairs = zip(measured.plain, measured.patched, strict=True)
         turned = [cut_short(list(one.tokens), list(other.tokens), refusal) for one, other in pairs]
         cut = share((np.array(turned) & ~same)[allowed])

@@ -160,7 +160,7 @@ def write_onnx_card(
     directory: Path,
 ) -> None:
     """Write README.md into an ONNX directory; where `flips` were counted, `checks` say how many."""
-    dtype, gate = options.onnx_dtype, sasa["gate"]
+    dtype, gate = options.onnx_dtype, sasa.get("gate", "prompt")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     blocks = sum(node["op"] == "block" for node in sasa["graph"])
     parts = [
@@ -190,7 +190,7 @@ def write_onnx_card(
 
 def _each_token(sasa: dict[str, Any]) -> str:
     """What the tokens of an answer cost."""
-    if sasa["gate"] == "prompt":
+    if sasa.get("gate", "prompt") == "prompt":
         return "what only the verdict needs lies in one `If`, so each token after that costs about what it did"
     if sasa["safety_layer"] is None:
         return "each token after that runs through as many"

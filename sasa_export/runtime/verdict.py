@@ -1,0 +1,134 @@
+"""When a verdict is due, and what follows from it.
+
+**The rule.** A verdict is due at the end of a prompt: where the chat template's generation prompt is complete, however
+it came in; or, in text without one, at the last token of a call that brings several, or of what `generate` was given. It
+is read over the whole context, and holds until the next. A refused row emits the refusal token by token.
+
+Text that begins with single tokens is judged at each of them, until a call brings several or a verdict refuses.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# TURN of a token: no verdict before or at it; a verdict, but no open generation prompt; behind a generation prompt.
+UNJUDGED, JUDGED, ANSWER = range(3)
+
+
+@dataclass(frozen=True)
+class TemplateTokens:
+    """The tokens that the gate knows, as symbols: token `table[i]` is i + 1, any other is 0."""
+
+    table: tuple[int, ...]
+    generation_prompt: tuple[int, ...]
+    turns: tuple[int, ...]  # a token of these ends an answer
+    refusal: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sasa: dict[str, Any]) -> "TemplateTokens":
+        """Those of config.sasa."""
+        lists = [sasa["generation_prompt_ids"], sasa["turn_token_ids"], sasa["refusal_token_ids"]]
+        table = sorted(set().union(*lists))
+        symbol = {token: index + 1 for index, token in enumerate(table)}
+        return cls(tuple(table), *(tuple(symbol[token] for token in tokens) for tokens in lists))
+
+    def in_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """The symbols of token ids (batch, tokens)."""
+        table = torch.tensor(self.table, device=ids.device)  # (symbols,)
+        order = torch.arange(1, len(self.table) + 1, device=ids.device)  # (symbols,)
+        return ((ids[..., None] == table) * order).sum(-1)
+
+    def in_embeddings(self, embeddings: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """The symbols of embeddings (batch, tokens, hidden), by the embeddings of the table (symbols, hidden)."""
+        found, known = embeddings.float(), known.float()
+        square = (known * known).sum(-1)  # (symbols,)
+        apart = (found * found).sum(-1, keepdim=True) - 2 * found @ known.T + square  # (batch, tokens, symbols)
+        apart = apart / square  # (batch, tokens, symbols), relative
+        return torch.where(apart.amin(-1) <= 1e-3, apart.argmin(-1) + 1, 0)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call brings. By hand, `closes` is `several`; `generate` knows better where its prompt ends."""
+
+    symbols: torch.Tensor  # (batch, tokens)
+    real: torch.Tensor  # (batch, tokens), bool, False at padding
+    earlier: torch.Tensor  # (batch, count, 3), STATE, TURN and SYMBOL of the tokens before, 0 where there are none
+    several: torch.Tensor  # (), bool: more than one token
+    closes: torch.Tensor  # (), bool: text without a generation prompt ends with this call
+    prompt: torch.Tensor | None = None  # (tokens,), bool: which tokens are the prompt's, where `generate` says so
+
+
+@dataclass(frozen=True)
+class Due:
+    """The rows in which a verdict is due, and at which of the call's tokens."""
+
+    rows: torch.Tensor  # (batch,), bool
+    at: torch.Tensor  # (batch,), 0 where none is due
+    answering: torch.Tensor  # (batch,), bool: the call ends behind a generation prompt
+    turned: torch.Tensor  # (batch,), the token from which on TURN is what it is at the end of the call
+
+
+def find_due(call: Call, tokens: TemplateTokens) -> Due:
+    """The rule above, row by row."""
+    index = torch.arange(call.symbols.shape[1], device=call.symbols.device)  # (tokens,)
+    before = call.earlier[:, -1, 1]  # (batch,), TURN
+    prompt = call.real if call.prompt is None else call.real & call.prompt  # (batch, tokens)
+    ending = (call.symbols[..., None] == _tensor(tokens.turns, index)).any(-1)  # (batch, tokens)
+    opened = _last(_ends_of(tokens.generation_prompt, call) & prompt, index)  # (batch,), -1 where there is none
+    closed = _last(ending & prompt, index)  # (batch,)
+    event = torch.maximum(opened, closed)  # (batch,)
+    answering = torch.where(event < 0, before == ANSWER, opened >= closed)  # (batch,)
+    at = torch.where(answering, opened, _last(prompt, index))  # (batch,)
+    closes = call.closes | (before == UNJUDGED) if call.prompt is None else call.closes  # (batch,), or ()
+    return Due((at >= 0) & (answering | closes), at.clamp_min(0), answering, torch.where(event < 0, at, event))
+
+
+def follow(call: Call, due: Due, refused: torch.Tensor, tokens: TemplateTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """STATE and TURN of the call's tokens, (batch, tokens) each, given the verdicts `refused` (batch,), bool."""
+    index = torch.arange(call.symbols.shape[1], device=call.symbols.device)  # (tokens,)
+    state, turn = call.earlier[:, -1, 0], call.earlier[:, -1, 1]  # (batch,), of the token before
+    rank = call.real.long().cumsum(-1)  # (batch, tokens), real tokens so far
+    going_on = _count(call, state, rank, tokens)  # (batch, tokens)
+    anew = _count(call, refused.long(), rank - rank.gather(1, due.at[:, None]), tokens)  # (batch, tokens)
+    states = torch.where(due.rows[:, None] & (index >= due.at[:, None]), anew, going_on)  # (batch, tokens)
+    lasting = (turn > UNJUDGED) | (due.rows & (call.closes | refused))  # (batch,)
+    after = torch.where(due.answering, ANSWER, torch.where(lasting, JUDGED, UNJUDGED))  # (batch,)
+    return states, torch.where(index >= due.turned[:, None], after[:, None], turn[:, None])
+
+
+def _count(call: Call, start: torch.Tensor, behind: torch.Tensor, tokens: TemplateTokens) -> torch.Tensor:
+    """STATE (batch, tokens) where it is `start` (batch,) at the token that `behind` (batch, tokens) counts from.
+
+    A single token takes the refusal one further, whatever it is, since an option may have forbidden the wanted one. Of
+    several, as of drafts and prefilled answers, one that is not the refusal's begins it anew.
+    """
+    place = (start[:, None] + behind - 2).clamp(0, len(tokens.refusal) - 1)  # (batch, tokens)
+    wanted = _tensor(tokens.refusal, behind)[place]  # (batch, tokens), symbols
+    strays = call.real & (behind > 0) & (call.symbols != wanted) & call.several  # (batch, tokens)
+    along = strays.long().cumsum(-1) == 0  # (batch, tokens)
+    counted = (start[:, None] + behind.clamp_min(0)).clamp_max(len(tokens.refusal))  # (batch, tokens)
+    return torch.where(start[:, None] > 0, torch.where(along, counted, 1), 0)
+
+
+def _ends_of(pattern: tuple[int, ...], call: Call) -> torch.Tensor:
+    """(batch, tokens), bool: does the pattern of symbols end at this token?"""
+    if not pattern:
+        return torch.zeros_like(call.real)
+    length, tokens = len(pattern) - 1, call.symbols.shape[1]
+    earlier = call.earlier[:, call.earlier.shape[1] - length :, 2]  # (batch, length)
+    row = torch.cat([earlier, call.symbols], dim=1)  # (batch, length + tokens)
+    found = call.real  # (batch, tokens)
+    for place, symbol in enumerate(pattern):
+        found = found & (row[:, place : place + tokens] == symbol)
+    return found
+
+
+def _last(flags: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The last position (batch,) at which flags (batch, tokens) hold; -1 where none does."""
+    return torch.where(flags, index, -1).amax(-1)
+
+
+def _tensor(values: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device)
