@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import DataError
+
+LONGEST_FIELD = 16 << 20  # characters of a CSV field; the csv module stops at 131072 unless it is told
 
 
 def find(*candidates: Path) -> Path:
@@ -30,14 +33,15 @@ def text_of(path: Path) -> str:
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Each row of a CSV file after its place, for messages."""
-    import pandas
-
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.DictReader(io.StringIO(text_of(path), newline=""), strict=True)
     try:
-        table = pandas.read_csv(io.StringIO(text_of(path)), dtype=str, keep_default_na=False, index_col=False)
-    except ValueError as error:  # pandas says the line
-        raise DataError(f"{path} is not a CSV table ({error}).") from None
-    for number, row in enumerate(table.fillna("").to_dict("records"), 1):
-        yield f"{path}, record {number}", row
+        for number, row in enumerate(reader, 1):
+            if None in row or None in row.values():
+                raise DataError(f"{path}, record {number} has more or fewer fields than the first line names.")
+            yield f"{path}, record {number}", row
+    except csv.Error as error:
+        raise DataError(f"{path} is not valid CSV ({error} at line {reader.line_num}).") from None
 
 
 def json_of(path: Path, kind: type) -> Any:

@@ -53,7 +53,7 @@ def load(spec: str, flag: str = "--data") -> list[Prompt]:
     for prompt_name, count in Counter(prompt.name for prompt in prompts).items():
         if count > 1:
             raise DataError(f"{path} has the id {prompt_name!r} twice. Give each record its own.")
-    for prompt in {prompt.picture: prompt for prompt in prompts}.values():
+    for prompt in {prompt.picture: prompt for prompt in reversed(prompts)}.values():
         prompt.conversation()  # a broken picture is an error now, and not when the model has run for an hour
     return prompts
 
