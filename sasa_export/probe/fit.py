@@ -62,7 +62,7 @@ def fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER)
         basis, triangular = np.linalg.qr(padded.T)  # (features + 1, prompts), (prompts, prompts)
         padded = triangular.T
     model = LogisticRegression(
-        C=regularization, class_weight="balanced", solver="newton-cholesky", fit_intercept=False, max_iter=1000
+        C=regularization, class_weight="balanced", solver="newton-cholesky", fit_intercept=False, tol=1e-8
     )
     weight = model.fit(padded, labels).coef_[0]
     weight = weight if basis is None else basis @ weight  # (features + 1,)
