@@ -24,13 +24,10 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def lane_of(decoder: ir.Model) -> ir.Graph:
-    """The branch that holds the second lane, within the branch that reads the context."""
-    graph = decoder.graph
-    for name in ("/sasa/turn/read", "/sasa/lane"):
-        (branch,) = (node for node in graph if node.op_type == "If")
-        assert branch.name == name
-        graph = branch.attributes["then_branch"].as_graph()
-    return graph
+    """The branch that holds the second lane."""
+    (branch,) = (node for node in decoder.graph if node.op_type == "If")
+    assert branch.name == "/sasa/lane"
+    return branch.attributes["then_branch"].as_graph()
 
 
 class Runner:

@@ -150,7 +150,7 @@ class Guard(nn.Module):
         if position_ids.dim() == 2:
             position_ids = position_ids[None]  # (1, batch, tokens)
         axes = self.ledger.axes
-        positions = position_ids[-axes:].expand(axes, batch, tokens).clamp_min(0).to(symbols.device)
+        positions = position_ids[-axes:].expand(axes, batch, tokens).to(symbols.device)
         unset = torch.zeros_like(symbols)
         parts = torch.stack([unset, unset, symbols, types], dim=-1)  # (batch, tokens, 4)
         return torch.cat([parts, self.ledger.digits(positions).to(symbols)], dim=-1)

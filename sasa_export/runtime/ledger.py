@@ -15,6 +15,7 @@ from torch import nn
 # is the token's type in families that tell pictures from text by it. Digits of the position follow.
 STATE, TURN, SYMBOL, PICTURE, POSITION = range(5)
 DIGITS, BASE = 3, 128  # of a position, one column each
+SHIFT = BASE**DIGITS // 2  # added to positions, since some families have negative ones
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ class Ledger:
     def digits(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions (axes, batch, tokens) as columns (batch, tokens, axes * digits)."""
         steps = torch.tensor([BASE**-power for power in range(DIGITS)], device=positions.device)  # (digits,), exact
-        found = torch.fmod(torch.floor(positions[..., None].float() * steps), BASE)
+        found = torch.fmod(torch.floor((positions[..., None] + SHIFT).float() * steps), BASE)
         return found.permute(1, 2, 0, 3).flatten(2)
 
     def positions(self, columns: torch.Tensor) -> torch.Tensor:
         """The positions that all columns (batch, tokens, columns) hold: (batch, tokens), or (axes, batch, tokens)."""
         digits = columns[..., POSITION:].unflatten(-1, (self.axes, DIGITS))  # (batch, tokens, axes, digits)
         found = sum(digits[..., power] * BASE**power for power in range(DIGITS)).permute(2, 0, 1)
-        return found[0] if self.axes == 1 else found
+        return (found[0] if self.axes == 1 else found) - SHIFT

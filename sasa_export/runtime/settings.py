@@ -3,7 +3,7 @@
 from typing import Any
 
 FORMAT = 3  # a directory of another format is refused
-LONGEST_REFUSAL = 200  # tokens; the cache counts how far the refusal is, and bfloat16 counts to 256
+LONGEST_REFUSAL = 250  # tokens; the cache counts how far the refusal is, and bfloat16 counts to 256
 OPERATIONS = ("tap", "projection", "lane_block", "lane_norm", "lane_head", "probe", "gate")  # what SASA adds
 NEEDED = ("threshold", "refusal", "refusal_token_ids", "generation_prompt_ids", "turn_token_ids", "graph")
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."

@@ -79,7 +79,7 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
     opened = _last(_ends_of(tokens.generation_prompt, call) & prompt, index)  # (batch,), -1 where there is none
     closed = _last(ending & prompt, index)  # (batch,)
     event = torch.maximum(opened, closed)  # (batch,)
-    answering = torch.where(event < 0, before == ANSWER, opened >= closed)  # (batch,)
+    answering = ((event < 0) & (before == ANSWER)) | ((event >= 0) & (opened >= closed))  # (batch,)
     at = torch.where(answering, opened, _last(prompt, index))  # (batch,)
     closes = call.closes | (before == UNJUDGED) if call.prompt is None else call.closes  # (batch,), or ()
     return Due((at >= 0) & (answering | closes), at.clamp_min(0), answering, torch.where(event < 0, at, event))

@@ -18,9 +18,9 @@ from onnxscript.optimizer import optimize_ir
 from onnxscript.rewriter import onnx_fusions
 from torch import nn
 
+from sasa_export.writers.onnx.decoder import Signature
 from sasa_export.writers.onnx.passes.attention import share_key_value_heads
 from sasa_export.writers.onnx.passes.weights import deduplicate, fold_transposes, reads_weight
-from sasa_export.writers.onnx.signature import Signature
 
 IR_VERSION = {20: 9, 21: 10, 22: 10, 23: 11, 24: 11}  # by opset
 

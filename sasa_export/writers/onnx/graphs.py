@@ -13,15 +13,13 @@ import torch
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
-from sasa_export.writers.onnx.decoder import Decoder, gate_layers
-from sasa_export.writers.onnx.decoder_signature import READING, VERDICT, example_of, lane_outputs, signature_of
+from sasa_export.writers.onnx.decoder import Decoder, Signature, gate_layers
 from sasa_export.writers.onnx.layout import stock_type, write_files
 from sasa_export.writers.onnx.passes.branch import run_where
 from sasa_export.writers.onnx.passes.names import forget_origin, name_decoder, name_tower
 from sasa_export.writers.onnx.passes.weights import deduplicate
 from sasa_export.writers.onnx.quantize import BITS, quantize
 from sasa_export.writers.onnx.recipes import Recipe, recipe_of
-from sasa_export.writers.onnx.signature import Signature
 from sasa_export.writers.onnx.vision import Embedding, Float32
 
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
@@ -87,22 +85,17 @@ def embedding_graph(model: Any, *, opset: int) -> ir.Model:
     return graph
 
 
-def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32", guarded: bool = True) -> ir.Model:
-    """The decoder; with `guarded=False` the plain one, to compare with."""
-    decoder = Decoder(model, guarded=guarded).eval()
-    signature = signature_of(decoder, recipe.position_axes, recipe.extra)
-    graph = convert(decoder, example_of(decoder, signature, model.dtype), signature, opset=opset)
+def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
+    """The decoder of a guarded model; of a stock one, the plain graph to compare with."""
+    decoder = Decoder(model).eval()
+    signature = decoder.signature(recipe.position_axes, recipe.extra)
+    graph = convert(decoder, decoder.example(signature), signature, opset=opset)
     family = family_of(stock_type(model.config.model_type))
-    modules = {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")}
-    name_decoder(graph, modules, results=lane_outputs(decoder) if guarded else ())
+    name_decoder(graph, {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")})
     forget_origin(graph)
     graph = _quantized(graph, dtype)
-    if guarded and decoder.every_token:
-        graph.graph.outputs[:] = [value for value in graph.graph.outputs if value.name != "sasa.states"]
-    elif guarded:
-        kept = ["unsafe_probability"]
-        run_where(graph, "/sasa/lane", results=VERDICT, kept=[*kept, *READING], predicate="is_due")
-        run_where(graph, "/sasa/turn/read", results=READING, kept=kept, predicate="is_read")
+    if decoder.guarded:
+        run_where(graph, "/sasa/lane", result="unsafe_probability", fill=float("nan"), predicate="is_due")
     for name in recipe.extra:
         _make_optional(graph, name)
     return graph

@@ -11,7 +11,7 @@ from torch import nn
 
 from sasa_export.errors import EmitError
 from sasa_export.writers.onnx import vision
-from sasa_export.writers.onnx.signature import Signature
+from sasa_export.writers.onnx.decoder import Signature
 from sasa_export.writers.onnx.vision_llava_next import LlavaNext
 from sasa_export.writers.onnx.vision_qwen import Qwen25
 

@@ -1,7 +1,7 @@
 """Node names that follow the module path, so that the rewritten graph can be read in a viewer.
 
 `/decoder/layers.13/self_attn/q_proj/MatMul` in the main lane, `/sasa/lane/layers.14/...` in the second lane,
-`/sasa/projection/...`, `/sasa/turn/...`, `/sasa/probe/...`, `/sasa/gate/...`, `/sasa/ledger/...` around it.
+`/sasa/probe/...` and `/sasa/gate/...` around it.
 """
 
 from __future__ import annotations
@@ -12,37 +12,13 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from sasa_export.writers.onnx.passes.branch import lane_nodes
-
 SCOPES = "pkg.torch.onnx.name_scopes"
+GUARD = "model.sasa"  # the module that is the gate
 
 
-def name_decoder(model: ir.Model, modules: dict[str, str], *, results: Iterable[str]) -> None:
-    """Name the nodes of a decoder.
-
-    Args:
-        modules: paths of its `blocks`, `norm` and `head` inside the exported module.
-        results: the outputs that the second lane computes; none where there is no lane.
-    """
-    graph = model.graph
-    lane = lane_nodes(graph, [value for value in graph.outputs if value.name in set(results)])
-    inside = set(lane)
-    seen: Counter[str] = Counter()
-    _name((node for node in graph if node not in inside), lambda node: _place(node, modules, "/decoder"), seen)
-    blocks = [position for position, node in enumerate(lane) if "/layers." in _place(node, modules, "")]
-    norm = [position for position, node in enumerate(lane) if _place(node, modules, "").startswith("/norm")]
-    places: dict[ir.Node, str] = {}
-    for position, node in enumerate(lane):
-        own = _place(node, modules, "")
-        if own.startswith("/sasa/"):
-            places[node] = own
-        elif own:
-            places[node] = "/sasa/lane" + own
-        elif norm and position > max(norm):
-            places[node] = "/sasa/probe"
-        else:
-            places[node] = "/sasa/lane/context" if blocks and position < min(blocks) else "/sasa/lane"
-    _name(lane, places.__getitem__, seen)
+def name_decoder(model: ir.Model, modules: dict[str, str]) -> None:
+    """Name the nodes of a decoder; `modules` are the paths of its `blocks`, `norm` and `head` in it."""
+    _name(model.graph, lambda node: _place(node, modules), Counter())
 
 
 def name_tower(model: ir.Model, prefix: str) -> None:
@@ -80,26 +56,22 @@ def _path(node: ir.Node) -> str:
     return str(scopes[-1]) if scopes else ""
 
 
-def _place(node: ir.Node, modules: dict[str, str], prefix: str) -> str:
-    path = _path(node)
-    if path == "lane":  # what it does before its first block
-        return "/sasa/projection"
-    if "lane" in _scopes(node):
-        prefix = "/sasa/lane"
-    if path in ("projection", "ledger", "turn", "gate"):
-        return f"/sasa/{path}"
+def _place(node: ir.Node, modules: dict[str, str]) -> str:
+    """Where a node belongs: a block of either lane, or what the gate does around them."""
+    scopes, path = _scopes(node), _path(node)
+    in_gate = GUARD in scopes
     for role, name in (("blocks", "layers"), ("norm", "norm"), ("head", "lm_head")):
         base = modules[role]
-        if path != base and not path.startswith(base + "."):
-            continue
-        rest = path.removeprefix(base).strip(".")
-        if not rest:
-            return f"{prefix}/{name}"
-        if role != "blocks":
-            return f"{prefix}/{name}/" + rest.replace(".", "/")
-        index, _, inner = rest.partition(".")
-        return f"{prefix}/{name}.{index}" + (f"/{inner.replace('.', '/')}" if inner else "")
-    return prefix
+        if path == base or path.startswith(base + "."):
+            rest = path.removeprefix(base).strip(".")
+            index, _, inner = rest.partition(".") if role == "blocks" else ("", "", rest)
+            parts = [f"{name}.{index}" if index else name, *inner.split(".")]
+            return ("/sasa/lane/" if in_gate else "/decoder/") + "/".join(part for part in parts if part)
+    if path == f"{GUARD}.probe":
+        return "/sasa/probe"
+    if path == GUARD:
+        return "/sasa/gate"
+    return "/sasa/lane/context" if in_gate else "/decoder"
 
 
 def _name(nodes: Iterable[ir.Node], place: Callable[[ir.Node], str], seen: Counter[str]) -> None:
