@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +154,8 @@ def test_a_given_threshold_where_none_keeps_the_rate(calibrated: Callable[..., C
     assert calibrated(states, states, labels, **sure, threshold=0.5).probe.threshold == 0.5
 
 
-def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", ["semantic", "none"])
+def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_path: Path, projection: str) -> None:
     """Through the command: a file of ours and XSTest, of prompts that even a random model tells apart."""
     draw = random.Random(0)
     words = [" ".join(draw.choices(("the", "old", "dog", "house", "water", "red"), k=3 + n % 4)) for n in range(24)]
@@ -168,10 +170,12 @@ def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_pa
     (tmp_path / "mine.jsonl").write_text("".join(lines))
     flags = ["--model", str(tiny_model("llava")), "--out", str(tmp_path / "out"), "--verify", "files"]
     flags += ["--max-false-positive-rate", "0.1", "--calibration", f"xstest:{tmp_path}"]
-    result = CliRunner().invoke(main, [*flags, "--calibration", str(tmp_path / "mine.jsonl")])
+    flags += ["--calibration", str(tmp_path / "mine.jsonl"), "--projection", projection]
+    result = CliRunner().invoke(main, flags)
     assert result.exit_code == 0, result.output
     assert "48 prompts: AUC" in result.stderr
-    assert (tmp_path / "out" / "sasa-calibration.json").exists()
+    figures = json.loads((tmp_path / "out" / "sasa-calibration.json").read_text())["figures"]
+    assert [figure["feature"] for figure in figures[::2]] == ["projected", "plain"][projection == "none" :]
 
 
 # ------------------------------------------------------------------------------------- features of a model
