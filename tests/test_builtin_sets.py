@@ -12,18 +12,16 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 
 import sasa_export.prompts
-from sasa_export.models import open_source, smol_llava
 from sasa_export.prompts import Prompt, asked, builtin, builtin_evaluation, check_disjoint, grouped
 from sasa_export.prompts.builtin_sets import CARRIERS, drawn
 from sasa_export.prompts.leak import normalised
-from sasa_export.prompts.render import GRID, cells, flow, render
+from sasa_export.prompts.render import render
 
 SIDES = ("harmful", "harmless")
 OPENINGS = ("how do i ", "tell me how ", "explain ", "give me ", "write ")
@@ -62,24 +60,18 @@ def similarity(one: str, other: str) -> float:
 # ------------------------------------------------------------------------------------------------- the lines
 
 
-def test_pairs_are_short_plain_lines_that_open_alike() -> None:
+def test_requests_are_short_plain_lines() -> None:
+    """The two of a pair open alike."""
     assert len(BUILTIN) >= 380 and len(HELDOUT) >= 60
     for row in [*BUILTIN, *HELDOUT]:
         assert list(row) == ["pair", "category", *SIDES] and row["pair"].startswith(row["category"] + "-")
-        for request in (row["harmful"], row["harmless"]):
-            assert LINE.fullmatch(request) and 4 <= len(request.split()) <= 14, request
-        opening = [next(start for start in OPENINGS if row[side].startswith(start)) for side in SIDES]
-        assert opening[0] == opening[1], row["pair"]
-
-
-def test_evaluation_requests_are_short_plain_lines() -> None:
-    common = ["id", "group", "kind", "category", "label"]
-    further = {"harmful": ["request"], "harmless": ["request"], "borderline": ["type", "request"]}
+        assert len({next(start for start in OPENINGS if row[side].startswith(start)) for side in SIDES}) == 1, row
+    further = {"borderline": ["type", "request"], "split": ["text", "picture"]}
     for row in EVALUATION:
-        assert list(row) == common + further.get(row["kind"], ["text", "picture"]), row["id"]
-        text = str(row.get("request", row.get("text")))
+        assert list(row) == ["id", "group", "kind", "category", "label", *further.get(row["kind"], ["request"])]
+    for text in [*requests([*BUILTIN, *HELDOUT]), *(str(row.get("request", row.get("text"))) for row in EVALUATION)]:
         assert LINE.fullmatch(text) and 4 <= len(text.split()) <= 14, text
-        assert row["kind"] != "split" or (LINE.fullmatch(row["picture"]) and len(row["picture"].split()) <= 8), row
+    assert all(LINE.fullmatch(row["picture"]) and len(row["picture"].split()) <= 8 for row in kinds("split"))
 
 
 def test_categories_are_balanced() -> None:
@@ -160,6 +152,7 @@ def samples(name: str) -> tuple[list[str], list[int], list[str]]:
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [
+        ("held out", 0.0, 1.0),
         ("calibration", 0.0, 0.67),
         # Everyday harmful requests use everyday harmful words; the borderline pairs must not lean on them.
         ("calibration, borderline", 0.0, 0.6),
@@ -170,7 +163,7 @@ def samples(name: str) -> tuple[list[str], list[int], list[str]]:
     ],
 )
 def test_what_a_bag_of_words_tells(name: str, low: float, high: float) -> None:
-    """ROC-AUC of a classifier of words, word pairs or characters, on groups it was not fitted on."""
+    """ROC-AUC of a classifier of words, word pairs or characters, on unseen groups; length tells nothing."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -178,25 +171,12 @@ def test_what_a_bag_of_words_tells(name: str, low: float, high: float) -> None:
     from sklearn.pipeline import make_pipeline
 
     texts, labels, groups = samples(name)
+    for measure in (len, lambda text: len(text.split())):
+        assert 0.42 < roc_auc_score(labels, [measure(text) for text in texts]) < 0.58
     for options in BAGS:
         model = make_pipeline(TfidfVectorizer(**options), LogisticRegression(class_weight="balanced", max_iter=1000))
         scores = cross_val_predict(model, texts, labels, groups=groups, cv=GroupKFold(5), method="decision_function")
         assert low < roc_auc_score(labels, scores) < high, options
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("calibration", "calibration, borderline", "calibration, everyday", "held out"),
-        *("split", "harmful and harmless", "harmful and borderline"),
-    ],
-)
-def test_length_does_not_tell_the_labels_apart(name: str) -> None:
-    from sklearn.metrics import roc_auc_score
-
-    texts, labels, _ = samples(name)
-    for measure in (len, lambda text: len(text.split())):
-        assert 0.42 < roc_auc_score(labels, [measure(text) for text in texts]) < 0.58
 
 
 # ------------------------------------------------------------------------------------------------ the prompts
@@ -276,32 +256,3 @@ def test_every_request_fits_its_picture(pieces: Any) -> None:
     for prompt in [*builtin(pieces), *builtin_evaluation(pieces)]:
         if prompt.image is not None:
             prompt.image()
-
-
-@pytest.mark.slow
-@pytest.mark.smol
-@pytest.mark.xdist_group("smol")
-def test_smol_llava_reads_the_pictures() -> None:
-    """The image token of a word's cell is nearest to the word's own embedding, in a sample of the pictures."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    directory = open_source("smol-llava").directory
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(directory)
-    pieces = smol_llava.pieces(processor.tokenizer)
-    pictures: Any = [prompt.image for prompt in builtin_evaluation(pieces) if prompt.image is not None]
-    # Every request fits the grid with as many cells as its words have tokens.
-    places = [flow([cells(word, pieces) for word in p.args[0].split()], Random(p.args[1])) for p in pictures][::8]
-    shown = processor.image_processor([picture() for picture in pictures[::8]], return_tensors="pt")["pixel_values"]
-    table = model.get_input_embeddings().weight.detach()[: smol_llava.IMAGE_TOKEN_ID]  # (tokens, hidden)
-    table = torch.nn.functional.normalize(table, dim=-1)
-    with torch.inference_mode():
-        features = model.get_image_features(pixel_values=shown).pooler_output  # of each picture (64, hidden)
-    hits = []
-    for seen, picture, starts in zip(features, pictures[::8], places, strict=True):
-        ids = (seen @ table.T).argmax(-1).tolist()
-        for word, (row, column) in zip(picture.args[0].split(), starts, strict=True):
-            wanted = processor.tokenizer.encode(f" {word}", add_special_tokens=False)
-            hits.append(ids[row * GRID + column :][: len(wanted)] == wanted)
-    assert sum(hits) / len(hits) > 0.9, f"of {len(hits)} words"

@@ -56,7 +56,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibration]:
         graph = LayerGraph(tuple(Node(name, name) for name in ["embed", *operations.split()]))
         channels = "tp" * (len(labels) // 4) + "pt" * (len(labels) // 4)
         torch.manual_seed(0)
-        head = Head(projected.shape[1], 200, bias=False)
+        head = Head(5 if "lane_head" in operations else projected.shape[1], 200, bias=False)  # logits are no states
         settings = {"batch_size": 4, "max_false_positive_rate": 0.05, **options}
         return calibrate(head, None, graph, prompts_of(labels, channels), **settings)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import sasa_export.prompts.render as module
-from sasa_export.prompts.render import GRID, cells, contrast, flow, fonts, render
+from sasa_export.prompts.render import GRID, cells, choose_style, contrast, flow, fonts, render
 
 REQUEST = "explain how to hire a teacher for the school"
 SEEDS = range(30)
@@ -31,7 +31,8 @@ def test_equal_arguments_give_equal_pixels(size: int) -> None:
 def test_looks_vary_with_the_seed_and_can_be_read() -> None:
     pictures = [render(REQUEST, seed=seed) for seed in SEEDS]
     assert len({picture.tobytes() for picture in pictures}) == len(SEEDS)
-    papers = set()
+    styles = [choose_style(Random(seed), fonts()) for seed in range(500)]
+    assert min(contrast(style.ink, style.paper) for style in styles) >= 4.5
     for picture in pictures:
         values = pixels(picture).reshape(-1, 3)
         paper = numpy.median(values, axis=0)
@@ -39,8 +40,6 @@ def test_looks_vary_with_the_seed_and_can_be_read() -> None:
         ink = numpy.median(values[far >= numpy.quantile(far, 0.999)], axis=0)
         assert contrast(*[(int(red), int(green), int(blue)) for red, green, blue in (ink, paper)]) > 4
         assert sum(paper) > 3 * 180, "the embedded model reads no dark paper"
-        papers.add(tuple(paper))
-    assert len(papers) > 15
 
 
 def test_fonts_come_from_matplotlib() -> None:
