@@ -14,6 +14,8 @@ import transformers
 from conftest import Guard
 from records import note
 from safetensors.torch import load_file, save_file
+from sasa_export.runtime.nodes import FORMAT
+from sasa_export.runtime.probe import Probe
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -21,11 +23,8 @@ from sasa_export.errors import RewriteError
 from sasa_export.graph.rewrite import LaneSettings, rewrite
 from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
-from sasa_export.runtime.lane import run_graph
-from sasa_export.runtime.nodes import FORMAT
-from sasa_export.runtime.probe import Probe
-from sasa_export.runtime.seal import SEAL
-from sasa_export.runtime.watch import recording, watch
+from sasa_export.runtime.lane import recording, run_graph, watch
+from sasa_export.runtime.settings import SEAL
 
 Guards = Callable[..., Guard]
 Fresh = Callable[..., Any]
