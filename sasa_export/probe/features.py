@@ -84,8 +84,8 @@ def reading(
             main.float().cpu().numpy(),
             {name: states[end["name"]].float().cpu().numpy() for name, states in found.items()},  # (batch, hidden) each
         )
-        for row, *states in zip(rows, batch.projected, batch.plain, strict=True):
-            if not all(np.isfinite(state).all() for state in states):
+        for row, *features in zip(rows, batch.projected, batch.plain, strict=True):
+            if not all(np.isfinite(feature).all() for feature in features):
                 raise CalibrationError(
                     f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
                     "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
