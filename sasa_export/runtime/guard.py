@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from sasa_export.runtime.formulas import gate, unsafe_probability
-from sasa_export.runtime.lane import context_arguments, project_taps, recording, run_lane
+from sasa_export.runtime.lane import Recording, context_arguments, project_taps, run_lane
 from sasa_export.runtime.ledger import PICTURE, SYMBOL, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
@@ -52,14 +52,13 @@ class Guard(nn.Module):
         self.settings, self.ledger = sasa, ledger
         self.probe = Probe(features)
 
-    def forward(self, model: Any, forward: Callable, kwargs: dict[str, Any]) -> Any:
-        """One call of the guarded model: run the family's `forward`, judge what the call brought, and gate the logits.
+    def forward(
+        self, model: Any, kwargs: dict[str, Any], kept: list[torch.Tensor], seen: Recording, output: Any
+    ) -> Any:
+        """Judge what a call of the model brought, keep it in the cache, and gate the logits of its `output`.
 
-        Returns the family's output, with `unsafe_probability` (batch,), float32: NaN where no verdict is due.
+        `kept` is the ledger before the call. `unsafe_probability` (batch,), float32, is NaN where no verdict is due.
         """
-        kept = self._kept(kwargs.get("past_key_values"))
-        with recording() as seen:
-            output = forward(model, **kwargs, return_dict=True)
         graph, tokens = self.settings["graph"], TemplateTokens.of(self.settings)
         entry, projection = project_taps(graph, seen)  # (batch, tokens, hidden)
         kept = kept or self.ledger.empty(projection)
@@ -138,7 +137,7 @@ class Guard(nn.Module):
         wanted = torch.tensor(refusal, device=logits.device)[(states - 1).clamp_min(0)]  # (batch, kept)
         return gate(logits, wanted, states > 0, refusal)
 
-    def _kept(self, cache: Cache | None) -> list[torch.Tensor]:
+    def kept(self, cache: Cache | None) -> list[torch.Tensor]:
         """The ledger of the tokens before, (batch, heads, past, size) each; nothing where there are none.
 
         ValueError where the cache holds tokens that were never judged.
@@ -172,8 +171,7 @@ class Guard(nn.Module):
 def real_tokens(attention_mask: Any, context: int, like: torch.Tensor) -> torch.Tensor:
     """Which tokens of the context are no padding: (batch, context), bool; `like` has a row for each of the batch.
 
-    The mask is (batch, context), or (batch, 1, tokens, keys) as static caches get it, one a type of layer. ValueError
-    where it has fewer columns than the context has tokens.
+    The mask is (batch, context), or (batch, 1, tokens, keys) as static caches get it, one a type of layer.
     """
     mask = attention_mask
     if isinstance(mask, dict):  # that of the layers which attend to everything
