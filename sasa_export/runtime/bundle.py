@@ -67,7 +67,8 @@ def _section(part: str, text: str) -> str:
     begin = max(node.end_lineno or 0 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     said = "\n".join(f"# {line}".rstrip() for line in (ast.get_docstring(tree) or "").splitlines())
     body = "\n".join(text.splitlines()[begin:]).strip("\n")
-    return f"{_title(part)}\n{said}\n{body}\n"
+    apart = "\n" if body.startswith("#") else ""
+    return f"{_title(part)}\n{said}\n{apart}{body}\n"
 
 
 def _title(text: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from sasa_export.runtime.formulas import gate, is_refused, unsafe_probability
+from sasa_export.runtime.formulas import gate, unsafe_probability
 from sasa_export.runtime.lane import context_arguments, project_taps, recording, run_lane
 from sasa_export.runtime.ledger import PICTURE, SYMBOL, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD
@@ -40,8 +40,7 @@ class Probe(nn.Module):
 
     def check(self) -> None:
         """Raise ValueError where the gate could not judge by it."""
-        usable = self.weight.is_meta or self.weight.isfinite().all() and self.bias.isfinite() and self.weight.any()
-        if not usable:
+        if not (self.weight.is_meta or self.weight.isfinite().all() and self.bias.isfinite() and self.weight.any()):
             raise ValueError(f"sasa.probe is zero, NaN or infinite, so the gate cannot judge. {HOW_TO_LOAD}")
 
 
@@ -54,12 +53,9 @@ class Guard(nn.Module):
         self.probe = Probe(features)
 
     def forward(self, model: Any, forward: Callable, kwargs: dict[str, Any]) -> Any:
-        """One call of the guarded model: run the family's forward, judge what it brought, and gate the logits.
+        """One call of the guarded model: run the family's `forward`, judge what the call brought, and gate the logits.
 
-        Args: forward: the family's; kwargs: the arguments of the call.
-
-        Returns the family's output with `logits` gated, and `unsafe_probability` (batch,), float32: NaN where no
-        verdict is due.
+        Returns the family's output, with `unsafe_probability` (batch,), float32: NaN where no verdict is due.
         """
         kept = self._kept(kwargs.get("past_key_values"))
         with recording() as seen:
@@ -74,12 +70,13 @@ class Guard(nn.Module):
         if torch.compiler.is_exporting() or due.rows.any():  # what an exported graph keeps in a branch
             found = self._run_lane(model, {entry: projection}, kept, columns, real, due.at)  # (batch,)
             probability = found.to(due.at.device).masked_fill(~due.rows, float("nan"))
-        refused = due.rows & is_refused(probability, self.settings["threshold"])  # (batch,)
+        refused = due.rows & ~(probability < self.settings["threshold"])  # (batch,); NaN could not be judged
         states, turns = follow(call, due, refused, tokens)  # (batch, tokens)
 
         columns = torch.cat([torch.stack([states, turns], dim=-1), columns[..., SYMBOL:]], dim=-1)
         self._keep(output.past_key_values, columns, projection)
-        output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
+        if torch.compiler.is_exporting() or states.any():
+            output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
         output["unsafe_probability"] = probability
         if torch.compiler.is_exporting():
             output["is_due"] = due.rows.any()
