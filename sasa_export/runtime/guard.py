@@ -86,7 +86,7 @@ class Guard(nn.Module):
     ) -> tuple[Call, torch.Tensor, torch.Tensor]:
         """What a call brings: for the rule; which tokens of the context are real, (batch, context); and the ledger's
         columns of its tokens, (batch, tokens, columns), int64, in which STATE and TURN are still 0."""
-        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds", torch.empty(0))
         if ids is not None:
             symbols = tokens.in_ids(ids)  # (batch, tokens)
         else:
