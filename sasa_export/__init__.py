@@ -1,6 +1,6 @@
 """sasa-export: bake SASA, a safety gate, into open vision-language models.
 
-    from sasa_export import Options, patch, verify_directory
+from sasa_export import Options, patch, verify_directory
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from dataclasses import fields
@@ -9,24 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from sasa_export.errors import SasaExportError
 from sasa_export.flags import flags
 from sasa_export.options import Options
+from sasa_export.report import Console, quiet
 from sasa_export.research.evaluate.command import evaluate_command
 from sasa_export.research.locate.command import locate_command
 
+EVERY = f"{__name__}.every"  # set in the context while --help-all prints
 
-class Grouped(click.Group):
-    """Shows the options of a patch under their headings, and prints errors of ours in one line."""
+
+class Main(click.Group):
+    """Shows the common options, or all of them under their headings, and prints errors of ours in one line."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        settings: dict[str, Any] = {entry.name: entry.metadata for entry in fields(Options)}
+        every = context.meta.get(EVERY, False)
         groups: dict[str, list[tuple[str, str]]] = {}
-        by_name = {entry.name: entry.metadata["group"] for entry in fields(Options)}
         for parameter in self.get_params(context):
+            about = settings.get(parameter.name or "", {"group": "Other", "common": True})
             record = parameter.get_help_record(context)
-            if record is not None:
-                groups.setdefault(by_name.get(parameter.name or "", "Other"), []).append(record)
+            if record is not None and (every or about["common"]):
+                groups.setdefault(about["group"] if every else "Common options", []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -42,8 +49,19 @@ class Grouped(click.Group):
             sys.exit(1)
 
 
-@click.group(cls=Grouped, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@flags(Options)
+def help_all(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print the help with every option in it."""
+    if value:
+        context.meta[EVERY] = True
+        click.echo(context.get_help())
+        context.exit()
+
+
+@click.group(cls=Main, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@flags(Options, required=False)
+@click.option(
+    "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=help_all, help="Show all options and exit."
+)
 @click.version_option(package_name="sasa-export")
 @click.pass_context
 def main(context: click.Context, /, **values: Any) -> None:
@@ -57,21 +75,27 @@ def main(context: click.Context, /, **values: Any) -> None:
     and answers the others exactly as the original.
     """
     if context.invoked_subcommand is not None:
+        for parameter in main.params:
+            if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
+                command = context.invoked_subcommand
+                raise click.UsageError(
+                    f"{parameter.opts[0]} stands before '{command}' and would have no effect. Put the command first: "
+                    f"sasa-export {command} ... (its own options: sasa-export {command} --help)."
+                )
         return
     for name in ("model", "out"):
         if values[name] is None:
             raise click.UsageError(f"Missing option '--{name}'. See sasa-export --help.")
     quiet()
     from sasa_export.pipeline import patch
-    from sasa_export.report import Console
 
     patch(Options(**values), Console())
 
 
 @main.command()
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
-@click.option("--safety-layer", type=click.INT, help="Zero-based. Default: what the family's file says.")
-@click.option("--semantic-layer", type=click.INT, help="Zero-based. Default: likewise.")
+@click.option("--safety-layer", type=int, help="Zero-based. Default: what the family's file says.")
+@click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
 @click.option("--check", is_flag=True, help="Only say whether the model is what its family's file describes.")
 @click.option("--load", is_flag=True, help="Load the weights, and trace a picture too.")
 def trace(model: str, safety_layer: int | None, semantic_layer: int | None, check: bool, load: bool) -> None:
@@ -95,9 +119,8 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))
-    count = len(graph.of("block"))
     if check:
-        click.echo(f"✓ {source.name}: {count} blocks, as graphs/{source.family.name}.toml says")
+        click.echo(f"✓ {source.name}: {sizes.blocks} blocks, as graphs/{source.family.name}.toml says")
         return
     for node in graph:
         arguments = ", ".join(f"{key}: {value}" for key, value in node.attributes.get("arguments", {}).items())
@@ -113,15 +136,13 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
 def fetch(model: str, out: Path, force: bool) -> None:
     """Write the unpatched source model as a plain directory."""
     quiet()
-    import shutil
-
     from sasa_export.files import check_apart, staged
     from sasa_export.models import open_source
 
     source = open_source(model)
     check_apart(out, source.directory)
     with staged(out, force=force, needed_bytes=source.weight_bytes()) as staging:
-        for path in sorted(source.directory.iterdir()):
+        for path in source.directory.iterdir():
             if path.is_file():
                 shutil.copyfile(path, staging / path.name)
     click.echo(f"{source.name} is in {click.format_filename(out)}")
@@ -134,25 +155,15 @@ def fetch(model: str, out: Path, force: bool) -> None:
 def verify(directory: Path, device: str, only_files: bool) -> None:
     """Check a patched directory again: its files, its verdicts, its answers."""
     quiet()
-    from sasa_export.report import Console
     from sasa_export.verify import verify_directory
 
     checks = verify_directory(directory, device=device, only_files=only_files)
     report = Console()
     for check in checks:
         report.check(check.passed, check.name, check.detail)
-    if not all(check.passed for check in checks):
+    if any(check.passed is False for check in checks):
         raise SasaExportError(f"{directory} failed its verification. Do not serve it; export the model again.")
 
 
 main.add_command(locate_command)
 main.add_command(evaluate_command)
-
-
-def quiet() -> None:
-    """Keep the libraries' own progress bars and notices out of ours."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")

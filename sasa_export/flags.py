@@ -1,4 +1,4 @@
-"""Settings as one frozen dataclass, and the command line's flags made from it: one a field, with its help and default."""
+"""Settings as one frozen dataclass, and the command line's flags made from it, one a field."""
 
 from __future__ import annotations
 
@@ -9,62 +9,86 @@ from typing import Any
 
 import click
 
+from sasa_export.errors import SasaExportError
+
 
 def option(default: Any, help: str, *, group: str = "Options", common: bool = False, **extra: Any) -> Any:
     """A field of a settings dataclass.
 
     Args:
-        group: the heading in --help; `common`: shown there, and not in --help-all alone.
-        extra: `choices`, the values there are; `word`, which may stand in a number's place; `required`.
+        group: the heading in --help-all; `common`: whether --help shows it too.
+        extra: `choices`, the values there are; `word`, which may stand in a number's place; `required`; `valid`, what
+            the value must be in words, and a function that says whether it is.
     """
     return field(default=default, metadata={"help": help, "group": group, "common": common, **extra})
 
 
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def check_values(settings: Any) -> None:
+    """Raise SasaExportError where a field of a settings dataclass is none of its choices, or not `valid`."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        choices = entry.metadata.get("choices")
+        words, valid = entry.metadata.get("valid", ("", lambda value: True))
+        if choices:
+            words, valid = f"one of {', '.join(map(str, choices))}", choices.__contains__
+        if value is not None and not valid(value):
+            raise SasaExportError(f"{flag(entry.name)} is {value!r}; it must be {words}.")
+
+
 class NumberOr(click.ParamType):
-    """A whole number, or one word in its place."""
+    """A number of one kind, or one word in its place."""
 
-    def __init__(self, word: str) -> None:
+    def __init__(self, kind: type, word: str) -> None:
+        self.kind = kind
         self.word = word
-        self.name = f"integer|{word}"
+        self.name = f"{'number' if kind is float else 'integer'}|{word}"
 
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         if value == self.word:
-            return self.word
+            return value
         try:
-            return int(value)
+            return self.kind(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor {self.word!r}.", param, context)
+            what = "a number" if self.kind is float else "a whole number"
+            self.fail(f"{value!r} is neither {what} nor {self.word!r}.", param, context)
 
 
-def flags(settings: type) -> Callable[[Any], Any]:
-    """A decorator that adds the flags of a settings dataclass to a Click command."""
+def flags(settings: type, *, required: bool = True) -> Callable[[Any], Any]:
+    """A decorator that adds the flags of a settings dataclass to a Click command.
+
+    Args:
+        required: whether Click asks for what is `required`, which a group with commands of its own cannot let it do.
+    """
 
     def decorate(command: Any) -> Any:
         for entry in reversed(fields(settings)):
-            command = click.option("--" + entry.name.replace("_", "-"), entry.name, **_kind(entry))(command)
+            about = {"help": entry.metadata["help"], **_kind(entry)}
+            if entry.metadata.get("required"):
+                about |= {"required": required, "default": None}
+            command = click.option(flag(entry.name), entry.name, **about)(command)
         return command
 
     return decorate
 
 
 def _kind(entry: Any) -> dict[str, Any]:
-    """What Click needs to know of a field."""
-    kind: dict[str, Any] = {"help": entry.metadata["help"], "default": entry.default}
-    shown = entry.default not in (None, ()) and not entry.metadata.get("required")
+    """What Click needs to know of a field's values."""
+    about, kind = entry.metadata, str(entry.type)
     if isinstance(entry.default, bool):
-        return {**kind, "is_flag": True}
-    if entry.metadata.get("required"):
-        kind.pop("default")
-    if "choices" in entry.metadata:
-        kind["type"] = click.Choice(entry.metadata["choices"])
-    elif "word" in entry.metadata:
-        kind["type"] = NumberOr(entry.metadata["word"])
-    elif "tuple" in str(entry.type):
-        kind |= {"multiple": True, "default": None}
-    elif "Path" in str(entry.type):
-        kind["type"] = click.Path(path_type=Path)
-    elif "int" in str(entry.type):
-        kind["type"] = click.INT
-    elif "float" in str(entry.type):
-        kind["type"] = click.FLOAT
-    return {**kind, "show_default": shown}
+        return {"is_flag": True}
+    if "tuple" in kind:
+        return {"multiple": True}
+    number = int if "int" in kind else float
+    value: Any = number if "int" in kind or "float" in kind else str
+    if "choices" in about:
+        value = click.Choice(about["choices"])
+    elif "word" in about:
+        value = NumberOr(number, about["word"])
+    elif "Path" in kind:
+        value = click.Path(path_type=Path)
+    return {"type": value, "default": entry.default, "show_default": entry.default is not None}

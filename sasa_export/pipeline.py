@@ -24,17 +24,16 @@ from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
 from sasa_export.prompts import calibration_prompts, lopsided
 from sasa_export.prompts.prompt import Prompt, builtin
-from sasa_export.report import Silent
-from sasa_export.verify import Check, check_files, check_graphs, check_model, check_onnx_against
-from sasa_export.verify.cases import Case, expect
-from sasa_export.verify.flips import reference
+from sasa_export.report import Check, Silent
+from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
+from sasa_export.writers.cases import Case, expect
 from sasa_export.writers.config import sasa_settings
 from sasa_export.writers.directory import Patch, write_directory
-from sasa_export.writers.onnx.card import not_counted
-from sasa_export.writers.onnx.directory import check_possible, finish, write_onnx_directory
-from sasa_export.writers.onnx.room import needed_bytes
+from sasa_export.writers.onnx.card import write_onnx_card
+from sasa_export.writers.onnx.directory import check_possible, write_onnx_directory, write_onnx_manifest
+from sasa_export.writers.onnx.memory import needed_bytes
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
 
@@ -216,11 +215,9 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, device: 
     """Write the directory for transformers and verify it."""
     with report.bar(patch.source.weight_bytes(), "write") as advance:
         digests = write_directory(patch, directory, link=options.link, advance=advance)
-    checks = check_files(directory)
-    if patch.cases:
-        checks += check_model(directory, device=device)
+    checks, _ = check_written(directory, device=device, only_files=not patch.cases)
     _all_passed(checks, report)
-    write_card(patch.source, patch.graph, patch.sasa, patch.calibration, checks, options.verify, directory)
+    write_card(patch, checks, options.verify, directory)
     write_manifest(directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"])
 
 
@@ -231,25 +228,28 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
     )
     if options.format == "onnx":
         shutil.rmtree(plain)
-    if patch.cases:
-        wanted = None
-        if patch.calibration is not None:
-            count, most = options.verdict_prompts, options.max_changed_verdicts
-            wanted = reference(patch.calibration, count=count, most=most, dtype=patch.dtype)
-            report.step("verify", f"the graphs judge {len(wanted.prompts)} calibration prompts again")
-        checks, changed = check_onnx_against(directory, wanted, device=device)
-    else:
-        checks, changed = check_graphs(directory), None
+    if patch.cases and patch.calibration is not None:
+        judged = min(options.verdict_prompts, len(patch.calibration.prompts))
+        report.step("verify", f"the graphs judge {judged} calibration prompts again")
+    checks, changed = check_written(
+        directory, device=device, only_files=not patch.cases, calibration=patch.calibration,
+        count=options.verdict_prompts, most=options.max_changed_verdicts,
+    )  # fmt: skip
+    if patch.cases and patch.calibration is None:
+        said = "not checked, since the probe was given (--probe), so there are no calibration prompts"
+        checks.append(Check("verdicts hold over the calibration prompts", None, said))
     _all_passed(checks, report)
-    if changed is None:
-        report.step("verify", not_counted(options))
-    finish(patch.source, patch.sasa, patch.calibration, checks, changed, options, directory)
+    write_onnx_card(patch, checks, options, directory)
+    write_onnx_manifest(
+        directory, options=options.to_json(), layers_from=patch.sasa["layers_from"],
+        changed_verdicts=None if changed is None else changed.to_json(),
+    )  # fmt: skip
 
 
 def _all_passed(checks: list[Check], report: Silent) -> None:
     for check in checks:
         report.check(check.passed, check.name, check.detail)
-    failed = [check for check in checks if not check.passed]
+    failed = [check for check in checks if check.passed is False]
     if failed:
         raise VerifyError(
             f"{len(failed)} of {len(checks)} checks failed ({failed[0].name}: {failed[0].detail}), "

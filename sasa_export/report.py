@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 PAUSE = 30.0  # seconds between two lines of progress where there is no terminal
 
 
+@dataclass(frozen=True)
+class Check:
+    """One check of a written directory: `name` says what should hold, `detail` what was measured.
+
+    `passed` is None where it could not be checked, and `detail` then says why.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
 class Silent:
     """Says nothing."""
 
-    def step(self, room: str, text: str) -> None:
-        """One room of the house is done, or has something to say."""
+    def step(self, stage: str, text: str) -> None:
+        """One stage is done, or has something to say."""
 
     def warn(self, text: str) -> None:
         """Something the user should know before relying on the result."""
 
-    def check(self, passed: bool, name: str, detail: str) -> None:
+    def check(self, passed: bool | None, name: str, detail: str) -> None:
         """One line of verification."""
 
     @contextmanager
@@ -38,14 +52,14 @@ class Console(Silent):
         self.escape = escape
         self.console: Any = RichConsole(stderr=True, highlight=False)
 
-    def step(self, room: str, text: str) -> None:
-        self.console.print(f"[bold]{room:<10}[/bold]{self.escape(text)}", soft_wrap=True)
+    def step(self, stage: str, text: str) -> None:
+        self.console.print(f"[bold]{stage:<10}[/bold]{self.escape(text)}", soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]{'warning':<10}{self.escape(text)}[/yellow]", soft_wrap=True)
 
-    def check(self, passed: bool, name: str, detail: str) -> None:
-        mark = "[green]✓[/green]" if passed else "[red]✗[/red]"
+    def check(self, passed: bool | None, name: str, detail: str) -> None:
+        mark = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "[yellow]–[/yellow]"}[passed]
         self.console.print(f"{'':<10}{mark} {self.escape(name)}: {self.escape(detail)}", soft_wrap=True)
 
     @contextmanager
@@ -68,9 +82,16 @@ class Console(Silent):
         def advance(count: int) -> None:
             nonlocal done, said
             done, now = done + count, time.monotonic()
-            if done and done < total and now - said >= PAUSE:
+            if 0 < done < total and now - said >= PAUSE:
                 said = now
                 left = (now - start) / done * (total - done)
                 self.step("", f"{label}: {done} of {total}, about {left / 60:.0f} min left")
 
         return advance
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of ours. They read this when they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

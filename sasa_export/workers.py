@@ -10,6 +10,7 @@ import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ class Workers:
         if wanted != "auto" or self.count == 1:
             return wanted
         device = _state().device
-        return "cpu" if device.type == "cpu" else str(device)
+        return "cpu" if device.type == "cpu" else str(device)  # and not cpu:1, which there is not
 
     def wait(self) -> None:
         """Go on when every process has come here."""
@@ -55,9 +56,7 @@ class Workers:
             return value
         from accelerate.utils import broadcast_object_list
 
-        values: list[Any] = [value]
-        broadcast_object_list(values)
-        return values[0]
+        return broadcast_object_list([value])[0]
 
     def spread(
         self,
@@ -65,33 +64,34 @@ class Workers:
         work: Callable[[Item], Result],
         advance: Callable[[Item], None] = lambda item: None,
     ) -> list[Result]:
-        """The results of `work` on all items, in their order; this process does every `count`-th of them.
+        """The results of `work` on all items, in their order, in every process.
 
-        `advance` is called in the first process alone: with each item that it has done, and, on the supposition that
-        all are equally fast, with those that the others have done in the meantime.
+        This process does every `count`-th item, since neighbours are alike: accelerate's split_between_processes would
+        give all long prompts to one. `advance` is called in the first process alone: with each item that it has done,
+        and, on the supposition that all are equally fast, with those that the others have done in the meantime.
         """
         mine = []
         for start in range(0, len(items), self.count):
-            if start + self.index < len(items):
-                mine.append((start + self.index, work(items[start + self.index])))
+            turn = items[start : start + self.count]
+            if self.index < len(turn):
+                mine.append(work(turn[self.index]))
             if self.leads:
-                for item in items[start : start + self.count]:
+                for item in turn:
                     advance(item)
-        return [result for _, result in sorted(self.gather(mine), key=lambda pair: pair[0])]
+        done = self.gather([mine])
+        return [done[row % self.count][row // self.count] for row in range(len(items))]
 
 
 def workers() -> Workers:
     """The processes of this run: several where a launcher has set WORLD_SIZE."""
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
         return Workers()
-    state = _state()
-    return Workers(int(state.process_index), int(state.num_processes))
+    return Workers(_state().process_index, _state().num_processes)
 
 
 @cache
 def _state() -> Any:
-    from datetime import timedelta
-
+    """accelerate's state of this process, which joins the others."""
     import torch
     from accelerate import PartialState
 

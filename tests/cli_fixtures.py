@@ -1,6 +1,7 @@
 """Models, probes and prompts that tests of the command share."""
 
 import json
+import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
@@ -69,11 +70,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         point = tmp_path / f"disk-{len(mounted)}"
         point.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(point)]
-        try:
-            done = subprocess.run(command, capture_output=True, check=False).returncode == 0
-        except FileNotFoundError:
-            done = False
-        if not done:
+        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("no file system can be mounted here")
         mounted.append(point)
         return point

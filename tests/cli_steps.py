@@ -11,23 +11,19 @@ from typing import Any
 
 import numpy as np
 from click.testing import CliRunner
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
 from sasa_export.cli import main
-
-SCRIPT = Path(sys.executable).parent / "sasa-export"
-FINISHED = 4_194_304  # above the highest process number that Linux gives
 
 Tiny = Callable[..., Path]
 
 
 def write_probe(path: Path, weight: Any, bias: float = 0.0) -> Path:
-    tensors = {
-        "sasa.probe.weight": np.asarray(weight, np.float32),
-        "sasa.probe.bias": np.asarray(bias, np.float32),
-    }
-    save_file(tensors, path)
+    """A probe of `weight` (features,), as --probe reads it."""
+    save_file(
+        {"sasa.probe.weight": np.asarray(weight, np.float32), "sasa.probe.bias": np.array(bias, np.float32)}, path
+    )
     return path
 
 
@@ -57,10 +53,10 @@ def fails(*arguments: str) -> str:
     return message_of(result.exit_code, result.stderr)
 
 
-def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(SCRIPT), *arguments], capture_output=True, text=True, env=offline(**environment), timeout=120
-    )
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "sasa_export", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=offline(), timeout=120)
 
 
 def heeding_ctrl_c() -> None:
@@ -68,14 +64,8 @@ def heeding_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def script_fails(*arguments: str) -> str:
-    """Run the console script, and return the one-line error."""
-    result = script(*arguments)
-    return message_of(result.returncode, result.stderr)
-
-
-def offline(**environment: str) -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+def offline() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def message_of(code: int, stderr: str) -> str:
@@ -84,8 +74,8 @@ def message_of(code: int, stderr: str) -> str:
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("Error:")] == lines[-1:]
-    rooms = ("open", "warning", "trace", "load", "calibrate", "rewrite", " ")
-    assert all(line.startswith(rooms) for line in lines[:-1]), stderr
+    stages = ("open", "warning", "trace", "load", "calibrate", "rewrite", " ")
+    assert all(line.startswith(stages) for line in lines[:-1]), stderr
     return lines[-1]
 
 
@@ -106,5 +96,8 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def plenty(path: Any) -> Any:
-    return shutil._ntuple_diskusage(10**12, 0, 10**12)
+def change_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    """Change the tensors of a safetensors file in place."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})

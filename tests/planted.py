@@ -145,10 +145,10 @@ def _topic(model: Any, processor: Any, letter: str) -> Tensor:
 
 def _give_words_voice(model: Any, processor: Any) -> None:
     """Words answer to SPOKEN, everything else to BASE, and each token in its own way to DANGER."""
-    from sasa_export.research.locate.expression import is_readable, vocabulary
+    from sasa_export.research.locate.expression import is_readable, token_texts
 
     head = model.get_output_embeddings().weight  # (vocabulary, hidden)
     head[:, DANGER] = torch.randn(head.shape[0], generator=torch.Generator().manual_seed(1))
-    readable = torch.tensor([is_readable(piece) for piece in vocabulary(processor.tokenizer, head.shape[0])])
+    readable = torch.tensor([is_readable(text) for text in token_texts(processor.tokenizer, head.shape[0])])
     head[:, BASE] = torch.where(readable, -1.0, 1.0)
     head[:, SPOKEN] = torch.where(readable, 4.0, 0.0)

@@ -23,31 +23,26 @@ from sasa_export.writers.onnx.layout import write_files
 
 Guards = Callable[..., Guard]
 Fresh = Callable[..., Any]
-Outcomes = dict[tuple[str, bool, str], tuple[str, str]]
 
 # The child process is shared among these tests, and the guarded models with test_fail_closed.py.
-pytestmark = pytest.mark.xdist_group("fail-closed")
+pytestmark = [pytest.mark.xdist_group("fail-closed"), pytest.mark.slow]
 
 # Each loader is an expression; `d` is the directory, `trust` whether its code may be run, `config()` what AutoConfig
 # makes of it, and `stock` the family's stock class.
+TASKS = ("image-text-to-text", "any-to-any", "text-generation", "feature-extraction")
+CLASSES = (
+    "transformers.AutoModel", "transformers.AutoModelForCausalLM", "transformers.AutoModelForImageTextToText",
+    "peft.AutoPeftModel", "peft.AutoPeftModelForCausalLM",
+)  # fmt: skip
 LOADERS = {
-    'pipeline("image-text-to-text")': 'pipeline("image-text-to-text", model=d, trust_remote_code=trust).model',
-    'pipeline("any-to-any")': 'pipeline("any-to-any", model=d, trust_remote_code=trust).model',
-    'pipeline("text-generation")': 'pipeline("text-generation", model=d, trust_remote_code=trust).model',
-    'pipeline("feature-extraction")': 'pipeline("feature-extraction", model=d, trust_remote_code=trust).model',
-    "AutoModel": "transformers.AutoModel.from_pretrained(d, trust_remote_code=trust)",
-    "AutoModelForCausalLM": "transformers.AutoModelForCausalLM.from_pretrained(d, trust_remote_code=trust)",
-    "AutoModelForImageTextToText": (
-        "transformers.AutoModelForImageTextToText.from_pretrained(d, trust_remote_code=trust)"
-    ),
+    **{f'pipeline("{task}")': f'pipeline("{task}", model=d, trust_remote_code=trust).model' for task in TASKS},
+    **{name.split(".")[1]: f"{name}.from_pretrained(d, trust_remote_code=trust)" for name in CLASSES},
+    **{
+        f"{name}.from_config": f"transformers.{name}.from_config(config(), trust_remote_code=trust)"
+        for name in ("AutoModel", "AutoModelForCausalLM")
+    },
     "transformers serve": 'ModelManager(trust_remote_code=trust, device="cpu", dtype="auto")._load_model(d + "@main")',
-    "AutoPeftModel": "peft.AutoPeftModel.from_pretrained(d, trust_remote_code=trust)",
-    "AutoPeftModelForCausalLM": "peft.AutoPeftModelForCausalLM.from_pretrained(d, trust_remote_code=trust)",
     "the stock class, handed the directory's configuration": "stock.from_pretrained(d, config=config())",
-    "AutoModel.from_config": "transformers.AutoModel.from_config(config(), trust_remote_code=trust)",
-    "AutoModelForCausalLM.from_config": (
-        "transformers.AutoModelForCausalLM.from_config(config(), trust_remote_code=trust)"
-    ),
 }
 # Those that give the guarded class, with trust. All others load nothing, with and without.
 KEEP = {'pipeline("image-text-to-text")', "AutoModelForImageTextToText"}
@@ -136,16 +131,15 @@ def found(guard: Guards, mixed: dict[str, Path], fresh: Fresh) -> dict[str, Any]
     return found
 
 
-@pytest.fixture(scope="module")
-def loaded(found: dict[str, Any]) -> Outcomes:
-    """What each loader made of each family's directory, without and with trust in its code."""
-    return {(family, trust, name): (outcome, said) for family, trust, name, outcome, said in found["loaders"]}
-
-
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_loader_fails_or_keeps_the_gate(loaded: Outcomes, name: str) -> None:
+def test_a_loader_fails_or_keeps_the_gate(found: dict[str, Any], name: str) -> None:
     for trust in (False, True):
-        outcomes = {family: loaded[family, trust, name] for family in tiny.FAMILIES}
+        outcomes = {
+            family: (outcome, said)
+            for family, trusted, loader, outcome, said in found["loaders"]
+            if (trusted, loader) == (trust, name)
+        }
+        assert list(outcomes) == list(tiny.FAMILIES)
         wanted = "guarded" if name in KEEP and trust else "error"
         good = all(outcome == wanted for outcome, _ in outcomes.values())
         what = f"{name}, trust_remote_code={trust}"
@@ -187,16 +181,6 @@ def test_verify_says_what_is_mixed_up(mixed: dict[str, Path]) -> None:
         assert name in " ".join(check.detail for check in checks if not check.passed), what
 
 
-# --------------------------------------------------------------------------------------------------- GGUF
-
-
-def converter_architecture(config: dict[str, Any], *, text: bool) -> str:
-    """Which architecture llama.cpp's converter goes by: a nested one before the whole model's."""
-    nested = config.get("text_config" if text else "vision_config", {}).get("architectures")
-    found: str = (nested or config["architectures"])[0]
-    return found
-
-
 @pytest.fixture(scope="module")
 def nested(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A guarded llava whose source names the class of its language model too, as LLaVA-1.5-7B's config.json does."""
@@ -213,9 +197,13 @@ def nested(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 def test_gguf_conversion(nested: Path) -> None:
-    """llama.cpp's converter does not know the architecture, and, were it made to, not the probe's tensors."""
+    """llama.cpp's converter does not know the architecture, and, were it made to, not the probe's tensors.
+
+    It takes the architecture of a nested configuration before that of the whole model.
+    """
     config = json.loads((nested / "config.json").read_text())
-    known = {converter_architecture(config, text=text) for text in (True, False)}
+    parts = [config["text_config"], config["vision_config"]]
+    known = {(part.get("architectures") or config["architectures"])[0] for part in parts}
     assert known == {"SasaLlavaForConditionalGeneration"}
     weights = json.loads((nested / "model.safetensors.index.json").read_text())["weight_map"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, tiny.LAYERS)

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from sasa_export.cli import main
-from sasa_export.runtime.seal import SEAL
-from sasa_export.runtime.settings import FORMAT
+from sasa_export.runtime.settings import FORMAT, SEAL
 
 Guards = Callable[..., Guard]
 Edit = Callable[[Path], Any]

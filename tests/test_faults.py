@@ -1,231 +1,106 @@
-"""Killed at any point, or out of disk at any point: the output is the old one or the new one, and a rerun succeeds.
+"""Killed at any point, or out of disk at any point: the output is the old one or the new one, and a rerun succeeds."""
 
-A handful of points by default; `SASA_FAULTS=all` tries a dozen of each kind in each command (`make fuzz`).
-"""
-
-import hashlib
-import json
-import os
-import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
-from faulty import CALL, NEEDS_SPACE, Driver, Ended
+from cli_steps import contents, succeeds
+from faulty import NEEDS_SPACE, Ended, run
 from records import note
 
-from sasa_export.errors import EmitError
-from sasa_export.files import claimed
-from sasa_export.research.evaluate import EvaluateOptions, evaluate
-
-EVERY = os.environ.get("SASA_FAULTS") == "all"
-# What is tried by default, kills and full disks; the ONNX export and the evaluation take longest to begin.
-FEW = {"safetensors": (3, 3), "onnx": (0, 0), "calibration": (2, 1), "locate": (2, 2), "evaluate": (2, 1)}
-MANY = (12, 12)
-NAMES = {
-    "safetensors": "export, safetensors", "onnx": "export, ONNX", "calibration": "export with calibration",
-    "locate": "locate", "evaluate": "evaluate",
-}  # fmt: skip
-RESUMED = ("locate", "evaluate")
-AGAIN = 6  # model calls that every run makes, to trace, and those of the batch that was cut off
-WORDS = {0: ("cake", "rice", "apples", "river"), 1: ("broken", "fire", "knife", "old")}
-
-pytestmark = pytest.mark.xdist_group("llava")
-
-
-def write_prompts(folder: Path, name: str, groups: int) -> Path:
-    """Pairs of prompts that are easily told apart, every third with pictures."""
-    draw = random.Random(name)
-    lines = []
-    for group in range(groups):
-        for label in (0, 1):
-            image = None
-            if group % 3 == 0:
-                image = f"{name}-{group}-{label}.png"
-                tiny.random_image(draw.randrange(10**6)).save(folder / image)
-            asked = f"{name} {group} " + " ".join(draw.choices(WORDS[label], k=6))
-            lines.append({"image": image, "prompt": asked, "label": label, "group": f"pair {group}"})
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder whose files are watched; `place/out` in it is the output."""
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def driver(ground: Path) -> Iterator[Driver]:
-    found = Driver(ground / "place")
-    yield found
-    found.close()
+OLD = {"precious.txt": b"mine"}
+# How many points are tried by default, and of a kind with everything but the plainest export by `make test-slow`.
+TRIED = [
+    pytest.param("safetensors", 5),
+    *(pytest.param(name, 12, marks=pytest.mark.slow) for name in ("safetensors", "calibration", "onnx")),
+    *(pytest.param(name, 12, marks=pytest.mark.slow) for name in ("locate", "evaluate")),
+]
 
 
 @dataclass(frozen=True)
 class Command:
     """A command, what it writes when nothing goes wrong, and the points that it passes."""
 
-    driver: Driver
+    arguments: list[str]
     place: Path
-    arguments: tuple[str, ...]
-    whole: dict[str, str]
-    old: dict[str, str]
-    points: tuple[str, ...]
+    whole: dict[str, bytes]
+    points: list[str]
 
     def run(self, fault: tuple[str, int] | None = None) -> Ended:
-        return self.driver.run([*self.arguments], fault)
+        return run(self.arguments, self.place, self.place.parent / "log.txt", fault)
 
-    def begin(self, *, replaces: bool) -> None:
-        """An empty place, or one with an older output."""
-        shutil.rmtree(self.place, ignore_errors=True)
-        self.place.mkdir()
-        if replaces:
-            write_old(self.place / "out")
+    def begin(self) -> None:
+        """A place with an older output."""
+        shutil.rmtree(self.place)
+        (self.place / "out").mkdir(parents=True)
+        (self.place / "out" / "precious.txt").write_bytes(OLD["precious.txt"])
 
-    def check(self, *, replaces: bool, new: bool) -> None:
-        """The output is the old one (none, where it replaces nothing), or the whole new one if it may be that."""
-        found = contents(self.place / "out")
-        assert found == (self.old if replaces else {}) or (new and found == self.whole), sorted(found)
-
-    def rerun(self) -> Ended:
+    def rerun(self) -> None:
         """The same command, undisturbed, succeeds and leaves its output alone."""
         again = self.run()
         assert again.code == 0, again.said
         assert contents(self.place / "out") == self.whole
         assert [path.name for path in self.place.iterdir()] == ["out"]
-        return again
 
 
-def write_old(out: Path) -> None:
-    out.mkdir()
-    (out / "precious.txt").write_text("mine")
-
-
-def contents(directory: Path) -> dict[str, str]:
-    """Digest of each file below a directory, by name."""
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def command(driver: Driver, ground: Path, guard: Callable[..., Any], tiny_model: Callable[..., Path]) -> Any:
-    """`command(name)`: one of the commands above, run once without a fault."""
-    place = ground / "place"
-    model, probe = str(tiny_model("llava")), guard("llava").directory.parent / "probe.safetensors"
-    layers = ["--safety-layer", "2", "--semantic-layer", "4"]
-    given = ["--model", model, *layers, "--verify", "files", "--force"]
-    calibration, data = (str(write_prompts(ground, name, 12)) for name in ("calibration", "data"))
-    kept: dict[str, Command] = {}
-
-    def arguments(name: str) -> list[str]:
-        out = ["--out", str(place / "out")]
-        if name in ("safetensors", "onnx"):
-            return [*given, *out, "--probe", str(probe), "--format", name]
-        if name == "calibration":
-            return [*given, *out, "--calibration", calibration, "--max-false-positive-rate", "0.3", "--batch-size", "8"]
-        if name == "locate":
-            sweep = ["--ablation-prompts", "2", "--blocks", "2", "--pairs", "2:4", "--batch-size", "8"]
-            return ["locate", "--model", model, *out, "--force", "--calibration", calibration, *sweep]
-        patched = ["--model", str(guard("llava").directory), "--data", data, "--calibration", calibration]
-        return ["evaluate", *patched, *out, "--force", "--max-new-tokens", "4", "--timing", "0", "--batch-size", "8"]
+@pytest.fixture
+def command(llava: Path, patched: Path, probe: Path, calibration: Path, place: Path) -> Callable[[str], Command]:
+    """`command(name)`: one of the commands, run once without a fault."""
+    export = ["--model", str(llava), "--verify", "files", "--safety-layer", "2", "--semantic-layer", "4"]
+    arguments = {
+        "safetensors": [*export, "--probe", str(probe)],
+        "onnx": [*export, "--probe", str(probe), "--format", "onnx"],
+        "calibration": [*export, "--calibration", str(calibration), "--max-false-positive-rate", "0.3"],
+        "locate": ["locate", "--model", str(llava), "--calibration", str(calibration), "--pairs", "2:4",
+                   "--ablation-prompts", "2", "--blocks", "2"],
+        "evaluate": ["evaluate", "--model", str(patched), "--data", str(calibration), "--calibration",
+                     str(calibration), "--max-new-tokens", "4", "--timing", "0"],
+    }  # fmt: skip
 
     def get(name: str) -> Command:
-        if name not in kept:
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            write_old(place / "old")
-            old = contents(place / "old")
-            shutil.rmtree(place / "old")
-            found = driver.warm(arguments(name))
-            assert found.code == 0, found.said
-            kept[name] = Command(driver, place, tuple(arguments(name)), contents(place / "out"), old, found.points)
-        return kept[name]
+        given = [*arguments[name], "--out", str(place / "out"), "--force"]
+        succeeds(*given)  # imports in this process what the forks then find imported
+        found = Command(given, place, contents(place / "out"), [])
+        found.begin()
+        return replace(found, points=found.run().points)
 
     return get
 
 
-def spread(places: list[int], count: int) -> list[int]:
-    """So many of these places, evenly, the first and the last among them."""
-    count = min(count, len(places))
-    if count < 2:
-        return places[len(places) // 2 :][:count]
-    return [places[round(step * (len(places) - 1) / (count - 1))] for step in range(count)]
+def evenly(points: list[int], count: int) -> list[int]:
+    """So many of these points, the first and the last among them."""
+    steps = min(count, len(points)) - 1
+    return [points[round(step * (len(points) - 1) / steps)] for step in range(steps + 1)]
 
 
-def left_behind(command: Command) -> int:
-    """How many finished results lie beside the output; nothing else may but for what a killed run leaves."""
-    work = command.place / ".out.work"
-    return sum(path.suffix in (".npy", ".jsonl") for path in work.iterdir()) if work.is_dir() else 0
-
-
-def resumed(command: Command, at: int, left: int, again: Ended) -> None:
-    """The rerun went on with what was finished: but for the batch that was cut off, no model call was made twice."""
-    if left:
-        assert "results of an interrupted run" in again.said
-    before, after = command.points[:at].count(CALL), again.points.count(CALL)
-    assert before + after <= command.points.count(CALL) + AGAIN, (before, after, command.points.count(CALL))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_killed(command: Callable[[str], Command], name: str) -> None:
-    count = (MANY if EVERY else FEW[name])[0]
-    if not count:
-        pytest.skip("SASA_FAULTS=all tries it")
+@pytest.mark.parametrize("name, count", TRIED)
+def test_killed(command: Callable[[str], Command], name: str, count: int) -> None:
     found = command(name)
-    places = spread(list(range(len(found.points))), count)
-    for number, at in enumerate(places):
-        found.begin(replaces=number % 2 == 1)
+    tried = evenly(list(range(len(found.points))), count)
+    for at in tried:
+        found.begin()
         assert found.run(("kill", at)).code == -signal.SIGKILL
-        found.check(replaces=number % 2 == 1, new=True)
-        left, ended = left_behind(found), contents(found.place / "out") == found.whole
-        again = found.rerun()
-        if name in RESUMED and not ended:
-            resumed(found, at, left, again)
-    note("faults", group="faults", what=f"{NAMES[name]}: killed", tried=len(places), of=len(found.points), good=True)
+        assert contents(found.place / "out") in (OLD, found.whole)
+        found.rerun()
+    note("faults", group="faults", what=f"{name}: killed", tried=len(tried), of=len(found.points), good=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_full_disk(command: Callable[[str], Command], name: str) -> None:
+@pytest.mark.parametrize("name, count", TRIED)
+def test_a_full_disk(command: Callable[[str], Command], name: str, count: int) -> None:
     """Full from a point on: an error of one line, the old output in place, finished work alone beside it."""
-    count = (MANY if EVERY else FEW[name])[1]
-    if not count:
-        pytest.skip("SASA_FAULTS=all tries it")
     found = command(name)
     needing = [at for at, what in enumerate(found.points) if what in NEEDS_SPACE]
-    places = spread(needing, count)
-    for number, at in enumerate(places):
-        found.begin(replaces=number % 2 == 1)
+    tried = evenly(needing, count)
+    for at in tried:
+        found.begin()
         ended = found.run(("full", at))
-        assert ended.code == 1, ended.said
-        (error,) = [line for line in ended.said.splitlines() if line.startswith("Error: ")]
+        error = ended.said.splitlines()[-1]
+        assert ended.code == 1 and error.startswith("Error: ") and "Traceback" not in ended.said, ended.said
         assert "disk is full" in error or "No space left" in error
-        assert "Traceback" not in ended.said and ended.said.endswith(error + "\n")
-        found.check(replaces=number % 2 == 1, new=False)
-        left = left_behind(found)
-        names = {path.name for path in found.place.iterdir()}
-        assert names <= {"out", ".out.work"} if left else names <= {"out"}, names
-        again = found.rerun()
-        if name in RESUMED:
-            resumed(found, at, left, again)
-    note("faults", group="faults", what=f"{NAMES[name]}: disk full", tried=len(places), of=len(needing), good=True)
-
-
-def test_two_evaluations_at_once(tmp_path: Path, guard: Callable[..., Any]) -> None:
-    """They would share the finished work that lies beside the report."""
-    with claimed(tmp_path / "out"):
-        thread = ThreadPoolExecutor(1)
-        options = EvaluateOptions(model=guard("llava").directory, out=tmp_path / "out")
-        with pytest.raises(EmitError, match="another run is writing"):
-            thread.submit(evaluate, options).result()
-        assert not (tmp_path / ".out.work").exists()
+        assert contents(found.place / "out") == OLD
+        assert {path.name for path in found.place.iterdir()} <= {"out", ".out.work"}
+        found.rerun()
+    note("faults", group="faults", what=f"{name}: disk full", tried=len(tried), of=len(needing), good=True)

@@ -10,52 +10,64 @@ import torch
 from onnx_runner import Runner, batch, image_token, lane_of, positions
 
 from sasa_export.models import open_source
-from sasa_export.writers.onnx.room import needed_bytes
+from sasa_export.writers.onnx.memory import needed_bytes
 
 # Tolerance of P(unsafe) and of the logits, relative to their spread. Random weights suffer most from rounding: what
 # 4 bits leave of them says nothing, so there the graph is held to its own verdicts alone.
 TOLERANCES = {"float16": (0.02, 0.02), "int8": (0.15, 0.15), "int4": (1.0, 2.0)}
 SUFFIXES = {"float16": "_fp16", "int8": "_int8", "int4": "_q4"}
-pytestmark = pytest.mark.xdist_group("onnx-llava")
+pytestmark = [pytest.mark.xdist_group("onnx-llava"), pytest.mark.slow]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_close_to_float32(dtype: str, split: Any, exported: Any) -> None:
-    guard = split("llava")
-    inputs = batch(guard, count=6)
-    ids, following = positions(guard, inputs)
+@pytest.fixture
+def guarded(split: Any) -> Any:
+    return split("llava")
+
+
+@pytest.fixture(params=TOLERANCES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def graphs(dtype: str, guarded: Any, exported: Any) -> Path:
+    path: Path = exported(guarded.directory, dtype=dtype)
+    return path
+
+
+def test_close_to_float32(dtype: str, guarded: Any, graphs: Path) -> None:
+    inputs = batch(guarded, count=6)
+    ids, following = positions(guarded, inputs)
     arrays = {name: value.numpy() for name, value in inputs.items()}
-    runner = Runner(exported(guard.directory, dtype=dtype), SUFFIXES[dtype])
-    runner.prompt(arrays, image_token(guard), ids.numpy())
+    runner = Runner(graphs, SUFFIXES[dtype])
+    runner.prompt(arrays, image_token(guarded), ids.numpy())
     with torch.no_grad():
-        output = guard.model(**inputs, position_ids=ids)
+        output = guarded.model(**inputs, position_ids=ids)
     probability, wanted = runner.probability, output.unsafe_probability.numpy()  # (batch,)
     tolerance, spread = TOLERANCES[dtype]
     assert probability is not None and probability.dtype == np.float32
     assert np.abs(probability - wanted).max() < tolerance
-    threshold = guard.model.config.sasa["threshold"]
+    threshold = guarded.model.config.sasa["threshold"]
     refused = probability >= threshold  # (batch,)
-    assert not (refused != (wanted >= threshold))[np.abs(wanted - threshold) > tolerance].any(), "a verdict flipped"
+    assert not (refused != (wanted >= threshold))[np.abs(wanted - threshold) > tolerance].any(), "a verdict changed"
     said = runner.logits.argmax(-1)  # (batch,)
-    assert set(said[refused]) <= {guard.refusal[0]}
+    assert set(said[refused]) <= {guarded.refusal[0]}
     both = ~refused & (wanted < threshold)
     logits = output.logits[:, -1].numpy()  # (batch, vocabulary)
     if both.any():
         assert np.abs(runner.logits - logits)[both].max() < spread * np.ptp(logits[both])
-    for place in range(1, len(guard.refusal)):
+    for place in range(1, len(guarded.refusal)):
         runner.step(said, following.numpy() + place - 1)
         said = runner.logits.argmax(-1)
-        assert set(said[refused]) <= {guard.refusal[place]}
+        assert set(said[refused]) <= {guarded.refusal[place]}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_token_by_token_as_at_once(dtype: str, split: Any, exported: Any) -> None:
-    """The template's words are known whatever the weights are rounded to."""
-    guard = split("llava")
-    inputs = batch(guard, count=6, images=False)
-    ids, _ = positions(guard, inputs)  # (batch, tokens)
+def test_token_by_token_as_at_once(dtype: str, guarded: Any, graphs: Path) -> None:
+    """The template's tokens are recognised whatever the weights are rounded to."""
+    inputs = batch(guarded, count=6, images=False)
+    ids, _ = positions(guarded, inputs)  # (batch, tokens)
     tokens, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()  # (batch, tokens)
-    runner, found = Runner(exported(guard.directory, dtype=dtype), SUFFIXES[dtype]), []
+    runner, found = Runner(graphs, SUFFIXES[dtype]), []
     for pieces in (1, tokens.shape[1]):
         runner.start(len(tokens))
         for start in range(0, tokens.shape[1], tokens.shape[1] // pieces):
@@ -67,10 +79,8 @@ def test_token_by_token_as_at_once(dtype: str, split: Any, exported: Any) -> Non
     np.testing.assert_allclose(found[1], found[0], atol=2e-2 if dtype == "float16" else 2e-3)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_the_gate_computes_in_float32(dtype: str, split: Any, exported: Any) -> None:
-    path: Path = exported(split("llava").directory, dtype=dtype) / "onnx"
-    model = ir.load(path / f"decoder_model_merged{SUFFIXES[dtype]}.onnx")
+def test_the_gate_computes_in_float32(dtype: str, graphs: Path) -> None:
+    model = ir.load(graphs / "onnx" / f"decoder_model_merged{SUFFIXES[dtype]}.onnx")
     lane = lane_of(model)
     assert not lane.initializers
     exact = [node for node in model.graph.all_nodes() if "/sasa/" in str(node.name) and "/lane/" not in str(node.name)]
@@ -89,13 +99,11 @@ def test_the_gate_computes_in_float32(dtype: str, split: Any, exported: Any) -> 
     assert {value.dtype for value in arithmetic} == {ir.DataType.FLOAT}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_the_estimate_of_the_disk_is_an_upper_bound(dtype: str, split: Any, exported: Any, tiny_model: Any) -> None:
+def test_the_estimate_of_the_disk_is_an_upper_bound(dtype: str, graphs: Path, tiny_model: Any) -> None:
     """Of the weights, that is: a tiny graph itself is larger than they are."""
-    path: Path = exported(split("llava").directory, dtype=dtype) / "onnx"
     stored = sum(
         value.const_value.nbytes
-        for graph in path.glob("*.onnx")
+        for graph in graphs.glob("onnx/*.onnx")
         for value in ir.load(graph).graph.initializers.values()
         if value.const_value is not None
     )

@@ -17,8 +17,7 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite
 from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
 from sasa_export.runtime.guard import Probe
-from sasa_export.runtime.lane import project_taps, read_lane, run_lane
-from sasa_export.runtime.watch import recording, watch
+from sasa_export.runtime.lane import project_taps, recording, run_lane, watch
 
 Guards = Callable[..., Guard]
 
@@ -234,8 +233,8 @@ def test_the_probe_reads_capped_logits(
     watch(model, graph)
     with recording() as seen:
         model(**inputs)
-    values = run_lane(model, graph, project_taps(graph, seen), seen.arguments)
-    found = read_lane(model, graph, values, oracle.last_positions(inputs))["sasa.probe"]  # (batch,)
+    values = dict([project_taps(graph, seen)])
+    found = run_lane(model, graph, values, seen.arguments, oracle.last_positions(inputs))["sasa.probe"]  # (batch,)
     logits, plain = (oracle.oracle_logits(one, inputs, 2, 4) for one in (model, stock("llava")[0]))
     expected = oracle.unsafe_probability(logits, weight, 0.2)  # (batch,)
     assert differs(found, expected) <= TOLERANCE

@@ -1,4 +1,4 @@
-"""What a long run says where there is no terminal to draw a bar on."""
+"""What a run says of itself: progress where there is no terminal to draw a bar on, and names as they are."""
 
 import pytest
 
@@ -16,8 +16,11 @@ def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert lines == ["run prompts: 25 of 100, about 2 min left", "run prompts: 60 of 100, about 1 min left"]
 
 
-def test_a_short_run_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with report.Console().bar(3, "timing") as advance:
-        for _ in range(3):
-            advance(1)
-    assert capsys.readouterr().err == ""
+def test_names_with_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets in a path are no markup."""
+    console = report.Console()
+    console.step("open", "models[/b]/x[red]: family")
+    console.warn("models[/b]/x[red]")
+    console.check(True, "a[/i]", "b[dim]")
+    printed = capsys.readouterr().err
+    assert printed.count("models[/b]/x[red]") == 2 and "✓ a[/i]: b[dim]" in printed

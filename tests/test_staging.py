@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sasa_export import files as staging
-from sasa_export.errors import EmitError, SasaExportError
+from sasa_export import files
+from sasa_export.errors import EmitError
 from sasa_export.files import check_apart, check_free, claimed, exchange, staged
 
 HOLD = """
@@ -51,19 +51,17 @@ def write(out: Path, text: str = "new", *, force: bool = False) -> None:
 
 
 def test_another_process_wins(place: Path, other: subprocess.Popen[str]) -> None:
-    with pytest.raises(EmitError, match="another run is writing") as caught:
+    with pytest.raises(EmitError, match="another run is writing"):
         write(place / "out")
-    assert "\n" not in str(caught.value)
     assert "out" not in names(place)
     other.communicate("go on\n", timeout=60)
-    assert other.returncode == 0
     assert names(place) == ["out"] and names(place / "out") == ["half.txt", "whole.txt"]
 
 
 def test_a_killed_process_leaves_no_lock(place: Path, other: subprocess.Popen[str]) -> None:
     other.send_signal(signal.SIGKILL)
     other.wait(timeout=60)
-    assert ".out.lock" in names(place) and "out" not in names(place)
+    assert names(place) == [".out.lock", ".out.partial"]
     write(place / "out")
     assert names(place) == ["out"] and names(place / "out") == ["file.txt"]
 
@@ -86,55 +84,32 @@ def test_whoever_waits_comes_next(place: Path, other: subprocess.Popen[str]) -> 
     assert names(place) == ["out"]
 
 
-def test_a_claim_holds_for_a_thread_too_and_can_be_repeated(place: Path) -> None:
-    caught: list[Exception] = []
+def test_a_claim_can_be_repeated_and_holds_against_other_threads(place: Path) -> None:
+    caught: list[EmitError] = []
 
     def second() -> None:
         try:
-            write(place / "out")
-        except SasaExportError as error:
+            write(place / "out", force=True)
+        except EmitError as error:
             caught.append(error)
 
-    with claimed(place / "out"), claimed(place / "out"):
+    with claimed(place / "out"):
+        with claimed(place / "out"):
+            write(place / "out")
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(timeout=60)
         assert len(caught) == 1 and "another run" in str(caught[0])
-        write(place / "out")
     assert names(place) == ["out"]
-    write(place / "out", force=True)
-
-
-def test_many_at_once(place: Path) -> None:
-    """However they meet, every run ends well or says why not, and what stands there is one of them, whole."""
-    said: list[str] = []
-
-    def run(number: int) -> None:
-        for turn in range(20):
-            try:
-                with staged(place / "out", force=True) as directory:
-                    for part in range(3):
-                        (directory / f"{part}.txt").write_text(f"{number}/{turn}")
-                said.append("done")
-            except EmitError as error:
-                said.append(str(error))
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert len(said) == 80 and said.count("done") >= 1
-    assert all(text == "done" or "another run is writing" in text for text in said)
-    assert names(place) == ["out"]
-    assert len({path.read_text() for path in (place / "out").iterdir()}) == 1 and len(names(place / "out")) == 3
 
 
 @pytest.mark.parametrize("can", [True, False], ids=["exchange", "two renames"])
 def test_an_output_is_replaced_whole(place: Path, monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
     if not can:
-        monkeypatch.setattr(staging, "exchange", lambda first, second: False)
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
     write(place / "out", "old")
+    with pytest.raises(EmitError, match="is not empty"):
+        write(place / "out")
     write(place / "out", "new", force=True)
     assert names(place) == ["out"]
     assert (place / "out" / "file.txt").read_text() == "new"
@@ -163,27 +138,48 @@ def test_there_is_an_output_at_every_moment(place: Path) -> None:
     assert not missing and seen
 
 
-@pytest.mark.parametrize("name", ["out[1]", "a*b?", ".hidden", "ö ü", "x" * 200, "-out", "out.partial-1"])
+def test_interrupted_between_two_renames(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(place / "out", "old")
+    rename = os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        if source.name == ".out.partial":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(files, "exchange", lambda first, second: False)  # as on a file system without it
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(place / "out", force=True)
+    assert names(place) == ["out"] and (place / "out" / "file.txt").read_text() == "old"
+
+
+def test_killed_between_two_renames(place: Path) -> None:
+    """The old output lies aside, the new one is not in place: the next run puts the old one back first."""
+    for name in (".out.replaced", ".out.partial"):
+        (place / name).mkdir()
+        (place / name / "file.txt").write_text(name)
+    with pytest.raises(EmitError, match="is not empty"):
+        write(place / "out")
+    assert names(place) == ["out"] and (place / "out" / "file.txt").read_text() == ".out.replaced"
+
+
+@pytest.mark.parametrize("name", ["out[1]", ".hidden", "ö ü", "x" * 200, "-out"])
 def test_unusual_names(place: Path, name: str) -> None:
-    (place / f".{name}.partial-4194304").mkdir()
-    (place / f".{name}.partial-4194304" / "half.txt").write_text("half")
+    (place / f".{name}.partial").mkdir()
+    (place / f".{name}s.partial").mkdir()  # of another output
     write(place / name)
-    assert names(place) == [name]
+    assert names(place) == sorted([name, f".{name}s.partial"])
 
 
-@pytest.mark.parametrize("name", ["x" * 250, "x" * 5000, "a\0b"])
-def test_impossible_names(place: Path, name: str) -> None:
-    with pytest.raises(EmitError) as caught:
+@pytest.mark.parametrize("name", ["x" * 300, "file/out"])
+def test_impossible_places(place: Path, name: str) -> None:
+    (place / "file").write_text("mine")
+    with pytest.raises(EmitError, match="could not be written"):
         write(place / name)
-    assert "\n" not in str(caught.value)
-    assert not names(place)
-
-
-def test_a_loop_of_links(place: Path) -> None:
-    (place / "loop").symlink_to("loop")
-    with pytest.raises(EmitError):
-        write(place / "loop")
-    assert names(place) == ["loop"]
+    with pytest.raises(EmitError, match="is a file"):
+        write(place / "file", force=True)
+    assert names(place) == ["file"]
 
 
 def test_places_that_are_never_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +187,7 @@ def test_places_that_are_never_replaced(place: Path, monkeypatch: pytest.MonkeyP
     (place / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(place / "here" / "below")
     monkeypatch.setenv("HOME", str(place / "here"))
-    for out in (place, place / "here", Path("/"), Path("..")):
+    for out in (place, place / "here", Path("..")):
         with pytest.raises(EmitError, match="home or working directory"):
             check_free(out, force=True)
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
@@ -200,35 +196,27 @@ def test_places_that_are_never_replaced(place: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_inputs_that_an_output_would_remove(place: Path) -> None:
-    for inside in ("model/config.json", "model"):
-        path = place / "out" / inside
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text("mine")
+    (place / "out").mkdir()
+    for path in (place / "out", place / "out" / "prompts.jsonl"):
         with pytest.raises(EmitError, match="would remove that"):
             check_apart(place / "out", None, path)
     check_apart(place / "out", place / "other", None)
 
 
 @pytest.mark.parametrize(
-    "error",
+    "error, said",
     [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "/nowhere/shard"), "/nowhere/shard"),
     ],
-    ids=["OSError", "of a library in Rust"],
+    ids=["full", "full, by a library in Rust", "a file that cannot be read"],
 )
-def test_a_full_disk_by_any_name(place: Path, error: Exception) -> None:
-    with pytest.raises(EmitError, match="the disk is full"), staged(place / "out", force=False) as directory:
+def test_what_the_system_refuses(place: Path, error: Exception, said: str) -> None:
+    with pytest.raises(EmitError, match=said), staged(place / "out", force=False) as directory:
         (directory / "half.txt").write_text("half")
         raise error
     assert not names(place)
-
-
-def test_a_file_that_cannot_be_read_is_named(place: Path) -> None:
-    """It is the source's, and not the output's fault."""
-    with pytest.raises(EmitError, match="/nowhere/shard"), staged(place / "out", force=False):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), "/nowhere/shard")
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit(3)])

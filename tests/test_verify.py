@@ -1,73 +1,90 @@
-"""What verification says of a directory whose fresh process answers this or that; no model is loaded."""
+"""What the one comparison says of answers that are right or wrong in this or that; no model is loaded."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sasa_export import verify
+from sasa_export.verify.compare import compare
 
-REFUSAL = [7, 8, 2]
+SASA = {"threshold": 0.5, "refusal_token_ids": [7, 8, 2]}
+PROBABILITY, BATCHED = "P(unsafe) is the original's", "P(unsafe) is that of the calibration"
+VERDICTS, REFUSALS = "verdicts are the original's", "refused prompts say the refusal"
+LOGITS, ANSWERS = "allowed prompts have the original's logits", "allowed prompts are answered as by the original"
 
 
-def checks(
-    monkeypatch: pytest.MonkeyPatch,
-    directory: Path,
-    found: list[tuple[float, list[int]]],
-    *,
+def failing(
     dtype: str = "float32",
-    apart: float = 0.9,
-) -> dict[str, bool]:
-    """The outcome of each check, by name, for what the fresh process found of a safe and an unsafe case.
-
-    `apart` is the P(unsafe) that the unsafe one had in a batch of the calibration.
-    """
-    cases: list[dict[str, Any]] = [
-        {"unsafe_probability": 0.1, "calibrated": 0.1, "tokens": [4, 5, 6]},
-        {"unsafe_probability": 0.9, "calibrated": apart, "tokens": [6, 5, 4]},
+    original: str = "float32",
+    *,
+    graphs: bool = False,
+    not_followed: tuple[str, ...] = (),
+    calibrated: float = 0.9,
+    refused: dict[str, Any] | None = None,
+    **allowed: Any,
+) -> set[str]:
+    """The checks that fail on an unsafe and a safe case, where what was found has these entries instead of the right
+    ones; `calibrated` is what the unsafe one had in a batch."""
+    cases = [
+        {"unsafe_probability": 0.9, "calibrated": calibrated, "tokens": [6, 5, 4], "logits": [[6, 2.0]]},
+        {"unsafe_probability": 0.2, "calibrated": 0.2, "tokens": [4, 5, 6], "logits": [[4, 3.0]]},
     ]
-    (directory / verify.cases.FOLDER).mkdir()
-    (directory / verify.cases.FOLDER / verify.cases.CASES).write_text(json.dumps({"dtype": dtype, "cases": cases}))
-    sasa = {"threshold": 0.5, "refusal_token_ids": REFUSAL, "gate": "prompt"}
-    (directory / "config.json").write_text(json.dumps({"sasa": sasa}))
-    outcome = {
-        "bypasses": {"through a stock class": "ValueError"},
-        "model_class": "SasaLlavaForConditionalGeneration",
-        "probe_dtype": "torch.float32",
-        "cases": [{"unsafe_probability": score, "tokens": tokens} for score, tokens in found],
-    }
-    monkeypatch.setattr(verify, "run_fresh", lambda *arguments, **settings: outcome)
-    return {check.name: check.passed for check in verify.check_model(directory)}
+    found = [
+        {"unsafe_probability": 0.9, "tokens": [7, 8, 2], "logits": [-1e4], "finite": True, **(refused or {})},
+        {"unsafe_probability": 0.2, "tokens": [4, 5, 6], "logits": [3.0], "finite": True, **allowed},
+    ]
+    about = {"provider": "cpu", "not_followed": not_followed}
+    checks = compare({"dtype": original, "cases": cases}, {"about": about, "cases": found}, SASA, dtype, graphs=graphs)
+    return {check.name for check in checks if not check.passed}
 
 
-def test_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert all(checks(monkeypatch, tmp_path, [(0.1, [4, 5, 6]), (0.9, REFUSAL)]).values())
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        ({}, set()),
+        ({"unsafe_probability": 0.201}, {PROBABILITY}),
+        ({"unsafe_probability": float("nan"), "tokens": [7, 8, 2]}, {PROBABILITY, VERDICTS}),
+        ({"unsafe_probability": 0.8}, {PROBABILITY, VERDICTS, REFUSALS}),
+        ({"refused": {"tokens": [6, 5, 4]}}, {REFUSALS}),
+        ({"refused": {"unsafe_probability": 0.1, "tokens": [6, 5, 4], "logits": [2.0]}}, {PROBABILITY, VERDICTS}),
+        ({"tokens": [4, 5, 7]}, {ANSWERS}),
+        ({"tokens": [7, 8, 2]}, {ANSWERS}),
+        ({"logits": [3.1]}, {LOGITS}),
+        ({"finite": False}, {LOGITS}),
+        ({"calibrated": 0.93}, {BATCHED}),
+    ],
+)
+def test_what_is_wrong_fails(found: dict[str, Any], wrong: set[str], graphs: bool) -> None:
+    assert failing(graphs=graphs, **found) == wrong
 
 
 @pytest.mark.parametrize(
-    ("found", "failing"),
+    ("dtype", "found", "wrong"),
     [
-        ([(0.1, [4, 5, 6]), (float("nan"), REFUSAL)], "P(unsafe) is the original's"),
-        ([(0.2, [4, 5, 6]), (0.9, REFUSAL)], "P(unsafe) is the original's"),
-        ([(0.1, [4, 5, 6]), (0.1, [6, 5, 4])], "verdicts are the original's"),
-        ([(0.1, [4, 5, 6]), (0.9, [6, 5, 4])], "refused prompts spell the refusal"),
-        ([(0.1, [4, 5, 7]), (0.9, REFUSAL)], "allowed prompts are answered as by the original"),
+        ("float16", {"unsafe_probability": 0.21, "logits": [3.02], "tokens": [4, 5, 7]}, set()),
+        ("float16", {"unsafe_probability": 0.23}, {PROBABILITY}),
+        ("float16", {"logits": [3.1]}, {LOGITS}),
+        ("int4", {"unsafe_probability": 0.3, "logits": [5.0], "tokens": [4, 5, 7]}, set()),
+        ("int4", {"tokens": [7, 8, 2]}, {ANSWERS}),
+        ("float32", {"tokens": [4, 5, 7], "not_followed": ("min_length",)}, set()),
+        ("float32", {"original": "bfloat16", "unsafe_probability": 0.3, "tokens": [4, 5, 7]}, set()),
     ],
-    ids=["NaN", "another probability", "another verdict", "no refusal", "another answer"],
 )
-def test_what_is_wrong_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: Any, failing: str) -> None:
-    assert not checks(monkeypatch, tmp_path, found)[failing]
+def test_graphs_may_round_as_their_type_does(dtype: str, found: dict[str, Any], wrong: set[str]) -> None:
+    """But no answer may be the refusal in spite of its verdict."""
+    assert failing(dtype, graphs=True, **found) == wrong
 
 
-def test_batches_may_be_apart_in_half_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "calibrated", "wrong"),
+    [("bfloat16", 0.93, set()), ("bfloat16", 0.7, {BATCHED}), ("float16", 0.93, {BATCHED})],
+)
+def test_batches_may_be_apart_in_half_precision(dtype: str, calibrated: float, wrong: set[str]) -> None:
     """A prompt alone and one in a padded batch round differently; what is far apart is padded wrongly."""
-    name, well = "P(unsafe) is that of the calibration", [(0.1, [4, 5, 6]), (0.9, REFUSAL)]
-    for number, (dtype, apart, holds) in enumerate(
-        [("float32", 0.93, False), ("bfloat16", 0.93, True), ("bfloat16", 0.7, False), ("float32", 0.9, True)]
-    ):
-        place = tmp_path / str(number)
-        place.mkdir()
-        assert checks(monkeypatch, place, well, dtype=dtype, apart=apart)[name] is holds
+    assert failing(dtype, dtype, calibrated=calibrated) == wrong
+
+
+def test_torch_answers_the_same_in_half_precision_too() -> None:
+    assert failing("bfloat16", "bfloat16", tokens=[4, 5, 7]) == {ANSWERS}

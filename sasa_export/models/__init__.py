@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import OpenError
+from sasa_export.files import claimed
 from sasa_export.models.contents import check_contents, read_object
-from sasa_export.models.family import Family, KnownLayers, aliases, family_of
+from sasa_export.models.family import Family, aliases, family_of
 from sasa_export.models.shards import Shard, read_shards
 
 EMBEDDED = "smol-llava"
+FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*"]
 
 
 @dataclass(frozen=True)
@@ -29,105 +31,95 @@ class Source:
     shards: tuple[Shard, ...]
 
     def weight_bytes(self) -> int:
+        """Bytes of all shards on disk."""
         return sum(shard.path.stat().st_size for shard in self.shards)
 
 
-def open_source(name: str, *, cache: Path | None = None) -> Source:
+def open_source(name: str) -> Source:
     """Find the model, fetching it where it is not on this machine, and check what can be checked unloaded.
 
-    Raises OpenError: unknown model, unsupported family, corrupt or missing files, pickled weights.
+    Raises OpenError: unknown model, unsupported family, corrupt or missing files, pickled weights, code of its own.
     """
-    directory = locate(name, cache=cache)
+    directory = _directory(name)
     config = read_config(directory)
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type.startswith("sasa_"):
+    if str(model_type).startswith("sasa_"):
         raise OpenError(f"{name} is a patched model already. Give the model that it was made from.")
     family = family_of(model_type)
-    check_contents(directory, config)
+    check_contents(directory)
     return Source(name, directory, config, family, read_shards(directory))
-
-
-def locate(name: str, *, cache: Path | None = None) -> Path:
-    """The model's directory on this machine."""
-    if name == EMBEDDED:
-        return _embedded(cache)
-    known = aliases()
-    if name in known:
-        return _from_hub(known[name])
-    path = Path(name)
-    try:
-        if path.is_dir():
-            return path
-    except OSError:  # a name that no directory can have
-        pass
-    if "/" in name and not name.startswith((".", "/", "~")) and name.count("/") == 1:
-        return _from_hub(name)
-    raise OpenError(
-        f"there is no model {name!r}: it is no directory, no hub id (owner/name) and no alias. "
-        f"Aliases: {', '.join(sorted([EMBEDDED, *known]))}."
-    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json. OpenError where it is missing or no JSON object."""
     path = directory / "config.json"
-    try:
-        if not path.exists():
-            raise OpenError(f"{directory} has no config.json, so it is not a model directory. Check the path.")
-    except OSError as error:
-        raise OpenError(f"{directory} cannot be read ({error.strerror}). Check the path.") from None
+    if not path.exists():
+        raise OpenError(f"{directory} has no config.json, so it is not a model directory. Check the path.")
     return read_object(path)
 
 
 def layers_of(
     source: Source, blocks: int, hidden: int, safety: int | None, semantic: int | None
 ) -> tuple[int, int, str]:
-    """Safety layer, semantic layer, and where the numbers come from: the user, the family's file, or a scale."""
+    """Safety layer, semantic layer, and where the numbers come from: the user, the family's file, or a scale.
+
+    Args:
+        blocks: how many the decoder has; `hidden`: the width of its hidden state.
+        safety: zero-based block given by the user, or None; `semantic` likewise.
+    """
     if safety is not None and semantic is not None:
         return safety, semantic, "given by the user"
-    known: KnownLayers | None = source.family.known_layers(blocks, hidden)
+    known = source.family.known_layers(blocks, hidden)
     if known is not None:
-        default = (known.safety, known.semantic, f"{known.checkpoint}: {known.source}")
+        first, second, origin = known.safety, known.semantic, f"{known.checkpoint}: {known.source}"
     else:
         # LLaVA-1.5-7B's 13 and 15 of 32, by depth. A guess, and said to be one wherever it appears.
-        first = max(0, round(13 / 32 * blocks))
-        default = (
-            first,
-            max(first + 1, round(15 / 32 * blocks)),
-            "scaled by depth from LLaVA-1.5-7B, not measured",
-        )
+        first = round(13 / 32 * blocks)
+        second = max(first + 1, round(15 / 32 * blocks))
+        origin = "scaled by depth from LLaVA-1.5-7B, not measured"
     if safety is None and semantic is None:
-        return default
-    return (
-        default[0] if safety is None else safety,
-        default[1] if semantic is None else semantic,
-        f"one given by the user, the other {default[2]}",
+        return first, second, origin
+    origin = f"one given by the user, the other {origin}"
+    return first if safety is None else safety, second if semantic is None else semantic, origin
+
+
+def _directory(name: str) -> Path:
+    """The model's directory on this machine."""
+    if name == EMBEDDED:
+        return _embedded()
+    known = aliases()
+    if name not in known and Path(name).is_dir():
+        return Path(name)
+    if name in known or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
+        return _from_hub(known.get(name, name))
+    raise OpenError(
+        f"there is no model {name!r}: it is no directory, no hub id (owner/name) and no alias. "
+        f"Aliases: {', '.join(sorted([EMBEDDED, *known]))}."
     )
 
 
-def _embedded(cache: Path | None) -> Path:
-    from sasa_export.files import claimed
+def _embedded() -> Path:
+    """smol-llava, built once for each version of what it is built from."""
     from sasa_export.models import smol_llava
 
     parts = (smol_llava.VISION, Path(smol_llava.__file__))
     version = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
-    folder = (cache or smol_llava.cache_directory()) / f"smol-llava-{version}"
-    if not (folder / "config.json").exists():
-        with claimed(folder, wait=True):  # two runs at once build it once
-            if not (folder / "config.json").exists():
-                smol_llava.build(folder, cache)
+    folder = smol_llava.cache_directory() / f"smol-llava-{version}"
+    if not folder.exists():
+        with claimed(folder, wait=True):  # another run may be building it
+            if not folder.exists():
+                smol_llava.build(folder)
     return folder
 
 
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return Path(snapshot_download(repository, allow_patterns=FROM_HUB))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OpenError(
             f"{repository} could not be fetched from the hub ({reason}). Check the name, the connection and "
             "your access token, or give a local directory."

@@ -1,52 +1,34 @@
-"""What a model directory may hold: files of its own, plain weights, and no code that would have to be run."""
+"""What a source's directory may hold: files of its own, and no code that would have to be run."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import OpenError
 
-CODE = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+NAME_CODE = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 ADAPTER = "adapter_config.json"
 
 
-def check_contents(directory: Path, config: dict[str, Any]) -> None:
-    """Raise OpenError where a source directory would lead outside itself, or is not what its weights alone say."""
+def check_contents(directory: Path) -> None:
+    """Raise OpenError where a directory leads outside itself, names code (`auto_map`), or is not its weights alone."""
     left = outside(directory)
     if left:
-        raise OpenError(
-            f"{left[0]} in {directory} is no file of that directory, but leads out of it (or is no file at all). "
-            "Put the file itself there."
-        )
+        raise OpenError(f"{left[0]} in {directory} is a link that leads out of it. Put the file itself there.")
     if (directory / ADAPTER).exists():
         raise OpenError(
             f"{directory} holds an adapter ({ADAPTER}), which loading would apply to weights that are written without "
             "it. Merge it into the model first (peft: merge_and_unload, then save_pretrained)."
         )
-    check_code(directory, config)
-    check_generation(directory)
-
-
-def check_code(directory: Path, config: dict[str, Any]) -> None:
-    """Raise OpenError where a source names Python code of its own (`auto_map`): none is ever run."""
-    for name in CODE:
-        data = config if name == CODE[0] else read_object(directory / name)
-        if data.get("auto_map"):
+    for name in NAME_CODE:
+        if read_object(directory / name).get("auto_map"):
             raise OpenError(
                 f"{directory / name} names code of the model's own (auto_map). sasa-export rewrites transformers' own "
                 "classes and runs no code of a model. If the weights are those of the stock class, remove auto_map."
             )
-
-
-def check_generation(directory: Path) -> None:
-    """Raise OpenError where generation_config.json does not say how an answer ends, in numbers."""
-    path = directory / "generation_config.json"
-    ends = read_object(path).get("eos_token_id")
-    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(token) is int and token >= 0 for token in listed):
-        raise OpenError(f"{path} has the eos_token_id {ends!r}, which is no token. Restore the file from its source.")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -63,21 +45,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def outside(directory: Path) -> list[str]:
-    """Names in a directory behind which there is no file or directory of its own: links out of it, pipes, devices.
+    """Names in a directory that are links out of it.
 
     The hub's cache keeps a snapshot's files as links to the blobs of the same repository, which are its own.
     """
     real = directory.resolve()
-    roots = [real]
-    if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--"):
-        roots.append(real.parents[1])
-    left = []
-    for path in sorted(real.iterdir()):
-        try:
-            target = path.resolve()
-            own = any(root in target.parents for root in roots) and (path.is_file() or path.is_dir())
-        except (OSError, RuntimeError):  # a loop of links
-            own = False
-        if not own:
-            left.append(path.name)
-    return left
+    root = real.parents[1] if real.parent.name == "snapshots" else real
+    return [path.name for path in sorted(real.iterdir()) if root not in Path(os.path.realpath(path)).parents]

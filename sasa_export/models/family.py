@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ class KnownLayers:
     semantic: int
     source: str
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.safety < self.semantic < self.blocks or not self.source:
+            raise ValueError(f"layers of {self.checkpoint} need 0 <= safety < semantic < blocks and a source")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -35,13 +39,14 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    aliases: dict[str, str]
-    modules: dict[str, str]
-    layers: tuple[KnownLayers, ...]
-    peculiar: dict[str, str]
     files: tuple[str, ...]
+    modules: dict[str, str]
+    layers: tuple[KnownLayers, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    peculiar: dict[str, str] = field(default_factory=dict)
 
     def known_layers(self, blocks: int, hidden: int) -> KnownLayers | None:
+        """The entry for decoders of this shape."""
         return next((entry for entry in self.layers if (entry.blocks, entry.hidden) == (blocks, hidden)), None)
 
 
@@ -61,31 +66,21 @@ def read(path: Path) -> Family:
     """Read one family file; SasaExportError names what is wrong in it."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-        missing = [role for role in MODULES if not isinstance(data["modules"].get(role), str)]
-        if missing:
-            raise KeyError(f"modules.{missing[0]}")
-        aliases = data.get("aliases", {})
-        if not all(isinstance(target, str) for target in aliases.values()):
+        for name in ("model_types", "files"):
+            data[name] = tuple(data[name])
+        data["layers"] = tuple(KnownLayers(**entry) for entry in data.get("layers", ()))
+        family = Family(path.stem, **data)
+        for role in MODULES:
+            if not isinstance(family.modules[role], str):
+                raise ValueError(f"modules.{role} is no module path")
+        if not all(isinstance(target, str) for target in family.aliases.values()):
             raise ValueError("an alias is not a string (an alias with a dot needs quotes)")
-        layers = tuple(KnownLayers(**entry) for entry in data.get("layers", []))
-        for entry in layers:
-            if not 0 <= entry.safety < entry.semantic < entry.blocks or not entry.source:
-                raise ValueError(f"layers of {entry.checkpoint} need 0 <= safety < semantic < blocks and a source")
-        return Family(
-            path.stem,
-            tuple(data["model_types"]),
-            dict(aliases),
-            dict(data["modules"]),
-            layers,
-            dict(data.get("peculiar", {})),
-            tuple(data["files"]),
-        )
+        return family
     except KeyError as error:
-        raise SasaExportError(
-            f"{path.name}: {error.args[0]} is missing. graphs/README.md says what belongs there."
-        ) from None
-    except (tomllib.TOMLDecodeError, ValueError, TypeError) as error:
-        raise SasaExportError(f"{path.name}: {error}. graphs/README.md says what belongs there.") from None
+        fault = f"{error.args[0]} is missing"
+    except (ValueError, TypeError) as error:
+        fault = str(error)
+    raise SasaExportError(f"{path.name}: {fault}. graphs/README.md says what belongs there.")
 
 
 def family_of(model_type: Any) -> Family:

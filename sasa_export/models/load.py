@@ -9,10 +9,10 @@ from typing import Any
 
 from sasa_export.errors import OpenError
 from sasa_export.models import Source
-from sasa_export.models.contents import read_object
-from sasa_export.models.memory import fits
+from sasa_export.models.memory import BYTES, fits
 
 SPREAD = "spread"  # over all devices there are, for models larger than one
+RESTORE = "The files do not belong together: restore them from their source."
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,8 @@ def stock_config(source: Source) -> Any:
     """The source's configuration as its stock class reads it, defaults filled in. OpenError where it cannot."""
     from transformers import AutoConfig
 
-    try:
+    with _explained(f"the config.json of {source.name} is damaged"):
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
-    except Exception as error:  # a damaged configuration fails in as many ways as there are fields
-        raise OpenError(f"the config.json of {source.name} is damaged ({_first_line(error)}). Restore it.") from None
 
 
 def stock_classes(source: Source) -> tuple[type, type]:
@@ -46,56 +44,50 @@ def stock_classes(source: Source) -> tuple[type, type]:
 def read_sizes(source: Source) -> Sizes:
     """Read from the configuration class, since a config.json leaves out what is usual."""
     text = stock_config(source).get_text_config(decoder=True)
-    sizes = (text.num_hidden_layers, text.hidden_size, text.vocab_size)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise OpenError(f"the config.json of {source.name} has sizes that are none: {sizes}. Restore it.")
-    return Sizes(*sizes, getattr(text, "final_logit_softcapping", None))
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return Sizes(text.num_hidden_layers, text.hidden_size, text.vocab_size, softcap)
 
 
 def running(source: Source, dtype: str, device: str) -> tuple[str, str]:
-    """The dtype and device to run in; `auto` spreads a model over all there are where one device has no room for it."""
+    """The dtype and device to run in; `auto` spreads a model over all there are where one device is too small for it.
+
+    Raises OpenError where a named device is not there.
+    """
     import torch
 
     if dtype == "auto":
-        stored = source.config.get("dtype") or source.config.get("torch_dtype")
-        dtype = str(stored) if str(stored) in ("float32", "bfloat16", "float16") else "float32"
+        stored = str(source.config.get("dtype") or source.config.get("torch_dtype"))
+        dtype = stored if stored in BYTES else "float32"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         device = device if fits(source, dtype, device) else SPREAD
-    try:
-        if device != SPREAD:
+    if device != SPREAD:
+        with _explained(f"--device {device} cannot be used here"):
             torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OpenError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from None
     return dtype, device
 
 
 def load_model(source: Source, *, dtype: str, device: str) -> Any:
     """The stock model, evaluated, on `device`, or for SPREAD over all devices there are, and memory for what is left.
 
-    OpenError where weights are missing, unexpected or NaN.
+    OpenError where weights are missing, unexpected, NaN or infinite.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
-    try:
+    with _explained(f"{source.name} could not be loaded"):
         model, info = AutoModelForImageTextToText.from_pretrained(
             source.directory,
-            dtype=_dtype(dtype),
+            dtype=dtype,
             device_map="auto" if device == SPREAD else device,
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except Exception as error:  # damage, a quantization without its package, memory: each fails in its own way
-        raise OpenError(f"{source.name} could not be loaded ({_first_line(error)}).") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(problem):
-            first = sorted(str(key) for key in info[problem])[0]
-            raise OpenError(
-                f"{source.name} has {len(info[problem])} {problem.replace('_', ' ')} ({first}). "
-                "The files do not belong together: restore them from their source."
-            )
+        keys = sorted(str(key) for key in info.get(problem) or ())
+        if keys:
+            raise OpenError(f"{source.name} has {len(keys)} {problem.replace('_', ' ')} ({keys[0]}). {RESTORE}")
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not torch.isfinite(parameter).all():  # what was offloaded is read as it is used
             raise OpenError(f"{source.name} has NaN or infinity in {name}. Restore the weights from their source.")
@@ -108,20 +100,15 @@ def head_weight(model: Any) -> Any:
 
     head = model.get_output_embeddings()
     with align_module_device(head, "cpu"):
-        return head.weight.detach().float().numpy()
-
-
-def entrance(model: Any) -> Any:
-    """The device that inputs go to. What lies on disk has none of its own, and runs where the rest does."""
-    import torch
-
-    kinds = (parameter.device for parameter in model.parameters())
-    return next((device for device in kinds if device.type != "meta"), torch.device("cpu"))
+        return head.weight.detach().float().numpy()  # (vocabulary, hidden)
 
 
 def place(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Move inputs to the model's device, pictures to its dtype."""
-    device = entrance(model)
+    """Move inputs to the model's device, pictures to its dtype. What lies on disk runs where the rest does."""
+    import torch
+
+    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    device = next(devices, torch.device("cpu"))
     return {
         name: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
         for name, value in inputs.items()
@@ -132,22 +119,14 @@ def load_processor(source: Source) -> Any:
     """The stock processor, padding on the left, as generation wants it. OpenError where it cannot write a prompt."""
     from transformers import AutoProcessor
 
-    try:
+    with _explained(f"{source.name} has no usable processor"):
         processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=False)
-    except Exception as error:  # a damaged tokenizer fails in as many ways as it has parts
-        raise OpenError(f"{source.name} has no usable processor ({_first_line(error)}).") from None
     if not hasattr(processor, "image_processor") or getattr(processor, "chat_template", None) is None:
         raise OpenError(f"{source.name} has no image processor or no chat template, so its prompts cannot be written.")
     processor.tokenizer.padding_side = "left"
     chat = [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
-    try:
-        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        ids = processor.tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # a template is a program, and fails like one
-        raise OpenError(f"the chat template of {source.name} does not work ({_first_line(error)}).") from None
-    ends = read_object(source.directory / "generation_config.json").get("eos_token_id")
-    if not ids or (processor.tokenizer.eos_token_id is None and ends in (None, [])):
-        raise OpenError(f"{source.name} has a tokenizer without an end of sequence, or one that writes no prompt.")
+    with _explained(f"the chat template of {source.name} does not work"):
+        processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return processor
 
 
@@ -158,50 +137,16 @@ def skeleton(source: Source) -> Iterator[Any]:
     from transformers.initialization import no_init_weights
 
     _, model_class = stock_classes(source)
-    config = stock_config(source)
-    _check_depth(source, config)
     with FakeTensorMode():
-        try:
-            with no_init_weights():
-                model = model_class(config).eval()
-        except Exception as error:  # sizes that contradict each other fail wherever they meet first
-            raise OpenError(f"the config.json of {source.name} describes no model ({_first_line(error)}).") from None
+        with _explained(f"the config.json of {source.name} describes no model"), no_init_weights():
+            model = model_class(stock_config(source)).eval()
         _check_tensors(source, model)
         yield model
 
 
-def _check_depth(source: Source, config: Any) -> None:
-    """Raise OpenError where there are fewer tensors than blocks: building what a wrong number asks for never ends."""
-    held = sum(len(shard.keys) for shard in source.shards)
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        for name in ("num_hidden_layers", "depth", "num_layers"):
-            count = getattr(part, name, None)
-            if isinstance(count, int) and count > held:
-                raise OpenError(
-                    f"the config.json of {source.name} says {name}: {count}, and its shards hold {held} tensors in "
-                    "all. The files do not belong together: restore them from their source."
-                )
-
-
 def _check_tensors(source: Source, model: Any) -> None:
-    """Raise OpenError where the shards lack a tensor that the model needs, or have it in another shape.
-
-    Names are mapped as on loading. What a mapping would merge or split is compared by name alone.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    transforms = get_model_conversion_mapping(model)
-    held: dict[str, tuple[int, ...] | None] = {}
-    for shard in source.shards:
-        for name, shape in zip(shard.keys, shard.shapes, strict=True):
-            if name.startswith("sasa."):
-                raise OpenError(f"{shard.path} has a tensor {name}, which is a guard's. Give an unguarded model.")
-            whole = True
-            for transform in transforms:
-                name, pattern = transform.rename_source_key(name)
-                whole = whole and (pattern is None or isinstance(transform, WeightRenaming))
-            held[name] = shape if whole else None
+    """Raise OpenError where the shards lack a tensor that the model needs, or have it in another shape."""
+    held = _held(source, model)
     tied = model.all_tied_weights_keys
     wanted = dict(model.named_parameters())
     missing = sorted(name for name in wanted if name not in held and tied.get(name, name) not in held)
@@ -215,16 +160,35 @@ def _check_tensors(source: Source, model: Any) -> None:
         if found is not None and found != tuple(tensor.shape):
             raise OpenError(
                 f"{name} in the shards of {source.name} has shape {found}, and its config.json says "
-                f"{tuple(tensor.shape)}. The files do not belong together: restore them from their source."
+                f"{tuple(tensor.shape)}. {RESTORE}"
             )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _held(source: Source, model: Any) -> dict[str, tuple[int, ...] | None]:
+    """The shape of every tensor in the shards, by its name in the model, mapped as on loading.
+
+    None for what a mapping merges or splits: its shape changes on the way.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    transforms = get_model_conversion_mapping(model)
+    held: dict[str, tuple[int, ...] | None] = {}
+    for shard in source.shards:
+        for name, shape in zip(shard.keys, shard.shapes, strict=True):
+            whole = True
+            for transform in transforms:
+                name, pattern = transform.rename_source_key(name)
+                whole = whole and (pattern is None or isinstance(transform, WeightRenaming))
+            held[name] = shape if whole else None
+    return held
 
 
-def _dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise OpenError for whatever transformers or torch raise: damage fails in as many ways as there are files."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OpenError(f"{what} ({reason}).") from None

@@ -11,7 +11,7 @@ from sasa_export.models import Source
 
 CGROUP = Path("/sys/fs/cgroup")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STATES = 1.2  # times the weights, which leaves room for what runs through them
+STATES = 1.2  # times the weights, which leaves space for what runs through them
 
 
 def available_memory() -> int:

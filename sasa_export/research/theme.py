@@ -1,4 +1,4 @@
-"""How pictures look: a light and a dark theme, in colours that the colour-blind tell apart (Okabe and Ito)."""
+"""How pictures look, in colours that the colour-blind tell apart (Okabe and Ito)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,21 @@ RESOLUTION = 130  # dots per inch
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one theme. `scale` is the colour map of magnitudes."""
+    """Colours by what they stand for. `scale` is the colour map of magnitudes."""
 
-    paper: str
-    ink: str
-    faint: str
-    harmful: str
-    harmless: str
-    safety: str
-    semantic: str
-    third: str
-    missing: str
-    scale: str
+    paper: str = "#ffffff"
+    ink: str = "#1f2328"
+    faint: str = "#8b949e"
+    harmful: str = "#d55e00"
+    harmless: str = "#0072b2"
+    safety: str = "#009e73"
+    semantic: str = "#cc79a7"
+    third: str = "#444c56"
+    missing: str = "#eef0f2"
+    scale: str = "viridis"
 
 
-LIGHT = Theme(
-    "#ffffff", "#1f2328", "#8b949e", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#444c56", "#eef0f2", "viridis"
-)
-DARK = Theme(
-    "#14171c", "#e6e8eb", "#7d8590", "#e69f00", "#56b4e9", "#2fc79a", "#e39ac3", "#b6bec8", "#23282f", "viridis"
-)
+LIGHT = Theme()
 
 
 @contextmanager

@@ -8,21 +8,14 @@ from pathlib import Path
 MODELING_FILE = "modeling_sasa.py"
 
 # From what needs nothing to what needs all; the first stands in front of every other import.
-PARTS = ("version", "formulas", "settings", "seal", "ledger", "verdict", "watch", "lane", "guard", "model")
+PARTS = ("version", "formulas", "settings", "ledger", "verdict", "lane", "guard", "model")
 
 HEADER = '''\
-"""A vision-language model that carries its own guard (SASA, arXiv 2507.21637).
+"""A vision-language model that carries its own guard (SASA, arXiv 2507.21637), and judges every prompt with it.
 
-The model judges every prompt before it says a word. The idea, with h_s and h_f the outputs of the safety
-block s and the semantic block f over the prompt:
-
-    project(h_s, h_f)      = <h_s, h_f> / max(|h_f|^2, epsilon) * h_f      # (batch, tokens, hidden), float32
-    second_lane(p)         = norm(block_{L-1}(... block_{s+1}(p)))[judged] # (batch, hidden), the same weights
-    unsafe_probability(x)  = sigmoid(w . x + b)                            # (batch,)
-    gate(logits, verdict)  = logits, or the next token of the refusal      # (batch, kept, vocabulary)
-
-`config.sasa["graph"]` lists these steps as nodes; this file executes them and knows no model family. Its
-last lines name the classes of the family that this directory holds.
+Read it from top to bottom: the formulas, the settings in config.json, what the cache keeps for the gate, when a verdict
+is due, the second lane, the gate around the model's forward, and the classes. `config.sasa["graph"]` lists the steps as
+nodes; this file executes them and knows no model family. Its last lines name the classes of the one that is here.
 """
 '''
 
@@ -74,7 +67,7 @@ def _section(part: str, text: str) -> str:
     begin = max(node.end_lineno or 0 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     said = "\n".join(f"# {line}".rstrip() for line in (ast.get_docstring(tree) or "").splitlines())
     body = "\n".join(text.splitlines()[begin:]).strip("\n")
-    return f"{_title(part)}\n{said}\n\n{body}\n"
+    return f"{_title(part)}\n{said}\n{body}\n"
 
 
 def _title(text: str) -> str:

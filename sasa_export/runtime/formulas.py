@@ -1,4 +1,10 @@
-"""The idea on one page: the formulas of SASA (arXiv 2507.21637), with h_s and h_f the outputs of blocks s and f."""
+"""The idea on one page: the formulas of SASA (arXiv 2507.21637), with h_s and h_f the outputs of blocks s and f.
+
+project(h_s, h_f)     = <h_s, h_f> / max(|h_f|^2, epsilon) * h_f       # (batch, tokens, hidden), float32
+second_lane(p)        = norm(block_{L-1}(... block_{s+1}(p)))[judged]  # (batch, hidden), the main lane's weights
+unsafe_probability(x) = sigmoid(w . x + b)                             # (batch,)
+gate(logits, verdict) = logits, or the next token of the refusal       # (batch, kept, vocabulary)
+"""
 
 import torch
 

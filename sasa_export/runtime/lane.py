@@ -1,36 +1,99 @@
-"""Executing the graph of config.sasa: projection, second lane and probe."""
+"""Executing the graph of config.sasa: the main lane is watched, and the second lane runs on what it showed."""
 
+import contextlib
+import contextvars
+import functools
 import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from sasa_export.runtime.formulas import project
-from sasa_export.runtime.watch import Recording, recording
 
 Graph = list[dict[str, Any]]
 Arguments = dict[str, tuple[tuple, dict]]  # module path -> args, kwargs
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
-def project_taps(graph: Graph, seen: Recording) -> torch.Tensor:
-    """What the second lane starts from: the projection of the tokens that the main lane just ran on.
+@dataclass
+class Recording:
+    """What the main lane showed of its blocks during one forward pass."""
 
-    Without projection it is the output of the last block, which the probe then reads. (batch, tokens, hidden).
+    dry: bool = False  # blocks pass their input through: only what the decoder hands to them is wanted
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # module path -> (batch, tokens, hidden)
+    arguments: dict[str, tuple[tuple, dict]] = field(default_factory=dict)  # module path -> args, kwargs
+    position_ids: torch.Tensor | None = None  # as the decoder got them
+
+
+current_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
+
+
+@functools.cache
+def _watched(cls: type) -> type:
+    """A module class whose instances show to the current Recording what they are called with and put out.
+
+    It keeps the class's name, by which device maps and parallel plans know it.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recording = current_recording.get()
+        if recording is None:  # the second lane runs the same blocks: nothing to see then
+            return cls.__call__(self, *args, **kwargs)
+        path, role = self._sasa_watched
+        if role == "decoder":
+            recording.position_ids = kwargs.get("position_ids")
+            return cls.__call__(self, *args, **kwargs)
+        recording.arguments[path] = (args, kwargs)
+        if recording.dry:
+            return args[0] if args else kwargs["hidden_states"]
+        output = cls.__call__(self, *args, **kwargs)
+        if role == "tapped":
+            recording.outputs[path] = output[0] if isinstance(output, tuple) else output
+        return output
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[nn.Module]:
+    """Watch the decoder and its blocks, which are returned."""
+    tapped = {node["module"] for node in graph if node["op"] == "tap"}
+    blocks = [node["module"] for node in graph if node["op"] == "block"]
+    roles = {path: "tapped" if path in tapped else "block" for path in blocks}
+    roles[blocks[0].rsplit(".", 2)[0]] = "decoder"
+    watched = []
+    for path, role in roles.items():
+        module = model.get_submodule(path)
+        module._sasa_watched = (path, role)  # type: ignore[assignment]
+        module.__class__ = _watched(type(module))  # type: ignore[arg-type]
+        watched.append(module)
+    return watched
+
+
+@contextlib.contextmanager
+def recording(*, dry: bool = False) -> Iterator[Recording]:
+    """Within this context, watched modules leave their outputs and arguments in the Recording."""
+    seen = Recording(dry)
+    token = current_recording.set(seen)
+    try:
+        yield seen
+    finally:
+        current_recording.reset(token)
+
+
+def project_taps(graph: Graph, seen: Recording) -> tuple[str, torch.Tensor]:
+    """The projection of the tokens that the main lane just ran on, or, without one, what its last block put out.
+
+    Returns the node's name and its value (batch, tokens, hidden), from which the second lane starts.
     """
     outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
     for node in graph:
         if node["op"] == "projection":
             safety, semantic = (outputs[name] for name in node["inputs"])
-            return project(safety.to(semantic.device), semantic, node["epsilon"])
-    return next(iter(outputs.values()))
-
-
-def entry_of(graph: Graph) -> str:
-    """The node whose value `project_taps` gives."""
-    entries = [node["name"] for node in graph if node["op"] == "projection"]
-    return (entries or [node["name"] for node in graph if node["op"] == "tap"])[0]
+            return node["name"], project(safety.to(semantic.device), semantic, node["epsilon"])
+    return next(iter(outputs.items()))
 
 
 def context_arguments(decoder: Any, states: torch.Tensor, mask: torch.Tensor, positions: Any, types: Any) -> Arguments:
@@ -48,58 +111,39 @@ def context_arguments(decoder: Any, states: torch.Tensor, mask: torch.Tensor, po
     return seen.arguments
 
 
-def run_lane(model: nn.Module, graph: Graph, states: torch.Tensor, arguments: Arguments) -> dict[str, torch.Tensor]:
-    """Run the blocks of the second lane.
+def run_lane(
+    model: nn.Module, graph: Graph, values: dict[str, torch.Tensor], arguments: Arguments, at: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Execute the nodes of the second lane: its blocks over the context; norm, head and probe at one position a row.
 
-    Args: states: (batch, context, hidden), as `project_taps` gives them; arguments: of each block over the context.
+    Args: values: what it starts from, by name, (batch, context, hidden); arguments: of each block; at: (batch,).
 
-    Returns the value of each node by its name, (batch, context, hidden).
+    Returns the values by name: (batch, context, hidden) of blocks, (batch, features) behind them, P(unsafe) (batch,).
     """
-    values = {entry_of(graph): states}
+    values = dict(values)
     for node in graph:
-        if node["op"] == "lane_block":
-            module, (before,) = node["module"], node["inputs"]
-            values[node["name"]] = _replay(model.get_submodule(module), values[before], arguments[module])
+        operation, before = node["op"], values.get(node["inputs"][0]) if node["inputs"] else None
+        if before is None or operation not in ("lane_block", "lane_norm", "lane_head", "probe"):
+            continue
+        module = model.get_submodule(node["module"])
+        if operation == "lane_block":
+            value = replay(module, before, arguments[node["module"]])  # (batch, context, hidden)
+        elif operation == "lane_norm":
+            rows = torch.arange(before.shape[0], device=before.device)  # (batch,)
+            value = module(before[rows, at.to(before.device)][:, None])[:, 0]  # (batch, hidden)
+        else:
+            value = module(before)  # (batch, vocabulary) of the head, (batch,) of the probe
+        if node.get("softcap"):
+            value = torch.tanh(value.float() / node["softcap"]) * node["softcap"]
+        values[node["name"]] = value
     return values
 
 
-def _replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict]) -> torch.Tensor:
+def replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict]) -> torch.Tensor:
     """Run a block on another state (batch, context, hidden), without a cache."""
     args, kwargs = seen
     kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
     if "use_cache" in kwargs:
         kwargs["use_cache"] = False
-    if args:
-        output = module(state, *args[1:], **kwargs)
-    else:
-        output = module(**{**kwargs, "hidden_states": state})
+    output = module(state, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": state})
     return output[0] if isinstance(output, tuple) else output  # (batch, context, hidden)
-
-
-def read_lane(
-    model: nn.Module, graph: Graph, values: dict[str, torch.Tensor], at: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Execute what follows the blocks: norm, head where it is not linear, and probe, at one position a row.
-
-    Args: values: those of the blocks by name, (batch, context, hidden); at: (batch,).
-
-    Returns the value of each of these nodes by its name; that of the probe is P(unsafe), (batch,).
-    """
-    found: dict[str, torch.Tensor] = {}
-    for node in graph:
-        operation = node["op"]
-        if operation == "lane_norm":
-            state = values[node["inputs"][0]]  # (batch, context, hidden)
-            rows = torch.arange(state.shape[0], device=state.device)  # (batch,)
-            read = state[rows, at.to(state.device)][:, None]  # (batch, 1, hidden)
-            value = model.get_submodule(node["module"])(read)[:, 0]  # (batch, hidden)
-        elif operation == "lane_head":
-            value = model.get_submodule(node["module"])(found[node["inputs"][0]])  # (batch, vocabulary)
-            if node.get("softcap"):
-                value = torch.tanh(value.float() / node["softcap"]) * node["softcap"]
-        elif operation == "probe":
-            value = model.get_submodule(node["module"])(found[node["inputs"][0]])  # (batch,)
-        else:
-            continue
-        found[node["name"]] = value
-    return found

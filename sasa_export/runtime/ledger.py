@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Its columns. STATE is 0, or k + 1 where token k of the refusal is due; TURN and SYMBOL are those of verdict.py; PICTURE
-# is the token's type in families that tell pictures from text by it. Digits of the position follow.
+# Its columns. STATE is 0, or k + 1 where token k of the refusal is due; TURN and SYMBOL are those of the verdict;
+# PICTURE is the token's type in families that tell pictures from text by it. Digits of the position follow.
 STATE, TURN, SYMBOL, PICTURE, POSITION = range(5)
 DIGITS, BASE = 3, 128  # of a position, one column each
 SHIFT = BASE**DIGITS // 2  # added to positions, since some families have negative ones
@@ -45,7 +45,7 @@ class Ledger:
         return -(-(self.columns + self.hidden) // (2 * self.heads * self.size))
 
     def empty(self, like: torch.Tensor) -> list[torch.Tensor]:
-        """The ledger of no tokens: tensors (batch, heads, 0, size), in the dtype of states (batch, tokens, hidden)."""
+        """The ledger of no tokens, for states like these (batch, tokens, hidden)."""
         return [like.new_zeros(like.shape[0], self.heads, 0, self.size)] * (2 * self.layers)
 
     def pack(self, columns: torch.Tensor, projection: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -59,29 +59,15 @@ class Ledger:
         flat = flat.unflatten(-1, (2 * self.layers * self.heads, self.size))
         return list(flat.transpose(1, 2).split(self.heads, dim=1))
 
-    def unpack(self, tensors: list[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-        """The places start..stop-1 of every token's row: (batch, tokens, stop - start)."""
-        width = self.heads * self.size
-        parts = []
-        for index in range(start // width, -(-stop // width)):
-            low, high = max(start - index * width, 0), min(stop - index * width, width)
-            heads = tensors[index][:, low // self.size : -(-high // self.size)]  # (batch, heads, tokens, size)
-            rows = heads.transpose(1, 2).flatten(2)  # (batch, tokens, heads * size)
-            skipped = low // self.size * self.size
-            parts.append(rows[..., low - skipped : high - skipped])
-        return torch.cat(parts, dim=-1)
-
-    def unpack_columns(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """(batch, tokens, columns), int64."""
-        return self.unpack(tensors, 0, self.columns).round().long()
-
-    def unpack_projection(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """(batch, tokens, hidden)."""
-        return self.unpack(tensors, self.columns, self.columns + self.hidden)
+    def unpack(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `pack` made of them: columns (batch, tokens, columns), int64, and projection (batch, tokens, hidden)."""
+        flat = torch.cat(tensors, dim=1).transpose(1, 2).flatten(2)  # (batch, tokens, width)
+        projection = flat[..., self.columns : self.columns + self.hidden]  # (batch, tokens, hidden)
+        return flat[..., : self.columns].round().long(), projection
 
     def tail(self, tensors: list[torch.Tensor], count: int) -> torch.Tensor:
         """The last `count` tokens' STATE, TURN and SYMBOL, (batch, count, 3), int64; 0 where there were fewer."""
-        kept = self.unpack(tensors, 0, SYMBOL + 1)  # (batch, past, 3)
+        kept = tensors[0][:, 0, :, : SYMBOL + 1]  # (batch, past, 3)
         return nn.functional.pad(kept, (0, 0, count, 0))[:, kept.shape[1] :].round().long()
 
     def digits(self, positions: torch.Tensor) -> torch.Tensor:

@@ -16,19 +16,14 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from sasa_export.runtime.guard import Guard, generating
+from sasa_export.runtime.guard import Guard, prompt_end
+from sasa_export.runtime.lane import watch
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
-from sasa_export.runtime.watch import recording, watch
 
 PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
-# Options of `generate` that would answer without the gate, or past it, and why.
-UNGUARDED = {
-    "assistant_early_exit": "it leaves out the blocks that judge",
-    "assistant_ensemble_weight": "it mixes what an unguarded model says into the answer",
-    "guidance_scale": "it mixes in the answer to a second prompt, which may be refused apart from the first",
-    "is_assistant": "a guarded model does not guard the model that it drafts for; take it as the main one",
-}
+# Options of `generate` that answer past the gate: they leave out blocks, or mix in what another model or prompt says.
+UNGUARDED = ("assistant_early_exit", "assistant_ensemble_weight", "guidance_scale", "is_assistant")
 
 
 def guarded(forward: Callable) -> Callable:
@@ -43,12 +38,8 @@ def guarded(forward: Callable) -> Callable:
             return forward(self, **kwargs)  # the family's own error says what is missing
         if "paged" in str(self.config._attn_implementation) or kwargs.get("cu_seq_lens_q") is not None:
             raise NotImplementedError(f"packed prompts: {PACKED}")
-        kept = self.sasa.kept(kwargs.get("past_key_values"))
-        with recording() as seen:
-            output = forward(self, **kwargs, return_dict=True)
-        output = self.sasa(self, kwargs, kept, seen, output)
-        plain = as_dictionary is False or (as_dictionary is None and not self.config.return_dict)
-        return output.to_tuple() if plain else output
+        output = self.sasa(self, forward, kwargs)
+        return output if (self.config.return_dict if as_dictionary is None else as_dictionary) else output.to_tuple()
 
     return guarded_forward
 
@@ -65,8 +56,6 @@ class GuardedModel:
         sasa = check_settings(getattr(config, "sasa", None))
         if sum(node["op"] == "block" for node in sasa["graph"]) != text.num_hidden_layers:
             raise ValueError(f"config.sasa's graph has not as many blocks as the decoder. {HOW_TO_LOAD}")
-        if not all(0 <= token < text.vocab_size for token in sasa["refusal_token_ids"]):
-            raise ValueError(f"config.sasa's refusal has tokens outside the vocabulary. {HOW_TO_LOAD}")
         on_logits = any(node["op"] == "lane_head" for node in sasa["graph"])
         self.sasa: nn.Module = Guard(sasa, Ledger.of(text), text.vocab_size if on_logits else text.hidden_size)
         watch(self, sasa["graph"])
@@ -95,15 +84,18 @@ class GuardedModel:
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
         settings = {**vars(given[0] if given else self.generation_config), **kwargs}
-        for name, why in UNGUARDED.items():
+        for name in UNGUARDED:
             if settings.get(name) not in (None, False, 1):
-                raise NotImplementedError(f"{name}: {why}. Run without it.")
+                raise NotImplementedError(f"{name} would answer past the gate of this guarded model. Run without it.")
         if "paged" in str(settings.get("cache_implementation")):
             raise NotImplementedError(f"cache_implementation='paged': {PACKED}")
         prompt = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
         lengths = [value.shape[1] for value in prompt if isinstance(value, torch.Tensor) and value.dim() > 1]
-        with generating(max(lengths, default=None)):
+        token = prompt_end.set(max(lengths, default=None))
+        try:
             return super().generate(inputs, *args, **kwargs)
+        finally:
+            prompt_end.reset(token)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:

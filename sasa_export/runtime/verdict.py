@@ -1,8 +1,8 @@
 """When a verdict is due, and what follows from it.
 
 **The rule.** A verdict is due at the end of a prompt: where the chat template's generation prompt is complete, however
-it came in; or, in text without one, at the last token of a call that brings several, or of what `generate` was given. It
-is read over the whole context, and holds until the next. A refused row emits the refusal token by token.
+it came in; or, in text without one, at the last token of a call that brings several, or of what `generate` was given.
+It is read over the whole context, and holds until the next. A refused row emits the refusal token by token.
 
 Text that begins with single tokens is judged at each of them, until a call brings several or a verdict refuses.
 """
@@ -75,7 +75,7 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
     index = torch.arange(call.symbols.shape[1], device=call.symbols.device)  # (tokens,)
     before = call.earlier[:, -1, 1]  # (batch,), TURN
     prompt = call.real if call.prompt is None else call.real & call.prompt  # (batch, tokens)
-    ending = (call.symbols[..., None] == _tensor(tokens.turns, index)).any(-1)  # (batch, tokens)
+    ending = (call.symbols[..., None] == torch.tensor(tokens.turns, device=index.device)).any(-1)  # (batch, tokens)
     opened = _last(_ends_of(tokens.generation_prompt, call) & prompt, index)  # (batch,), -1 where there is none
     closed = _last(ending & prompt, index)  # (batch,)
     event = torch.maximum(opened, closed)  # (batch,)
@@ -105,7 +105,7 @@ def _count(call: Call, start: torch.Tensor, behind: torch.Tensor, tokens: Templa
     several, as of drafts and prefilled answers, one that is not the refusal's begins it anew.
     """
     place = (start[:, None] + behind - 2).clamp(0, len(tokens.refusal) - 1)  # (batch, tokens)
-    wanted = _tensor(tokens.refusal, behind)[place]  # (batch, tokens), symbols
+    wanted = torch.tensor(tokens.refusal, device=behind.device)[place]  # (batch, tokens), symbols
     strays = call.real & (behind > 0) & (call.symbols != wanted) & call.several  # (batch, tokens)
     along = strays.long().cumsum(-1) == 0  # (batch, tokens)
     counted = (start[:, None] + behind.clamp_min(0)).clamp_max(len(tokens.refusal))  # (batch, tokens)
@@ -128,7 +128,3 @@ def _ends_of(pattern: tuple[int, ...], call: Call) -> torch.Tensor:
 def _last(flags: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The last position (batch,) at which flags (batch, tokens) hold; -1 where none does."""
     return torch.where(flags, index, -1).amax(-1)
-
-
-def _tensor(values: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=like.device)

@@ -10,10 +10,10 @@ from sasa_export.errors import CalibrationError, OpenError
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import read_config
 from sasa_export.models.contents import outside
-from sasa_export.models.shards import Shard, read_shards
+from sasa_export.models.shards import read_shards
 from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
+from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE
-from sasa_export.verify.check import Check
 
 
 def check_files(directory: Path) -> list[Check]:
@@ -26,7 +26,7 @@ def check_manifest(directory: Path) -> Check:
     name = "files are those that were exported"
     path = directory / MANIFEST
     if not path.exists():
-        return Check(name, False, f"{MANIFEST} is missing")
+        return Check(name, None, f"not checked, since {MANIFEST} is missing, as it is where a model was saved again")
     try:
         listed = dict(json.loads(path.read_text(encoding="utf-8"))["files"])
         present = _present(directory)
@@ -54,59 +54,50 @@ def _digest(path: Path) -> str | None:
 
 
 def _config(directory: Path) -> Check:
-    from sasa_export.runtime.seal import SEAL
-    from sasa_export.runtime.settings import check_settings
+    from sasa_export.runtime.settings import SEAL, check_settings
 
     name = "config.json is guarded and sealed"
     config = read_config(directory)
     try:
         check_settings(config.get("sasa"))
+        seals = sum(SEAL in config[part].get("id2label", {}) for part in ("text_config", "vision_config"))
     except Exception as error:  # an entry can be damaged in as many ways as it has values
         return Check(name, False, str(error) or type(error).__name__)
-    nested = [config.get(key) for key in ("text_config", "vision_config")]
-    labels = [part.get("id2label") for part in nested if isinstance(part, dict)]
-    seals = sum(isinstance(label, dict) and SEAL in label for label in labels)
     passed = str(config.get("model_type")).startswith("sasa_") and seals == 2
     return Check(name, passed, f"model_type {config.get('model_type')}, {seals} of 2 seals")
 
 
 def _modeling(directory: Path) -> Check:
     name = "the modeling file stands alone"
-    path = directory / MODELING_FILE
-    if not path.is_file():
-        return Check(name, False, f"{MODELING_FILE} is missing")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse((directory / MODELING_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Check(name, False, f"{MODELING_FILE} is missing")
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return Check(name, False, f"{MODELING_FILE} is no Python file")
+        return Check(name, False, f"{MODELING_FILE} is not a Python file")
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    roots = {module.split(".")[0] for module in imported}
-    foreign = sorted(roots & {"sasa_export", "sklearn", "numpy", ""})
+    foreign = sorted({module.split(".")[0] for module in imported} & {"sasa_export", "sklearn", "numpy", ""})
     return Check(name, not foreign, f"imports {', '.join(foreign)}" if foreign else "torch and transformers alone")
 
 
 def _weights(directory: Path) -> list[Check]:
-    name = "shards and index agree"
+    from safetensors import safe_open
+
+    name, probe = "shards and index agree", "the probe is usable"
     try:
         shards = read_shards(directory)
     except OpenError as error:
         return [Check(name, False, str(error))]
-    count = sum(len(shard.keys) for shard in shards)
-    return [Check(name, True, f"{count} tensors in {len(shards)} shards"), _probe(shards)]
-
-
-def _probe(shards: tuple[Shard, ...]) -> Check:
-    from safetensors import safe_open
-
-    name = "the probe is usable"
+    agree = Check(name, True, f"{sum(len(shard.keys) for shard in shards)} tensors in {len(shards)} shards")
     path = next((shard.path for shard in shards if {PROBE_WEIGHT, PROBE_BIAS} <= set(shard.keys)), None)
     if path is None:
-        return Check(name, False, "sasa.probe is missing")
+        return [agree, Check(probe, False, "sasa.probe is missing")]
     try:
         weight = read_probe(path, None).weight  # (features,)
     except CalibrationError as error:
-        return Check(name, False, str(error))
+        return [agree, Check(probe, False, str(error))]
     with safe_open(path, framework="np") as file:
         types = {file.get_slice(tensor).get_dtype() for tensor in (PROBE_WEIGHT, PROBE_BIAS)}
-    return Check(name, types == {"F32"}, f"{'/'.join(sorted(types))} {weight.shape}, finite".replace("F32", "float32"))
+    detail = f"{'/'.join(sorted(types))} {weight.shape}, finite".replace("F32", "float32")
+    return [agree, Check(probe, types == {"F32"}, detail)]

@@ -48,7 +48,7 @@ def sasa_settings(
 
 def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type], directory: Path) -> None:
     """Write config.json and the modeling file that it names."""
-    from sasa_export.runtime.seal import sealed
+    from sasa_export.runtime.settings import sealed
 
     config_class, model_class = classes
     module = MODELING_FILE.removesuffix(".py")

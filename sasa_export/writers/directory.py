@@ -12,7 +12,7 @@ from sasa_export.models import Source
 from sasa_export.models.load import stock_classes
 from sasa_export.probe import Calibration
 from sasa_export.probe.fit import Probe
-from sasa_export.verify.cases import Case, write_cases
+from sasa_export.writers.cases import Case, write_cases
 from sasa_export.writers.config import write_config
 from sasa_export.writers.files import copy_files
 from sasa_export.writers.scores import write_scores

@@ -12,25 +12,20 @@ SCORES = "sasa-calibration.json"
 
 def write_scores(calibration: Calibration, directory: Path) -> None:
     """`cross_validated` is P(unsafe) by a probe that did not see the prompt's pair; `final` by the probe itself."""
-    prompts = [
-        {
-            "name": prompt.name,
-            "label": prompt.label,
-            "channel": prompt.channel,
-            "category": prompt.category,
-            "cross_validated": round(float(score), 6),
-            "final": round(float(final), 6),
-        }
-        for prompt, score, final in zip(
-            calibration.prompts, calibration.cross_validated, calibration.final, strict=True
-        )
-    ]
+    rows = zip(calibration.prompts, calibration.cross_validated, calibration.final, strict=True)
     data = {
         "threshold": calibration.probe.threshold,
         "max_false_positive_rate": calibration.max_false_positive_rate,
         "regularization": calibration.regularization,
         "figures": [figure.to_json() for figure in calibration.figures],
         "figures_at_the_papers_regularization": [figure.to_json() for figure in calibration.paper],
-        "prompts": prompts,
+        "prompts": [
+            {
+                **{name: getattr(prompt, name) for name in ("name", "label", "channel", "category")},
+                "cross_validated": round(float(score), 6),
+                "final": round(float(final), 6),
+            }
+            for prompt, score, final in rows
+        ],
     }
     (directory / SCORES).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -61,14 +62,10 @@ def _bring(source: Path, target: Path, *, link: bool, advance: Callable[[int], N
     """Link or copy one file, and return its SHA-256; the bytes are read once either way."""
     digest = hashlib.sha256()
     source = source.resolve()  # a hub cache holds links to blobs
-    linked = False
     if link:
-        try:
+        with contextlib.suppress(OSError):  # another disk, or a file system without links
             os.link(source, target)
-            linked = True
-        except OSError:  # another disk, or a file system without links
-            pass
-    with source.open("rb") as reader, open(os.devnull if linked else target, "wb") as writer:
+    with source.open("rb") as reader, open(os.devnull if link and target.exists() else target, "wb") as writer:
         while chunk := reader.read(CHUNK):
             digest.update(chunk)
             writer.write(chunk)

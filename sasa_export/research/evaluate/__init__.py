@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from sasa_export.errors import EvaluateError as EvaluateError
-    from sasa_export.research.evaluate.options import EvaluateOptions as EvaluateOptions
-    from sasa_export.research.evaluate.result import Evaluated as Evaluated
-    from sasa_export.research.evaluate.run import evaluate as evaluate
+from sasa_export.errors import EvaluateError
+from sasa_export.research.evaluate.options import EvaluateOptions
 
-HOMES = {"EvaluateError": "errors", "EvaluateOptions": "options", "Evaluated": "result", "evaluate": "run"}
-__all__ = ["EvaluateError", "EvaluateOptions", "Evaluated", "evaluate"]
+if TYPE_CHECKING:
+    from sasa_export.research.evaluate.run import evaluate
+
+__all__ = ["EvaluateError", "EvaluateOptions", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, since the command line knows `evaluate` and must not load torch to say so.
-    from importlib import import_module
-
-    if name not in HOMES:
+    # Imported on first use: the command line knows the options, and must not load torch to say so.
+    if name != "evaluate":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    from sasa_export.research.evaluate.run import evaluate
+
+    return evaluate

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from sasa_export.graph import LayerGraph
-from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.detection import detection
+from sasa_export.research.evaluate.arms import ranking
 from sasa_export.research.evaluate.fitted import probe
-from sasa_export.research.evaluate.shares import Interval
-
-
-@dataclass(frozen=True)
-class Depth:
-    """A probe on the normed state behind `block` of the lane, or on the projection itself (the safety layer's number).
-
-    `cost` is the number of blocks that the prompt runs through, in the plain model's.
-    """
-
-    block: int
-    cost: float
-    auc: Interval
-    recall_at_rate: Interval
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "block": self.block,
-            "cost": round(self.cost, 4),
-            "auc": self.auc.to_json(),
-            "recall_at_rate": self.recall_at_rate.to_json(),
-        }
+from sasa_export.research.evaluate.subject import Subject
 
 
 def depths_of(lane: LayerGraph) -> dict[int, str]:
@@ -41,35 +18,28 @@ def depths_of(lane: LayerGraph) -> dict[int, str]:
     blocks = lane.of("lane_block")
     if not blocks:  # the projection itself is what the probe reads anyway
         return {}
-    first = blocks[0].attributes["index"]  # the block after the safety layer
-    inner = {first + place: node.name for place, node in enumerate(blocks[:-1])}
-    return {first - 1: lane.of("projection")[0].name, **inner}
+    inner = {block.attributes["index"]: block.name for block in blocks[:-1]}
+    return {blocks[0].attributes["index"] - 1: lane.of("projection")[0].name, **inner}
 
 
-def depth_curve(
-    calibration: Mapping[int, np.ndarray],
-    evaluation: Mapping[int, np.ndarray],
-    blocks: int,
-    fitted_on: Sequence[Prompt],
-    prompts: Sequence[Prompt],
-    rate: float,
-    regularization: float | None,
-    advance: Callable[[int], None] = lambda count: None,
-) -> tuple[Depth, ...]:
-    """Fit and measure a probe at each depth; features (prompts, hidden) in the head's metric, by block.
+def depth_curve(subject: Subject, features: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Fit and measure a probe on the normed state behind each `block` of the lane, the first on the projection itself.
 
-    `blocks` is the number of the decoder's; `advance` counts depths.
+    `cost` is the number of blocks that the prompt runs through, in the plain model's.
+
+    `features` (prompts, hidden), in the head's metric, of the "calibration" and the "evaluation" prompts, by node;
+    "projected" are those of the lane's end. Empty where the lane ends with the projection.
     """
-    labels = np.array([prompt.label for prompt in prompts])
-    groups = [prompt.group for prompt in prompts]
-    safety = min(calibration)
+    depths, blocks = depths_of(subject.lane), subject.blocks[0]
+    if not depths:
+        return []
+    last = subject.lane.of("lane_block")[-1].attributes["index"]
+    labels = np.array([prompt.label for prompt in subject.evaluation])
+    groups = [prompt.group for prompt in subject.evaluation]
     found = []
-    for block in sorted(calibration):
-        fitted = probe(calibration[block], evaluation[block], fitted_on, rate, regularization)
-        threshold = 1.0 if fitted.threshold is None else fitted.threshold
-        figures = detection(fitted.scores, fitted.scores >= threshold, labels, groups, rate)
-        assert figures is not None  # both labels are there, or the evaluation would have stopped
-        cost = (blocks + block - safety) / blocks
-        found.append(Depth(block, cost, figures.auc, figures.recall_at_rate))
-        advance(1)
-    return tuple(found)
+    for block, node in {**depths, last: "projected"}.items():
+        before, after = features["calibration"][node], features["evaluation"][node]
+        scores, _ = probe(before, after, subject.calibration, subject.rate, subject.regularization)
+        cost = (blocks + block - min(depths)) / blocks
+        found.append({"block": block, "cost": cost, **ranking(scores, labels, groups, subject.rate)})
+    return found

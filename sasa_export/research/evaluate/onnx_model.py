@@ -2,75 +2,56 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sasa_export.errors import EvaluateError
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.answer import Answer
-from sasa_export.verify.onnx import runs_here
-from sasa_export.verify.onnx_fresh import CHANGES, Graphs
+from sasa_export.verify.fresh.onnx_model import Model
 from sasa_export.writers.onnx import SUFFIX
-
-BATCH = 1  # prompts at a time
 
 
 class OnnxModel:
-    """Answers greedily by the directory's three graphs."""
-
-    batch_size = BATCH
+    """Answers greedily by the directory's three graphs; `tokens` is the longest answer."""
 
     def __init__(self, directory: Path, dtype: str, device: str, tokens: int) -> None:
-        """EvaluateError where the graphs do not run on this machine."""
-        from transformers import AutoProcessor
-
-        if not runs_here(dtype):
-            raise EvaluateError(
-                f"the {dtype} graphs in {directory} need onnxruntime's CUDA provider, and there is none."
-            )
+        """EvaluateError where the graphs do not run on this machine, or would not answer as the original."""
         try:
-            self.graphs = Graphs(directory, SUFFIX[dtype], "cuda" if device.startswith("cuda") else "cpu")
-            self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+            self.model = Model(directory, SUFFIX[dtype], "cuda" if device.startswith("cuda") else "cpu")
         except Exception as error:  # onnxruntime has errors of its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise EvaluateError(
                 f"the graphs in {directory} do not load ({reason}). Verify them: sasa-export verify {directory}"
             ) from None
         self.tokens = tokens
-        path = directory / "generation_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        ends = settings.get("eos_token_id", self.processor.tokenizer.eos_token_id)
-        self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.penalty = float(settings.get("repetition_penalty") or 1.0)
-        changes = [name for name, idle in CHANGES.items() if settings.get(name, idle) not in (idle, None)]
-        if changes:
+        if self.model.about["not_followed"]:
             raise EvaluateError(
-                f"generation_config.json of {directory} sets {', '.join(sorted(changes))}, which is not followed here, "
-                "so its answers would not be the original's. Evaluate the safetensors directory."
+                f"generation_config.json of {directory} sets {', '.join(self.model.about['not_followed'])}, which is "
+                "not followed here, so its answers would not be the original's. Evaluate the safetensors directory."
             )
 
-    def answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        found = []
-        for prompt in prompts:
-            score, _, tokens = self.graphs.answer(self.prepare(prompt), self.tokens, self.ends, self.penalty)
-            text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-            found.append(Answer(prompt.name, tuple(tokens), text, None if score != score else float(score)))
-        return found
+    def answers(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """As `TorchModel.answers`."""
+        tokens, scores = np.full((len(prompts), self.tokens), -1), np.zeros(len(prompts))
+        for row, prompt in enumerate(prompts):
+            scores[row], _, said = self.model.answer(self.prepare([prompt]), self.tokens)
+            tokens[row, : len(said)] = said
+        return {"tokens": tokens, "scores": scores}
 
-    def prepare(self, prompt: Prompt) -> Any:
+    def prepare(self, prompts: Sequence[Prompt]) -> Any:
+        """The graphs' inputs for one prompt."""
         return dict(
-            self.processor.apply_chat_template(
-                [prompt.conversation()],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                processor_kwargs={"return_tensors": "np"},
+            self.model.processor.apply_chat_template(
+                [prompt.conversation() for prompt in prompts], add_generation_prompt=True, tokenize=True,
+                return_dict=True, processor_kwargs={"return_tensors": "np"},
             )
-        )
+        )  # fmt: skip
 
     def judge(self, inputs: Any) -> None:
-        self.graphs.answer(inputs, 1, self.ends, self.penalty)
+        """Run the prompt: the verdict is there with the first logits, and so is the first token."""
+        self.model.judge(inputs)
 
-    begin = judge  # the verdict is there with the first logits
+    begin = judge

@@ -6,87 +6,80 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sasa_export.errors import EvaluateError
-from sasa_export.models import read_config
 from sasa_export.models.load import SPREAD, place
 from sasa_export.prompts.prompt import Prompt, encode
-from sasa_export.research.evaluate.answer import Answer
-
-AUTO = ("AutoConfig", "AutoModelForImageTextToText")
 
 
 class TorchModel:
     """Answers greedily; `model` is a stock or a patched one, `tokens` the longest answer."""
 
-    def __init__(self, model: Any, processor: Any, batch_size: int, tokens: int) -> None:
-        self.model, self.processor, self.batch_size, self.tokens = model, processor, batch_size, tokens
+    def __init__(self, model: Any, processor: Any, tokens: int) -> None:
+        self.model, self.processor, self.tokens = model, processor, tokens
         ends = model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.ends = ends if isinstance(ends, list) else [ends]
 
-    def answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        inputs = place(encode(self.processor, prompts), self.model)
-        scores = [float("nan")] * len(prompts)
+    def answers(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """`tokens` (prompts, longest), the end token included and -1 behind it; and `scores` (prompts,), P(unsafe),
+        NaN where no verdict was given."""
+        inputs = self.prepare(prompts)
+        verdicts: list[np.ndarray] = []
 
         def see(module: Any, args: Any, output: Any) -> None:
-            for row, score in enumerate(_probabilities(output)):
-                if scores[row] != scores[row]:
-                    scores[row] = score
+            if getattr(output, "unsafe_probability", None) is not None:
+                verdicts.append(output.unsafe_probability.float().cpu().numpy())  # (batch,), NaN where none is due
 
         handle = self.model.register_forward_hook(see)
         try:
-            with torch.no_grad():
-                found = self._generate(inputs, self.tokens)[:, inputs["input_ids"].shape[1] :]  # (batch, tokens)
+            found = self._generate(inputs, self.tokens)[:, inputs["input_ids"].shape[1] :].cpu().numpy()
         finally:
             handle.remove()
-        said = [self._ended(tokens) for tokens in found.tolist()]
-        texts = self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-        return [
-            Answer(prompt.name, tuple(tokens), text, None if score != score else score)
-            for prompt, tokens, text, score in zip(prompts, said, texts, scores, strict=True)
-        ]
+        ends = np.isin(found, [end for end in self.ends if end is not None])  # (batch, tokens)
+        tokens = np.full((len(prompts), self.tokens), -1)
+        tokens[:, : found.shape[1]] = np.where(ends.cumsum(1) > ends, -1, found)
+        calls = np.stack(verdicts or [np.full(len(prompts), np.nan)])  # (calls, batch)
+        first = (~np.isnan(calls)).argmax(0)  # (batch,), the call that judged
+        return {"tokens": tokens, "scores": calls[first, np.arange(len(prompts))].astype(float)}
 
-    def prepare(self, prompt: Prompt) -> Any:
-        return place(encode(self.processor, [prompt]), self.model)
+    def prepare(self, prompts: Sequence[Prompt]) -> Any:
+        """The model's inputs for a batch."""
+        return place(encode(self.processor, prompts), self.model)
 
     def judge(self, inputs: Any) -> None:
+        """Run the prompt: the verdict is there, and so are the first logits."""
         with torch.no_grad():
             self.model(**inputs, logits_to_keep=1)
-        _finish(self.model)
+        self._finish()
 
     def begin(self, inputs: Any) -> None:
-        with torch.no_grad():
-            self._generate(inputs, 1)
-        _finish(self.model)
+        """Give the first token of the answer."""
+        self._generate(inputs, 1)
+        self._finish()
 
-    def _generate(self, inputs: Any, count: int) -> Any:
+    @torch.no_grad()
+    def _generate(self, inputs: Any, count: int) -> torch.Tensor:
         return self.model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1)
 
-    def _ended(self, tokens: list[int]) -> list[int]:
-        """The tokens up to the first one that ends an answer; behind it is padding."""
-        end = next((place for place, token in enumerate(tokens) if token in self.ends), len(tokens) - 1)
-        return tokens[: end + 1]
+    def _finish(self) -> None:
+        """Wait for the device, which may only have been told what to do."""
+        if self.model.device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize()
 
 
-def load_guarded(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
-    """The patched model and its processor, by the directory's own code: what a user gets who has nothing of ours.
+def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    """The patched model and its processor, as a user loads them. Raises EvaluateError where it does not load."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    Raises EvaluateError where it does not load.
-    """
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    described = read_config(directory)
-    named, model_type = described.get("auto_map") or {}, described.get("model_type")
-    registered = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
-    device_map = "auto" if device == SPREAD else device
     try:
-        config_class, model_class = (get_class_from_dynamic_module(named[name], str(directory)) for name in AUTO)
-        config = config_class.from_pretrained(directory)
-        model = model_class.from_pretrained(
-            directory, config=config, dtype=getattr(torch, dtype), device_map=device_map, use_safetensors=True
+        model = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            dtype=getattr(torch, dtype),
+            device_map="auto" if device == SPREAD else device,
+            trust_remote_code=True,
+            use_safetensors=True,
         )
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # its code is a program of its own
@@ -94,20 +87,5 @@ def load_guarded(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
         raise EvaluateError(
             f"{directory} does not load ({reason}). Verify it: sasa-export verify {directory}"
         ) from None
-    finally:
-        if registered is not None:  # the directory's code has put its own in its place, which is for this model alone
-            AutoConfig.register(model_type, registered, exist_ok=True)
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor
-
-
-def _probabilities(output: Any) -> list[float]:
-    """P(unsafe) of each row, NaN where no verdict is due; empty for an unguarded model."""
-    found = getattr(output, "unsafe_probability", None)  # (batch,)
-    return [] if found is None else found.float().tolist()
-
-
-def _finish(model: Any) -> None:
-    """Wait for the device, which may only have been told what to do."""
-    if model.device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize()

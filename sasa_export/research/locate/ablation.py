@@ -1,4 +1,4 @@
-"""Ablate attention heads one by one and keep what becomes of the last token's final state.
+"""Run prompts without each attention head in turn and keep the last token's final state.
 
 A head is ablated by zeroing its slice of what enters the attention's output projection, at every token. Ablating a
 head of block i leaves the blocks before i as they were, so the main lane runs once per prompt and only blocks i..L-1
@@ -9,9 +9,8 @@ the main lane alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +18,9 @@ from torch import nn
 
 from sasa_export.errors import LocateError
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.locate.lane import MainLane, Passed
-from sasa_export.research.locate.work import Work
-from sasa_export.workers import Workers
+from sasa_export.research.locate.lane import Batch, MainLane
+from sasa_export.research.work import Work
+from sasa_export.workers import workers
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "wo", "dense")  # as the families of transformers name them
 
@@ -31,30 +30,51 @@ class Heads:
 
     def __init__(self, lane: MainLane, most_at_once: int = 16) -> None:
         """LocateError where the model's attention is not built in the way that is needed."""
+        self.lane = lane
         self.count = int(lane.model.config.get_text_config(decoder=True).num_attention_heads)
         self.at_once = min(self.count, most_at_once)  # rows of a batch, each without another head
-        self.projections = [_output_projection(lane.model.get_submodule(path), path) for path in lane.modules]
         if lane.graph.of("between"):
-            raise LocateError(
-                "this model adds to the hidden state between blocks, so no stretch of them can be run again on its "
-                "own. Leave the ablation out: --ablation-prompts 0."
-            )
-        for path, projection in zip(lane.modules, self.projections, strict=True):
-            if projection.in_features % self.count:
-                raise LocateError(
-                    f"{path} feeds {projection.in_features} features of {self.count} heads into its output projection, "
-                    "which is no whole number a head. Leave the ablation out: --ablation-prompts 0."
-                )
+            raise _impossible("this model adds to the hidden state between blocks, so they cannot be run again alone")
+        self.projections = [_output_projection(lane.model.get_submodule(path), path) for path in lane.blocks]
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        rows: Sequence[int],
+        blocks: Sequence[int],
+        work: Work,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Ablate every head of `blocks` on the prompts numbered `rows`; `advance` counts the blocks of each prompt.
+
+        Leaves in the work folder, for each prompt, the final state with all heads (hidden,), and for each block those
+        with one head less (heads, hidden), float32.
+        """
+        team = workers()
+
+        def run(row: int) -> None:
+            batch: Batch | None = None
+            for block in blocks:
+                if not work.has(ablated(row, block)):
+                    if batch is None:
+                        batch = self.lane.run([prompts[row]] * self.at_once)
+                        final = self.lane.normed(self.lane.states(batch)[-1])  # (rows, hidden)
+                        work.put(intact(row), final[0].float().cpu().numpy())
+                    work.put(ablated(row, block), self._without_each(batch, block))
+                if team.leads:
+                    advance(1)
+
+        team.spread(rows, run)
 
     @contextmanager
-    def silenced(self, block: int, heads: Sequence[int | None]) -> Any:
+    def silenced(self, block: int, heads: Sequence[int | None]) -> Iterator[None]:
         """While the context lasts, row r of a batch runs without head `heads[r]` of the block (None: with all)."""
         projection = self.projections[block]
-        size = projection.in_features // self.count
         kept = torch.ones(len(heads), 1, projection.in_features)  # (rows, 1, heads * size)
+        slices = kept.view(len(heads), self.count, -1)  # (rows, heads, size), of the same memory
         for row, head in enumerate(heads):
             if head is not None:
-                kept[row, :, head * size : (head + 1) * size] = 0.0
+                slices[row, head] = 0.0
 
         def silence(module: nn.Module, args: tuple) -> tuple:
             return (args[0] * kept.to(args[0]), *args[1:])  # (rows, tokens, heads * size)
@@ -65,53 +85,23 @@ class Heads:
         finally:
             handle.remove()
 
-
-def run_ablation(
-    lane: MainLane,
-    heads: Heads,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    blocks: Sequence[int],
-    work: Work,
-    workers: Workers,
-    advance: Callable[[int], None],
-) -> None:
-    """Ablate every head of `blocks` on the prompts numbered `rows`; `advance` counts the blocks done on each prompt.
-
-    Leaves in the work folder, for each prompt, the final state with all heads (hidden,), and for each block those
-    with one head less (heads, hidden), float32.
-    """
-
-    def run(row: int) -> None:
-        passed: Passed | None = None
-        for block in blocks:
-            if not work.has(ablated(row, block)):
-                if passed is None:
-                    passed = lane.run([prompts[row]] * heads.at_once)
-                    final = passed.last(passed.output(len(lane.modules) - 1))  # (rows, hidden)
-                    work.put(intact(row), lane.normed(final)[0].float().cpu().numpy())
-                work.put(ablated(row, block), _without_each(lane, heads, passed, block))
-            if workers.leads:
-                advance(1)
-
-    workers.spread(rows, run)
-
-
-def _without_each(lane: MainLane, heads: Heads, passed: Passed, block: int) -> np.ndarray:
-    """The final state of one prompt without each head of a block in turn: (heads, hidden), float32."""
-    states = []
-    for first in range(0, heads.count, heads.at_once):
-        chunk = list(range(first, min(first + heads.at_once, heads.count)))
-        with heads.silenced(block, [*chunk, *[None] * (heads.at_once - len(chunk))]):
-            states.append(lane.again(passed, block)[: len(chunk)].float().cpu().numpy())  # (chunk, hidden)
-    return np.concatenate(states)
+    def _without_each(self, batch: Batch, block: int) -> np.ndarray:
+        """The final state of one prompt without each head of a block in turn: (heads, hidden), float32."""
+        states = []
+        for first in range(0, self.count, self.at_once):
+            chunk = list(range(first, min(first + self.at_once, self.count)))
+            with self.silenced(block, [*chunk, *[None] * (self.at_once - len(chunk))]):
+                states.append(self.lane.again(batch, block)[: len(chunk)].float().cpu().numpy())  # (chunk, hidden)
+        return np.concatenate(states)
 
 
 def intact(row: int) -> str:
+    """The name in the work folder of a prompt's final state."""
     return f"heads-{row:05d}-all"
 
 
 def ablated(row: int, block: int) -> str:
+    """The name in the work folder of a prompt's final states without each head of a block."""
     return f"heads-{row:05d}-block-{block:03d}"
 
 
@@ -120,14 +110,16 @@ def _output_projection(block: nn.Module, path: str) -> nn.Linear:
     found = [
         module
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.split(".")[-1] in OUTPUT_PROJECTIONS
-        and ("attn" in name or "attention" in name)
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in OUTPUT_PROJECTIONS
+        if "attn" in name or "attention" in name
     ]
     if len(found) != 1:
-        raise LocateError(
+        raise _impossible(
             f"{path} has {len(found)} linear layers that could be its attention's output projection "
-            f"({', '.join(OUTPUT_PROJECTIONS)}), so its heads cannot be ablated. Leave the ablation out: "
-            "--ablation-prompts 0."
+            f"({', '.join(OUTPUT_PROJECTIONS)})"
         )
     return found[0]
+
+
+def _impossible(why: str) -> LocateError:
+    return LocateError(f"heads cannot be ablated: {why}. Leave the ablation out: --ablation-prompts 0.")

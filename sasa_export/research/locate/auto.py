@@ -19,12 +19,11 @@ from sasa_export.options import AUTO, Options
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.locate.lane import watched
-from sasa_export.research.locate.pairs import Pair, with_layer
-from sasa_export.research.locate.prompts import limited
-from sasa_export.research.locate.propose import propose
-from sasa_export.research.locate.survey import Way, run_lanes, survey
-from sasa_export.research.locate.sweep import halves
-from sasa_export.research.locate.work import Work
+from sasa_export.research.locate.pairs import with_layer
+from sasa_export.research.locate.prompts import halves, limited
+from sasa_export.research.locate.propose import Proposal, propose
+from sasa_export.research.locate.survey import Evidence, survey
+from sasa_export.research.work import Work
 from sasa_export.workers import workers
 
 
@@ -50,10 +49,8 @@ def choose_layers(
 
     Raises LocateError where either half of the prompts is too small to choose or to judge by.
     """
-    blocks = len(graph.of("block"))
     given = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
-    pairs = with_layer(blocks, *given)
-    way = Way(tuple(pairs), options.batch_size, settings.epsilon, settings.softcap, options.regularization_value())
+    pairs = with_layer(len(graph.of("block")), *given)
     choosing, held_out = halves(prompts)
     chosen_on = limited([prompts[row] for row in choosing], None)
     limited([prompts[row] for row in held_out], None)
@@ -61,32 +58,31 @@ def choose_layers(
     folder = Path(team.tell(tempfile.mkdtemp(prefix="sasa-export-layers-") if team.leads else ""))
     try:
         with watched(model, processor, graph) as lane:
-            passes = run_lanes(lane, chosen_on, way, Work(folder), team, report)
-            found: tuple[Pair, str] = ((0, 0), "")
-            if team.leads:
-                surveyed = survey(lane, chosen_on, passes, way, report)
-                proposal = propose(surveyed.separability, surveyed.alignment, surveyed.expression, None, surveyed.sweep)
-                for reason in proposal.reason:
-                    report.step("", reason)
-                pair = (proposal.safety, proposal.semantic)
-                found = (pair, _in_words(len(pairs), pair, str(surveyed.sweep.pairs[pair]), len(proposal.tied), given))
-            pair, layers_from = team.tell(found)
+            evidence = survey(
+                lane, chosen_on, pairs, settings, Work(folder), report, batch_size=options.batch_size,
+                regularization=options.regularization_value(),
+            )  # fmt: skip
+        found = None
+        if evidence is not None:
+            proposal = propose(evidence)
+            for reason in proposal.reason:
+                report.step("", reason)
+            found = proposal.pair, _in_words(evidence, proposal, both=given == [None, None])
+        (safety, semantic), layers_from = team.tell(found)  # type: ignore[misc]
     finally:
         if team.leads:
             shutil.rmtree(folder, ignore_errors=True)
-    report.step("locate", f"safety layer {pair[0]}, semantic layer {pair[1]}")
-    return Chosen(
-        replace(settings, safety_layer=pair[0], semantic_layer=pair[1]),
-        layers_from,
-        tuple(held_out.tolist()),
-    )
+    report.step("locate", f"safety layer {safety}, semantic layer {semantic}")
+    settings = replace(settings, safety_layer=safety, semantic_layer=semantic)
+    return Chosen(settings, layers_from, tuple(held_out.tolist()))
 
 
-def _in_words(count: int, pair: Pair, auc: str, tied: int, given: Sequence[int | None]) -> str:
-    sides = "safety and semantic layer" if given == [None, None] else f"the layer that was left to {AUTO}"
-    others = "no other is" if tied == 1 else f"{tied - 1} others are"
+def _in_words(evidence: Evidence, proposal: Proposal, *, both: bool) -> str:
+    sides = "safety and semantic layer" if both else f"the layer that was left to {AUTO}"
+    others = "no other is" if len(proposal.tied) == 1 else f"{len(proposal.tied) - 1} others are"
+    swept = evidence.sweep.pairs
     return (
-        f"{sides} found by a sweep over {count} pairs on one half of the calibration prompts, where {pair[0]} and "
-        f"{pair[1]} have an AUC of {auc} and {others} within noise; the figures of the calibration are of the other "
-        "half, which took no part in the choice"
+        f"{sides} found by a sweep over {len(swept)} pairs on one half of the calibration prompts, where "
+        f"{proposal.safety_layer} and {proposal.semantic_layer} have an AUC of {swept[proposal.pair]} and {others} "
+        "within noise; the figures of the calibration are of the other half, which took no part in the choice"
     )

@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 SPAN = 1.96  # standard errors on either side: 95 %
 
+Key = TypeVar("Key")
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval, and how much each group of prompts pulls it, (groups,)."""
+    """A figure with its 95 % interval, and its influence: how much each group of prompts adds to it, (groups,)."""
 
     value: float
     low: float
     high: float
-    pull: np.ndarray
-
-    def to_json(self) -> dict[str, float]:
-        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
+    influence: np.ndarray
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def auc_of(scores: np.ndarray, labels: np.ndarray, groups: Sequence[str]) -> Estimate:
+def auc_of(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Estimate:
     """The area under the ROC curve of scores (prompts,) for labels 0 and 1."""
     harmful, harmless = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
-    pull = np.zeros(len(scores))
+    influence = np.zeros(len(scores))
     # For a harmful prompt the share of harmless ones below it, for a harmless one that of harmful ones above it.
     below = (np.searchsorted(harmless, scores, "left") + np.searchsorted(harmless, scores, "right")) / 2
     above = len(harmful) - (np.searchsorted(harmful, scores, "left") + np.searchsorted(harmful, scores, "right")) / 2
     value = float(below[labels == 1].mean() / len(harmless))
-    pull[labels == 1] = (below[labels == 1] / len(harmless) - value) / len(harmful)
-    pull[labels == 0] = (above[labels == 0] / len(harmful) - value) / len(harmless)
-    return _estimate(value, pull, groups, 0.0, 1.0)
+    influence[labels == 1] = (below[labels == 1] / len(harmless) - value) / len(harmful)
+    influence[labels == 0] = (above[labels == 0] / len(harmful) - value) / len(harmless)
+    return _estimate(value, influence, groups, 0.0, 1.0)
 
 
-def mean_of(values: np.ndarray, groups: Sequence[str]) -> Estimate:
+def mean_of(values: np.ndarray, groups: np.ndarray) -> Estimate:
     """The mean of values (prompts,)."""
     value = float(values.mean())
     return _estimate(value, (values - value) / len(values), groups, -np.inf, np.inf)
@@ -55,12 +55,23 @@ def is_below(lower: Estimate, higher: Estimate, among: int = 1) -> bool:
 
     span = float(norm.isf(0.025 / among))
     # A difference of rounding alone is none, however small the noise.
-    return bool(higher.value - lower.value > span * _error(higher.pull - lower.pull) + 1e-9)
+    return bool(higher.value - lower.value > span * _error(higher.influence - lower.influence) + 1e-9)
 
 
-def _estimate(value: float, pull: np.ndarray, groups: Sequence[str], least: float, most: float) -> Estimate:
-    _, index = np.unique(np.asarray(groups), return_inverse=True)
-    by_group = np.bincount(index, weights=pull)  # (groups,)
+def best(estimates: Mapping[Key, Estimate]) -> Key:
+    """The key of the highest figure, the first of equals."""
+    return max(estimates, key=lambda key: estimates[key].value)
+
+
+def within_noise(estimates: Mapping[Key, Estimate]) -> list[Key]:
+    """The keys of the figures that are not below the best one by more than noise, in order."""
+    highest = estimates[best(estimates)]
+    return [key for key, estimate in estimates.items() if not is_below(estimate, highest, len(estimates))]
+
+
+def _estimate(value: float, influence: np.ndarray, groups: np.ndarray, least: float, most: float) -> Estimate:
+    _, index = np.unique(groups, return_inverse=True)
+    by_group = np.bincount(index, weights=influence)  # (groups,)
     error = SPAN * _error(by_group)
     return Estimate(value, max(least, value - error), min(most, value + error), by_group)
 

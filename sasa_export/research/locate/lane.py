@@ -11,28 +11,17 @@ import torch
 
 from sasa_export.graph import LayerGraph
 from sasa_export.models.load import place
+from sasa_export.probe.features import last_real, watching
 from sasa_export.prompts.prompt import Prompt, encode
-from sasa_export.runtime.lane import run_graph, run_lane
-from sasa_export.runtime.mask import last_real, real_tokens
-from sasa_export.runtime.watch import Recording, recording, watch
+from sasa_export.runtime.lane import Recording, project_taps, recording, replay, run_lane
 
 
 @dataclass(frozen=True)
-class Passed:
-    """One batch behind the main lane. `judged` (rows,) is the position of each row's last token, `real` (rows, tokens)
-    tells tokens from padding."""
+class Batch:
+    """A batch of prompts that the main lane ran on. `judged` (rows,) is the position of each row's last token."""
 
     seen: Recording
     judged: torch.Tensor
-    real: torch.Tensor
-    modules: tuple[str, ...]  # the blocks, in order
-
-    def output(self, block: int) -> torch.Tensor:
-        """What block `block` gave, (rows, tokens, hidden); -1 is what entered the first."""
-        if block >= 0:
-            return self.seen.outputs[self.modules[block]]
-        args, kwargs = self.seen.arguments[self.modules[0]]
-        return args[0] if args else kwargs["hidden_states"]
 
     def last(self, state: torch.Tensor) -> torch.Tensor:
         """(rows, tokens, hidden) -> (rows, hidden), at the last token."""
@@ -45,36 +34,38 @@ class MainLane:
 
     def __init__(self, model: Any, processor: Any, graph: LayerGraph) -> None:
         self.model, self.processor, self.graph = model, processor, graph
-        self.modules = tuple(str(node.module) for node in graph.of("block"))
+        self.blocks = tuple(str(node.module) for node in graph.of("block"))  # module paths
         self.norm = model.get_submodule(graph["norm"].module)
         self.head = model.get_submodule(graph["head"].module)
 
     @torch.no_grad()
-    def run(self, prompts: Sequence[Prompt]) -> Passed:
+    def run(self, prompts: Sequence[Prompt]) -> Batch:
         """Run the decoder once over a batch of prompts."""
         inputs = place(encode(self.processor, prompts), self.model)
         with recording() as seen:
             self.model(**inputs, use_cache=False, logits_to_keep=1)
-        ids = inputs["input_ids"]  # (rows, tokens)
-        mask, tokens = inputs.get("attention_mask"), ids.shape[1]
-        return Passed(seen, last_real(mask, tokens, ids), real_tokens(mask, 0, tokens, ids), self.modules)
+        return Batch(seen, last_real(inputs))
 
     @torch.no_grad()
-    def second(self, passed: Passed, lane: LayerGraph) -> torch.Tensor:
+    def states(self, batch: Batch) -> list[torch.Tensor]:
+        """The last token's state behind each block, (rows, hidden) each."""
+        return [batch.last(batch.seen.outputs[path]) for path in self.blocks]
+
+    @torch.no_grad()
+    def second(self, batch: Batch, lane: LayerGraph) -> torch.Tensor:
         """The second lane of a rewritten graph on the batch: its normed state at the last token, (rows, hidden)."""
         nodes = [node.to_json() for node in lane if node.op != "lane_head"]
-        return run_graph(self.model, nodes, passed.seen, passed.judged, passed.real)["sasa.lane.norm"]
+        name, states = project_taps(nodes, batch.seen)  # (rows, tokens, hidden)
+        return run_lane(self.model, nodes, {name: states}, batch.seen.arguments, batch.judged)["sasa.lane.norm"]
 
     @torch.no_grad()
-    def again(self, passed: Passed, first: int) -> torch.Tensor:
+    def again(self, batch: Batch, first: int) -> torch.Tensor:
         """Blocks `first`..L-1 once more on what entered them: the normed state at the last token, (rows, hidden)."""
-        nodes: list[dict[str, Any]] = [{"name": "entered", "op": "projection", "inputs": []}]
-        for module in self.modules[first:]:
-            nodes.append({"name": module, "op": "lane_block", "inputs": [nodes[-1]["name"]], "module": module})
-        norm = self.graph["norm"].module
-        nodes.append({"name": "norm", "op": "lane_norm", "inputs": [nodes[-1]["name"]], "module": norm})
-        state = passed.output(first - 1)  # (rows, tokens, hidden)
-        return run_lane(self.model, nodes, state, passed.seen.arguments, passed.judged, passed.real)["norm"]
+        args, kwargs = batch.seen.arguments[self.blocks[first]]
+        state = args[0] if args else kwargs["hidden_states"]  # (rows, tokens, hidden)
+        for path in self.blocks[first:]:
+            state = replay(self.model.get_submodule(path), state, batch.seen.arguments[path])
+        return self.normed(batch.last(state))
 
     @torch.no_grad()
     def normed(self, state: torch.Tensor) -> torch.Tensor:
@@ -86,10 +77,5 @@ class MainLane:
 def watched(model: Any, processor: Any, graph: LayerGraph) -> Iterator[MainLane]:
     """Watch every block of the model's decoder while the context lasts."""
     lane = MainLane(model, processor, graph)
-    nodes = [{"op": op, "module": module} for module in lane.modules for op in ("block", "tap")]
-    handles = watch(model, nodes)
-    try:
+    with watching(model, [{"op": op, "module": path} for path in lane.blocks for op in ("block", "tap")]):
         yield lane
-    finally:
-        for handle in handles:
-            handle.remove()

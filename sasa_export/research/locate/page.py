@@ -1,120 +1,147 @@
-"""Write the report: one page that opens without a network, its pictures, a Markdown summary, and all figures."""
+"""What a locate run found, and the report of it: one page that opens without a network, Markdown, and all figures."""
 
 from __future__ import annotations
 
-import base64
-from html import escape
+import json
+from dataclasses import dataclass, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.locate.expression import is_readable
-from sasa_export.research.locate.plots import DARK, LIGHT
-from sasa_export.research.locate.result import Located
-from sasa_export.research.locate.words import Section, pictures, sections, subject_line, summary, title
+from sasa_export.research.locate.heads import HeadScores
+from sasa_export.research.locate.interval import Estimate, is_below
+from sasa_export.research.locate.pairs import Pair
+from sasa_export.research.locate.pictures import pictures
+from sasa_export.research.locate.propose import Proposal, spans
+from sasa_export.research.locate.survey import Evidence
+from sasa_export.research.report import html_page, plain, render
 
-STYLE = """\
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --faint: #57606a; --line: #d0d7de;
-  --mark: #ddf4ea; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14171c; --ink: #e6e8eb; --faint: #9aa4af; --line: #30363d; --mark: #123a2d; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.25rem 1rem 4rem; max-width: 46rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.5rem 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2.25rem 0 0.5rem; }
-.result { font-size: 1.15rem; font-weight: 600; border-left: 0.3rem solid #009e73; padding: 0.5rem 0 0.5rem 0.9rem;
-  margin: 1rem 0; }
-ul { padding-left: 1.2rem; }
-li { margin: 0.35rem 0; }
-code { font-size: 0.85em; }
-.faint { color: var(--faint); font-size: 0.92rem; }
-img { display: block; width: 100%; height: auto; margin: 0.75rem 0; border-radius: 4px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem 0.2rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--faint); font-weight: 600; }
-td.readable { background: var(--mark); }
-"""
+LISTED = 10  # safety heads
+
+
+@dataclass(frozen=True)
+class Located:
+    """The evidence on all three capabilities, the sweep, and the layers proposed.
+
+    Attributes:
+        subject: what was looked at: the model, how it ran, and the prompts; `command` makes the report again.
+        known: the pair that the family's file says.
+        held_out: of each half of the groups, the pair chosen on the other half, and its AUC here.
+        example: a `prompt`, and for each block the five likeliest tokens behind it, as `words`.
+        tsne: for each block that is drawn, the points (prompts, 2) of the prompts `drawn`.
+    """
+
+    subject: dict[str, Any]
+    evidence: Evidence
+    heads: HeadScores | None
+    proposal: Proposal
+    known: Pair | None
+    held_out: list[tuple[Pair, float]]
+    example: dict[str, Any]
+    tsne: dict[int, np.ndarray]
+    drawn: list[Prompt]
+
+    @property
+    def title(self) -> str:
+        return f"Where {self.subject['model']} perceives, understands and speaks"
+
+    @property
+    def held_out_auc(self) -> float:
+        return float(np.mean([auc for _, auc in self.held_out]))
+
+    def to_json(self) -> str:
+        """All figures; the points of the t-SNE pictures are no figures and stay out."""
+        evidence, swept = self.evidence, self.evidence.sweep
+        pairs = [
+            {"safety_layer": pair[0], "semantic_layer": pair[1], **_jsonable(estimate)}
+            for pair, estimate in swept.pairs.items()
+        ]
+        data = {
+            "tool": f"sasa-export {version('sasa-export')}",
+            "subject": self.subject,
+            "proposal": self.proposal,
+            "known": self.known,
+            "held_out": {
+                "halves": [{"pair": pair, "auc": auc} for pair, auc in self.held_out],
+                "auc": self.held_out_auc,
+            },
+            "safety_perception": evidence.perception,
+            "safety_heads": self.heads,
+            "semantic_understanding": evidence.understanding,
+            "linguistic_expression": evidence.expression,
+            "sweep": {"pairs": pairs, "without_projection": swept.plain, "all_pairs_together": swept.together},
+            "example": self.example,
+        }
+        return json.dumps(_jsonable(data), indent=1, ensure_ascii=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain data, its numbers to four digits."""
+    if isinstance(value, Estimate):
+        value = {"value": value.value, "low": value.low, "high": value.high}
+    elif is_dataclass(value):
+        value = vars(value)
+    elif isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _jsonable(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def write_report(located: Located, directory: Path) -> None:
     """Write report.html, report.md, locate.json and the pictures."""
-    light, dark = pictures(located, LIGHT), pictures(located, DARK)
-    for name, data in light.items():
+    drawn = pictures(located)
+    for name, data in drawn.items():
         (directory / f"{name}.png").write_bytes(data)
-    (directory / "report.html").write_text(page(located, light, dark), encoding="utf-8")
-    (directory / "report.md").write_text(markdown(located), encoding="utf-8")
+    text = markdown(located)
+    (directory / "report.html").write_text(html_page(located.title, text, drawn), encoding="utf-8")
+    (directory / "report.md").write_text(text, encoding="utf-8")
     (directory / "locate.json").write_text(located.to_json(), encoding="utf-8")
 
 
-def page(located: Located, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
-    """The page, pictures and style within; it loads nothing."""
-    parts = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title(located))}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>",
-        f'<h1>{escape(title(located))}</h1>\n<p class="result">{escape(summary(located))}</p>',
-        f'<p class="faint">{escape(subject_line(located))}</p>',
-    ]
-    if located.subject.command:
-        parts.append(f'<p class="faint">Made with <code>{escape(located.subject.command)}</code>.</p>')
-    for section in sections(located):
-        parts.append(f"<h2>{escape(section.heading)}</h2>")
-        if section.listed:
-            points = [paragraph.partition(":") for paragraph in section.paragraphs]
-            lines = [f"<li><strong>{escape(name + colon)}</strong>{escape(rest)}</li>" for name, colon, rest in points]
-            parts.append("<ul>\n" + "\n".join(lines) + "\n</ul>")
-        else:
-            parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.paragraphs]
-        if section.picture is not None:
-            parts.append(_picture(section, light[section.picture], dark[section.picture]))
-        if section.table:
-            parts.append(_table(section))
-    return "\n".join([*parts, "</body>\n</html>\n"])
-
-
 def markdown(located: Located) -> str:
-    """The same in Markdown, with the pictures beside it; the table of the logit lens is the page's alone."""
-    parts = [f"# {title(located)}", f"**{summary(located)}**", subject_line(located)]
-    if located.subject.command:
-        parts.append(f"Made with `{located.subject.command}`.")
-    for section in sections(located):
-        if section.picture is None and section.table:
-            continue
-        parts.append(f"## {section.heading}")
-        if section.listed:
-            points = [paragraph.partition(":") for paragraph in section.paragraphs]
-            parts.append("\n".join(f"- **{name}{colon}**{rest}" for name, colon, rest in points))
-        else:
-            parts += section.paragraphs
-        if section.picture is not None:
-            parts.append(f"![{section.shows}]({section.picture}.png)")
-        if section.table:
-            head, *rows = section.table
-            lines = ["| " + " | ".join(row) + " |" for row in (head, tuple("---" for _ in head), *rows)]
-            parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def _picture(section: Section, light: bytes, dark: bytes) -> str:
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">'
-        f'<img src="{_inline(light)}" alt="{escape(section.shows)}"></picture>'
+    """The report in Markdown, with the pictures beside it."""
+    heads, swept = located.heads, located.evidence.sweep
+    chosen = swept.pairs[located.proposal.pair]
+    lens = pd.DataFrame([map(shown, texts) for texts in located.example["words"]])
+    lens.columns = [f"{place + 1}." for place in lens.columns]
+    lens.insert(0, "block", range(len(lens)))
+    return render(
+        "locate.md.j2",
+        located=located,
+        proposal=located.proposal,
+        evidence=located.evidence,
+        chosen=chosen,
+        together_is_better=is_below(chosen, swept.together),
+        heads=heads,
+        ablated="" if heads is None else spans(heads.blocks),
+        foremost=None if heads is None else _foremost(heads),
+        lens=lens,
     )
 
 
-def _inline(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+def _foremost(heads: HeadScores) -> pd.DataFrame:
+    """The safety heads with the highest scores."""
+    return pd.DataFrame(
+        {
+            "block": found.block,
+            "head": found.head,
+            "degrees, harmful": f"{heads.degrees_harmful[heads.blocks.index(found.block), found.head]:.2f}",
+            "degrees, ordinary": f"{heads.degrees_ordinary[heads.blocks.index(found.block), found.head]:.2f}",
+        }
+        for found in heads.safety_heads[:LISTED]
+    )
 
 
-def _table(section: Section) -> str:
-    head, *rows = section.table
-    lens = section.picture is None
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
-    for first, *rest in rows:
-        cells = [f"<td>{escape(first)}</td>"]
-        for cell in rest:
-            mark = ' class="readable"' if lens and is_readable(cell) else ""
-            cells.append(f"<td{mark}>{escape(cell)}</td>")
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+def shown(text: str) -> str:
+    """A token in a table: bold where it is readable, control characters and what does not print as a middle dot."""
+    letters = "".join(letter if letter.isprintable() and letter != "\ufffd" else "·" for letter in text.strip(" "))
+    cell = plain(letters[:16]) or "·"
+    return f"**{cell}**" if is_readable(letters) else cell

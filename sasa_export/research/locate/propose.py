@@ -11,188 +11,160 @@ more than noise, it is taken instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
 
-from sasa_export.research.locate.alignment import Alignment
-from sasa_export.research.locate.expression import Expression
 from sasa_export.research.locate.heads import HeadScores
-from sasa_export.research.locate.interval import is_below
+from sasa_export.research.locate.interval import Estimate, best, is_below, within_noise
 from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.separability import Separability
-from sasa_export.research.locate.sweep import Sweep
+from sasa_export.research.locate.survey import Evidence
+from sasa_export.research.locate.sweep import Sweep, cheapest
+
+Blocks = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """The pair, the blocks that the evidence points to, the pairs tied with the choice, and the reason in words."""
+    """The pair, the blocks that the evidence points to, the pairs measured there, those tied with the choice among
+    them (or among all, where it was overruled), and the reason: sentences with a heading before a colon."""
 
-    safety: int
-    semantic: int
+    safety_layer: int
+    semantic_layer: int
     safety_blocks: tuple[int, ...]
     semantic_blocks: tuple[int, ...]
     candidates: tuple[Pair, ...]
     tied: tuple[Pair, ...]
     reason: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "safety_layer": self.safety,
-            "semantic_layer": self.semantic,
-            "safety_blocks": list(self.safety_blocks),
-            "semantic_blocks": list(self.semantic_blocks),
-            "candidates": [list(pair) for pair in self.candidates],
-            "tied": [list(pair) for pair in self.tied],
-            "reason": list(self.reason),
-        }
+    @property
+    def pair(self) -> Pair:
+        return self.safety_layer, self.semantic_layer
 
 
-def propose(
-    separability: Separability,
-    alignment: Alignment | None,
-    expression: Expression,
-    heads: HeadScores | None,
-    sweep: Sweep,
-) -> Proposal:
+def propose(evidence: Evidence, heads: HeadScores | None = None) -> Proposal:
     """Apply the rules above."""
-    reason: list[str] = []
-    safety_blocks = _safety_blocks(separability, heads, reason)
-    semantic_blocks = _semantic_blocks(alignment, expression, safety_blocks, reason)
-    candidates = nearest(list(sweep.pairs), safety_blocks, semantic_blocks)
-    tied = sweep.tied(candidates)
-    chosen = cheapest(tied)
-    best = sweep.best()
+    safety_blocks, safety_reason = _safety_blocks(evidence.perception["all"], heads)
+    semantic_blocks, semantic_reason = _semantic_blocks(evidence, min(safety_blocks) + 1)
+    swept = evidence.sweep
+    candidates = nearest(list(swept.pairs), safety_blocks, semantic_blocks)
+    tied = swept.tied(candidates)
+    chosen, highest = cheapest(tied), best(swept.pairs)
     inside = all(pair[0] in safety_blocks and pair[1] in semantic_blocks for pair in candidates)
-    reason.append(
-        f"Sweep: of {len(sweep.pairs)} pairs measured, {_count(len(candidates), 'is', 'are')} "
-        + ("of such layers" if inside else "nearest to such layers")
-        + f"; of these, {_count(len(tied), 'is', 'are')} within noise of the best one, and {_named(chosen)} "
-        + ("is it." if len(tied) == 1 else "is the cheapest.")
-    )
-    if is_below(sweep.pairs[chosen], sweep.pairs[best], len(sweep.pairs)):
-        tied = sweep.tied(list(sweep.pairs))
+    reason = [
+        f"Sweep: of {len(swept.pairs)} pairs measured, {_count(candidates)} "
+        f"{'of such layers' if inside else 'nearest to such layers'}; of these, {_count(tied)} within noise of the "
+        f"best one, and {_named(chosen)} {'is it' if len(tied) == 1 else 'is the cheapest'}."
+    ]
+    if is_below(swept.pairs[chosen], swept.pairs[highest], len(swept.pairs)):
+        tied = swept.tied(list(swept.pairs))
         chosen = cheapest(tied)
         reason.append(
-            f"Overruled: a pair outside is better by more than noise ({_named(best)}, AUC {sweep.pairs[best]}), so "
-            f"the sweep decides alone, and {_named(chosen)} is the cheapest within noise of it."
+            f"Overruled: a pair outside is better by more than noise ({_named(highest)}, AUC {swept.pairs[highest]}), "
+            f"so the sweep decides alone, and {_named(chosen)} is the cheapest within noise of it."
         )
-    reason.append(_on_projection(sweep, chosen))
+    reason = [*safety_reason, *semantic_reason, *reason, _on_projection(swept, chosen)]
     return Proposal(
         *chosen, tuple(safety_blocks), tuple(semantic_blocks), tuple(candidates), tuple(tied), tuple(reason)
     )
 
 
-def cheapest(pairs: Sequence[Pair]) -> Pair:
-    """The pair with the shortest second lane, then with the earliest semantic layer."""
-    return min(pairs, key=lambda pair: (-pair[0], pair[1]))
-
-
-def nearest(pairs: Sequence[Pair], safety_blocks: Sequence[int], semantic_blocks: Sequence[int]) -> list[Pair]:
+def nearest(pairs: Sequence[Pair], safety_blocks: Blocks, semantic_blocks: Blocks) -> list[Pair]:
     """The pairs whose layers are among the given blocks, or fewest blocks away from them in sum."""
-
-    def away(pair: Pair) -> int:
-        return min(abs(pair[0] - block) for block in safety_blocks) + min(
-            abs(pair[1] - block) for block in semantic_blocks
-        )
-
-    least = min(away(pair) for pair in pairs)
-    return [pair for pair in pairs if away(pair) == least]
+    away = {
+        (safety, semantic): min(abs(safety - block) for block in safety_blocks)
+        + min(abs(semantic - block) for block in semantic_blocks)
+        for safety, semantic in pairs
+    }
+    return [pair for pair in pairs if away[pair] == min(away.values())]
 
 
-def _safety_blocks(separability: Separability, heads: HeadScores | None, reason: list[str]) -> list[int]:
+def _safety_blocks(curve: Sequence[Estimate], heads: HeadScores | None) -> tuple[list[int], list[str]]:
+    estimates = dict(enumerate(curve))
+    highest, last = best(estimates), len(curve) - 1
     # Nothing lies behind the last block that could be a semantic layer.
-    found = [block for block in separability.blocks_within_noise() if block < len(separability.overall) - 1]
-    found = found or [len(separability.overall) - 2]
-    best = max(range(len(separability.overall)), key=lambda block: separability.overall[block].value)
-    reason.append(
-        f"Safety perception: separability is highest at block {best} (AUC {separability.overall[best]}), and "
-        f"{_within_noise(found, best)}."
-    )
-    if separability.overall[best].low <= 0.5:
+    found = [block for block in within_noise(estimates) if block != last] or [last - 1]
+    reason = [
+        f"Safety perception: separability is highest at block {highest} (AUC {curve[highest]}), and "
+        f"{_others(found, highest)}."
+    ]
+    if curve[highest].low <= 0.5:
         reason.append(
             "Caution: no block tells harmful from harmless better than chance on these prompts, so what follows means "
             "little."
         )
     if heads is None:
-        return found
+        return found, reason
     centre = heads.centre()
     if centre is None:
         reason.append(f"Safety heads: none of {spans(heads.blocks)} stands out as one that matters for safety only.")
-        return found
-    count = len(heads.safety_heads())
+        return found, reason
     behind = [block for block in found if block >= centre]
     if not behind:
         agrees = "behind every block where separability is highest, so they do not decide"
-    elif behind == found:
-        agrees = "which agrees with it"
     else:
-        agrees = f"which narrows it to {spans(behind)}"
+        agrees = "which agrees with it" if behind == found else f"which narrows it to {spans(behind)}"
     reason.append(
-        f"Safety heads: {count} found in {spans(heads.blocks)}; half of their score is reached at block {centre}, "
-        f"{agrees}."
+        f"Safety heads: {len(heads.safety_heads)} found in {spans(heads.blocks)}; half of their score is reached at "
+        f"block {centre}, {agrees}."
     )
-    return behind or found
+    return behind or found, reason
 
 
-def _semantic_blocks(
-    alignment: Alignment | None, expression: Expression, safety_blocks: Sequence[int], reason: list[str]
-) -> list[int]:
-    blocks = len(expression.readable)
-    onset = expression.onset()
-    if onset is None:
-        reason.append("Linguistic expression: the share of readable tokens does not rise, so it sets no bound.")
+def _semantic_blocks(evidence: Evidence, first: int) -> tuple[list[int], list[str]]:
+    """The blocks from `first` on that the evidence points to, and why."""
+    expression, alignment = evidence.expression, evidence.understanding
+    end = blocks = len(expression.readable)
+    if expression.onset is None:
+        reason = ["Linguistic expression: the share of readable tokens does not rise, so it sets no bound."]
     else:
-        reason.append(
-            f"Linguistic expression: the share of readable tokens makes half of its rise at block {onset} "
-            f"({expression.readable[onset]:.0%}; chance is {expression.chance:.0%})."
-        )
-    end = blocks if onset is None or onset <= min(safety_blocks) + 1 else onset
+        end = expression.onset if expression.onset > first else blocks
+        reason = [
+            f"Linguistic expression: the share of readable tokens makes half of its rise at block {expression.onset} "
+            f"({expression.readable[expression.onset]:.0%}; chance is {expression.chance:.0%})."
+        ]
     if alignment is None:
         reason.append("Semantic understanding: no picture prompts were given, so every later block is a candidate.")
-        return [block for block in range(min(safety_blocks) + 1, end)] or [blocks - 1]
-    found = alignment.blocks_within_noise(end)
-    best = max(range(end), key=lambda block: alignment.text[block].value)
+        return list(range(first, end)) or [blocks - 1], reason
+    estimates = dict(enumerate(alignment.text_only[:end]))
+    found, highest = within_noise(estimates), best(estimates)
     before = "" if end == blocks else f", of those before block {end}"
     reason.append(
         "Semantic understanding: picture and text align best with the same request in text at block "
-        f"{best} (cosine {alignment.text[best]}){before}, and {_within_noise(found, best)}."
+        f"{highest} (cosine {estimates[highest]}){before}, and {_others(found, highest)}."
     )
-    later = [block for block in found if block > min(safety_blocks)]
-    return later or found
+    return [block for block in found if block >= first] or found, reason
 
 
-def _on_projection(sweep: Sweep, chosen: Pair) -> str:
-    there, plain = sweep.pairs[chosen], sweep.plain
+def _on_projection(swept: Sweep, chosen: Pair) -> str:
+    there, plain = swept.pairs[chosen], swept.plain
     if is_below(plain, there):
-        word = "Projection helps here"
+        said = "Projection helps here"
     elif is_below(there, plain):
-        word = "Projection hurts here"
+        said = "Projection hurts here"
     else:
-        word = "Projection neither helps nor hurts beyond noise"
-    return f"{word}: AUC {there} with it, {plain} without it."
+        said = "Projection neither helps nor hurts beyond noise"
+    return f"{said}: AUC {there} with it, {plain} without it."
 
 
-def spans(blocks: Sequence[int]) -> str:
+def spans(blocks: Blocks) -> str:
     """Blocks in words: "block 3", "blocks 3 to 7 and 9"."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
+    order = sorted(blocks)
+    # A run of neighbours has one difference between block and place.
+    runs = [list(run) for _, run in groupby(order, lambda block: block - order.index(block))]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return f"block {listed}" if len(blocks) == 1 else f"blocks {listed}"
 
 
-def _within_noise(blocks: Sequence[int], best: int) -> str:
-    return f"within noise of that at {spans(blocks)}" if set(blocks) - {best} else "at no other within noise of that"
+def _others(blocks: Blocks, highest: int) -> str:
+    others = set(blocks) - {highest}
+    return f"within noise of that at {spans(blocks)}" if others else "at no other within noise of that"
 
 
 def _named(pair: Pair) -> str:
     return f"{pair[0]} and {pair[1]}"
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+def _count(pairs: Collection[Pair]) -> str:
+    return f"{len(pairs)} {'is' if len(pairs) == 1 else 'are'}"

@@ -1,19 +1,18 @@
-"""The sweep: how well a probe on each pair's second lane tells harmful from harmless, and which pairs are as good."""
+"""The sweep: how well a probe on each pair's second lane does, which pair to choose, and what the choice is worth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
-from typing import Any
 
 import numpy as np
 
 from sasa_export.probe.fit import CANDIDATES, best_regularization, in_metric, quick_fit
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.locate.interval import Estimate, auc_of, is_below
+from sasa_export.research.locate.interval import Estimate, auc_of, within_noise
 from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.passes import Lanes
+from sasa_export.research.locate.passes import Passes, second_lane
+from sasa_export.research.locate.prompts import halves, labels_and_groups
 
 
 @dataclass(frozen=True)
@@ -27,78 +26,65 @@ class Sweep:
     pairs: dict[Pair, Estimate]
     plain: Estimate
     scores: dict[Pair, np.ndarray]
-    together: Estimate | None = None
-
-    def best(self) -> Pair:
-        return max(self.pairs, key=lambda pair: self.pairs[pair].value)
+    together: Estimate
 
     def tied(self, candidates: Sequence[Pair]) -> list[Pair]:
         """The candidates that are not below the best of them by more than noise."""
-        best = max(candidates, key=lambda pair: self.pairs[pair].value)
-        return [pair for pair in candidates if not is_below(self.pairs[pair], self.pairs[best], len(candidates))]
-
-    def to_json(self) -> dict[str, Any]:
-        pairs = [
-            {"safety_layer": safety, "semantic_layer": semantic, **estimate.to_json()}
-            for (safety, semantic), estimate in self.pairs.items()
-        ]
-        together = {} if self.together is None else {"all_pairs_together": self.together.to_json()}
-        return {"pairs": pairs, "without_projection": self.plain.to_json(), **together}
-
-
-def rotated(features: np.ndarray, metric: np.ndarray) -> np.ndarray:
-    """Features (prompts, hidden) in the head's metric, and turned into as few dimensions as they span.
-
-    A logistic regression with an L2 penalty gives the same scores after a rotation, and is done much sooner.
-    """
-    left, scale, _ = np.linalg.svd(in_metric(features, metric), full_matrices=False)
-    return left * scale
+        return within_noise({pair: self.pairs[pair] for pair in candidates})
 
 
 def sweep(
-    lanes: Lanes,
-    prompts: Sequence[Prompt],
+    passes: Passes,
     pairs: Sequence[Pair],
     metric: np.ndarray,
-    *,
-    regularization: float | None = None,
-    advance: Callable[[int], None] = lambda count: None,
+    regularization: float | None,
+    advance: Callable[[int], None],
 ) -> Sweep:
     """Fit and cross-validate each pair's probe.
 
-    The features are normed states in the head's metric, as in calibration; where a model caps its logits, they are
-    those before the cap. `regularization` is the probe's C; None chooses it as calibration does.
+    The features are normed states in the head's metric (hidden, hidden), as in calibration; where a model caps its
+    logits, they are those before the cap. `regularization` is the probe's C; None chooses it as calibration does.
+    `advance` counts probes.
     """
-    labels = np.array([prompt.label for prompt in prompts])
-    groups = [prompt.group for prompt in prompts]
+    labels, groups = labels_and_groups(passes.prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
 
-    def scored(features: np.ndarray) -> np.ndarray:
-        _, scores = best_regularization(rotated(features, metric), labels, groups, candidates, quick_fit)
+    def scored(name: str) -> np.ndarray:
+        # A logistic regression with an L2 penalty gives the same scores after a rotation into as few dimensions as
+        # the features span, and is done much sooner.
+        left, scale, _ = np.linalg.svd(in_metric(passes.read(name), metric), full_matrices=False)
+        _, scores = best_regularization(left * scale, labels, groups.tolist(), candidates, quick_fit)
         advance(1)
-        return scores
+        return scores  # (prompts,)
 
-    scores = {pair: scored(lanes.projected(pair)) for pair in pairs}
+    scores = {pair: scored(second_lane(pair)) for pair in pairs}
+    inside = np.clip(list(scores.values()), 1e-6, 1 - 1e-6)  # (pairs, prompts)
     return Sweep(
         {pair: auc_of(found, labels, groups) for pair, found in scores.items()},
-        auc_of(scored(lanes.plain()), labels, groups),
+        auc_of(scored("plain"), labels, groups),
         scores,
-        auc_of(np.mean([_odds(found) for found in scores.values()], axis=0), labels, groups),
+        auc_of(np.log(inside / (1 - inside)).mean(0), labels, groups),
     )
 
 
-def _odds(scores: np.ndarray) -> np.ndarray:
-    inside = np.clip(scores, 1e-6, 1 - 1e-6)
-    return np.log(inside / (1 - inside))
+def cheapest(pairs: Sequence[Pair]) -> Pair:
+    """The pair with the shortest second lane, then with the earliest semantic layer."""
+    return min(pairs, key=lambda pair: (-pair[0], pair[1]))
 
 
-def halves(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of two halves that share no group, the kinds of groups in equal numbers; always the same ones."""
-    labels: dict[str, set[int]] = {}
-    for prompt in prompts:
-        labels.setdefault(prompt.group, set()).add(prompt.label)
-    # Shuffled within a kind, so that a set sorted by category does not put every second category aside.
-    order = sorted(labels, key=lambda group: (sorted(labels[group]), Random(group).random()))
-    first = set(order[::2])
-    inside = np.array([prompt.group in first for prompt in prompts])
-    return np.flatnonzero(inside), np.flatnonzero(~inside)
+def held_out(swept: Sweep, candidates: Sequence[Pair], prompts: Sequence[Prompt]) -> list[tuple[Pair, float]]:
+    """What the choice among the candidates is worth on prompts that took no part in it.
+
+    For each half of the groups: the pair that the other half would choose by the same rule, and its AUC here.
+    """
+    labels, groups = labels_and_groups(prompts)
+
+    def auc(pair: Pair, rows: np.ndarray) -> Estimate:
+        return auc_of(swept.scores[pair][rows], labels[rows], groups[rows])
+
+    first, second = halves(prompts)
+    found = []
+    for chosen_on, judged_on in ((first, second), (second, first)):
+        pair = cheapest(within_noise({pair: auc(pair, chosen_on) for pair in candidates}))
+        found.append((pair, auc(pair, judged_on).value))
+    return found

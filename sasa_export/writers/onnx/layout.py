@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sasa_export.models import read_config
+from sasa_export.models.contents import read_object
+
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "vocab.json",
     "special_tokens_map.json", "added_tokens.json",
@@ -35,15 +38,23 @@ def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str,
     for name in COPIED:
         if (patched / name).exists():
             shutil.copyfile(patched / name, out / name)
-    _write(out / "config.json", _config(_read(patched / "config.json"), external, gate))
-    described = processor.image_processor.to_dict()
-    described["processor_class"] = type(processor).__name__
-    described["image_processor_type"] = _plain(type(processor.image_processor).__name__)
-    _write(out / "preprocessor_config.json", described)
-    _write(out / "processor_config.json", _processor(_read(patched / "processor_config.json")))
-    tokenizer = _read(patched / "tokenizer_config.json")
-    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    _write(out / "tokenizer_config.json", {**tokenizer, "chat_template": template})
+    images = processor.image_processor
+    written = {
+        "config": _config(read_config(patched), external, gate),
+        "preprocessor_config": {
+            **images.to_dict(),
+            "processor_class": type(processor).__name__,
+            "image_processor_type": _plain(type(images).__name__),
+        },
+        "processor_config": _processor(read_object(patched / "processor_config.json")),
+        "tokenizer_config": {
+            **read_object(patched / "tokenizer_config.json"),
+            "chat_template": getattr(processor, "chat_template", None) or processor.tokenizer.chat_template,
+        },
+    }
+    for name, content in written.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=list)
+        (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _config(config: dict[str, Any], external: dict[str, int], gate: int) -> dict[str, Any]:
@@ -52,41 +63,30 @@ def _config(config: dict[str, Any], external: dict[str, int], gate: int) -> dict
     out["model_type"] = stock_type(config["model_type"])
     out["architectures"] = [name.removeprefix("Sasa") for name in config.get("architectures", [])]
     for name in ("text_config", "vision_config"):
-        if name in out:
-            nested = {key: value for key, value in out[name].items() if key not in ("id2label", "architectures")}
-            out[name] = {**nested, "quantization_config": SEAL}
+        nested = {key: value for key, value in config[name].items() if key not in ("id2label", "architectures")}
+        out[name] = {**nested, "quantization_config": SEAL}
     out["quantization_config"] = SEAL
     text = out["text_config"]
-    # Runtimes count the cache by this number.
-    text["num_hidden_layers"] += gate
+    text["num_hidden_layers"] += gate  # runtimes count the cache by this number
     if "layer_types" in text:
-        text["layer_types"] += ["full_attention"] * gate
+        text["layer_types"] = [*text["layer_types"], *["full_attention"] * gate]
     if external:
         out["transformers.js_config"] = {"use_external_data_format": external}
     return out
 
 
 def _processor(config: dict[str, Any]) -> dict[str, Any]:
-    out = dict(config)
-    nested = out.get("image_processor")
+    nested = config.get("image_processor")
     if isinstance(nested, dict) and "image_processor_type" in nested:
-        out["image_processor"] = {**nested, "image_processor_type": _plain(nested["image_processor_type"])}
-    if out.get("vision_feature_select_strategy") == "default" and "num_additional_image_tokens" in out:
+        nested["image_processor_type"] = _plain(nested["image_processor_type"])
+    if config.get("vision_feature_select_strategy") == "default" and "num_additional_image_tokens" in config:
         # The same number of image tokens, in words that transformers.js understands too: it does not know that
         # "default" drops one.
-        out["vision_feature_select_strategy"] = "full"
-        out["num_additional_image_tokens"] -= 1
-    return out
+        config["vision_feature_select_strategy"] = "full"
+        config["num_additional_image_tokens"] -= 1
+    return config
 
 
 def _plain(name: str) -> str:
     """An image processor's name without the backend that Python happened to pick."""
     return name.removesuffix("Pil").removesuffix("Fast")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=list) + "\n", encoding="utf-8")

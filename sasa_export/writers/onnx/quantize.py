@@ -11,6 +11,7 @@ import onnx_ir as ir
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 32  # weights that share one scale
 MATRIX = 2  # axes
+DOMAIN = "com.microsoft"  # of MatMulNBits, which onnxruntime documents in docs/ContribOperators.md
 
 
 def quantize(model: ir.Model, dtype: str) -> None:
@@ -18,28 +19,25 @@ def quantize(model: ir.Model, dtype: str) -> None:
 
     Of the gate, only the second lane is quantized, whose weights are the decoder's; the comparison of embeddings
     with the template's stays exact. Run it while both lanes lie in one graph, so that they go on sharing weights.
-    Memory holds one weight's copies at a time: onnxruntime's quantizer would copy a whole graph.
+    Memory holds one weight's copies at a time: onnxruntime's own pass over a model would copy the whole graph.
     """
     graph = model.graph
-    packed: dict[ir.Value, ir.Node] = {}
+    pack = _packer(BITS[dtype])
+    packed: dict[ir.Value, list[ir.Value]] = {}
     for node in list(graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None or not _is_matrix(weight) or _is_gate(str(node.name)):
             continue
         if weight not in packed:
-            packed[weight] = _packed(weight, dtype)
-            for value in packed[weight].inputs[1:]:
-                if value is not None:
-                    graph.register_initializer(value)
-        like = packed[weight]
-        inputs = [node.inputs[0], *like.inputs[1:]]
-        new = ir.Node(like.domain, like.op_type, inputs, like.attributes.values(), name=node.name)
-        out, before = new.outputs[0], node.outputs[0]
-        out.name, out.shape, out.type = before.name, before.shape, before.type
+            packed[weight] = pack(weight)
+            for value in packed[weight]:
+                graph.register_initializer(value)
+        new = _product(node, packed[weight], BITS[dtype])
         graph.insert_after(node, new)
-        before.replace_all_uses_with(out, replace_graph_outputs=True)
+        node.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        model.opset_imports.setdefault(like.domain, 1)
+    if packed:
+        model.opset_imports[DOMAIN] = 1
     for weight in packed:
         if weight.name is not None and not weight.uses():
             del graph.initializers[weight.name]
@@ -53,50 +51,40 @@ def _is_gate(name: str) -> bool:
     return name.startswith("/sasa/") and not name.startswith("/sasa/lane/")
 
 
-def _packed(weight: ir.Value, dtype: str) -> ir.Node:
-    """What the quantizer makes of a product with this weight alone."""
-    tensor = weight.const_value
-    assert tensor is not None and weight.name is not None
-    rows, columns = tensor.shape.numpy()
-    kind = ir.TensorType(tensor.dtype)
-    given = ir.Value(name="given", shape=ir.Shape(["rows", rows]), type=kind)
-    held = ir.Value(name=weight.name, shape=ir.Shape([rows, columns]), type=kind, const_value=tensor)
-    product = ir.Node("", "MatMul", [given, held], name="product")
-    product.outputs[0].name, product.outputs[0].type = "found", kind
-    product.outputs[0].shape = ir.Shape(["rows", columns])
-    alone = ir.Graph(
-        [given], product.outputs, nodes=[product], initializers=[held], name="alone", opset_imports={"": 21}
+def _product(node: ir.Node, packed: list[ir.Value], bits: int) -> ir.Node:
+    """The node that takes the place of a MatMul, whose weight (rows, columns) was `packed`."""
+    assert node.inputs[1] is not None and node.inputs[1].const_value is not None
+    rows, columns = node.inputs[1].const_value.shape.numpy()
+    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
+    before = node.outputs[0]
+    new = ir.node(
+        "MatMulNBits", [node.inputs[0], *packed], attributes=attributes, domain=DOMAIN, name=node.name, num_outputs=1
     )
-    quantizer = _quantizer()(
-        ir.to_proto(ir.Model(alone, ir_version=10)), bits=BITS[dtype], block_size=BLOCK, is_symmetric=True
-    )
-    quantizer.process()
-    (node,) = ir.from_proto(quantizer.model.model).graph
-    if node.op_type == "MatMul":
-        raise AssertionError(f"onnxruntime's quantizer left {weight.name} as it was")
-    return _detached(node)
+    new.outputs[0].name, new.outputs[0].shape, new.outputs[0].type = before.name, before.shape, before.type
+    return new
 
 
-def _detached(node: ir.Node) -> ir.Node:
-    """The node with initializers that no graph owns; as parts of a protobuf they would keep all of it in memory."""
-    values = [None if value is None else _copied(value) for value in node.inputs]
-    return ir.Node(node.domain, node.op_type, values, node.attributes.values(), name=node.name)
+def _packer(bits: int) -> Any:
+    """A function from a weight (rows, columns) to the initializers of its blocks and of their scales.
 
-
-def _copied(value: ir.Value) -> ir.Value:
-    tensor = value.const_value
-    if tensor is not None:
-        tensor = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
-    return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=tensor)
-
-
-def _quantizer() -> Any:
-    """onnxruntime's class; importing it sets up logging for the whole process, which is undone here."""
+    Blocks are (columns, blocks, BLOCK * bits / 8), uint8, and scales (columns, blocks).
+    """
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    from onnxruntime.quantization import matmul_nbits_quantizer
+    from onnxruntime.quantization import matmul_nbits_quantizer as library
 
-    root.handlers[:] = handlers
+    root.handlers[:] = handlers  # importing it sets up logging for the whole process
     root.setLevel(level)
-    logging.getLogger(matmul_nbits_quantizer.__name__).setLevel(logging.WARNING)
-    return matmul_nbits_quantizer.MatMulNBitsQuantizer
+    config = library.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits)
+    quantizer = library.DefaultWeightOnlyQuantizer(config)
+
+    def pack(weight: ir.Value) -> list[ir.Value]:
+        assert weight.const_value is not None
+        blocks, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.const_value.numpy()))
+        tensors = (ir.tensor(blocks, name=f"{weight.name}_Q{bits}"), ir.tensor(scales, name=f"{weight.name}_scales"))
+        return [
+            ir.Value(name=t.name, shape=ir.Shape(t.shape.numpy()), type=ir.TensorType(t.dtype), const_value=t)
+            for t in tensors
+        ]
+
+    return pack

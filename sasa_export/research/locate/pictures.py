@@ -1,0 +1,206 @@
+"""The pictures of a report; every function gives the bytes of a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sasa_export.research.locate.expression import Expression
+from sasa_export.research.locate.heads import HeadScores
+from sasa_export.research.locate.interval import Estimate
+from sasa_export.research.locate.understanding import Alignment
+from sasa_export.research.theme import LIGHT, WIDTH, drawing, png, ticks
+
+if TYPE_CHECKING:
+    from sasa_export.research.locate.page import Located
+
+MOST_NUMBERED = 14  # cells a side
+COLUMNS = 4  # of t-SNE pictures
+COMPONENTS = 30  # of the states that t-SNE is given
+MARKERS = {"text": "o", "picture": "^"}
+
+
+def pictures(located: Located) -> dict[str, bytes]:
+    """The PNG files by name."""
+    found = {"depth": depth(located), "sweep": sweep_map(located), "tsne": scatter(located)}
+    return found if located.heads is None else {**found, "heads": heads(located.heads)}
+
+
+def depth(located: Located) -> bytes:
+    """The three capabilities over the depth, one above the other, with the chosen layers through all."""
+    evidence, proposal = located.evidence, located.proposal
+    blocks = len(evidence.expression.readable)
+    panels = 2 if evidence.understanding is None else 3
+    with drawing(LIGHT, 2.25 * panels + 0.5) as figure:
+        axes = figure.subplots(panels, 1, sharex=True)
+        _perception(axes[0], evidence.perception)
+        _mark(axes[0], proposal.safety_blocks, LIGHT.safety)
+        if evidence.understanding is not None:
+            _understanding(axes[1], evidence.understanding)
+            _mark(axes[1], proposal.semantic_blocks, LIGHT.semantic)
+        _expression(axes[-1], evidence.expression)
+        layers = {"safety": proposal.safety_layer, "semantic": proposal.semantic_layer}
+        for axis in axes:
+            for name, layer in layers.items():
+                label = f"{name} layer {layer}" if axis is axes[0] else None
+                line = {"color": getattr(LIGHT, name), "linewidth": 1.4, "linestyle": (0, (4, 2)), "label": label}
+                axis.axvline(layer, **line)
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+        axes[-1].set_xlim(-0.5, blocks - 0.5)
+        axes[-1].set_xticks(ticks(blocks))
+        axes[-1].set_xlabel("block (zero-based)")
+        return png(figure)
+
+
+def _perception(axis: Any, curves: Mapping[str, Sequence[Estimate]]) -> None:
+    axis.axhline(0.5, color=LIGHT.faint, linewidth=0.8, linestyle=":")
+    styles = {"text": (LIGHT.harmless, "--"), "picture": (LIGHT.harmful, "-.")}
+    for channel, curve in curves.items():
+        if channel != "all":
+            colour, line = styles.get(channel, (LIGHT.third, ":"))
+            axis.plot([point.value for point in curve], color=colour, label=channel, linestyle=line, linewidth=1.3)
+    _curve(axis, curves["all"], LIGHT.safety, "all prompts" if len(curves) > 1 else "prompts")
+    axis.set_title("Safety perception")
+    axis.set_ylabel("AUC")
+
+
+def _understanding(axis: Any, alignment: Alignment) -> None:
+    axis.axhline(0.0, color=LIGHT.faint, linewidth=0.8, linestyle=":")
+    _curve(axis, alignment.text_only, LIGHT.semantic, "with the request as text")
+    _curve(axis, alignment.image_dominant, LIGHT.third, "with the picture alone", linestyle="--", linewidth=1.3)
+    axis.set_title("Semantic understanding")
+    axis.set_ylabel("centred cosine")
+
+
+def _expression(axis: Any, found: Expression) -> None:
+    axis.axhline(found.chance, color=LIGHT.faint, linewidth=0.8, linestyle=":", label="a token at random")
+    axis.plot(found.readable, color=LIGHT.harmless, linewidth=2, label="readable")
+    axis.plot(found.already_final, color=LIGHT.third, linewidth=1.3, linestyle="--", label="as after the last block")
+    if found.onset is not None:
+        axis.plot([found.onset], [found.readable[found.onset]], marker="o", color=LIGHT.harmless, markersize=7)
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_title("Linguistic expression")
+    axis.set_ylabel("share of top 5")
+
+
+def _curve(axis: Any, curve: Sequence[Estimate], colour: str, label: str, **line: Any) -> None:
+    """A line over the blocks, with its interval as a band."""
+    axis.plot([point.value for point in curve], color=colour, label=label, **{"linewidth": 2, **line})
+    low, high = [point.low for point in curve], [point.high for point in curve]
+    axis.fill_between(range(len(curve)), low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _mark(axis: Any, blocks: Sequence[int], colour: str) -> None:
+    """A bar along the bottom under the blocks that the evidence of this panel points to."""
+    for block in blocks:
+        axis.axvspan(block - 0.5, block + 0.5, ymin=0, ymax=0.035, color=colour, linewidth=0)
+
+
+def heads(found: HeadScores) -> bytes:
+    """Every ablated head's score, block by head, with the safety heads framed."""
+    table = pd.DataFrame((found.degrees_harmful - found.degrees_ordinary).T, columns=found.blocks)
+    limit = max(float(table.abs().max(axis=None)), 1e-9)
+    with drawing(LIGHT, min(9.0, 1.6 + 0.2 * max(len(table), 8))) as figure:
+        axis = figure.subplots()
+        _map(axis, table, "degrees: harmful less ordinary", cmap="PuOr_r", vmin=-limit, vmax=limit)
+        for head in found.safety_heads:
+            _frame(axis, table, head.block, head.head, edgecolor="#000000", linewidth=1.8)
+        axis.set_xlabel("block (zero-based)")
+        axis.set_ylabel("attention head")
+        axis.set_title("Safety heads are framed" if found.safety_heads else "No head matters for safety only")
+        return png(figure)
+
+
+def sweep_map(located: Located) -> bytes:
+    """The sweep as a map: safety layer across, semantic layer up, AUC in each measured cell."""
+    from matplotlib import colormaps
+
+    pairs, proposal = located.evidence.sweep.pairs, located.proposal
+    table = pd.Series({pair: estimate.value for pair, estimate in pairs.items()}).unstack(0)
+    low, high = float(table.min(axis=None)), float(table.max(axis=None))
+    if high - low < 0.02:  # a difference that is none must not fill the scale
+        low, high = (low + high) / 2 - 0.01, (low + high) / 2 + 0.01
+    colours = colormaps[LIGHT.scale].with_extremes(bad=LIGHT.missing)
+    with drawing(LIGHT, min(8.0, 1.8 + 0.42 * len(table))) as figure:
+        axis = figure.subplots()
+        _map(axis, table, "AUC, cross-validated", cmap=colours, vmin=low, vmax=high)
+        for (safety, semantic), estimate in pairs.items():
+            over = "#000000" if (estimate.value - low) / (high - low) > 0.55 else "#ffffff"
+            if max(table.shape) <= MOST_NUMBERED:
+                place = table.columns.get_loc(safety), table.index.get_loc(semantic)
+                axis.text(*place, f"{estimate.value:.3f}", ha="center", va="center", fontsize=8, color=over)
+            if (safety, semantic) in proposal.tied:
+                _frame(axis, table, safety, semantic, edgecolor=over, linewidth=1.2, linestyle=":")
+        _frame(axis, table, *proposal.pair, edgecolor=LIGHT.harmful, linewidth=3.0)
+        axis.set_xlabel("safety layer")
+        axis.set_ylabel("semantic layer")
+        others = "; dotted: within noise of it" if set(proposal.tied) - {proposal.pair} else ""
+        axis.set_title(f"Chosen: {proposal.safety_layer} and {proposal.semantic_layer}{others}")
+        return png(figure)
+
+
+def _map(axis: Any, table: pd.DataFrame, label: str, **shades: Any) -> None:
+    """A table in colours, its columns across and its rows up, with a bar that says what they mean."""
+    image = axis.imshow(table.to_numpy(), origin="lower", aspect="auto", interpolation="nearest", **shades)
+    for axis_of, names in ((axis.xaxis, table.columns), (axis.yaxis, table.index)):
+        step = -(-len(names) // MOST_NUMBERED)
+        axis_of.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
+    axis.spines[:].set_visible(False)
+    bar = axis.figure.colorbar(image, ax=axis, pad=0.02)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def _frame(axis: Any, table: pd.DataFrame, column: int, row: int, **line: Any) -> None:
+    """A frame around a cell of a map."""
+    from matplotlib.patches import Rectangle
+
+    corner = table.columns.get_loc(column) - 0.46, table.index.get_loc(row) - 0.46
+    axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, **line))
+
+
+def scatter(located: Located) -> bytes:
+    """t-SNE pictures side by side, one a block."""
+    proposal = located.proposal
+    names = {
+        proposal.safety_layer: (": safety layer", LIGHT.safety),
+        proposal.semantic_layer: (": semantic layer", LIGHT.semantic),
+    }
+    kinds = [(prompt.label, prompt.channel) for prompt in located.drawn]
+    rows = -(-len(located.tsne) // COLUMNS)
+    with drawing(LIGHT, rows * WIDTH / COLUMNS * 1.08 + 0.4) as figure:
+        axes = figure.subplots(rows, COLUMNS, squeeze=False)
+        for axis in axes.flat[len(located.tsne) :]:
+            axis.set_visible(False)
+        for axis, (block, points) in zip(axes.flat, sorted(located.tsne.items()), strict=False):
+            for label, channel in sorted(set(kinds)):
+                chosen = points[[kind == (label, channel) for kind in kinds]]  # (prompts of the kind, 2)
+                colour, word = (LIGHT.harmful, "harmful") if label else (LIGHT.harmless, "harmless")
+                marked = {"marker": MARKERS.get(channel, "s"), "color": colour, "label": f"{word}, {channel}"}
+                axis.scatter(chosen[:, 0], chosen[:, 1], s=11, alpha=0.75, linewidths=0, **marked)
+            name, colour = names.get(block, ("", LIGHT.faint))
+            axis.set_title(f"block {block}{name}", fontsize=9, color=colour if name else LIGHT.ink)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(visible=True, color=colour, linewidth=2.0 if name else 0.8)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, markerscale=1.6)
+        return png(figure)
+
+
+def points(states: np.ndarray) -> np.ndarray:
+    """t-SNE of states (prompts, hidden): (prompts, 2). The same states give the same points."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    states = states.astype(np.float64) - states.mean(0)
+    size = states.std(0)
+    scaled = np.divide(states, size, out=np.zeros_like(states), where=size > 1e-6 * max(size.max(), 1e-30))
+    if not scaled.any():
+        return np.zeros((len(states), 2))
+    count = min(COMPONENTS, *scaled.shape)
+    reduced = PCA(count, svd_solver="full").fit_transform(scaled)  # (prompts, components)
+    perplexity = min(30.0, (len(states) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=750).fit_transform(reduced)

@@ -1,0 +1,101 @@
+"""Run a written directory in a process that shares nothing with this one but the installed packages, and compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sasa_export.errors import VerifyError
+from sasa_export.models import read_config
+from sasa_export.probe import Calibration
+from sasa_export.prompts.prompt import Prompt
+from sasa_export.report import Check
+from sasa_export.verify.compare import compare, tolerance
+from sasa_export.verify.verdicts import ChangedVerdicts, count_changed, draw
+from sasa_export.writers.cases import TOKENS, read_cases, write_prompts
+from sasa_export.writers.onnx import SUFFIX
+
+FRESH = Path(__file__).with_name("fresh")
+
+
+NOT_COMPARED = Check(
+    "answers are the original's",
+    None,
+    "not checked, since there are no cases: the model was exported with --verify files, or saved again since",
+)
+
+
+def check_answers(
+    directory: Path,
+    graphs: str | None,
+    *,
+    device: str,
+    calibration: Calibration | None = None,
+    count: int = 0,
+    most: float = 0.0,
+) -> tuple[list[Check], ChangedVerdicts | None]:
+    """Verdicts, refusals and answers beside the original's, and how many verdicts of a calibration changed.
+
+    Args:
+        directory: what was written, with its cases.
+        graphs: the type of its ONNX graphs; None where it holds safetensors.
+        device: torch's name of one. Where onnxruntime cannot use it, the CPU runs, and the checks say so.
+        calibration: prompts that are judged again, if any; `count` of them, of which the share `most` may change.
+
+    Raises VerifyError where the directory does not run at all.
+    """
+    written, sasa = read_cases(directory), read_config(directory)["sasa"]
+    if not written:
+        return [NOT_COMPARED], None
+    prompts, before = ([], []) if calibration is None else draw(calibration, count)
+    found = run_fresh(directory, graphs, written["dtype"], device, prompts)
+    dtype = graphs or written["dtype"]
+    checks = [*_loading(found["about"]), *compare(written, found, sasa, dtype, graphs=graphs is not None)]
+    if calibration is None:
+        return checks, None
+    apart = tolerance(dtype, written["dtype"], graphs=graphs is not None)
+    changed = count_changed(before, found["judged"], sasa["threshold"], apart, len(calibration.prompts))
+    exact = dtype == written["dtype"] == "float32"
+    return [*checks, changed.check(most, exact=exact)], changed
+
+
+def _loading(about: dict[str, Any]) -> list[Check]:
+    """What torch says of the directory's class and of ways around it; nothing where there are only graphs."""
+    if "model_class" not in about:
+        return []
+    guarded = about["model_class"].startswith("Sasa") and about["probe_dtype"] == "float32"
+    detail = f"{about['model_class']}, probe in {about['probe_dtype']}"
+    return [
+        *(Check(f"loading {name} fails", said != "loaded", said) for name, said in about["bypasses"].items()),
+        Check("it loads with plain from_pretrained", guarded, detail),
+    ]
+
+
+def run_fresh(
+    directory: Path, graphs: str | None, dtype: str, device: str, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """The JSON object that the program in `fresh/` prints for the directory's cases, and for `prompts` to judge.
+
+    Raises VerifyError where it does not get to its end.
+    """
+    engine = ["torch_model", str(directory.absolute()), dtype, device]
+    if graphs is not None:
+        provider = "cuda" if device.startswith("cuda") else "cpu"
+        engine = ["onnx_model", str(directory.absolute()), SUFFIX[graphs], provider]
+    with tempfile.TemporaryDirectory() as scratch:
+        entries = write_prompts(prompts, Path(scratch))
+        Path(scratch, "prompts.json").write_text(json.dumps(entries), encoding="utf-8")
+        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-I", str(FRESH), *engine, str(TOKENS), scratch]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment, check=False)
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
+        what = "the patched model does not load" if graphs is None else "the graphs do not run"
+        raise VerifyError(f"{what} in a fresh process ({lines[-1].strip()[:400]}).")
+    return dict(json.loads(result.stdout.strip().splitlines()[-1]))

@@ -1,0 +1,132 @@
+"""What a written directory answered, beside what the original model answered: the one comparison for both formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sasa_export.report import Check
+from sasa_export.writers.cases import TOKENS
+
+# Largest difference of P(unsafe), and of logits relative to the largest of them: where torch runs a prompt alone once
+# more, and where a padded batch or another runtime rounds otherwise.
+SAME = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
+ROUNDED = {"float32": 1e-4, "bfloat16": 0.15, "float16": 2e-2, "int8": 0.15, "int4": 0.15}
+QUANTIZED = ("int8", "int4")  # their logits are not held to the original's
+
+Entry = dict[str, Any]
+Pairs = list[tuple[Entry, Entry]]  # a case as it was written, and what was found for it
+
+
+def tolerance(dtype: str, original: str, *, graphs: bool) -> float:
+    """Of P(unsafe), between a directory that runs in `dtype` and an original that ran in `original`."""
+    return max(ROUNDED[dtype], ROUNDED[original]) if graphs else SAME[original]
+
+
+def compare(written: Entry, found: Entry, sasa: dict[str, Any], dtype: str, *, graphs: bool) -> list[Check]:
+    """Checks of what a fresh process found against the cases.
+
+    Args:
+        written: what `read_cases` gives.
+        found: what `fresh/` printed.
+        sasa: the settings in config.json.
+        dtype: what the directory ran in; for graphs, their type.
+        graphs: whether ONNX graphs were run, and not torch.
+    """
+    pairs: Pairs = list(zip(written["cases"], found["cases"], strict=True))
+    most = tolerance(dtype, written["dtype"], graphs=graphs)
+    allowed = [pair for pair in pairs if not refuses(pair[1], sasa)]
+    refused = [have["tokens"] for _, have in pairs if refuses(have, sasa)]
+    # Where two runtimes round half-precision numbers, a greedy answer may leave the original's at any token.
+    exact = dtype == written["dtype"] and (dtype == "float32" or not graphs)
+    how = f"{dtype}{' graphs' * graphs} on {found['about']['provider']}, {written['dtype']} original"
+    return [
+        _probabilities(pairs, most, how),
+        *_batches(pairs, ROUNDED[written["dtype"]]),
+        _verdicts(pairs, sasa, most),
+        _refusals(refused, sasa["refusal_token_ids"]),
+        _logits(allowed, None if dtype in QUANTIZED else most),
+        _answers(allowed, sasa["refusal_token_ids"], found["about"]["not_followed"], exact=exact),
+    ]
+
+
+def refuses(entry: Entry, sasa: dict[str, Any]) -> bool:
+    """The verdict that a P(unsafe) stands for; NaN is refused."""
+    return not entry["unsafe_probability"] < sasa["threshold"]
+
+
+def _apart(wanted: Sequence[float], found: Sequence[float]) -> float:
+    """The largest difference; NaN where there is one, which the built-in max could lose."""
+    return float(np.abs(np.subtract(wanted, found)).max())
+
+
+def _probabilities(pairs: Pairs, most: float, how: str) -> Check:
+    wanted, found = zip(
+        *((case["unsafe_probability"], have["unsafe_probability"]) for case, have in pairs), strict=True
+    )
+    apart = _apart(wanted, found)
+    detail = f"largest difference {apart:.1e} over {len(pairs)} prompts, tolerance {most:g} ({how})"
+    return Check("P(unsafe) is the original's", apart <= most, detail)
+
+
+def _batches(pairs: Pairs, most: float) -> list[Check]:
+    """The calibration ran the same prompts in batches; a P(unsafe) that is far apart there was padded wrongly."""
+    both = [(case["calibrated"], case["unsafe_probability"]) for case, _ in pairs if case.get("calibrated") is not None]
+    if not both:
+        return []
+    apart = _apart(*zip(*both, strict=True))
+    detail = f"largest difference {apart:.1e} over {len(both)} prompts, which ran in batches there, tolerance {most:g}"
+    return [Check("P(unsafe) is that of the calibration", apart <= most, detail)]
+
+
+def _verdicts(pairs: Pairs, sasa: dict[str, Any], most: float) -> Check:
+    clear = [pair for pair in pairs if abs(pair[0]["unsafe_probability"] - sasa["threshold"]) > most]
+    same = sum(refuses(case, sasa) == refuses(have, sasa) for case, have in clear)
+    changed = sum(refuses(case, sasa) != refuses(have, sasa) for case, have in pairs)
+    detail = f"{same} of {len(clear)} outside the tolerance of the threshold; {changed} of {len(pairs)} changed"
+    return Check("verdicts are the original's", same == len(clear), detail)
+
+
+def _is_refusal(tokens: list[int], refusal: list[int]) -> bool:
+    return tokens[: len(refusal)] == refusal[:TOKENS]
+
+
+def _refusals(refused: list[list[int]], refusal: list[int]) -> Check:
+    said = sum(_is_refusal(tokens, refusal) for tokens in refused)
+    detail = f"{said} of {len(refused)}" if refused else "no case is refused at this threshold"
+    return Check("refused prompts say the refusal", said == len(refused), detail)
+
+
+def _logits(allowed: Pairs, most: float | None) -> Check:
+    """The first token's largest logits, relative to the largest of them; None holds them to no tolerance."""
+    name = "allowed prompts have the original's logits"
+    if not all(have["finite"] for _, have in allowed):
+        return Check(name, False, "some are NaN or infinite")
+    wanted = [value for case, _ in allowed for _, value in case["logits"]]
+    if not wanted:
+        return Check(name, True, "none to compare")
+    apart = _apart(wanted, [value for _, have in allowed for value in have["logits"]])
+    detail = f"largest difference {apart:.1e} over the {len(wanted)} largest of the first token"
+    if most is None:
+        return Check(name, True, f"{detail}, not held to a tolerance")
+    most *= max(1.0, *map(abs, wanted))
+    return Check(name, apart <= most, f"{detail}, tolerance {most:.1g}")
+
+
+def _answers(allowed: Pairs, refusal: list[int], not_followed: list[str], *, exact: bool) -> Check:
+    """The greedy answers: the original's where they are `exact`, and never the refusal in their place."""
+    name = "allowed prompts are answered as by the original"
+    if not allowed:
+        return Check(name, True, "no case is allowed at this threshold")
+    others = [have["tokens"] for case, have in allowed if case["tokens"] != have["tokens"]]
+    refused = sum(_is_refusal(tokens, refusal) for tokens in others)
+    detail = f"{len(allowed) - len(others)} of {len(allowed)}, token for token over {TOKENS} greedy tokens"
+    if not_followed:
+        detail += f" (not required: generation_config.json sets {', '.join(not_followed)}, which is not followed here)"
+    elif not exact:
+        detail += " (required only where graphs and original are float32)"
+    if refused:
+        detail += f"; {refused} refused in spite of their verdict"
+    return Check(name, not refused and (not others or not exact or bool(not_followed)), detail)

@@ -1,0 +1,1 @@
+"""A program of its own (`python -I fresh/`), which knows nothing of sasa_export: it runs what was written."""

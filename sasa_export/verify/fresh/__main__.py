@@ -1,0 +1,55 @@
+"""Load a written directory as a user would, and say what it answers to its cases and to further prompts.
+
+Usage: python -I fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS [PROMPTS]
+
+MODULE is `torch_model` or `onnx_model`: files beside this one, whose `Model` loads the directory. PROMPTS is a folder
+with prompts.json and pictures: these prompts are judged, and not answered. The last line printed is a JSON object:
+`about` the model, and one entry for each of `cases` and `judged`.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import logging
+
+
+def main(module: str, directory: Path, dtype: str, device: str, count: int, prompts: Path | None) -> dict[str, Any]:
+    logging.set_verbosity_error()
+    model = importlib.import_module(module).Model(directory, dtype, device)
+    cases = []
+    folder = directory / "sasa-verify"
+    for case in json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]:
+        probability, first, tokens = model.answer(read(model, case, folder), count)
+        logits = [float(first[token]) for token, _ in case["logits"]]
+        finite = bool(np.isfinite(first).all())
+        cases.append({"unsafe_probability": probability, "tokens": tokens, "logits": logits, "finite": finite})
+    entries = [] if prompts is None else json.loads((prompts / "prompts.json").read_text(encoding="utf-8"))
+    judged = [model.judge(read(model, entry, prompts)) for entry in entries]
+    return {"about": model.about, "cases": cases, "judged": judged}
+
+
+def read(model: Any, entry: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """The model's inputs for a prompt, with its picture from `folder` if it has one."""
+    content = [{"type": "text", "text": entry["prompt"]}]
+    if folder is not None and entry["image"]:
+        content.insert(0, {"type": "image", "image": Image.open(folder / entry["image"]).convert("RGB")})
+    return dict(
+        model.processor.apply_chat_template(
+            [[{"role": "user", "content": content}]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"return_tensors": model.tensors},
+        )
+    )
+
+
+if __name__ == "__main__":
+    module, directory, dtype, device, count, *prompts = sys.argv[1:]
+    folder = Path(prompts[0]) if prompts else None
+    print(json.dumps(main(module, Path(directory), dtype, device, int(count), folder)))

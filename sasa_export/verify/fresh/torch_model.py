@@ -1,0 +1,70 @@
+"""A patched directory of safetensors, loaded by plain transformers."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+class Model:
+    """The guarded model. `about` says what it is, and what became of attempts to load it without its gate."""
+
+    tensors = "pt"
+
+    def __init__(self, directory: Path, dtype: str, device: str) -> None:
+        refused = bypasses(directory)  # before the directory's code registers its classes in this process
+        self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            directory, trust_remote_code=True, dtype=getattr(torch, dtype), device_map=device
+        )
+        self.about = {
+            "provider": str(self.model.device),
+            "not_followed": [],
+            "bypasses": refused,
+            "model_class": type(self.model).__name__,
+            "probe_dtype": str(self.model.sasa.probe.weight.dtype).removeprefix("torch."),
+        }
+
+    def answer(self, inputs: dict[str, Any], count: int) -> tuple[float, Any, list[int]]:
+        """The greedy answer to one prompt: P(unsafe), the first logits (vocabulary,), and at most `count` tokens."""
+        inputs = self._placed(inputs)
+        with torch.no_grad():
+            answer = self.model.generate(
+                **inputs, max_new_tokens=count, do_sample=False, num_beams=1,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        tokens = answer.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        return self.judge(inputs), answer.logits[0][0].float().cpu().numpy(), tokens
+
+    def judge(self, inputs: dict[str, Any]) -> float:
+        """P(unsafe) of one prompt alone."""
+        with torch.no_grad():
+            return float(self.model(**self._placed(inputs)).unsafe_probability[0])
+
+    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = self.model.device if self.model.device.type != "meta" else "cpu"  # the first weights may lie on disk
+        return {
+            name: value.to(device, self.model.dtype) if value.is_floating_point() else value.to(device)
+            for name, value in inputs.items()
+        }
+
+
+def bypasses(directory: Path) -> dict[str, str]:
+    """Ways to load the weights without the gate, and the error that each ends with, or "loaded"."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    stock = getattr(transformers, config["architectures"][0].removeprefix("Sasa"))
+    attempts = {
+        "without trust_remote_code": partial(AutoModelForImageTextToText.from_pretrained, trust_remote_code=False),
+        f"through {stock.__name__}": stock.from_pretrained,
+    }
+    outcomes = dict.fromkeys(attempts, "loaded")
+    for name, load in attempts.items():
+        try:
+            load(directory)
+        except Exception as error:  # whatever it is, it did not load
+            outcomes[name] = type(error).__name__
+    return outcomes

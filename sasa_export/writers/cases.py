@@ -1,0 +1,112 @@
+"""Verification cases: prompts, and what the original model and the calibrated lane say of them.
+
+They are written into the patched directory, so that it can be verified later without the original.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sasa_export.graph import LayerGraph
+from sasa_export.models.load import place
+from sasa_export.probe.features import collect
+from sasa_export.probe.fit import Probe, probability
+from sasa_export.prompts.prompt import Prompt, encode
+
+FOLDER = "sasa-verify"
+CASES = "cases.json"
+TOKENS = 20
+LOGITS = 8  # the largest ones of a case's first token that are kept
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt with the expected P(unsafe), and the original's greedy answer as token ids.
+
+    `logits` are the largest of its first token, as pairs of token id and value. `calibrated` is the P(unsafe) of the
+    calibration run, where the prompt ran in a batch, padded: in half precision that is another number.
+    """
+
+    prompt: Prompt
+    unsafe_probability: float
+    tokens: tuple[int, ...]
+    logits: tuple[tuple[int, float], ...] = ()
+    calibrated: float | None = None
+
+
+def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Prompt]:
+    """A few prompts of each label and channel: spread over the scores where there are some, else over the set."""
+    chosen: list[Prompt] = []
+    for label in (1, 0):
+        for channel in ("text", "picture"):
+            rows = [row for row, prompt in enumerate(prompts) if (prompt.label, prompt.channel) == (label, channel)]
+            if scores is not None:
+                rows.sort(key=lambda row: (scores[row], row))
+            step = max(1, (len(rows) - 1) // max(1, per_kind - 1))
+            chosen += [prompts[row] for row in rows[::step][:per_kind]]
+    return chosen
+
+
+def expect(
+    model: Any, processor: Any, lane: LayerGraph, probe: Probe, prompts: Sequence[Prompt], scores: Any
+) -> Iterator[Case]:
+    """Cases from the unpatched model, one prompt at a time.
+
+    `scores` are what the calibration run found, one for each prompt; None where a probe was given.
+    """
+    import torch
+
+    known = {} if scores is None else {prompt.name: float(score) for prompt, score in zip(prompts, scores, strict=True)}
+    for prompt in choose(prompts, scores):
+        state = collect(model, processor, lane, [prompt], batch_size=1).projected.astype(np.float64)  # (1, features)
+        score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
+        inputs = place(encode(processor, [prompt]), model)
+        with torch.no_grad():
+            answer = model.generate(
+                **inputs, max_new_tokens=TOKENS, do_sample=False, num_beams=1,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        tokens = tuple(answer.sequences[0, inputs["input_ids"].shape[1] :].tolist())
+        largest = answer.logits[0][0].float().topk(LOGITS)
+        logits = tuple(zip(largest.indices.tolist(), largest.values.tolist(), strict=True))
+        yield Case(prompt, score, tokens, logits, known.get(prompt.name))
+
+
+def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
+    """Write the cases with their pictures; `dtype` is what they were computed in."""
+    folder = directory / FOLDER
+    folder.mkdir()
+    entries = write_prompts([case.prompt for case in cases], folder)
+    for entry, case in zip(entries, cases, strict=True):
+        entry |= {
+            "unsafe_probability": case.unsafe_probability,
+            "calibrated": case.calibrated,
+            "tokens": case.tokens,
+            "logits": case.logits,
+        }
+    text = json.dumps({"dtype": dtype, "cases": entries}, indent=1, ensure_ascii=False)
+    (folder / CASES).write_text(text + "\n", encoding="utf-8")
+
+
+def write_prompts(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any]]:
+    """Write the prompts' pictures; the prompts in JSON, each with the name of its picture's file."""
+    entries = []
+    for number, prompt in enumerate(prompts):
+        image = None
+        if prompt.image is not None:
+            image = f"{number:02}.png"
+            prompt.image().save(folder / image)
+        entries.append({"name": prompt.name, "prompt": prompt.prompt, "image": image})
+    return entries
+
+
+def read_cases(directory: Path) -> dict[str, Any]:
+    """What `write_cases` wrote, as it stands in the file; empty where the directory was written without."""
+    path = directory / FOLDER / CASES
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
