@@ -99,7 +99,9 @@ class Guard:
         ends = settings.eos_token_id
         return {settings.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
 
-    def batch(self, *, images: bool = True, count: int = 4, seed: int = 1, padding_side: Any = "left") -> dict[str, Any]:
+    def batch(
+        self, *, images: bool = True, count: int = 4, seed: int = 1, padding_side: Any = "left"
+    ) -> dict[str, Any]:
         """Prompts of different lengths; with `images`, each third row still has none."""
         return dict(tiny.prompts(self.processor, images=images, count=count, seed=seed, padding_side=padding_side))
 
@@ -115,10 +117,12 @@ class Guard:
     def check_answers(self, found: Tensor, expected: Tensor, refused: Tensor) -> None:
         """Fail where a refused row does not say the refusal, or another one not what the stock model says.
 
-        Args: found and expected: (batch, tokens), which end where the longest answer does; refused: (batch,).
+        Args: found and expected: (batch, tokens), which end where the longest answer or the limit does; refused:
+        (batch,).
         """
         assert found.shape[0] == expected.shape[0] == refused.shape[0]
-        wanted = [self.refusal if refuse else row.tolist() for refuse, row in zip(refused, expected, strict=True)]
+        refusal = self.refusal[: found.shape[1]]
+        wanted = [refusal if refuse else row.tolist() for refuse, row in zip(refused, expected, strict=True)]
         for said, right in zip(found.tolist(), wanted, strict=True):
             both = min(len(said), len(right))
             assert said[:both] == right[:both]

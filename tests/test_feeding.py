@@ -1,7 +1,6 @@
 """The verdict does not depend on how a prompt is fed: whole, in pieces, over turns, as embeddings."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import tiny
@@ -98,9 +97,9 @@ def test_the_ledger_gives_back_what_it_was_given(guard: Guards, family: str, dty
     states = torch.randn(1, places.shape[-1], ledger.hidden, generator=torch.Generator().manual_seed(0))
     packed = ledger.pack(columns, states, dtype)
     assert len(packed) == 2 * ledger.layers
-    assert torch.equal(ledger.unpack_columns(packed), columns)
-    assert torch.equal(ledger.positions(columns).view_as(places), places)
-    assert torch.equal(ledger.unpack_projection(packed), states.to(dtype))
+    found, unpacked = ledger.unpack(packed)
+    assert torch.equal(found, columns) and torch.equal(unpacked, states.to(dtype))
+    assert torch.equal(ledger.positions(found).view_as(places), places)
     assert torch.equal(ledger.tail(packed, 3), columns[:, -3:, :3])
 
 
