@@ -117,7 +117,9 @@ def test_raw_completions(guard: Callable[..., Guard], family: str) -> None:
     opening, refusal = sasa["generation_prompt_ids"], sasa["refusal_token_ids"]
     special = [*opening, *sasa["turn_token_ids"], *refusal]
     parts = [opening, opening, refusal[:2], *([token] for token in special), *([token] for token in range(60, 120))]
-    prompts = st.lists(st.sampled_from(parts), min_size=2, max_size=16).map(lambda found: sum(found, []))
+    prompts = st.lists(st.sampled_from(parts), min_size=2, max_size=16).map(
+        lambda found: [token for part in found for token in part]
+    )
 
     @examples(40)
     @given(prompts, st.booleans())
