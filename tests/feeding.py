@@ -28,7 +28,9 @@ def feed(guarded: Guard, inputs: dict[str, Any], ends: list[int]) -> Any:
     pictures = {name: value for name, value in inputs.items() if name not in by_token}
     cache, start, found = None, 0, None
     for end in ends:
-        piece = {name: inputs[name][:, :end] for name in ("attention_mask", "token_type_ids") if name in inputs}
+        piece: dict[str, Any] = {
+            name: inputs[name][:, :end] for name in ("attention_mask", "token_type_ids") if name in inputs
+        }
         piece |= {"input_ids": inputs["input_ids"][:, start:end], "position_ids": places[..., start:end]}
         found = guarded.model(**piece, **(pictures if start == 0 else {}), past_key_values=cache, use_cache=True)
         cache, start = found.past_key_values, end

@@ -165,7 +165,8 @@ def test_the_rule_token_by_token(fed: list[list[int]], padding: int, harmful: bo
     def refuses(context: tuple[int, ...]) -> bool:
         return harmful ^ (len(context) % 3 == 0)
 
-    rule, kept, context = Rule(refuses), torch.zeros(1, 0, 3, dtype=torch.long), []
+    rule, kept = Rule(refuses), torch.zeros(1, 0, 3, dtype=torch.long)
+    context: list[int] = []
     for number, tokens in enumerate(fed):
         ids = torch.tensor([[0] * (padding if number == 0 else 0) + tokens])  # (1, tokens)
         symbols, real = TOKENS.in_ids(ids), ids != 0

@@ -164,6 +164,7 @@ def test_conversations_in_onnx(split: Callable[[str], Guard], exported: Callable
         places, _ = positions(guarded, inputs)
         arrays = {name: value.numpy() for name, value in inputs.items()}
         runner.prompt(arrays, image_token(guarded), places.numpy())
+        assert runner.probability is not None
         np.testing.assert_allclose(runner.probability, scores.numpy(), rtol=0, atol=1e-4)
         said = torch.from_numpy(runner.logits).argmax(-1)  # (batch,)
         assert torch.equal(said == guarded.refusal[0], scores >= threshold)

@@ -163,7 +163,8 @@ def counted(model: Any, paths: list[str]) -> Iterator[Counter[str]]:
 @torch.no_grad()
 def test_each_module_runs_as_often_as_it_must(guard: Guards, family: str) -> None:
     """Vision tower and blocks 0..s run once over the prompt, the others twice; all blocks once per token."""
-    guarded = guard(family)
+    safety = 2
+    guarded = guard(family, safety)
     modules = family_of(guarded.stock.config.model_type).modules
     blocks = [f"{modules['blocks']}.{index}" for index in range(tiny.LAYERS)]
     paths = [modules["vision"], modules["projector"], modules["embedding"], modules["head"], *blocks]
@@ -172,10 +173,10 @@ def test_each_module_runs_as_often_as_it_must(guard: Guards, family: str) -> Non
         guarded.stock(**inputs)
     with counted(guarded.model, paths) as calls:
         guarded.model(**inputs)
-    assert calls == expected + Counter(blocks[guarded.safety + 1 :])
+    assert calls == expected + Counter(blocks[safety + 1 :])
     with guarded.halved(inputs), counted(guarded.model, [modules["vision"], *blocks]) as calls:
         guarded.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
-    assert calls == Counter({modules["vision"]: 1} | dict.fromkeys(blocks, 4)) + Counter(blocks[guarded.safety + 1 :])
+    assert calls == Counter({modules["vision"]: 1} | dict.fromkeys(blocks, 4)) + Counter(blocks[safety + 1 :])
 
 
 @pytest.mark.xdist_group("llava")
