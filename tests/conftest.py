@@ -82,8 +82,8 @@ class Guard:
     model: Any
     stock: Any
     processor: ProcessorMixin
-    safety: int
-    semantic: int
+    safety: int | None
+    semantic: int | None
     weight: Tensor  # (vocabulary,)
     bias: float
 
@@ -99,11 +99,34 @@ class Guard:
         ends = settings.eos_token_id
         return {settings.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
 
+    def batch(
+        self, *, images: bool = True, count: int = 4, seed: int = 1, padding_side: Any = "left"
+    ) -> dict[str, Any]:
+        """Prompts of different lengths; with `images`, each third row still has none."""
+        return dict(tiny.prompts(self.processor, images=images, count=count, seed=seed, padding_side=padding_side))
+
     def expected(self, inputs: Mapping[str, Any]) -> Tensor:
-        """P(unsafe) of each row (batch,), by the oracle."""
-        sasa = self.model.config.sasa
-        logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic, sasa["probe_block"])
+        """P(unsafe) of each row (batch,), by the oracle; without layers, by the stock model's own logits."""
+        if self.safety is None or self.semantic is None:
+            logits = oracle.plain_logits(self.stock, inputs)  # (batch, vocabulary)
+        else:
+            end = self.model.config.sasa["probe_block"]
+            logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic, end)  # (batch, vocabulary)
         return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
+
+    def check_answers(self, found: Tensor, expected: Tensor, refused: Tensor) -> None:
+        """Fail where a refused row does not say the refusal, or another one not what the stock model says.
+
+        Args: found and expected: (batch, tokens), which end where the longest answer or the limit does; refused:
+        (batch,).
+        """
+        assert found.shape[0] == expected.shape[0] == refused.shape[0]
+        refusal = self.refusal[: found.shape[1]]
+        wanted = [refusal if refuse else row.tolist() for refuse, row in zip(refused, expected, strict=True)]
+        for said, right in zip(found.tolist(), wanted, strict=True):
+            both = min(len(said), len(right))
+            assert said[:both] == right[:both]
+            assert set(said[both:] + right[both:]) <= self.ends
 
     @contextmanager
     def halved(self, inputs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -137,18 +160,15 @@ def guard(
     """
 
     @cache
-    def made(family: str, safety: int, semantic: int, options: str) -> Guard:
+    def made(family: str, safety: int | None, semantic: int | None, **options: Any) -> Guard:
         directory = tmp_path_factory.mktemp(f"guard-{family}")
         model, processor = stock(family)
         size = model.config.get_text_config().vocab_size
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(options).items()
-        }
         weight = torch.randn(size, generator=torch.Generator().manual_seed(7)) / 20  # (vocabulary,)
         bias = 0.1
         probe = {"sasa.probe.weight": oracle.folded(model, weight), "sasa.probe.bias": torch.tensor(bias)}
         save_file(probe, directory / "probe.safetensors")
-        settings: dict[str, Any] = {"refusal": "I will not help.", "verify": "files", **given}
+        settings: dict[str, Any] = {"refusal": "I will not help.", "verify": "files", **options}
         sasa_export.patch(
             sasa_export.Options(
                 model=str(tiny_model(family)),
@@ -162,8 +182,10 @@ def guard(
         patched = AutoModelForImageTextToText.from_pretrained(directory / "patched", trust_remote_code=True)
         return Guard(family, directory / "patched", patched.eval(), model, processor, safety, semantic, weight, bias)
 
-    def get(family: str, safety: int = 2, semantic: int = 4, **options: Any) -> Guard:
-        return made(family, safety, semantic, json.dumps(options, sort_keys=True))
+    def get(family: str, safety: int | None = 2, semantic: int | None = 4, **options: Any) -> Guard:
+        if options.get("projection") == "none":
+            safety = semantic = None
+        return made(family, safety, semantic, **options)
 
     return get
 

@@ -6,6 +6,7 @@ are counted from zero. Every function takes the unpatched transformers model.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,6 @@ BLOCKS: dict[str, str] = {
     "smolvlm": "model.text_model.layers",
     "idefics3": "model.text_model.layers",
 }
-# Inputs with one column per token, and what a generated token holds there.
-TOKEN_INPUTS: dict[str, int] = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 
 
 def project(safety: Tensor, semantic: Tensor, eps: float = EPS) -> Tensor:
@@ -49,11 +48,11 @@ def block_outputs(model: PreTrainedModel, inputs: Mapping[str, Any], layers: tup
     """
     seen: dict[int, Tensor] = {}
 
-    def record(layer: int, output: Any) -> None:
+    def record(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
         assert layer not in seen, "a block ran twice in one pass"
         seen[layer] = _hidden(output).clone()  # (batch, tokens, hidden)
 
-    with _hooks(model, {layer: _recorder(record, layer) for layer in layers}):
+    with _hooks(model, {layer: partial(record, layer) for layer in layers}):
         _all_logits(model, inputs)
     return seen
 
@@ -120,44 +119,6 @@ def last_positions(inputs: Mapping[str, Any]) -> Tensor:
     return (mask * columns).argmax(dim=1)  # (batch,)
 
 
-def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], tokens: int = 20) -> Tensor:
-    """The next `tokens` greedy tokens (batch, tokens), by one full forward per token and no cache.
-
-    A row that has said an end token goes on with the padding token, as in `generate`. Right-padded prompts
-    are moved to the right edge first; stock `generate` does not, and answers them from a padding token.
-    """
-    grown = _right_aligned(inputs)
-    settings = model.generation_config
-    assert settings is not None
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    batch = grown["input_ids"].shape[0]
-    done = torch.zeros(batch, dtype=torch.bool)  # (batch,)
-    said = []
-    for _ in range(tokens):
-        token = plain_logits(model, grown).argmax(dim=-1)  # (batch,)
-        token = token.masked_fill(done, settings.pad_token_id)  # (batch,)
-        said.append(token)
-        done = done | torch.isin(token, torch.tensor(ends))  # (batch,)
-        grown["input_ids"] = torch.cat([grown["input_ids"], token[:, None]], dim=1)  # (batch, tokens + 1)
-        for name, value in TOKEN_INPUTS.items():
-            if name in grown:
-                column = torch.full((batch, 1), value, dtype=grown[name].dtype)  # (batch, 1)
-                grown[name] = torch.cat([grown[name], column], dim=1)  # (batch, tokens + 1)
-    return torch.stack(said, dim=1)  # (batch, tokens)
-
-
-def _right_aligned(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `inputs` whose padding stands on the left."""
-    aligned = dict(inputs)
-    width = inputs["attention_mask"].shape[1]
-    shifts = (width - 1 - last_positions(inputs)).tolist()
-    for name in ("input_ids", *TOKEN_INPUTS):
-        if name in inputs:
-            rows = [row.roll(shift) for row, shift in zip(inputs[name], shifts, strict=True)]
-            aligned[name] = torch.stack(rows)  # (batch, tokens)
-    return aligned
-
-
 def _all_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """One full pass, no cache: logits of every position (batch, tokens, vocabulary)."""
     with torch.no_grad():
@@ -173,15 +134,6 @@ def _last(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
 def _hidden(output: Any) -> Tensor:
     """The hidden state in a block's output, which some families and versions wrap in a tuple."""
     return output[0] if isinstance(output, tuple) else output  # (batch, tokens, hidden)
-
-
-def _recorder(record: Any, layer: int) -> Any:
-    """A forward hook that hands block `layer`'s output to `record` and leaves it as it is."""
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        record(layer, output)
-
-    return hook
 
 
 @contextmanager

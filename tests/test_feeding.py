@@ -1,100 +1,106 @@
-"""The verdict does not depend on how a prompt is fed: whole, in pieces, over turns, after a rewind, as embeddings."""
+"""The verdict does not depend on how a prompt is fed: whole, in pieces, over turns, as embeddings."""
 
-import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from conftest import Guard
-from hypothesis import given, settings
+from feeding import chunkings, feed, last_picture_token, positions
+from fuzzing import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
 
+from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
 
 Guards = Callable[..., Guard]
 
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in tiny.FAMILIES]
 every_family = pytest.mark.parametrize("family", FAMILIES)
-CHUNKINGS = 50
+slow = pytest.mark.slow
 TOLERANCE = 1e-5
 
 
-def positions(guarded: Guard, inputs: dict[str, Any]) -> Tensor:
-    """The position ids of a prompt: (batch, tokens), or (3, batch, tokens) where a family has three axes."""
-    mask = inputs["attention_mask"]  # (batch, tokens)
-    flat = (mask.cumsum(-1) - 1).clamp_min(0)  # (batch, tokens)
-    model = guarded.stock.model
-    if not hasattr(model, "get_rope_index"):
-        return flat
-    if "image_grid_thw" not in inputs:
-        return flat.expand(3, -1, -1)
-    names = ("mm_token_type_ids", "image_grid_thw")
-    found, _ = model.get_rope_index(inputs["input_ids"], attention_mask=mask, **{n: inputs[n] for n in names})
-    return found
-
-
-def feed(guarded: Guard, inputs: dict[str, Any], ends: list[int], *, embeds: Tensor | None = None) -> Any:
-    """Feed a prompt in pieces that end at `ends`; pictures come with the first. Returns the last call's output."""
-    places = positions(guarded, inputs)  # (..., batch, tokens)
-    cache, start, found = None, 0, None
-    for end in ends:
-        piece: dict[str, Any] = {
-            "attention_mask": inputs["attention_mask"][:, :end],
-            "position_ids": places[..., start:end],
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if embeds is None:
-            piece["input_ids"] = inputs["input_ids"][:, start:end]
-        else:
-            piece["inputs_embeds"] = embeds[:, start:end]
-        if "token_type_ids" in inputs:
-            piece["token_type_ids"] = inputs["token_type_ids"][:, :end]
-        if start == 0:
-            rest = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-            piece |= {name: value for name, value in inputs.items() if name not in rest}
-        found = guarded.model(**piece)
-        cache, start = found.past_key_values, end
-    return found
-
-
-def chunkings(tokens: int, first: int, seed: int) -> list[list[int]]:
-    """Random ways to cut a prompt, the first piece at least `first` tokens; among them one token at a time."""
-    draw = random.Random(seed)
-    ways = [[*range(first, tokens + 1)], [tokens - 1, tokens]]
-    while len(ways) < CHUNKINGS:
-        share = draw.choice((0.05, 0.2, 0.5))
-        ends = [end for end in range(first, tokens) if draw.random() < share]
-        ways.append([*ends, tokens])
-    return ways
-
-
-def last_picture_token(guarded: Guard, inputs: dict[str, Any]) -> int:
-    """How many tokens of a batch reach to the end of its last picture."""
-    config = guarded.model.config
-    token = getattr(config, "image_token_id", None) or config.image_token_index
-    columns = (inputs["input_ids"] == token).any(dim=0).nonzero()  # (columns, 1)
-    return int(columns.max()) + 1 if len(columns) else 1
-
-
 @every_family
-@pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
+@pytest.mark.parametrize(
+    ("images", "count"),
+    [(True, 12), pytest.param(True, 50, marks=slow), pytest.param(False, 50, marks=slow)],
+    ids=["images", "images-all", "text-all"],
+)
 @torch.no_grad()
-def test_random_chunkings(guard: Guards, family: str, images: bool) -> None:
+def test_random_chunkings(guard: Guards, family: str, images: bool, count: int) -> None:
     """P(unsafe), verdicts and forced tokens are those of the whole prompt, by the oracle, for any cutting."""
     guarded = guard(family)
-    inputs = dict(tiny.prompts(guarded.processor, images=images, count=3, seed=4, padding_side="left"))
+    inputs = guarded.batch(images=images, count=3, seed=4)
     expected = guarded.expected(inputs)  # (batch,)
     tokens = inputs["input_ids"].shape[1]
     with guarded.halved(inputs) as refused:
-        for ends in chunkings(tokens, last_picture_token(guarded, inputs), seed=1):
+        for ends in chunkings(tokens, last_picture_token(guarded, inputs), count):
             found = feed(guarded, inputs, ends)
             torch.testing.assert_close(found.unsafe_probability, expected, rtol=0.0, atol=TOLERANCE)
             said = found.logits[:, -1].argmax(-1)  # (batch,)
             assert torch.equal(said == guarded.refusal[0], refused), ends
+
+
+@every_family
+@torch.no_grad()
+def test_turns_on_one_cache(guard: Guards, family: str) -> None:
+    """A second question behind an answer is judged with all that came before it; an answer token never is."""
+    guarded = guard(family)
+    inputs = guarded.batch(count=1)
+    answer = torch.tensor([[70, 71, 72, guarded.refusal[-1]]])  # (1, 4), the end of sequence last
+    question = guarded.batch(images=False, count=1, seed=9)["input_ids"]  # (1, tokens)
+    ids = torch.cat([inputs["input_ids"], answer, question], dim=1)  # (1, context)
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            whole[name] = torch.nn.functional.pad(inputs[name], (0, ids.shape[1] - inputs[name].shape[1]))
+    start = inputs["input_ids"].shape[1]
+    with guarded.at(0.999):
+        during = feed(guarded, whole, [start, start + 1, start + 2, start + 3])
+        after = feed(guarded, whole, [start, start + 1, start + 2, start + 3, start + 4, ids.shape[1]])
+    assert during.unsafe_probability.isnan().all()
+    torch.testing.assert_close(after.unsafe_probability, guarded.expected(whole), rtol=0.0, atol=TOLERANCE)
+
+
+@every_family
+@torch.no_grad()
+def test_embeddings_instead_of_ids(guard: Guards, family: str) -> None:
+    """The template is recognised in embeddings too, and a prompt of them is judged as one of ids."""
+    guarded = guard(family)
+    tokens = TemplateTokens.of(guarded.model.config.sasa)
+    ids = torch.arange(guarded.model.config.get_text_config().vocab_size)[None]  # (1, vocabulary)
+    embedding = guarded.model.get_input_embeddings()
+    found = tokens.in_embeddings(embedding(ids), embedding(torch.tensor(tokens.table)))
+    assert torch.equal(found, tokens.in_ids(ids))
+    inputs = guarded.batch(images=False)
+    expected, stock = guarded.expected(inputs), guarded.stock(**inputs).logits
+    places, ids = positions(guarded, inputs), inputs.pop("input_ids")
+    with guarded.at(float(expected.mean())):
+        output = guarded.model(**inputs, inputs_embeds=embedding(ids), position_ids=places)
+        refused = expected >= expected.mean()  # (batch,)
+    torch.testing.assert_close(output.unsafe_probability, expected, rtol=0.0, atol=TOLERANCE)
+    torch.testing.assert_close(output.logits[~refused], stock[~refused], rtol=0.0, atol=1e-4)
+    assert (output.logits[refused, -1].argmax(-1) == guarded.refusal[0]).all()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_ledger_gives_back_what_it_was_given(guard: Guards, family: str, dtype: torch.dtype) -> None:
+    """Columns to the last digit in any type of cache, for positions that no tiny prompt reaches; states as rounded."""
+    ledger = Ledger.of(guard(family).model.config.get_text_config(decoder=True))
+    places = torch.tensor([0, 1, 127, 128, 129, 255, 256, 16_383, 16_384, 131_071, 1_000_000, -1, -300])
+    places = torch.stack([places.roll(axis) for axis in range(ledger.axes)])[:, None]  # (axes, 1, tokens)
+    columns = torch.tensor([250, 2, 200, 1]).expand(1, places.shape[-1], 4)  # (1, tokens, 4)
+    columns = torch.cat([columns, ledger.digits(places).long()], dim=-1)  # (1, tokens, columns)
+    states = torch.randn(1, places.shape[-1], ledger.hidden, generator=torch.Generator().manual_seed(0))
+    packed = ledger.pack(columns, states, dtype)
+    assert len(packed) == 2 * ledger.layers
+    found, unpacked = ledger.unpack(packed)
+    assert torch.equal(found, columns) and torch.equal(unpacked, states.to(dtype))
+    assert torch.equal(ledger.positions(found).view_as(places), places)
+    assert torch.equal(ledger.tail(packed, 3), columns[:, -3:, :3])
 
 
 TOKENS = TemplateTokens.of({"generation_prompt_ids": [7, 8], "turn_token_ids": [2], "refusal_token_ids": [11, 12, 2]})
@@ -149,15 +155,18 @@ calls = st.lists(
 )
 
 
+@examples(300)
 @given(calls, st.integers(0, 3), st.booleans())
-@settings(max_examples=400, deadline=None)
+@example([[5, 7], [8]], 0, True)
+@example([[5, 7, 8], [11, 12], [5]], 2, True)
 def test_the_rule_token_by_token(fed: list[list[int]], padding: int, harmful: bool) -> None:
     """What tensors say of a call is what the rule says token by token, under any padding on the left."""
 
     def refuses(context: tuple[int, ...]) -> bool:
         return harmful ^ (len(context) % 3 == 0)
 
-    rule, kept, context = Rule(refuses), torch.zeros(1, 0, 3, dtype=torch.long), []
+    rule, kept = Rule(refuses), torch.zeros(1, 0, 3, dtype=torch.long)
+    context: list[int] = []
     for number, tokens in enumerate(fed):
         ids = torch.tensor([[0] * (padding if number == 0 else 0) + tokens])  # (1, tokens)
         symbols, real = TOKENS.in_ids(ids), ids != 0
@@ -186,14 +195,3 @@ def test_generate_says_where_its_prompt_ends() -> None:
     assert not due.rows.any()
     states, _ = follow(call, due, due.rows, TOKENS)
     assert states[0, 0] == 1  # a stray: 12 was due
-
-
-def test_embeddings_are_recognised(guard: Guards) -> None:
-    """Symbols read off embeddings are those of the ids."""
-    guarded = guard("gemma3")
-    words = TemplateTokens.of(guarded.model.config.sasa)
-    ids = torch.arange(guarded.model.config.text_config.vocab_size)[None]  # (1, vocabulary)
-    embedding = guarded.model.get_input_embeddings()
-    with torch.no_grad():
-        found = words.in_embeddings(embedding(ids), embedding(torch.tensor(words.table)))
-    assert torch.equal(found, words.in_ids(ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,10 +23,7 @@ from sasa_export.graph.rewrite import (
     add_second_lane,
     add_taps,
     rewrite,
-    rewrite_lane,
 )
-
-Pass = Callable[[LayerGraph, LaneSettings], LayerGraph]
 
 SETTINGS = LaneSettings(1, 2, epsilon=1e-5)
 EMBED = LABELS["embed"]
@@ -36,15 +34,8 @@ def decoder(blocks: int = 4, *, between: int | None = None, after_head: bool = F
     nodes = [Node("embed", "embed", (), "embed_tokens")]
     for index in range(blocks):
         before = nodes[-1].name
-        nodes.append(
-            Node(
-                f"layers.{index}",
-                "block",
-                (before,),
-                f"layers.{index}",
-                {"index": index, "arguments": {"mask": "None"}},
-            )
-        )
+        attributes = {"index": index, "arguments": {"mask": "None"}}
+        nodes.append(Node(f"layers.{index}", "block", (before,), f"layers.{index}", attributes))
         if index == between:
             following = index + 1 if index + 1 < blocks else "norm"
             nodes.append(Node(f"between.{index}.{following}", "between", (f"layers.{index}",)))
@@ -55,47 +46,21 @@ def decoder(blocks: int = 4, *, between: int | None = None, after_head: bool = F
     return LayerGraph(tuple(nodes))
 
 
-def without(graph: LayerGraph, name: str) -> LayerGraph:
-    """The graph less one node and whatever reads it."""
-    gone = {name}
-    for node in graph:
-        if gone & set(node.inputs):
-            gone.add(node.name)
-    return LayerGraph(tuple(node for node in graph if node.name not in gone))
-
-
 # ------------------------------------------------------------------------------------------------ the data
 
 
-def test_a_node_comes_after_what_it_reads() -> None:
-    embed, block = Node("embed", "embed"), Node("layers.0", "block", ("embed",))
-    LayerGraph((embed, block))
-    with pytest.raises(ValueError, match=r"layers\.0"):
-        LayerGraph((block, embed))
-    with pytest.raises(ValueError, match=r"layers\.0"):
-        LayerGraph((block,))
-    with pytest.raises(ValueError, match=r"layers\.0"):
-        LayerGraph((embed,)).add(Node("layers.0", "block", ("layers.0",)))
-
-
-def test_names_are_unique() -> None:
-    with pytest.raises(ValueError, match="embed"):
-        LayerGraph((Node("embed", "embed"), Node("embed", "embed")))
-    with pytest.raises(ValueError, match=r"layers\.1"):
-        decoder().add(Node("layers.1", "block", ("embed",)))
-
-
-def test_operations_are_known() -> None:
-    with pytest.raises(ValueError, match="convolution"):
-        LayerGraph((Node("x", "convolution"),))
-
-
-def test_a_graph_is_not_changed_by_what_is_made_of_it() -> None:
-    graph = decoder()
-    before = graph.to_json()
-    longer = rewrite(graph, SETTINGS)
-    assert graph.to_json() == before
-    assert longer.nodes[: len(graph.nodes)] == graph.nodes
+@pytest.mark.parametrize(
+    ("nodes", "named"),
+    [
+        ([("layers.0", "block", ("embed",)), ("embed", "embed", ())], "layers.0"),  # reads what comes later
+        ([("layers.0", "block", ("layers.0",))], "layers.0"),
+        ([("embed", "embed", ()), ("embed", "embed", ())], "embed"),
+        ([("x", "convolution", ())], "convolution"),
+    ],
+)
+def test_graphs_that_are_none(nodes: list[Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        LayerGraph(tuple(Node(*node) for node in nodes))
 
 
 def test_looking_up_nodes() -> None:
@@ -158,10 +123,28 @@ def test_the_rewritten_graph_where_logits_are_capped() -> None:
     ]
 
 
-def test_calibration_reads_the_lane_alone() -> None:
-    lane = rewrite_lane(decoder(), SETTINGS)
-    assert lane.nodes[-1].name == "sasa.lane.norm"
-    assert rewrite(decoder(), SETTINGS).nodes[: len(lane.nodes)] == lane.nodes
+@pytest.mark.parametrize("end", [1, 2])
+def test_a_lane_that_ends_early(end: int) -> None:
+    """With `probe_block` the lane's norm reads that block, or the projection itself at the safety layer."""
+    graph = rewrite(decoder(), LaneSettings(1, 2, probe_block=end))
+    assert [node.attributes["index"] for node in graph.of("lane_block")] == list(range(2, end + 1))
+    assert graph["sasa.lane.norm"].inputs == ("sasa.projection" if end == 1 else "sasa.lane.layers.2",)
+    for wrong in (0, 4):
+        with pytest.raises(RewriteError, match=f"--probe-block is {wrong}; it must be from the safety layer, 1, to"):
+            rewrite(decoder(), LaneSettings(1, 2, probe_block=wrong))
+
+
+def test_no_projection() -> None:
+    """The probe then reads the main lane's last block, behind the norm, which must read that block too."""
+    graph = rewrite(decoder(), LaneSettings(None, None))
+    assert list(graph.nodes[7:]) == [
+        Node("sasa.last", "tap", ("layers.3",), "layers.3", {"of": "last", "index": 3}),
+        Node("sasa.lane.norm", "lane_norm", ("sasa.last",), "norm"),
+        Node("sasa.probe", "probe", ("sasa.lane.norm",), "sasa.probe"),
+        Node("sasa.gate", "gate", ("head", "sasa.probe")),
+    ]
+    with pytest.raises(RewriteError, match=r"layers\.3: the final norm reads something else"):
+        rewrite(decoder(between=3), LaneSettings(None, None))
 
 
 @pytest.mark.parametrize("safety, semantic", [(2, 2), (3, 1), (1, 4), (-1, 2), (4, 5), (-2, -1)])
@@ -171,48 +154,27 @@ def test_taps_need_layers_in_range(safety: int, semantic: int) -> None:
     assert f"safety layer {safety} and semantic layer {semantic}" in str(caught.value)
 
 
-def stages() -> dict[Pass, LayerGraph]:
-    """Each pass, and the graph that it is given in a rewrite."""
-    graph = decoder()
-    given: dict[Pass, LayerGraph] = {}
-    for apply in (add_taps, add_projection, add_second_lane, add_lane_norm, add_probe, add_gate):
-        given[apply] = graph
-        graph = apply(graph, SETTINGS)
-    given[add_lane_head] = decoder(after_head=True).add(*rewrite_lane(decoder(), SETTINGS).nodes[7:])
-    return given
-
-
 @pytest.mark.parametrize(
-    "apply, missing",
+    ("apply", "missing"),
     [
-        (add_projection, "sasa.safety"),
-        (add_projection, "sasa.semantic"),
-        (add_second_lane, "sasa.projection"),
-        (add_lane_norm, "sasa.lane.layers.3"),
-        (add_lane_head, "sasa.lane.norm"),
-        (add_probe, "sasa.lane.norm"),
-        (add_gate, "sasa.probe"),
-        (add_gate, "head"),
+        (add_projection, "sasa.safety"), (add_second_lane, "sasa.projection"),
+        (add_lane_norm, "sasa.lane.layers.3"), (add_lane_head, "sasa.lane.norm"), (add_probe, "sasa.lane.norm"),
+        (add_gate, "sasa.probe"), (add_gate, "head"),
     ],
-)
-def test_each_pass_names_the_node_that_it_misses(apply: Pass, missing: str) -> None:
-    graph = stages()[apply]
+)  # fmt: skip
+def test_each_pass_names_the_node_that_it_misses(
+    apply: Callable[[LayerGraph, LaneSettings], LayerGraph], missing: str
+) -> None:
+    """Of a whole rewritten graph, less that node and whatever reads it."""
     settings = LaneSettings(1, 2, softcap=5.0)
-    apply(graph, settings)
+    gone, kept = {missing}, []
+    for node in rewrite(decoder(after_head=apply is add_lane_head), settings):
+        if node.name in gone or gone & set(node.inputs):
+            gone.add(node.name)
+        else:
+            kept.append(node)
     with pytest.raises(RewriteError, match=rf"\b{missing}\b"):
-        apply(without(graph, missing), settings)
-
-
-def test_taps_name_the_block_that_they_miss() -> None:
-    nodes = [Node("embed", "embed"), *(Node(f"odd.{n}", "block", (), None, {"index": n}) for n in range(4))]
-    with pytest.raises(RewriteError, match=r"layers\.1\b"):
-        add_taps(LayerGraph(tuple(nodes)), SETTINGS)
-
-
-def test_the_lanes_norm_needs_the_norm() -> None:
-    nodes = [node for node in rewrite_lane(decoder(), SETTINGS) if node.name not in ("norm", "head", "sasa.lane.norm")]
-    with pytest.raises(RewriteError, match=r"\bnorm\b"):
-        add_lane_norm(LayerGraph(tuple(nodes)), SETTINGS)
+        apply(LayerGraph(tuple(kept)), settings)
 
 
 def test_what_follows_the_head_must_be_known() -> None:
@@ -240,89 +202,51 @@ def test_additions_before_the_safety_layer_are_the_main_lanes_business() -> None
     assert [node.name for node in graph.of("lane_block")] == ["sasa.lane.layers.2", "sasa.lane.layers.3"]
 
 
-@pytest.mark.parametrize("apply", [add_taps, add_projection, add_second_lane, add_lane_norm, add_probe, add_gate])
-def test_no_pass_applies_twice(apply: Pass) -> None:
-    once = apply(stages()[apply], SETTINGS)
-    with pytest.raises((RewriteError, ValueError)):
-        apply(once, SETTINGS)
-
-
 # ---------------------------------------------------------------------------------------------- the drawing
 
 
-def boxes(drawing: str) -> list[str]:
-    return [line.split('["')[1].removesuffix('"]') for line in drawing.splitlines() if '["' in line]
+def boxes(drawing: str) -> dict[str, str]:
+    """The labels of the boxes by their names."""
+    return dict(line.strip().removesuffix('"]').split('["') for line in drawing.splitlines() if '["' in line)
 
 
-def arrows(drawing: str) -> set[tuple[str, str]]:
+def arrows(drawing: str) -> list[tuple[str, str]]:
     """The arrows as pairs of labels."""
-    lines = [line.strip() for line in drawing.splitlines()]
-    labels = dict(line.removesuffix('"]').split('["') for line in lines if '["' in line)
-    pairs = [line.split(" --> ") for line in lines if " --> " in line]
-    return {(labels[start], labels[end]) for start, end in pairs}
+    labels = boxes(drawing)
+    pairs = [line.strip().split(" --> ") for line in drawing.splitlines() if " --> " in line]
+    return [(labels[start], labels[end]) for start, end in pairs]
 
 
-def test_a_run_of_blocks_is_one_box() -> None:
-    drawing = mermaid(decoder())
-    assert drawing.startswith("flowchart TD\n")
-    assert boxes(drawing) == [EMBED, "blocks 0 to 3", "final norm", "head"]
-    assert drawing.count("-->") == 3 and "class " not in drawing
-
-
-def test_runs_are_cut_where_something_reads_from_the_middle() -> None:
+def test_runs_of_blocks_are_cut_where_something_reads_from_the_middle() -> None:
     drawing = mermaid(rewrite(decoder(8), LaneSettings(2, 4)))
-    assert boxes(drawing) == [
-        EMBED,
-        "blocks 0 to 2",
-        "blocks 3 to 4",
-        "blocks 5 to 7",
-        "final norm",
-        "head",
-        "safety layer 2",
-        "semantic layer 4",
-        "projection",
-        "second lane: blocks 3 to 7",
-        "final norm, last position",
-        "probe",
-        "gate",
-    ]
-    assert arrows(drawing) == {
-        (EMBED, "blocks 0 to 2"),
-        ("blocks 0 to 2", "blocks 3 to 4"),
-        ("blocks 3 to 4", "blocks 5 to 7"),
-        ("blocks 5 to 7", "final norm"),
-        ("final norm", "head"),
-        ("blocks 0 to 2", "safety layer 2"),
-        ("blocks 3 to 4", "semantic layer 4"),
-        ("safety layer 2", "projection"),
-        ("semantic layer 4", "projection"),
-        ("projection", "second lane: blocks 3 to 7"),
-        ("second lane: blocks 3 to 7", "final norm, last position"),
-        ("final norm, last position", "probe"),
-        ("probe", "gate"),
-        ("head", "gate"),
-    }
+    assert drawing.startswith("flowchart TD\n")
+    assert sorted(arrows(drawing)) == sorted(
+        [
+            (EMBED, "blocks 0 to 2"),
+            ("blocks 0 to 2", "blocks 3 to 4"),
+            ("blocks 3 to 4", "blocks 5 to 7"),
+            ("blocks 5 to 7", "final norm"),
+            ("final norm", "head"),
+            ("blocks 0 to 2", "safety layer 2"),
+            ("blocks 3 to 4", "semantic layer 4"),
+            ("safety layer 2", "projection"),
+            ("semantic layer 4", "projection"),
+            ("projection", "second lane: blocks 3 to 7"),
+            ("second lane: blocks 3 to 7", "final norm, judged position"),
+            ("final norm, judged position", "probe"),
+            ("probe", "gate"),
+            ("head", "gate"),
+        ]
+    )
+    (coloured,) = [line.split()[1].split(",") for line in drawing.splitlines() if line.strip().startswith("class ")]
+    assert sorted(coloured) == sorted(list(boxes(drawing))[6:]), "what SASA adds is coloured"
 
 
-def test_neighbouring_layers_and_single_blocks() -> None:
-    drawing = mermaid(rewrite(decoder(), LaneSettings(2, 3)))
-    assert boxes(drawing)[1:3] == ["blocks 0 to 2", "block 3"]
-    assert "second lane: block 3" in boxes(drawing)
-
-
-def test_what_sasa_adds_is_coloured() -> None:
-    drawing = mermaid(rewrite(decoder(), SETTINGS))
-    lines = [line.strip() for line in drawing.splitlines()]
-    (coloured,) = [line for line in lines if line.startswith("class ")]
-    names = coloured.split()[1].split(",")
-    labels = dict(line.removesuffix('"]').split('["') for line in lines if '["' in line)
-    assert [labels[name] for name in names] == boxes(drawing)[boxes(drawing).index("safety layer 1") :]
-    assert len(set(names)) == len(names)
-
-
-def test_additions_and_caps_are_drawn() -> None:
-    drawing = mermaid(rewrite(decoder(between=0, after_head=True), LaneSettings(1, 2, softcap=3.0)))
-    drawn = boxes(drawing)
-    assert any("between.0.1" in label for label in drawn)
-    assert "what follows the head" in drawn and "head" in drawn
-    assert len(arrows(drawing)) == drawing.count("-->")
+def test_other_drawings() -> None:
+    """A plain decoder, neighbouring layers, additions between blocks and what follows the head."""
+    plain = mermaid(decoder())
+    assert list(boxes(plain).values()) == [EMBED, "blocks 0 to 3", "final norm", "head"] and "class " not in plain
+    near = list(boxes(mermaid(rewrite(decoder(), LaneSettings(2, 3)))).values())
+    assert near[1:3] == ["blocks 0 to 2", "block 3"] and "second lane: block 3" in near
+    odd = boxes(mermaid(rewrite(decoder(between=0, after_head=True), LaneSettings(1, 2, softcap=3.0)))).values()
+    assert any("between.0.1" in label for label in odd) and {"head", "what follows the head"} <= set(odd)

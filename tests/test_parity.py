@@ -1,35 +1,36 @@
 """The patched models against the oracle (two full passes, probe on whole logits) and the stock models."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import oracle
 import pytest
 import tiny
 import torch
 from conftest import Guard
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
+from sasa_export.graph.rewrite import LaneSettings, rewrite
+from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
+from sasa_export.runtime.formulas import project
+from sasa_export.runtime.guard import Probe
+from sasa_export.runtime.lane import project_taps, recording, run_lane, watch
 
 Guards = Callable[..., Guard]
 
 TOLERANCE = 1e-5
 TOKENS = 20
 
+slow = pytest.mark.slow
 # One worker per family, so that its models are built once.
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in tiny.FAMILIES]
 every_family = pytest.mark.parametrize("family", FAMILIES)
-with_images = pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
+with_images = pytest.mark.parametrize("images", [True, pytest.param(False, marks=slow)], ids=["images", "text"])
 both_sides = pytest.mark.parametrize("padding_side", ["left", "right"])
-
-
-def batch(
-    guard: Guard, *, images: bool = True, padding_side: Any = "left", count: int = 4, seed: int = 1
-) -> dict[str, Any]:
-    """Prompts of different lengths; with `images`, some rows still have none."""
-    return dict(tiny.prompts(guard.processor, images=images, count=count, seed=seed, padding_side=padding_side))
 
 
 def differs(found: Tensor, expected: Tensor) -> float:
@@ -38,26 +39,119 @@ def differs(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max())
 
 
-@contextmanager
-def seen_outputs(model: Any) -> Iterator[list[Any]]:
-    """The outputs of every forward pass of `model` within the block."""
+@every_family
+@with_images
+@both_sides
+@pytest.mark.parametrize(("count", "seed"), [(4, 1), pytest.param(1, 5, marks=slow), pytest.param(7, 2, marks=slow)])
+@torch.no_grad()
+def test_probability_and_gate(
+    guard: Guards, family: str, images: bool, padding_side: str, count: int, seed: int
+) -> None:
+    """P(unsafe) is the oracle's; allowed rows keep their logits to the bit; refused rows say the refusal next."""
+    guarded = guard(family)
+    inputs = guarded.batch(images=images, padding_side=padding_side, count=count, seed=seed)
+    scores = guarded.expected(inputs)  # (batch,)
+    expected = guarded.stock(**inputs).logits  # (batch, tokens, vocabulary)
+    last = oracle.last_positions(inputs)  # (batch,)
+    threshold = float(scores.mean()) if count > 1 else float(scores[0]) - 0.01
+    refused = scores >= threshold  # (batch,)
+    assert count == 1 or (scores.std() > 0.01 and not refused.all())
+    for use_cache in (True, False):
+        with guarded.at(threshold):
+            found = guarded.model(**inputs, use_cache=use_cache)
+        assert found.unsafe_probability.dtype == torch.float32
+        assert differs(found.unsafe_probability, scores) <= TOLERANCE
+        assert torch.equal(found.logits[~refused], expected[~refused])
+        for row in refused.nonzero()[:, 0].tolist():
+            end = int(last[row])
+            assert torch.equal(found.logits[row, :end], expected[row, :end])
+            assert (found.logits[row, end:].argmax(dim=-1) == guarded.refusal[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        pytest.param(
+            family, layers, marks=[pytest.mark.xdist_group(family), *([] if (row - column) % 3 == 0 else [slow])]
+        )
+        for row, family in enumerate(tiny.FAMILIES)
+        for column, layers in enumerate([(0, 1), (0, 5), (4, 5)])
+    ],
+)
+@torch.no_grad()
+def test_other_layers(guard: Guards, family: str, layers: tuple[int, int]) -> None:
+    """The first and the last block can be the safety and the semantic layer, and they can be neighbours."""
+    guarded = guard(family, *layers)
+    for padding_side in ("left", "right"):
+        inputs = guarded.batch(padding_side=padding_side)
+        scores = guarded.expected(inputs)  # (batch,)
+        assert differs(scores, guard(family).expected(inputs)) > 100 * TOLERANCE, "other layers should score otherwise"
+        with guarded.halved(inputs) as refused:
+            found = guarded.model(**inputs)
+        assert differs(found.unsafe_probability, scores) <= TOLERANCE
+        assert torch.equal(found.logits[~refused], guarded.stock(**inputs).logits[~refused])
+        assert (found.logits[refused, -1].argmax(dim=-1) == guarded.refusal[0]).all()
+
+
+@every_family
+@with_images
+@both_sides
+@torch.no_grad()
+def test_generate_says_what_the_original_says(guard: Guards, family: str, images: bool, padding_side: str) -> None:
+    """Twenty greedy tokens: allowed rows those of stock `generate`, refused rows the refusal, and one verdict."""
+    guarded = guard(family)
+    assert len(guarded.refusal) < TOKENS
+    inputs = guarded.batch(images=images, padding_side=padding_side)
+    prompt = inputs["input_ids"].shape[1]
+    expected = guarded.stock.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]  # (batch, up to TOKENS)
+    assert len({tuple(row) for row in expected.tolist()}) == len(expected)
     outputs: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
+    handle = guarded.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with guarded.halved(inputs) as refused:
+        found = guarded.model.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]
+    handle.remove()
+    assert differs(outputs[0].unsafe_probability, guarded.expected(inputs)) <= TOLERANCE
+    assert all(bool(output.unsafe_probability.isnan().all()) for output in outputs[1:])
+    guarded.check_answers(found, expected, refused)
+    said = guarded.processor.batch_decode(found[refused], skip_special_tokens=True)
+    assert said == ["I will not help."] * 2
+
+
+@every_family
+@both_sides
+@torch.no_grad()
+def test_cache_holds_the_main_lane(guard: Guards, family: str, padding_side: str) -> None:
+    """After the prompt and after a token, the cache is the stock model's to the bit, with the ledger behind it."""
+    guarded = guard(family)
+    inputs = guarded.batch(padding_side=padding_side)
+    step = {
+        "input_ids": torch.tensor([[65], [66], [67], [68]]),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),  # (batch, tokens + 1)
+        "position_ids": inputs["attention_mask"].sum(dim=1, keepdim=True),  # (batch, 1)
+    }
+    with guarded.halved(inputs) as refused:
+        found, expected = guarded.model(**inputs), guarded.stock(**inputs)
+        assert torch.equal(found.past_key_values.layers[tiny.LAYERS].keys[:, 0, -1, 0] > 0, refused)
+        found = guarded.model(**step, past_key_values=found.past_key_values)
+        expected = guarded.stock(**step, past_key_values=expected.past_key_values)
+    assert found.unsafe_probability.isnan().all()
+    assert torch.equal(found.logits[~refused], expected.logits[~refused])
+    assert (found.logits[refused, -1].argmax(dim=-1) == guarded.refusal[1]).all()
+    own, stock = found.past_key_values.layers, expected.past_key_values.layers
+    assert len(own) > len(stock) == tiny.LAYERS
+    for one, other in zip(own, stock, strict=False):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+    assert all(layer.keys.shape[2] == inputs["input_ids"].shape[1] + 1 for layer in own[tiny.LAYERS :])
 
 
 @contextmanager
 def counted(model: Any, paths: list[str]) -> Iterator[Counter[str]]:
     """How often each of the modules at `paths` runs within the block."""
     calls: Counter[str] = Counter()
-
-    def count(path: str) -> Callable[..., None]:
-        return lambda module, args: calls.update([path])
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(count(path)) for path in paths]
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: calls.update([path]))
+        for path in paths
+    ]
     try:
         yield calls
     finally:
@@ -66,173 +160,23 @@ def counted(model: Any, paths: list[str]) -> Iterator[Counter[str]]:
 
 
 @every_family
-@with_images
-@both_sides
-@pytest.mark.parametrize(("count", "seed"), [(1, 5), (4, 1), (7, 2)])
-@torch.no_grad()
-def test_probability_is_the_oracles(
-    guard: Guards, family: str, images: bool, padding_side: str, count: int, seed: int
-) -> None:
-    """P(unsafe) of every row, with and without a cache."""
-    guarded = guard(family)
-    inputs = batch(guarded, images=images, padding_side=padding_side, count=count, seed=seed)
-    expected = guarded.expected(inputs)  # (batch,)
-    for use_cache in (True, False):
-        found = guarded.model(**inputs, use_cache=use_cache).unsafe_probability  # (batch,)
-        assert found.dtype == torch.float32
-        assert differs(found, expected) <= TOLERANCE
-    if count > 1:
-        assert expected.std() > 0.01, "the rows of this batch should not score alike"
-
-
-@every_family
-@both_sides
-@pytest.mark.parametrize(("safety", "semantic"), [(0, 1), (0, 5), (1, 3), (4, 5)])
-@torch.no_grad()
-def test_probability_at_other_layers(guard: Guards, family: str, padding_side: str, safety: int, semantic: int) -> None:
-    """The first and the last block can be the safety and the semantic layer, and they can be neighbours."""
-    guarded = guard(family, safety, semantic)
-    inputs = batch(guarded, padding_side=padding_side, count=5, seed=3)
-    found = guarded.model(**inputs).unsafe_probability  # (batch,)
-    assert differs(found, guarded.expected(inputs)) <= TOLERANCE
-    other = guard(family).expected(inputs)  # (batch,)
-    assert differs(found, other) > 100 * TOLERANCE, "other layers should score otherwise"
-
-
-@every_family
-@with_images
-@both_sides
-@torch.no_grad()
-def test_forward_gates_the_logits(guard: Guards, family: str, images: bool, padding_side: str) -> None:
-    """Allowed rows keep their logits to the bit; refused rows say the refusal's first token next."""
-    guarded = guard(family)
-    inputs = batch(guarded, images=images, padding_side=padding_side)
-    expected = guarded.stock(**inputs).logits  # (batch, tokens, vocabulary)
-    with guarded.halved(inputs) as refused:
-        found = guarded.model(**inputs)
-    assert differs(found.unsafe_probability, guarded.expected(inputs)) <= TOLERANCE
-    assert refused.any() and not refused.all()
-    assert torch.equal(found.logits[~refused], expected[~refused])
-    mask = inputs["attention_mask"]  # (batch, tokens)
-    last = (mask * torch.arange(mask.shape[1])).argmax(dim=1)  # (batch,)
-    for row in refused.nonzero()[:, 0].tolist():
-        end = int(last[row])
-        assert torch.equal(found.logits[row, :end], expected[row, :end])
-        said = found.logits[row, end:].argmax(dim=-1)  # (positions from the last prompt token on,)
-        assert (said == guarded.refusal[0]).all()
-
-
-@every_family
-@with_images
-@both_sides
-@torch.no_grad()
-def test_generate_says_what_the_original_says(guard: Guards, family: str, images: bool, padding_side: str) -> None:
-    """Twenty greedy tokens: allowed rows those of stock `generate`, refused rows the refusal and its end."""
-    guarded = guard(family)
-    assert len(guarded.refusal) < TOKENS
-    inputs = batch(guarded, images=images, padding_side=padding_side)
-    prompt = inputs["input_ids"].shape[1]
-    expected = guarded.stock.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]  # (batch, up to TOKENS)
-    with guarded.halved(inputs) as refused, seen_outputs(guarded.model) as outputs:
-        found = guarded.model.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]
-    assert differs(outputs[0].unsafe_probability, guarded.expected(inputs)) <= TOLERANCE
-    assert all(bool(output.unsafe_probability.isnan().all()) for output in outputs[1:])
-    assert len({tuple(row) for row in expected.tolist()}) == len(expected)
-    for row, answer in enumerate(found.tolist()):
-        if refused[row]:
-            spelled = len(guarded.refusal)
-            assert answer[:spelled] == guarded.refusal
-            assert set(answer[spelled:]) <= guarded.ends
-        else:
-            said = expected[row].tolist()
-            both = min(len(answer), len(said))
-            assert answer[:both] == said[:both]
-            # A row that ends early is padded for as long as others of its batch still speak.
-            assert set(answer[both:] + said[both:]) <= guarded.ends
-
-
-@every_family
-@torch.no_grad()
-def test_refused_text_spells_the_whole_refusal(guard: Guards, family: str) -> None:
-    """A refusal longer than the usual answers comes out whole, and reads as it was given."""
-    refusal = "I'm sorry, but I cannot help with that request."
-    guarded = guard(family, refusal=refusal)
-    inputs = batch(guarded, count=2)
-    with guarded.at(1e-6):
-        answers = guarded.model.generate(**inputs, max_new_tokens=60)  # (batch, tokens)
-    answers = answers[:, inputs["input_ids"].shape[1] :]
-    assert guarded.processor.batch_decode(answers, skip_special_tokens=True) == [refusal, refusal]
-
-
-@every_family
-@both_sides
-@torch.no_grad()
-def test_cache_holds_the_main_lane(guard: Guards, family: str, padding_side: str) -> None:
-    """After the prompt and after a token, the cache is the stock model's, with the ledger behind it."""
-    guarded = guard(family)
-    inputs = batch(guarded, padding_side=padding_side)
-    tokens = inputs["input_ids"].shape[1]
-    with guarded.halved(inputs) as refused:
-        found = guarded.model(**inputs, use_cache=True).past_key_values
-        expected = guarded.stock(**inputs, use_cache=True).past_key_values
-        same_layers(found, expected)
-        state = found.layers[tiny.LAYERS].keys[:, 0, -1, 0]  # (batch,)
-        assert found.get_seq_length(tiny.LAYERS) == tokens
-        assert torch.equal(state > 0, refused)
-        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)  # (batch, tokens + 1)
-        step = {
-            "input_ids": torch.tensor([[65], [66], [67], [68]]),
-            "attention_mask": mask,
-            "position_ids": inputs["attention_mask"].sum(dim=1, keepdim=True),  # (batch, 1)
-        }
-        after = guarded.model(**step, past_key_values=found)
-        plain = guarded.stock(**step, past_key_values=expected)
-    same_layers(found, expected)
-    assert found.get_seq_length(tiny.LAYERS) == tokens + 1
-    assert after.unsafe_probability.isnan().all()
-    assert torch.equal(after.logits[~refused], plain.logits[~refused])
-    assert (after.logits[refused, -1].argmax(dim=-1) == guarded.refusal[1]).all()
-
-
-def same_layers(found: Any, expected: Any) -> None:
-    """Assert that `found` has the layers of `expected`, to the bit, and more of the same shape behind them."""
-    assert len(expected.layers) == tiny.LAYERS
-    assert len(found.layers) > tiny.LAYERS
-    for own, stock in zip(found.layers, expected.layers, strict=False):
-        assert torch.equal(own.keys, stock.keys)
-        assert torch.equal(own.values, stock.values)
-    full = max(expected.layers, key=lambda layer: layer.keys.shape[2])
-    for extra in found.layers[tiny.LAYERS :]:
-        assert extra.keys.shape[:2] == full.keys.shape[:2] and extra.keys.shape[3] == full.keys.shape[3]
-
-
-@every_family
 @torch.no_grad()
 def test_each_module_runs_as_often_as_it_must(guard: Guards, family: str) -> None:
-    """The vision tower and blocks 0..s run once over the prompt, the others twice, and all once per token."""
-    guarded = guard(family)
+    """Vision tower and blocks 0..s run once over the prompt, the others twice; all blocks once per token."""
+    safety = 2
+    guarded = guard(family, safety)
     modules = family_of(guarded.stock.config.model_type).modules
     blocks = [f"{modules['blocks']}.{index}" for index in range(tiny.LAYERS)]
     paths = [modules["vision"], modules["projector"], modules["embedding"], modules["head"], *blocks]
-    inputs = batch(guarded)
-    with guarded.halved(inputs), counted(guarded.stock, paths) as stock_calls:
+    inputs = guarded.batch()
+    with counted(guarded.stock, paths) as expected:
         guarded.stock(**inputs)
-    with guarded.halved(inputs), counted(guarded.model, paths) as calls:
-        guarded.model(**inputs)
-    for path in paths:
-        again = path in blocks[guarded.safety + 1 :]
-        assert calls[path] == stock_calls[path] + again, path
-    assert calls[modules["vision"]] == 1
-    with guarded.halved(inputs), counted(guarded.model, paths) as calls:
-        answers = guarded.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
-    assert answers.shape[1] == inputs["input_ids"].shape[1] + 4
-    for index, path in enumerate(blocks):
-        assert calls[path] == (2 if index > guarded.safety else 1) + 3, path
-    assert calls[modules["vision"]] == 1
-    text = batch(guarded, images=False)
     with counted(guarded.model, paths) as calls:
-        guarded.model(**text)
-    assert calls[modules["vision"]] == 0
+        guarded.model(**inputs)
+    assert calls == expected + Counter(blocks[safety + 1 :])
+    with guarded.halved(inputs), counted(guarded.model, [modules["vision"], *blocks]) as calls:
+        guarded.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+    assert calls == Counter({modules["vision"]: 1} | dict.fromkeys(blocks, 4)) + Counter(blocks[safety + 1 :])
 
 
 @pytest.mark.xdist_group("llava")
@@ -240,11 +184,9 @@ def test_each_module_runs_as_often_as_it_must(guard: Guards, family: str) -> Non
 def test_two_guards_take_turns(guard: Guards) -> None:
     """Models with other layers and of other families answer in turn, each by its own gate."""
     guards = [guard("llava"), guard("llava", 0, 5), guard("gemma3")]
-    for _ in range(2):
-        for guarded in guards:
-            inputs = batch(guarded, count=3)
-            found = guarded.model(**inputs).unsafe_probability  # (batch,)
-            assert differs(found, guarded.expected(inputs)) <= TOLERANCE
+    for guarded in guards * 2:
+        inputs = guarded.batch(count=3)
+        assert differs(guarded.model(**inputs).unsafe_probability, guarded.expected(inputs)) <= TOLERANCE
 
 
 @every_family
@@ -252,52 +194,51 @@ def test_two_guards_take_turns(guard: Guards) -> None:
 def test_one_prompt_without_a_mask(guard: Guards, family: str) -> None:
     """Where nothing is padded, the attention mask may be left out."""
     guarded = guard(family)
-    inputs = batch(guarded, count=1)
+    inputs = guarded.batch(count=1)
     expected = guarded.expected(inputs)  # (1,)
-    found = guarded.model(**without(inputs, "attention_mask")).unsafe_probability  # (1,)
-    assert differs(found, expected) <= TOLERANCE
+    del inputs["attention_mask"]
+    assert differs(guarded.model(**inputs).unsafe_probability, expected) <= TOLERANCE
 
 
-def without(inputs: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """`inputs` but for some of them."""
-    return {name: value for name, value in inputs.items() if name not in names}
+def test_projection() -> None:
+    """The oracle's, also where a semantic state is zero, and in half precision where its norm overflows."""
+    safety, semantic = torch.randn(2, 3, 5, 4096, generator=torch.Generator().manual_seed(0))
+    semantic[0, 0] = 0.0
+    torch.testing.assert_close(project(safety, semantic, 1e-6), oracle.project(safety, semantic, 1e-6))
+    assert torch.equal(project(safety, semantic, 1e-6)[0, 0], torch.zeros(4096))
+    half = 300 * torch.ones(1, 1, 4096, dtype=torch.float16)
+    assert torch.equal(project(half, half, 1e-6), half)
 
 
-FRESH = """
-import json, sys
-import torch
-from transformers import AutoModelForImageTextToText
-torch.set_num_threads(1)
-found = []
-for directory, batch, threshold in json.loads(sys.argv[1]):
-    model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True).eval()
-    model.config.sasa["threshold"] = threshold
-    inputs = torch.load(batch)
-    with torch.no_grad():
-        probability = model(**inputs).unsafe_probability.tolist()
-        answers = model.generate(**inputs, max_new_tokens=12)[:, inputs["input_ids"].shape[1]:].tolist()
-    found.append([type(model).__module__.split(".")[0], probability, answers])
-assert "sasa_export" not in sys.modules
-print(json.dumps(found))
-"""
+class Capped(LlavaForConditionalGeneration):
+    """LLaVA with a soft cap on its logits, as some Gemma models have."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = torch.tanh(output.logits / 2.0) * 2.0  # (batch, kept, vocabulary)
+        return output
 
 
-@pytest.mark.xdist_group("llava")
+@both_sides
 @torch.no_grad()
-def test_a_fresh_process_agrees(guard: Guards, fresh: Callable[..., Any], tmp_path: Any) -> None:
-    """All families in one process by the code in their directories, where nothing of ours is imported."""
-    guards = [guard(family) for family in tiny.FAMILIES]
-    jobs, expected = [], []
-    for guarded in guards:
-        inputs = batch(guarded, count=4)
-        torch.save(inputs, tmp_path / f"{guarded.family}.pt")
-        with guarded.halved(inputs):
-            threshold = guarded.model.config.sasa["threshold"]
-            answers = guarded.model.generate(**inputs, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :]
-        jobs.append([str(guarded.directory), str(tmp_path / f"{guarded.family}.pt"), threshold])
-        expected.append((guarded.expected(inputs), answers.tolist()))
-    found = fresh(FRESH, jobs)
-    for (module, probability, answers), (wanted, said) in zip(found, expected, strict=True):
-        assert module == "transformers_modules"
-        assert differs(torch.tensor(probability), wanted) <= TOLERANCE
-        assert answers == said
+def test_the_probe_reads_capped_logits(
+    tiny_model: Callable[..., Any], stock: Callable[..., tuple[Any, Any]], padding_side: Any
+) -> None:
+    """Where something non-linear follows the head, the lane has a head too, and the probe reads its logits."""
+    model = Capped.from_pretrained(tiny_model("llava")).eval()
+    inputs = tiny.prompts(stock("llava")[1], images=True, count=4, seed=1, padding_side=padding_side)
+    graph = rewrite(trace(model, family_of("llava"), dict(inputs)), LaneSettings(2, 4, softcap=2.0)).to_json()
+    weight = torch.randn(model.config.text_config.vocab_size, generator=torch.Generator().manual_seed(1)) / 10
+    model.sasa = torch.nn.Module()
+    model.sasa.probe = Probe(len(weight))
+    model.sasa.probe.weight.copy_(weight)
+    model.sasa.probe.bias.fill_(0.2)
+    watch(model, graph)
+    with recording() as seen:
+        model(**inputs)
+    values = dict([project_taps(graph, seen)])
+    found = run_lane(model, graph, values, seen.arguments, oracle.last_positions(inputs))["sasa.probe"]  # (batch,)
+    logits, plain = (oracle.oracle_logits(one, inputs, 2, 4) for one in (model, stock("llava")[0]))
+    expected = oracle.unsafe_probability(logits, weight, 0.2)  # (batch,)
+    assert differs(found, expected) <= TOLERANCE
+    assert differs(expected, oracle.unsafe_probability(plain, weight, 0.2)) > 1e-3, "the cap should matter"

@@ -50,71 +50,50 @@ def traced(stock: Stock, family: str = "llava", *, images: bool = False) -> Laye
     return trace(model, family_of(family), prompt(processor, images=images))
 
 
-def shape(graph: LayerGraph) -> list[tuple[str, str, tuple[str, ...], str | None]]:
-    """The graph without its attributes."""
-    return [(node.name, node.op, node.inputs, node.module) for node in graph]
+class Walk(torch.nn.ModuleList):
+    """A list of blocks through which the decoder's loop walks in another order, or with something added behind one."""
+
+    def __init__(self, blocks: torch.nn.ModuleList, order: list[int], added_behind: int | None = None) -> None:
+        super().__init__(blocks)
+        self.order, self.added_behind = order, added_behind
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        blocks: list[Any] = [super(Walk, self).__getitem__(number) for number in self.order]
+        if self.added_behind is not None:
+            block = blocks[self.added_behind]
+            blocks[self.added_behind] = lambda *args, **kwargs: block(*args, **kwargs) + 1.0
+        return blocks
 
 
 # --------------------------------------------------------------------------------- models as described
 
 
 @every_family
-@pytest.mark.parametrize("images", [False, True], ids=["text", "picture"])
-def test_the_graph_is_what_the_familys_file_says(stock: Stock, family: str, images: bool) -> None:
-    graph = traced(stock, family, images=images)
+def test_the_graph_is_what_the_familys_file_says(tiny_model: Tiny, stock: Stock, family: str) -> None:
+    """On text, with a picture, and on fake weights: a model is traced before its weights are loaded."""
     modules = family_of(family).modules
-    assert [node.name for node in graph] == ["vision", "projector", "embed", *BLOCKS, "norm", "head"]
-    assert [node.module for node in graph] == [
-        modules["vision"],
-        modules["projector"],
-        modules["embedding"],
-        *(f"{modules['blocks']}.{index}" for index in range(tiny.LAYERS)),
-        modules["norm"],
-        modules["head"],
-    ]
-    decoder = graph.nodes[2:]
-    for before, node in itertools.pairwise(decoder):
-        assert node.inputs == (before.name,)
-    assert [node.attributes["index"] for node in graph.of("block")] == list(range(tiny.LAYERS))
-
-
-@every_family
-def test_the_blocks_keyword_arguments_are_recorded(stock: Stock, family: str) -> None:
-    model, processor = stock(family)
-    inputs = prompt(processor)
-    tokens = inputs["input_ids"].shape[1]
-    graph = trace(model, family_of(family), inputs)
-    for node in graph.of("block"):
-        arguments = node.attributes["arguments"]
-        assert {"attention_mask", "position_embeddings"} <= set(arguments)
-        assert all(isinstance(said, str) for said in arguments.values())
-        assert f"{tokens}, " in arguments["position_embeddings"]
-    if family == "gemma3":
-        kinds = model.config.text_config.layer_types
-        heads = {kind: node.attributes["arguments"] for kind, node in zip(kinds, graph.of("block"), strict=True)}
-        assert set(heads) == {"sliding_attention", "full_attention"}
-
-
-@every_family
-def test_fake_weights_show_the_same_graph(tiny_model: Tiny, stock: Stock, family: str) -> None:
-    """A model is traced without its weights; that the loaded one runs alike is checked where it is loaded."""
+    blocks = [f"{modules['blocks']}.{index}" for index in range(tiny.LAYERS)]
+    paths = [modules["vision"], modules["projector"], modules["embedding"], *blocks, modules["norm"], modules["head"]]
     source = open_source(str(tiny_model(family)))
     with skeleton(source) as model:
         assert all(not parameter.is_leaf or parameter.fake_mode for parameter in model.parameters())
-        graph = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
-    assert shape(graph) == shape(traced(stock, family)) == shape(traced(stock, family, images=True))
+        fake = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+    for graph in (traced(stock, family), traced(stock, family, images=True), fake):
+        assert [node.name for node in graph] == ["vision", "projector", "embed", *BLOCKS, "norm", "head"]
+        assert [node.module for node in graph] == paths
+        assert all(node.inputs == (before.name,) for before, node in itertools.pairwise(graph.nodes[2:]))
+        assert [node.attributes["index"] for node in graph.of("block")] == list(range(tiny.LAYERS))
+        for node in graph.of("block"):
+            assert {"attention_mask", "position_embeddings"} <= set(node.attributes["arguments"])
 
 
-def test_tracing_leaves_no_hooks(stock: Stock) -> None:
+def test_hooks_are_removed(stock: Stock) -> None:
+    """After an error too."""
     model, _ = stock("llava")
     before = [len(module._forward_hooks) for module in model.modules()]
     traced(stock)
-    assert [len(module._forward_hooks) for module in model.modules()] == before
-
-
-def test_hooks_are_removed_after_an_error(stock: Stock) -> None:
-    model, _ = stock("llava")
-    before = [len(module._forward_hooks) for module in model.modules()]
     with pytest.raises(Exception, match="input_ids"):
         trace(model, family_of("llava"), {})
     assert [len(module._forward_hooks) for module in model.modules()] == before
@@ -141,47 +120,29 @@ def adding(amount: float) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "gemma3"])
-@pytest.mark.parametrize("amount", [1.0, 0.0])
-def test_an_addition_between_two_blocks_is_seen(stock: Stock, family: str, amount: float) -> None:
+def test_an_addition_between_two_blocks_is_seen(stock: Stock, family: str) -> None:
     """By identity, not by value: what adds nothing to this prompt may add something to the next."""
     model, _ = stock(family)
     block = model.get_submodule(f"{family_of(family).modules['blocks']}.3")
-    with hooked(block.register_forward_pre_hook(adding(amount), with_kwargs=True)):
+    with hooked(block.register_forward_pre_hook(adding(0.0), with_kwargs=True)):
         graph = traced(stock, family)
     (between,) = graph.of("between")
     assert (between.name, between.inputs, between.module) == ("between.2.3", ("layers.2",), None)
     assert graph["layers.3"].inputs == ("between.2.3",)
-    for safety in (0, 1, 2):
-        with pytest.raises(RewriteError, match=r"between\.2\.3: .*Choose a later --safety-layer"):
-            rewrite(graph, LaneSettings(safety, 4))
-    lane = rewrite(graph, LaneSettings(3, 4)).of("lane_block")
-    assert [node.attributes["index"] for node in lane] == [4, 5]
+    with pytest.raises(RewriteError, match=r"between\.2\.3: .*Choose a later --safety-layer"):
+        rewrite(graph, LaneSettings(2, 4))
+    assert [node.attributes["index"] for node in rewrite(graph, LaneSettings(3, 4)).of("lane_block")] == [4, 5]
 
 
 def test_an_addition_inside_the_decoders_loop_is_seen(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
     """As deepstack does it: the decoder's own forward adds to the state behind a block, outside any module."""
-    model, _ = stock("llava")
-    decoder = model.get_submodule("model.language_model")
-
-    class Adding(torch.nn.ModuleList):
-        """A list whose third entry, when the decoder walks through a slice of it, is run and added to."""
-
-        def __getitem__(self, index: Any) -> Any:
-            if not isinstance(index, slice):
-                return super().__getitem__(index)
-            blocks = [super(Adding, self).__getitem__(number) for number in range(len(self))[index]]
-            return [*blocks[:2], lambda *args, **kwargs: blocks[2](*args, **kwargs) + 1.0, *blocks[3:]]
-
-    monkeypatch.setitem(decoder._modules, "layers", Adding(decoder.layers))
-    graph = traced(stock)
-    assert [node.name for node in graph.of("between")] == ["between.2.3"]
-    with pytest.raises(RewriteError, match=r"between\.2\.3"):
-        rewrite(graph, LaneSettings(1, 3))
+    decoder = stock("llava")[0].get_submodule("model.language_model")
+    monkeypatch.setitem(decoder._modules, "layers", Walk(decoder.layers, [*range(6)], added_behind=2))
+    assert [node.name for node in traced(stock).of("between")] == ["between.2.3"]
 
 
 def test_an_addition_behind_the_last_block_is_seen(stock: Stock) -> None:
-    model, _ = stock("llava")
-    norm = model.get_submodule("model.language_model.norm")
+    norm = stock("llava")[0].get_submodule("model.language_model.norm")
     with hooked(norm.register_forward_pre_hook(adding(1.0), with_kwargs=True)):
         graph = traced(stock)
     assert graph["norm"].inputs == ("between.5.norm",)
@@ -243,49 +204,21 @@ def test_a_picture_must_run_through_the_named_tower(stock: Stock, role: str) -> 
         trace(model, family, prompt(processor, images=True))
 
 
-def test_blocks_out_of_order_are_named(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = stock("llava")
-    decoder = model.get_submodule("model.language_model")
-
-    class Swapped(torch.nn.ModuleList):
-        def __getitem__(self, index: Any) -> Any:
-            if not isinstance(index, slice):
-                return super().__getitem__(index)
-            order = [0, 2, 1, 3, 4, 5]
-            return [super(Swapped, self).__getitem__(number) for number in order]
-
-    monkeypatch.setitem(decoder._modules, "layers", Swapped(decoder.layers))
-    with pytest.raises(TraceError, match=r"layers\.1 should run as step 2 .* but .*layers\.2 does"):
-        traced(stock)
-
-
-def test_a_block_left_out_is_named(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = stock("llava")
-    decoder = model.get_submodule("model.language_model")
-
-    class Skipping(torch.nn.ModuleList):
-        def __getitem__(self, index: Any) -> Any:
-            if not isinstance(index, slice):
-                return super().__getitem__(index)
-            return [super(Skipping, self).__getitem__(number) for number in (0, 1, 2, 3, 4)]
-
-    monkeypatch.setitem(decoder._modules, "layers", Skipping(decoder.layers))
-    with pytest.raises(TraceError, match=r"layers\.5 should run as step 6"):
-        traced(stock)
-
-
-def test_a_block_that_runs_twice_is_named(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = stock("llava")
-    decoder = model.get_submodule("model.language_model")
-
-    class Twice(torch.nn.ModuleList):
-        def __getitem__(self, index: Any) -> Any:
-            if not isinstance(index, slice):
-                return super().__getitem__(index)
-            return [super(Twice, self).__getitem__(number) for number in (0, 1, 2, 2, 3, 4, 5)]
-
-    monkeypatch.setitem(decoder._modules, "layers", Twice(decoder.layers))
-    with pytest.raises(TraceError, match=r"layers\.[23]"):
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ([0, 2, 1, 3, 4, 5], r"layers\.1 should run as step 2 .* but .*layers\.2 does"),
+        ([0, 1, 2, 3, 4], r"layers\.5 should run as step 6"),
+        ([0, 1, 2, 2, 3, 4, 5], r"layers\.[23]"),
+    ],
+    ids=["swapped", "left out", "twice"],
+)
+def test_blocks_that_do_not_run_in_their_order_are_named(
+    stock: Stock, monkeypatch: pytest.MonkeyPatch, order: list[int], said: str
+) -> None:
+    decoder = stock("llava")[0].get_submodule("model.language_model")
+    monkeypatch.setitem(decoder._modules, "layers", Walk(decoder.layers, order))
+    with pytest.raises(TraceError, match=said):
         traced(stock)
 
 

@@ -7,42 +7,23 @@ trained here, and the family's own processor. The directories load through the p
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForImageTextToText,
     BatchFeature,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    Gemma3Config,
-    Gemma3ImageProcessorPil,
-    Gemma3Processor,
-    Gemma3TextConfig,
     GenerationConfig,
-    Idefics3Config,
-    Idefics3ImageProcessorPil,
-    Idefics3Processor,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PaddleOCRVLProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2VLImageProcessorPil,
-    SiglipVisionConfig,
-    SmolVLMConfig,
-    SmolVLMImageProcessorPil,
 )
 
 FAMILIES: tuple[str, ...] = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "gemma3", "idefics3")
@@ -66,7 +47,6 @@ _WORDS = (
     "letter about bridges when will it be ready for us list three ideas to cook rice explain plainly which "
     "tools fix a broken chair is there any water left on your table"
 ).split()
-_IDEFICS_ROWS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 
 _LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
@@ -204,16 +184,21 @@ def _generation_config(config: PreTrainedConfig) -> GenerationConfig:
 
 
 def _tokenizer(
-    special: tuple[str, ...], *, bos: str | None, eos: str, pad: str, template: str, **named: str
+    special: str, *, bos: str | None, eos: str, pad: str, template: str, **named: str
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a small merge table; `named` are extra named special tokens."""
+    """A byte-level BPE tokenizer with a small merge table.
+
+    Args:
+        special: the special tokens in the order of their ids, with spaces between them.
+        named: extra named special tokens.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=len(special) + len(alphabet) + 120,
-        special_tokens=list(special),
+        vocab_size=len(special.split()) + len(alphabet) + 120,
+        special_tokens=special.split(),
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
@@ -252,69 +237,42 @@ def _text_fields(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any]) 
     }
 
 
-def _vision_fields() -> dict[str, Any]:
-    """Vision config fields shared by the CLIP and SigLIP shaped towers."""
-    return {
-        "hidden_size": VISION_HIDDEN,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH,
-    }
+# Vision config fields shared by the CLIP and SigLIP shaped towers.
+_VISION: dict[str, Any] = {
+    "hidden_size": VISION_HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH,
+}
 
 
-def _llava(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin]:
-    """LLaVA-1.5: Llama text, CLIP vision, the CLS token dropped."""
-    tokenizer = _tokenizer(
-        ("<unk>", "<s>", "</s>", "<image>", "<pad>"),
-        bos="<s>", eos="</s>", pad="<pad>", template=_LLAVA_TEMPLATE,
-    )  # fmt: skip
-    config = LlavaConfig(
-        text_config=LlamaConfig(**_text_fields(tokenizer, overrides)),
-        vision_config=CLIPVisionConfig(**_vision_fields(), projection_dim=VISION_HIDDEN),
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
-        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
-    )
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    )
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_LLAVA_TEMPLATE,
-    )
-    return config, processor
+def _llava(overrides: dict[str, Any], *, tiled: bool = False) -> tuple[PreTrainedConfig, ProcessorMixin]:
+    """LLaVA-1.5: Llama text, CLIP vision, the CLS token dropped.
 
-
-def _llava_next(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin]:
-    """LLaVA-NeXT: LLaVA with image tiles, so that the number of image tokens follows the image's size."""
-    tokenizer = _tokenizer(
-        ("<unk>", "<s>", "</s>", "<image>", "<pad>"),
-        bos="<s>", eos="</s>", pad="<pad>", template=_LLAVA_TEMPLATE,
-    )  # fmt: skip
+    LLaVA-NeXT is the same with image tiles, so that the number of image tokens follows the image's size.
+    """
+    tokenizer = _tokenizer("<unk> <s> </s> <image> <pad>", bos="<s>", eos="</s>", pad="<pad>", template=_LLAVA_TEMPLATE)
+    name, image_processor = "Llava", hf.CLIPImageProcessorPil
+    if tiled:
+        name, image_processor = "LlavaNext", hf.LlavaNextImageProcessorPil
     # Patches twice as large as elsewhere: up to five tiles would make too many tokens.
-    patch = 2 * PATCH
-    pinpoints = [[IMAGE_SIZE, 2 * IMAGE_SIZE], [2 * IMAGE_SIZE, IMAGE_SIZE], [2 * IMAGE_SIZE, 2 * IMAGE_SIZE]]
-    config = LlavaNextConfig(
-        text_config=LlamaConfig(**_text_fields(tokenizer, overrides)),
-        vision_config=CLIPVisionConfig(**_vision_fields() | {"patch_size": patch}, projection_dim=VISION_HIDDEN),
+    patch = 2 * PATCH if tiled else PATCH
+    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
+    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]} if tiled else {}
+    config = getattr(hf, f"{name}Config")(
+        text_config=hf.LlamaConfig(**_text_fields(tokenizer, overrides)),
+        vision_config=hf.CLIPVisionConfig(**_VISION | {"patch_size": patch}, projection_dim=VISION_HIDDEN),
         image_token_index=tokenizer.get_vocab()["<image>"],
         image_seq_length=(IMAGE_SIZE // patch) ** 2,
-        image_grid_pinpoints=pinpoints,
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+        **tiles,
     )
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_grid_pinpoints=pinpoints,
+    images = image_processor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, **tiles
     )
-    processor = LlavaNextProcessor(
+    return config, getattr(hf, f"{name}Processor")(
         images,
         tokenizer,
         patch_size=patch,
@@ -322,25 +280,25 @@ def _llava_next(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorM
         num_additional_image_tokens=1,
         chat_template=_LLAVA_TEMPLATE,
     )
-    return config, processor
 
 
 def _qwen2_5_vl(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin]:
     """Qwen2.5-VL: three-dimensional rotary positions and a vision tower of native resolution."""
     tokenizer = _tokenizer(
-        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-         "<|image_pad|>", "<|video_pad|>"),
-        bos=None, eos="<|im_end|>", pad="<|endoftext|>", template=_QWEN_TEMPLATE,
-        image_token="<|image_pad|>", video_token="<|video_pad|>",
-    )  # fmt: skip
+        "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>",
+        bos=None,
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+        template=_QWEN_TEMPLATE,
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+    )
     ids = tokenizer.get_vocab()
     text = _text_fields(tokenizer, overrides)
-    text.setdefault(
-        "rope_parameters",
-        # Sections add up to half of the head dimension, 16.
-        {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 3, 3]},
-    )
-    config = Qwen2_5_VLConfig(
+    # Sections add up to half of the head dimension, 16.
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 3, 3]}
+    text.setdefault("rope_parameters", rope)
+    config = hf.Qwen2_5_VLConfig(
         text_config=text,
         vision_config={
             "depth": 3,
@@ -360,116 +318,96 @@ def _qwen2_5_vl(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorM
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
     )
-    images = Qwen2VLImageProcessorPil(
-        patch_size=PATCH,
-        merge_size=2,
-        temporal_patch_size=2,
-        # Qwen's bounds are areas in pixels, whatever their names say.
-        size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64},
-    )
+    # Qwen's bounds are areas in pixels, whatever their names say.
+    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    images = hf.Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=2, size=size)
     # Qwen's own processor insists on a video processor, and that on torchvision. This stock class does the
     # same for images: it expands the image token by the grid and writes mm_token_type_ids.
-    return config, PaddleOCRVLProcessor(images, tokenizer, chat_template=_QWEN_TEMPLATE)
+    return config, hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=_QWEN_TEMPLATE)
 
 
-def _idefics_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of Idefics3 and SmolVLM, with the tokens that frame an image and its tiles."""
-    return _tokenizer(
-        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>",
-         "<image>", "<global-img>", *_IDEFICS_ROWS),
-        bos="<|im_start|>", eos="<end_of_utterance>", pad="<|im_end|>", template=_IDEFICS_TEMPLATE,
-        image_token="<image>", fake_image_token="<fake_token_around_image>",
-        global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>",
-    )  # fmt: skip
+def _idefics(overrides: dict[str, Any], *, name: str, tied: bool) -> tuple[PreTrainedConfig, ProcessorMixin]:
+    """Idefics3: Llama text under `text_model`, SigLIP-like vision, tiled images.
 
-
-def _idefics_fields(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """Fields of the whole config of Idefics3 and SmolVLM, which differ in their class alone."""
+    SmolVLM2 differs in its classes and in its tied embeddings.
+    """
+    tiles = " ".join(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+    tokenizer = _tokenizer(
+        "<|endoftext|> <|im_start|> <|im_end|> <end_of_utterance> <fake_token_around_image> <image> <global-img> "
+        + tiles,
+        bos="<|im_start|>",
+        eos="<end_of_utterance>",
+        pad="<|im_end|>",
+        template=_IDEFICS_TEMPLATE,
+        image_token="<image>",
+        fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>",
+        end_of_utterance_token="<end_of_utterance>",
+    )
     tied = overrides.get("tie_word_embeddings", tied)
-    return {
-        "text_config": LlamaConfig(**_text_fields(tokenizer, overrides) | {"tie_word_embeddings": tied}),
-        "vision_config": _vision_fields(),
-        "scale_factor": 2,
-        "image_token_id": tokenizer.get_vocab()["<image>"],
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": tied,
-    }
-
-
-_IDEFICS_IMAGES: dict[str, Any] = {
+    config = getattr(hf, f"{name}Config")(
+        text_config=hf.LlamaConfig(**_text_fields(tokenizer, overrides) | {"tie_word_embeddings": tied}),
+        vision_config=_VISION,
+        scale_factor=2,
+        image_token_id=tokenizer.get_vocab()["<image>"],
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=tied,
+    )
     # The long side grows to two tiles, each of the vision tower's size.
-    "size": {"longest_edge": 2 * IMAGE_SIZE},
-    "max_image_size": {"longest_edge": IMAGE_SIZE},
-}
-_IDEFICS_SEQUENCE = (IMAGE_SIZE // PATCH) ** 2 // 4
-
-
-def _smolvlm(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin]:
-    """SmolVLM2: Llama text under `text_model`, SigLIP-like vision, tied embeddings, tiled images."""
-    tokenizer = _idefics_tokenizer()
-    config = SmolVLMConfig(**_idefics_fields(tokenizer, overrides, tied=True))
-    images = SmolVLMImageProcessorPil(**_IDEFICS_IMAGES)
+    images = getattr(hf, f"{name}ImageProcessorPil")(
+        size={"longest_edge": 2 * IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}
+    )
     # SmolVLM's own processor insists on torchvision and num2words, for videos. That of Idefics3 treats images
     # alike, and is the one that SmolVLM 1 names.
-    return config, Idefics3Processor(
-        images, tokenizer, image_seq_len=_IDEFICS_SEQUENCE, chat_template=_IDEFICS_TEMPLATE
-    )
-
-
-def _idefics3(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin]:
-    """Idefics3: as SmolVLM, with a head of its own."""
-    tokenizer = _idefics_tokenizer()
-    config = Idefics3Config(**_idefics_fields(tokenizer, overrides, tied=False))
-    images = Idefics3ImageProcessorPil(**_IDEFICS_IMAGES)
-    processor = Idefics3Processor(images, tokenizer, image_seq_len=_IDEFICS_SEQUENCE, chat_template=_IDEFICS_TEMPLATE)
-    return config, processor
+    tokens = (IMAGE_SIZE // PATCH) ** 2 // 4  # of one tile
+    return config, hf.Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=_IDEFICS_TEMPLATE)
 
 
 def _gemma3(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin]:
     """Gemma 3: sliding and full layers, attention both ways within an image, SigLIP vision."""
     tokenizer = _tokenizer(
-        ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>",
-         "<end_of_image>", "<image_soft_token>"),
-        bos="<bos>", eos="<eos>", pad="<pad>", template=_GEMMA_TEMPLATE,
-        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>",
-    )  # fmt: skip
+        "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> <image_soft_token>",
+        bos="<bos>",
+        eos="<eos>",
+        pad="<pad>",
+        template=_GEMMA_TEMPLATE,
+        boi_token="<start_of_image>",
+        eoi_token="<end_of_image>",
+        image_token="<image_soft_token>",
+    )
     ids = tokenizer.get_vocab()
-    text = {
-        **_text_fields(tokenizer, {}),
+    full, sliding = "full_attention", "sliding_attention"
+    own: dict[str, Any] = {
         "head_dim": 16,
         "query_pre_attn_scalar": 16,
         # Narrower than the prompts, or sliding layers would see what full ones see.
         "sliding_window": 8,
         # No regular period: a lane that starts counting the kinds at its own first block goes wrong.
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention",
-                        "full_attention", "sliding_attention"],
+        "layer_types": [sliding, full, sliding, sliding, full, sliding],
         "eos_token_id": [ids["<eos>"], ids["<end_of_turn>"]],
-        **overrides,
-    }  # fmt: skip
+    }
+    text = _text_fields(tokenizer, own | overrides)
     text["layer_types"] = text["layer_types"][: text["num_hidden_layers"]]
     side = 2
-    config = Gemma3Config(
-        text_config=Gemma3TextConfig(**text),
-        vision_config=SiglipVisionConfig(**_vision_fields(), vision_use_head=False),
+    config = hf.Gemma3Config(
+        text_config=hf.Gemma3TextConfig(**text),
+        vision_config=hf.SiglipVisionConfig(**_VISION, vision_use_head=False),
         mm_tokens_per_image=side**2,
         boi_token_index=ids["<start_of_image>"],
         eoi_token_index=ids["<end_of_image>"],
         image_token_index=ids["<image_soft_token>"],
         tie_word_embeddings=overrides.get("tie_word_embeddings", True),
     )
-    images = Gemma3ImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_seq_length=side**2,
-    )
-    processor = Gemma3Processor(images, tokenizer, chat_template=_GEMMA_TEMPLATE, image_seq_length=side**2)
-    return config, processor
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.Gemma3ImageProcessorPil(size=size, image_seq_length=side**2)
+    return config, hf.Gemma3Processor(images, tokenizer, chat_template=_GEMMA_TEMPLATE, image_seq_length=side**2)
 
 
 _MAKERS: dict[str, Callable[[dict[str, Any]], tuple[PreTrainedConfig, ProcessorMixin]]] = {
     "llava": _llava,
-    "llava_next": _llava_next,
+    "llava_next": partial(_llava, tiled=True),
     "qwen2_5_vl": _qwen2_5_vl,
-    "smolvlm": _smolvlm,
+    "smolvlm": partial(_idefics, name="SmolVLM", tied=True),
     "gemma3": _gemma3,
-    "idefics3": _idefics3,
+    "idefics3": partial(_idefics, name="Idefics3", tied=False),
 }

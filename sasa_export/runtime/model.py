@@ -51,6 +51,7 @@ class GuardedModel:
     """Mixed into a family's ...ForConditionalGeneration: judges each prompt, then lets it answer or refuses."""
 
     _keep_in_fp32_modules_strict = ("sasa",)
+    guarded_by_sasa = True  # by which the seal knows a guarded model from a stock one
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

@@ -81,7 +81,8 @@ def refuse_guarded_configurations(stock: Any) -> None:
 
     @functools.wraps(init)
     def sealed_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if hasattr(config, "sasa") and type(self).config_class is not type(config):
+        # By an attribute: after two directories of a family, the configuration's class is the first one's.
+        if hasattr(config, "sasa") and not hasattr(self, "guarded_by_sasa"):
             raise ValueError(SEAL)
         init(self, config, *args, **kwargs)
 
