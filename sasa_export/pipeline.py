@@ -22,8 +22,7 @@ from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
-from sasa_export.prompts import calibration_prompts, lopsided
-from sasa_export.prompts.prompt import Prompt, builtin
+from sasa_export.prompts import Prompt, builtin, calibration_prompts, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.verify import check_written
 from sasa_export.workers import workers

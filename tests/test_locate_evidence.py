@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models import family as families
-from sasa_export.prompts.prompt import Prompt, builtin, encode
+from sasa_export.prompts import Prompt, builtin, encode
 from sasa_export.research.locate import LocateError
 from sasa_export.research.locate.ablation import Heads
 from sasa_export.research.locate.expression import is_readable, onset, token_texts

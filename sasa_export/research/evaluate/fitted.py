@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sasa_export.errors import CalibrationError
-from sasa_export.probe.fit import CANDIDATES, FOLDS, best_regularization, probability, quick_fit, threshold_for
+from sasa_export.probe.fit import CANDIDATES, FOLDS, best_regularization, fit, probability, threshold_for
 from sasa_export.prompts import asked
 from sasa_export.prompts.prompt import Prompt
 
@@ -40,8 +40,8 @@ def probe(
     labels = np.array([prompt.label for prompt in prompts])
     groups = [prompt.group for prompt in prompts]
     candidates = CANDIDATES if regularization is None else (regularization,)
-    chosen, held_out = best_regularization(calibration, labels, groups, candidates, quick_fit)
-    weight, bias = quick_fit(calibration, labels, chosen)
+    chosen, held_out = best_regularization(calibration, labels, groups, candidates)
+    weight, bias = fit(calibration, labels, chosen)
     return probability(evaluation, weight, bias), _threshold(held_out, labels, rate)
 
 

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sasa_export.errors import EvaluateError
-from sasa_export.prompts import calibration_prompts, check_disjoint, load_all
-from sasa_export.prompts.builtin_evaluation import builtin_evaluation
-from sasa_export.prompts.prompt import Prompt, builtin
+from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
 from sasa_export.research.locate.prompts import spaced
 
 MISSING = {  # what cannot be measured without a label, and what to add

@@ -20,7 +20,7 @@ from torch import nn
 
 from sasa_export.writers.onnx.decoder import Signature
 from sasa_export.writers.onnx.passes.attention import share_key_value_heads
-from sasa_export.writers.onnx.passes.weights import deduplicate, fold_transposes, reads_weight
+from sasa_export.writers.onnx.passes.weights import deduplicate, fold_transposes, folds
 
 IR_VERSION = {20: 9, 21: 10, 22: 10, 23: 11, 24: 11}  # by opset
 
@@ -38,8 +38,7 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
         assert exported is not None
         model = exported.model
-        # Folding a weight would hold a second copy of it in memory and, used in both lanes, in the file.
-        optimize_ir(model, onnx_shape_inference=False, should_fold=lambda node: False if reads_weight(node) else None)
+        optimize_ir(model, onnx_shape_inference=False, should_fold=folds)
         onnx_fusions.fuse(model)
     share_key_value_heads(model)
     fold_transposes(model)
