@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import click
@@ -32,7 +33,8 @@ def run_process(command: list[str]) -> Process:
             sizes = [_memory(one) for one in (process, *process.children(recursive=True))]
             now = [sum(column) for column in zip(*sizes, strict=True)]
             own, resident = max(own, now[0]), max(resident, now[1])
-            time.sleep(LOOK)
+            with suppress(psutil.TimeoutExpired):
+                process.wait(LOOK)
         if process.returncode:
             said.seek(0)
             raise click.ClickException(said.read().decode(errors="replace")[-3000:])
