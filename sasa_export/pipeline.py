@@ -217,7 +217,10 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, device: 
     checks, _ = check_written(directory, device=device, only_files=not patch.cases)
     _all_passed(checks, report)
     write_card(patch, checks, options.verify, directory)
-    write_manifest(directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"])
+    operator = {name: patch.sasa[name] for name in ("threshold", "refusal")}  # who may edit these
+    write_manifest(
+        directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"], operator=operator
+    )
 
 
 def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, device: str, report: Silent) -> None:
