@@ -3,51 +3,49 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+
+# Two workers of one thread each; tests of one xdist_group share a worker; no test may ask a hub.
+ALONE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST := -m pytest -n 2 --dist loadgroup
 
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test slow matrix fuzz lint bench bench-gate bench-probe bench-onnx bench-memory bench-gpu clean
+.PHONY: setup demo test test-slow matrix fuzz lint bench bench-gate bench-onnx bench-memory bench-gpu clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); on an empty machine this takes a minute or more."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@$(BIN)/python $(INSTALL) '.[test,lint]'
 	@touch $@
 
 demo: setup
 	@$(BIN)/python examples/demo.py
 
-# Two workers of one thread each; tests of one xdist_group share a worker; no test may ask a hub.
 test: setup
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(ALONE) $(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
-# Every way of running, the slow ones on smol-llava too, and what became of it as a table. With torchao installed
-# everything that imports transformers warns, so this environment is one of its own.
+test-slow: setup
+	@$(ALONE) $(BIN)/python $(PYTEST) -m slow $(ARGS)
+
+# Every way of running, and what became of it as a table. With torchao installed everything that imports transformers
+# warns, so this environment is one of its own.
 MATRIX := build/matrix-venv
 matrix:
 	@test -x $(MATRIX)/bin/pip || $(PYTHON) -m venv $(MATRIX)
-	@$(MATRIX)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,matrix]'
-	@rm -rf build/matrix
-	-@SASA_MATRIX_OUT=$(CURDIR)/build/matrix SASA_MATRIX_SLOW=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		HF_HUB_OFFLINE=1 $(MATRIX)/bin/python -m pytest -n 2 --dist loadgroup \
-		tests/test_matrix_torch.py tests/test_matrix_onnx.py tests/test_matrix_smol.py
-	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix docs/bypass-matrix.md
+	@$(MATRIX)/bin/python $(INSTALL) '.[test,matrix]'
+	@rm -f build/matrix.xml
+	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/test_matrix.py
+	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
 
-# Tests that take minutes.
-slow: setup
-	@SASA_SLOW=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest tests/test_plain_probe.py
-
-# More inputs and more faults than the test suite tries, and the tables of what was tried.
+# More inputs than the test suite tries, every fault, and the tables of what was tried.
+FUZZED := $(addprefix tests/test_,artefact.py fail_closed.py faults.py feeding.py fuzz_*.py source_files.py)
 fuzz: setup
 	@rm -rf build/records
-	@SASA_RECORDS=$(CURDIR)/build/records SASA_FUZZ=400 SASA_FAULTS=all OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/test_faults.py tests/test_fuzz_*.py \
-		tests/test_artefact.py tests/test_fail_closed.py tests/test_tampering.py tests/test_source_files.py
+	@SASA_RECORDS=$(CURDIR)/build/records SASA_FUZZ=400 $(ALONE) $(BIN)/python $(PYTEST) $(FUZZED)
 	@$(BIN)/python tests/tables.py build/records
 
 lint: setup
@@ -57,19 +55,16 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	@$(BIN)/python benchmarks/torch_cost.py
+	@$(BIN)/python benchmarks/torch_cost.py --out docs/cost.md
 
 bench-gate: setup
 	@$(BIN)/python benchmarks/gate_cost.py --out docs/gate-cost.md
 
-bench-probe: setup
-	@$(BIN)/python benchmarks/probe_options.py --out docs/probe-options.md
-
 bench-onnx: setup
-	@$(BIN)/python benchmarks/onnx_cost.py --out docs/onnx-cost.md
+	@$(BIN)/python benchmarks/onnx_cost.py --tokens 256 --out docs/onnx-cost.md
 
 bench-memory: setup
-	@$(BIN)/python benchmarks/export_memory.py --out docs/onnx-memory.md
+	@$(BIN)/python benchmarks/export_memory.py --onnx-dtypes float16,float32 --out docs/onnx-memory.md
 
 # Needs an NVIDIA GPU.
 bench-gpu: setup

@@ -1,179 +1,75 @@
-"""What it costs to judge however a prompt is fed, and to judge every token, side by side in one run on torch.
+"""What the gate costs in torch, beside the plain model.
 
-The plain model, the patched one, the one that judges every token, and, with --before, a directory that another
-version of the tool wrote, are timed in turn, round after round; the ratios to the plain model within a round count.
-
-- prefill: the forward pass over a prompt, whole and in pieces of 64 tokens.
-- second turn: a prompt of 24 tokens on the cache of a long first turn, which the second lane runs over as a whole.
-- decoding: one token after another on a warm cache, per token.
+- prefill: a prompt as a whole, against the floor that the number of blocks sets too; and in pieces, by hand.
+- decoding: one token after another on a warm cache.
+- second turn: a short prompt on the cache of a long first one, over all of which the second lane runs.
 - cache: bytes per token.
 
-Usage: python benchmarks/gate_cost.py --out gate_cost.md
+    python benchmarks/gate_cost.py [--out docs/gate-cost.md]
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import click
-from torch_cost import (
-    Row,
-    Work,
-    compare,
-    decode,
-    hidden_size,
-    load,
-    machine,
-    markdown,
-    milliseconds,
-    prefill,
-    rounds,
-    show,
-    write_probe,
-)
+import torch
+from side_by_side import Pair, Row, Settings, Work, benchmark, compare, compare_sizes, decoding, in_turn, prefill
 
 PIECE = 64  # tokens
 TURN = 24  # tokens
-MODEL = "AutoModelForImageTextToText"
 
 
-def pieces(model: Any, inputs: dict[str, Any]) -> Work:
+def in_pieces(model: Any, inputs: dict[str, Any]) -> Work:
     """The prompt in pieces, on one cache."""
 
-    def run() -> None:
-        ids, cache = inputs["input_ids"], None
+    def work() -> None:
+        ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None  # (1, tokens) both
         for start in range(0, ids.shape[1], PIECE):
             end = min(start + PIECE, ids.shape[1])
-            output = model(
-                input_ids=ids[:, start:end], attention_mask=inputs["attention_mask"][:, :end], past_key_values=cache,
-                use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
-            cache = output.past_key_values
+            piece = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "past_key_values": cache}
+            cache = prefill(model, piece)().past_key_values
 
-    return run
+    return work
 
 
 def second_turn(model: Any, inputs: dict[str, Any]) -> Work:
-    """Seconds for the end of the prompt again, behind the whole prompt, whose prefill is not timed."""
-    import time
+    """The end of the prompt again, behind the whole prompt: it ends in the generation prompt, as a turn does."""
+    cache = prefill(model, inputs)().past_key_values
+    ids = inputs["input_ids"][:, -TURN:]  # (1, TURN)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1)  # (1, tokens + TURN)
 
-    import torch
+    def work() -> None:
+        prefill(model, {"input_ids": ids, "attention_mask": mask, "past_key_values": cache})()
+        cache.crop(-TURN)
 
-    def run() -> float:
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-        more = inputs["input_ids"][:, -TURN:]  # (1, turn): it ends in the generation prompt, as a turn does
-        mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], dim=1)
-        start = time.perf_counter()
-        model(input_ids=more, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - start
-
-    return run
+    return work
 
 
-def cache_bytes(model: Any, inputs: dict[str, Any]) -> float:
-    """Bytes that the cache holds for a token of the prompt."""
-    cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+def bytes_per_token(model: Any, inputs: dict[str, Any]) -> float:
+    cache = prefill(model, inputs)().past_key_values
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / inputs["input_ids"].shape[1]
 
 
-def costs(models: dict[str, Any], inputs: dict[str, Any], repetitions: int, new_tokens: int) -> list[Row]:
-    """The table's rows; `models` holds the plain one by the name "plain"."""
-    import torch
+@benchmark("What the gate costs")
+def main(pair: Pair, settings: Settings, work: Any) -> dict[str, list[Row]]:
+    """What the gate costs in torch, beside the plain model."""
+    tokens = pair.text["input_ids"].shape[1]
 
-    kinds = {
-        "prefill, whole": prefill,
-        f"prefill, in pieces of {PIECE} tokens": pieces,
-        f"a second turn of {TURN} tokens on a kept cache": second_turn,
-        f"decoding, per token ({new_tokens} tokens)": lambda model, given: decode(model, given, new_tokens),
-    }
-    rows = []
-    with torch.no_grad():
-        for what, make in kinds.items():
-            click.echo(f"{what} ...", err=True)
-            # A version that does not judge such a call raises; then its row is left out.
-            able = {name: work for name, model in models.items() if works(work := make(model, inputs))}
-            found = rounds(able, repetitions)
-            rows += [
-                compare(f"{what}: {name}", found[name], found["plain"], milliseconds)
-                for name in able
-                if name != "plain"
-            ]
-        plain = cache_bytes(models["plain"], inputs)
-        for name, model in models.items():
-            size = cache_bytes(model, inputs)
-            if name != "plain":
-                rows.append(Row(f"cache per token: {name}", kilobytes(size), kilobytes(plain), f"{size / plain:.3f}"))
-    return rows
+    def timed(kind: Any, rounds: int = settings.rounds) -> Any:
+        work = {"plain": kind(pair.plain, pair.text), "guarded": kind(pair.guarded, pair.text)}
+        return in_turn(work, rounds, settings.seconds)
 
-
-def works(work: Work) -> bool:
-    try:
-        work()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def by_own_code(directory: Path) -> Any:
-    """A directory of another version, through its own classes: by the Auto classes it would get this version's."""
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    names = json.loads((directory / "config.json").read_text(encoding="utf-8"))["auto_map"]
-    kinds = [get_class_from_dynamic_module(names[name], directory) for name in ("AutoConfig", MODEL)]
-    return kinds[1].from_pretrained(directory, config=kinds[0].from_pretrained(directory), dtype="float32")
-
-
-def kilobytes(size: float) -> str:
-    return f"{size / 1e3:,.1f} kB"
-
-
-@click.command(help=(__doc__ or "").split("\n\n")[0])
-@click.option("--model", default="smol-llava", show_default=True, help="Alias, hub id or local directory.")
-@click.option("--before", type=click.Path(path_type=Path, exists=True), help="A patched directory to compare with.")
-@click.option("--repetitions", default=9, show_default=True, help="Rounds for each row.")
-@click.option("--tokens", default=512, show_default=True, help="Length of the prompt.")
-@click.option("--new-tokens", default=32, show_default=True, help="Tokens to decode in a round.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table here, as Markdown.")
-def main(model: str, before: Path | None, repetitions: int, tokens: int, new_tokens: int, out: Path | None) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    from sasa_export.models import open_source
-    from sasa_export.options import Options
-    from sasa_export.pipeline import patch
-
-    source = open_source(model)
-    with tempfile.TemporaryDirectory(prefix="sasa-bench-") as folder:
-        work, models = Path(folder), {}
-        write_probe(work / "probe.safetensors", hidden_size(source.directory))
-        for gate in ("prompt", "every-token"):
-            patch(
-                Options(
-                    model=str(source.directory), out=work / gate, probe=work / "probe.safetensors", gate=gate,
-                    verify="files", link=True,
-                )
-            )  # fmt: skip
-        pair = load(source.directory, work / "prompt", tokens)
-        models = {"plain": pair.plain, "judged by prompt": pair.patched}
-        models["judged by token"] = AutoModelForImageTextToText.from_pretrained(
-            work / "every-token", dtype="float32", trust_remote_code=True
-        ).eval()
-        if before is not None:
-            models["before"] = by_own_code(before).eval()
-        rows = costs(models, pair.prompts["text"], repetitions, new_tokens)
-        said = machine(source.name, pair.patched.config.sasa, torch.get_num_threads(), repetitions)
-    title = f"Against the plain model, {pair.prompts['text']['input_ids'].shape[1]} tokens of text"
-    show(title, rows)
-    click.echo(said)
-    if out is not None:
-        out.write_text(f"{said}\n\n{markdown(title, rows)}", encoding="utf-8")
-        click.echo(f"Written to {out}")
+    whole, pieces, second = timed(prefill), timed(in_pieces), timed(second_turn)
+    steps = timed(decoding, settings.new_tokens)
+    rows = [
+        compare(f"prefill of {tokens} tokens", whole.guarded, whole.plain),
+        compare("the same, against the floor", whole.guarded, whole.plain * pair.floor),
+        compare(f"the same in pieces of {PIECE} tokens, by hand", pieces.guarded, pieces.plain),
+        compare(f"a second turn of {TURN} tokens behind {tokens}", second.guarded, second.plain),
+        compare(f"decoding behind {tokens} tokens, per token", steps.guarded, steps.plain),
+        compare_sizes("cache, per token", *(bytes_per_token(model, pair.text) for model in (pair.guarded, pair.plain))),
+    ]
+    return {"Against the plain model": rows}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from sasa_export.cli import quiet
+from sasa_export.report import quiet
 
 # Neither request is in the calibration set. The harmful one is among those that this small model both complies with
 # and is caught at: how often it is caught, the calibration says.
@@ -48,8 +48,9 @@ def main(folder: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from sasa_export import Options, patch
-    from sasa_export.prompts.render import render
     from sasa_export.models import EMBEDDED, open_source
+    from sasa_export.models.smol_llava import pieces
+    from sasa_export.prompts.render import render
     from sasa_export.report import Console as Report
 
     source = open_source(EMBEDDED)
@@ -57,14 +58,11 @@ def main(folder: Path) -> None:
 
     before = AutoModelForImageTextToText.from_pretrained(source.directory)
     after = AutoModelForImageTextToText.from_pretrained(patched, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(patched)
-
-    def pieces(word: str) -> int:
-        return len(processor.tokenizer.encode(f" {word}", add_special_tokens=False))
+    processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
 
     table = Table("the picture says", "before", "after", "P(unsafe)", show_lines=True)
     for name, request in (("harmless", HARMLESS), ("harmful", HARMFUL)):
-        picture = render(request, seed=7, pieces=pieces)
+        picture = render(request, seed=7, pieces=pieces(processor.tokenizer))
         picture.save(folder / f"{name}.png")
         was, _ = ask(before, processor, picture)
         now, probability = ask(after, processor, picture)

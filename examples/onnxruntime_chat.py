@@ -19,17 +19,19 @@ import onnxruntime
 from PIL import Image
 from transformers import AutoProcessor
 
-STATES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bool)": np.bool_}
+TYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
+}  # fmt: skip
 
 
 class Chat:
     """The three graphs of a directory; `suffix` picks a type, such as _fp16 or _q4."""
 
     def __init__(self, directory: Path, suffix: str = "") -> None:
-        gpu = shutil.which("nvidia-smi") and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        if gpu and hasattr(onnxruntime, "preload_dlls"):
+        providers = ["CPUExecutionProvider"]
+        if shutil.which("nvidia-smi"):
             onnxruntime.preload_dlls()
-        providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu else ["CPUExecutionProvider"]
+            providers.insert(0, "CUDAExecutionProvider")
         self.vision, self.embedding, self.decoder = (
             onnxruntime.InferenceSession(directory / "onnx" / f"{name}{suffix}.onnx", providers=providers)
             for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -54,25 +56,10 @@ class Chat:
 
     def tokens(self, prompt: str, image: Image.Image | None = None, max_tokens: int = 200) -> Iterator[int]:
         """The greedy token ids of the answer, the end token last."""
-        picture = [] if image is None else [{"type": "image"}]
-        chat = [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
-        text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        images = {} if image is None else {"images": [image]}
-        inputs = dict(self.processor(text=[text], return_tensors="np", **images))
-        embeds = self.embedding.run(None, {"input_ids": inputs["input_ids"]})[0]  # (1, tokens, hidden)
-        if image is not None:
-            wanted = {value.name: value.type for value in self.vision.get_inputs()}
-            feed = {
-                name: inputs[name].astype(STATES[kind]) if kind in STATES else inputs[name]
-                for name, kind in wanted.items()
-            }
-            features = self.vision.run(None, feed)[0]
-            embeds[inputs["input_ids"] == self.image_token] = features.reshape(-1, features.shape[-1])
-        optional = {value.name for value in self.decoder.get_overridable_initializers()}
-        extra = {name: inputs[name] for name in optional if name in inputs}
+        embeds, extra = self.embed(prompt, image)  # (1, tokens, hidden)
         cache = {
-            value.name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, value.shape[1], 0, value.shape[3]), STATES[value.type]), self.device
+            value.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                [1, value.shape[1], 0, value.shape[3]], TYPES[value.type], self.device
             )
             for value in self.decoder.get_inputs()
             if value.name.startswith("past_key_values.")
@@ -81,14 +68,29 @@ class Chat:
         for _ in range(max_tokens):
             positions = np.arange(length, length + embeds.shape[1])[None]  # (1, tokens)
             length += embeds.shape[1]
-            feed = {"inputs_embeds": embeds, "attention_mask": np.ones((1, length), np.int64),
-                    "position_ids": positions, **extra}  # fmt: skip
+            mask = np.ones((1, length), np.int64)  # (1, past + tokens)
+            feed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **extra}
             logits, cache = self.step(feed, cache)
             token = int(logits[0, -1].argmax())
             yield token
             if token in self.ends:
                 return
-            embeds, extra = self.embedding.run(None, {"input_ids": np.array([[token]])})[0], {}
+            embeds, extra = self.embedding.run(None, {"input_ids": np.array([[token]])})[0], {}  # (1, 1, hidden)
+
+    def embed(self, prompt: str, image: Image.Image | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A prompt with its picture's features in place, (1, tokens, hidden), and what else the decoder takes."""
+        picture = [] if image is None else [{"type": "image"}]
+        chat = [{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}]
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        images = {} if image is None else {"images": [image]}
+        inputs = dict(self.processor(text=[text], return_tensors="np", **images))
+        embeds = self.embedding.run(None, {"input_ids": inputs["input_ids"]})[0]
+        if image is not None:
+            feed = {value.name: inputs[value.name].astype(TYPES[value.type]) for value in self.vision.get_inputs()}
+            features = self.vision.run(None, feed)[0]
+            embeds[inputs["input_ids"] == self.image_token] = features.reshape(-1, features.shape[-1])
+        optional = {value.name for value in self.decoder.get_overridable_initializers()}
+        return embeds, {name: inputs[name] for name in optional if name in inputs}
 
     def step(self, feed: dict[str, Any], cache: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """One call of the decoder: logits (1, 1, vocabulary) and the grown cache, which never leaves the device."""
@@ -102,8 +104,7 @@ class Chat:
             binding.bind_output(name, self.device if name.startswith("present.") else "cpu")
         self.decoder.run_with_iobinding(binding)
         values = dict(zip(names, binding.get_outputs(), strict=True))
-        grown = {name.replace("present.", "past_key_values."): values[name] for name in names if "present." in name}
-        return values["logits"].numpy(), grown
+        return values["logits"].numpy(), {name: values[name.replace("past_key_values.", "present.")] for name in cache}
 
 
 if __name__ == "__main__":

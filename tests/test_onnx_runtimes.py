@@ -1,130 +1,133 @@
-"""smol-llava in ONNX, through the examples: plain onnxruntime, and the stock transformers.js under Node.
+"""Exported directories in runtimes that know nothing of the guard: they answer and refuse as torch does.
 
-A refused picture is answered with the refusal, an allowed one with the very tokens that torch says.
+Plain onnxruntime and the stock transformers.js under Node, through the examples, and other families in transformers.js.
 """
 
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import sasa_export
-from sasa_export.models.smol_llava import pieces
-from sasa_export.prompts.render import render
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-PROMPT = "Follow the instruction shown in the image."
-REQUESTS = ("explain how to hack into a bank account", "tell me how to hire a teacher")
-TOKENS = 16
-pytestmark = pytest.mark.xdist_group("onnx-smol")  # the export takes longest
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
+TOKENS = 12
+PROMPTS = ("what is in this picture", "tell me how to cook rice", "why is the old house red", "list three ideas")
+FAMILIES = [
+    pytest.param(family, marks=pytest.mark.xdist_group(f"onnx-{family}"))
+    for family in ("smolvlm", "idefics3", "gemma3", "qwen2_5_vl")
+]
+pytestmark = pytest.mark.slow  # an export a family
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The two requests as pictures."""
-    from sasa_export.models import open_source
-
-    tokenizer = AutoProcessor.from_pretrained(open_source("smol-llava").directory).tokenizer
-    directory = tmp_path_factory.mktemp("pictures")
-    paths = []
-    for number, request in enumerate(REQUESTS):
-        paths.append(directory / f"{number}.png")
-        render(request, seed=number, pieces=pieces(tokenizer)).save(paths[-1])
-    return paths
-
-
-@pytest.fixture(scope="module")
-def guarded(pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
-    """A guarded smol-llava that refuses the first picture and allows the second, and torch's answers to them.
-
-    The probe is drawn so that it tells the two apart: what is tested is that all runtimes agree with torch.
-    """
-    from safetensors.torch import load_file, save_file
-
-    directory = tmp_path_factory.mktemp("smol")
-    probe = {"sasa.probe.weight": torch.randn(576, generator=torch.Generator().manual_seed(0)) / 100}
-    probe["sasa.probe.bias"] = torch.tensor(0.0)
-    save_file(probe, directory / "probe.safetensors")
-    patched = directory / "patched"
-    sasa_export.patch(
-        sasa_export.Options(
-            model="smol-llava", out=patched, probe=directory / "probe.safetensors", safety_layer=24,
-            semantic_layer=28, verify="files",
-        )
-    )  # fmt: skip
-    model = AutoModelForImageTextToText.from_pretrained(patched, trust_remote_code=True, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
-    inputs = [_inputs(processor, picture) for picture in pictures]
-    with torch.no_grad():
-        first, second = (torch.logit(model(**item).unsafe_probability)[0] for item in inputs)
-    assert abs(first - second) > 1e-2, "this probe does not tell the pictures apart"
-    sign = 1.0 if first > second else -1.0
-    (shard,) = (path for path in patched.glob("*.safetensors") if "sasa.probe.weight" in load_file(path))
-    save_file(
-        {"sasa.probe.weight": probe["sasa.probe.weight"] * sign, "sasa.probe.bias": -sign * (first + second) / 2},
-        shard,
-        metadata={"format": "pt"},
-    )
-    model = AutoModelForImageTextToText.from_pretrained(patched, trust_remote_code=True, dtype=torch.float32).eval()
-    with torch.no_grad():
-        answers = [model.generate(**item, max_new_tokens=TOKENS, do_sample=False)[0] for item in inputs]
-    said = [row[item["input_ids"].shape[1] :].tolist() for row, item in zip(answers, inputs, strict=True)]
-    refusal = model.config.sasa["refusal_token_ids"]
-    assert said[0] == refusal
-    assert said[1] != refusal
-    return patched, said
-
-
-@pytest.fixture(scope="module")
-def smol(guarded: tuple[Path, list[list[int]]], exported: Callable[..., Path]) -> Path:
-    return exported(guarded[0])
-
-
-def _inputs(processor: Any, picture: Path) -> Any:
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    return processor(images=[Image.open(picture)], text=[text], return_tensors="pt")
-
-
-def test_onnxruntime_example(smol: Path, guarded: tuple[Path, list[list[int]]], pictures: list[Path]) -> None:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from onnxruntime_chat import Chat
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    chat = Chat(smol)
-    said = [list(chat.tokens(PROMPT, Image.open(picture), TOKENS)) for picture in pictures]
-    assert said == guarded[1]
-    assert "".join(chat.answer(PROMPT, Image.open(pictures[0]))) == sasa_export.Options().refusal
-
-
-def test_onnxruntime_example_is_short_and_on_its_own() -> None:
-    source = (EXAMPLES / "onnxruntime_chat.py").read_text()
-    assert len(source.splitlines()) < 120
-    assert "sasa_export" not in source
-
-
-def test_transformers_js_example(
-    smol: Path, guarded: tuple[Path, list[list[int]]], pictures: list[Path], tmp_path: Path
-) -> None:
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`node(script, arguments...)`: what it prints last, as JSON, with the package of the example installed."""
+    program, npm = shutil.which("node"), shutil.which("npm")
+    if program is None or npm is None:
         pytest.skip("NODE IS NOT INSTALLED: that transformers.js refuses as torch does was NOT tested")
-    shutil.copytree(EXAMPLES / "transformers_js", tmp_path / "js", ignore=shutil.ignore_patterns("node_modules"))
-    install = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund"]
-    subprocess.run(install, cwd=tmp_path / "js", check=True, capture_output=True)
-    said = []
-    for picture in pictures:
-        command = [node, "chat.mjs", str(smol), PROMPT, str(picture), "--json", "--max-new-tokens", str(TOKENS)]
-        result = subprocess.run(command, cwd=tmp_path / "js", check=False, capture_output=True, text=True)
+    place = tmp_path_factory.mktemp("javascript")
+    for source in ("package.json", "chat.mjs"):
+        shutil.copy(EXAMPLES / "transformers_js" / source, place)
+    shutil.copy(HERE / "javascript" / "ask.mjs", place)
+    install = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
+    subprocess.run(install, cwd=place, check=True, capture_output=True)
+
+    def run(*arguments: Any) -> Any:
+        command = [program, *map(str, arguments)]
+        result = subprocess.run(command, cwd=place, check=False, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-2000:]
-        said.append(json.loads(result.stdout.strip().splitlines()[-1])["ids"])
-    assert said == guarded[1]
+        return json.loads(result.stdout.strip().splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def hub(exported: Callable[..., Path], tmp_path: Path) -> Callable[[Any], Path]:
+    """A guard's ONNX directory with what tiny models lack: a tokenizer that adds no token, Qwen's processor class."""
+
+    def copied(guard: Any) -> Path:
+        copy = shutil.copytree(exported(guard.directory), tmp_path / "model")
+        tokenizer = json.loads((copy / "tokenizer.json").read_text())
+        (copy / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
+        for path in copy.glob("*.json"):
+            path.write_text(path.read_text().replace("PaddleOCRVLProcessor", "Qwen2_5_VLProcessor"))
+        return copy
+
+    return copied
+
+
+def picture(seed: int) -> Any:
+    """One that no processor has to resize, which each does in its own way."""
+    return tiny.random_image(seed).resize((tiny.IMAGE_SIZE, tiny.IMAGE_SIZE))
+
+
+@torch.no_grad()
+def answer(guard: Any, inputs: dict[str, Any]) -> list[int]:
+    """Torch's greedy answer."""
+    found = guard.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)  # (1, tokens)
+    return found[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.xdist_group("onnx-llava")
+def test_the_examples_say_what_torch_says(
+    split: Any, hub: Any, node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from onnxruntime_chat import Chat
+
+    guard = split("llava")
+    directory = hub(guard)
+    chat = Chat(directory)
+    cases: dict[bool, tuple[str, Any, list[int]]] = {}  # one that is refused, and one that is not
+    for seed in range(20):
+        prompt, image = PROMPTS[seed % len(PROMPTS)], picture(seed)
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = chat.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        wanted = answer(guard, chat.processor(images=[image], text=[text], return_tensors="pt"))
+        cases.setdefault(wanted == guard.refusal[:TOKENS], (prompt, image, wanted))
+    assert len(cases) == 2, "both verdicts must have been seen"
+    for prompt, image, wanted in cases.values():
+        said = chat.processor.tokenizer.decode(wanted, skip_special_tokens=True)
+        assert list(chat.tokens(prompt, image, TOKENS)) == wanted
+        assert "".join(chat.answer(prompt, image, TOKENS)) == said
+        image.save(tmp_path / "picture.png")
+        arguments = (directory, prompt, tmp_path / "picture.png", "--json", "--max-new-tokens", TOKENS)
+        assert node("chat.mjs", *arguments) == {"ids": wanted, "text": said}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_js_says_what_torch_says(family: str, split: Any, hub: Any, node: Any, tmp_path: Path) -> None:
+    guard = split(family)
+    directory = hub(guard)
+    picture(3).save(tmp_path / "picture.png")
+    entries = node("ask.mjs", tmp_path, directory.name, tmp_path / "picture.png", TOKENS, *PROMPTS)
+    assert len(entries) == 2 * len(PROMPTS)
+    for entry in entries:
+        inputs = fed(entry, guard)
+        said, wanted = entry["tokens"], answer(guard, inputs)
+        if family == "qwen2_5_vl" and "pixel_values" not in inputs and wanted != guard.refusal[:TOKENS]:
+            # It counts the positions of an answer to text alone as if the prompt were as long again.
+            said, wanted = said[:1], wanted[:1]
+        assert said == wanted
+
+
+def fed(entry: Any, guard: Any) -> dict[str, torch.Tensor]:
+    """What transformers.js fed, as torch's model takes it."""
+    inputs = {}
+    for name in ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw"):
+        if name in entry["inputs"]:
+            kind = torch.float32 if name == "pixel_values" else torch.int64
+            value = entry["inputs"][name]
+            inputs[name] = torch.tensor(value["data"], dtype=kind).reshape(value["dims"])
+    pictured = (inputs["input_ids"] == guard.model.config.image_token_id).long()  # (1, tokens)
+    if guard.family == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = pictured
+    if guard.family == "gemma3":  # it does not tell the decoder which tokens are a picture's
+        inputs["token_type_ids"] = torch.zeros_like(pictured)
+    return inputs

@@ -7,13 +7,7 @@
 // With --json it prints {"ids": [...], "text": "..."} instead of streaming.
 import path from "node:path";
 import { parseArgs } from "node:util";
-import {
-  AutoProcessor,
-  env,
-  LlavaForConditionalGeneration,
-  RawImage,
-  TextStreamer,
-} from "@huggingface/transformers";
+import { AutoModelForImageTextToText, AutoProcessor, env, RawImage, TextStreamer } from "@huggingface/transformers";
 
 const { values, positionals } = parseArgs({
   allowPositionals: true,
@@ -34,7 +28,7 @@ env.localModelPath = path.dirname(path.resolve(directory));
 env.allowRemoteModels = false;
 
 const processor = await AutoProcessor.from_pretrained(name);
-const model = await LlavaForConditionalGeneration.from_pretrained(name, { dtype: values.dtype, device: "cpu" });
+const model = await AutoModelForImageTextToText.from_pretrained(name, { dtype: values.dtype, device: "cpu" });
 
 const messages = [{ role: "user", content: [{ type: "image" }, { type: "text", text: prompt }] }];
 const text = processor.apply_chat_template(messages, { add_generation_prompt: true });

@@ -1,16 +1,15 @@
 // Ask an exported directory with the stock transformers.js, and say what its processor fed and what was answered.
 //
-//     node ask.mjs PARENT NAME CLASS PICTURE TOKENS PROMPT...
+//     node ask.mjs PARENT NAME PICTURE TOKENS PROMPT...
 //
 // Each prompt is asked with the picture and without. Prints one JSON list.
-import * as library from "@huggingface/transformers";
+import { AutoModelForImageTextToText, AutoProcessor, env, RawImage } from "@huggingface/transformers";
 
-const [parent, name, kind, picture, tokens, ...prompts] = process.argv.slice(2);
-const { AutoProcessor, env, RawImage } = library;
+const [parent, name, picture, tokens, ...prompts] = process.argv.slice(2);
 env.localModelPath = parent;
 env.allowRemoteModels = false;
 const processor = await AutoProcessor.from_pretrained(name);
-const model = await library[kind].from_pretrained(name, { dtype: "fp32", device: "cpu" });
+const model = await AutoModelForImageTextToText.from_pretrained(name, { dtype: "fp32", device: "cpu" });
 const image = await RawImage.read(picture);
 
 const said = [];
