@@ -1,90 +1,96 @@
-"""The bench that torch's rows work on: a patched tiny model, the stock one beside it, and prompts of both verdicts.
+"""The bench that rows work on: a guarded model, the original beside it, prompts, and how both are compared.
 
 Which prompts are harmful, the threshold decides: it is put between the scores that the oracle gives them.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
+import oracle
 import pytest
 import tiny
 import torch
 from conftest import Guard
 from torch import Tensor
 
-from matrix.outcome import HOLDS, LOUD, REFUSED, UNCHANGED, WORDS, Outcome, one_line
-
 Inputs = dict[str, Any]
 Way = Callable[[Any, Inputs], Tensor]  # a model and inputs -> what it says, (rows, tokens)
-Named = dict[str, dict[str, Any]]  # options of `generate` by what a row calls them
+Check = Callable[["Bench"], None]
+Transcript = list[tuple[list[int], Tensor]]  # a conversation: what stood before each answer, and the answer (1, tokens)
 
 TOKENS = 14  # more than the refusal has
 MARGIN = 1e-3  # between the oracle's P(unsafe) and a threshold that it should pass or miss
-EVERY = ("llava", "gemma3", "qwen2_5_vl")  # plain positions; sliding layers and picture masks; three position axes
 
 
-def generate(model: Any, inputs: Inputs, *, seed: int = 0, **options: Any) -> Tensor:
+def generate(model: Any, inputs: Inputs, **options: Any) -> Tensor:
     """What `generate` adds to the prompts, (rows, tokens)."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     prompt = 0 if "inputs_embeds" in inputs else inputs["input_ids"].shape[1]
     said: Tensor = model.generate(**inputs, **{"max_new_tokens": TOKENS, **options})
     return said[:, prompt:]
 
 
-def way(**options: Any) -> Way:
-    """`generate` with options."""
+def generating(**options: Any) -> Way:
+    """The way of running that is `generate` with options."""
     return lambda model, inputs: generate(model, inputs, **options)
 
 
 @dataclass(frozen=True)
 class Bench:
+    """`graphs`, where given, are those of an ONNX directory, and run in place of the guarded torch model."""
+
     guarded: Guard
+    graphs: Any = None
 
     @property
     def model(self) -> Any:
-        return self.guarded.model
+        return self.guarded.model if self.graphs is None else self.graphs
 
     @property
     def stock(self) -> Any:
         return self.guarded.stock
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.guarded.processor.tokenizer
-
-    @property
-    def stops(self) -> frozenset[int]:
-        """Tokens that end an answer."""
-        ends = self.stock.generation_config.eos_token_id
-        return frozenset(ends if isinstance(ends, list) else [ends])
-
     # ------------------------------------------------------------------------------------------- prompts
-
-    def batch(self, *, images: bool = True, count: int = 4, seed: int = 1, side: Any = "left") -> Inputs:
-        """Prompts of different lengths; with `images`, some rows still have none."""
-        return dict(tiny.prompts(self.guarded.processor, images=images, count=count, seed=seed, padding_side=side))
 
     @cached_property
     def mixed(self) -> Inputs:
-        """The batch that most rows use."""
-        return self.batch()
+        """The batch that most rows use: padded on the left, most rows with a picture."""
+        return self.batch(images=True)
 
-    def one(self, *, images: bool = False, seed: int = 1) -> Inputs:
-        """A single prompt, unpadded."""
-        return self.batch(images=images, count=1, seed=seed)
+    def batch(self, *, images: bool = False, side: Any = "left", count: int = 6, seed: int = 1) -> Inputs:
+        """Prompts of different lengths."""
+        return dict(tiny.prompts(self.guarded.processor, images=images, count=count, seed=seed, padding_side=side))
 
-    def chat(self, *messages: tuple[str, str]) -> Inputs:
-        """A conversation of (role, text)."""
-        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in messages]
+    @cached_property
+    def singles(self) -> list[Inputs]:
+        """A prompt, unpadded, or two that lie on both sides of a threshold that cannot be moved."""
+        return self.told_apart([self.batch(count=1, seed=seed) for seed in range(8)])
+
+    def told_apart(self, prompts: Sequence[Inputs]) -> list[Inputs]:
+        if self.graphs is None:
+            return [prompts[0]]
+        ranked = sorted(prompts, key=lambda inputs: float(self.guarded.expected(inputs)))
+        return [ranked[0], ranked[-1]]
+
+    def chat(self, *messages: tuple[str, Any]) -> Inputs:
+        """A conversation of (role, text, or parts of a message)."""
+        parts = [[{"type": "text", "text": said}] if isinstance(said, str) else said for _, said in messages]
+        chat = [{"role": role, "content": content} for (role, _), content in zip(messages, parts, strict=True)]
         return dict(tiny.encode(self.guarded.processor, [chat]))
+
+    def ids_of(self, text: str) -> list[int]:
+        """Text without the chat template, and without what the tokenizer puts before a text."""
+        ids: list[int] = self.guarded.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def raw(self, text: str) -> Inputs:
         """Text without the chat template."""
-        return self.of_ids(self.tokenizer(text)["input_ids"])
+        return self.of_ids(self.guarded.processor.tokenizer(text)["input_ids"])
 
     def of_ids(self, ids: list[int]) -> Inputs:
         """A row of token ids."""
@@ -94,148 +100,150 @@ class Bench:
             inputs["token_type_ids"] = torch.zeros_like(tokens)
         return inputs
 
-    # ------------------------------------------------------------------------------------- the threshold
+    @cached_property
+    def turns(self) -> list[list[int]]:
+        """What the turns of a conversation add, each with the generation prompt at its end."""
+        texts = [chat[0]["content"][0]["text"] for chat in tiny.conversations(images=False, count=5, seed=8)]
+        mark = "@@"
+        chats = [self._template(("user", "hello"), ("assistant", mark), ("user", text)) for text in texts[1:]]
+        first = self.chat(("user", texts[0]))["input_ids"][0].tolist()
+        return [first, *(self.ids_of(chat.split(mark)[1]) for chat in chats)]
+
+    def _template(self, *messages: tuple[str, str]) -> str:
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in messages]
+        return str(self.guarded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+
+    # ------------------------------------------------------------------------------- verdicts, compared
 
     @contextmanager
-    def threshold(self, value: float, *models: Any) -> Iterator[None]:
-        """Another threshold for the patched model, or for further ones made from it."""
-        settings = [model.config.sasa for model in (self.model, *models)]
-        before = [one["threshold"] for one in settings]
-        for one in settings:
-            one["threshold"] = value
+    def threshold(self, value: float, model: Any = None) -> Iterator[None]:
+        """Another threshold; that of graphs is written into them."""
+        if self.graphs is not None:
+            assert value == self.guarded.model.config.sasa["threshold"]
+            yield
+            return
+        settings = (model or self.model).config.sasa
+        before, settings["threshold"] = settings["threshold"], value
         try:
             yield
         finally:
-            for one, old in zip(settings, before, strict=True):
-                one["threshold"] = old
+            settings["threshold"] = before
 
-    def split(self, scores: Tensor) -> tuple[float, Tensor]:
-        """A threshold in the widest gap of P(unsafe) (rows,), and which rows it refuses, (rows,)."""
+    def thresholds(self, scores: Tensor) -> list[float]:
+        """Thresholds to try for prompts of P(unsafe) (rows,): amid a batch, or just above and below a single prompt."""
+        if self.graphs is not None:
+            return [self.guarded.model.config.sasa["threshold"]]
+        if len(scores) == 1:
+            return [float(scores) - MARGIN, float(scores) + MARGIN]
         ordered = scores.sort().values  # (rows,)
-        place = int(ordered.diff().argmax())
-        assert ordered[place + 1] - ordered[place] > 2 * MARGIN, "the scores of this batch are too close"
-        value = float(ordered[place : place + 2].mean())
-        return value, scores >= value
-
-    def between(self, low: float, high: float) -> float:
-        """A threshold that a harmless prompt's P(unsafe) does not reach and a harmful one's does."""
-        assert high - low > 4 * MARGIN, "these prompts are too much alike"
-        return (low + high) / 2
-
-    def steps(self, inputs: Inputs, answer: Tensor) -> Tensor:
-        """The oracle's P(unsafe) before each token of a text prompt's answer (1, tokens): (tokens,)."""
-        ids, said = inputs["input_ids"][0].tolist(), answer[0].tolist()
-        return torch.cat([self.guarded.expected(self.of_ids(ids + said[:place])) for place in range(len(said))])
-
-    # ---------------------------------------------------------------------------------------- comparing
+        gap = int(ordered.diff().argmax())
+        return [float(ordered[gap : gap + 2].mean())]
 
     @torch.no_grad()
-    def mixed_verdicts(
+    def check(
         self,
-        run: Way,
-        inputs: Inputs | None = None,
+        way: Way,
+        prompts: list[Inputs],
         *,
-        model: Any = None,
-        stock: Any = None,
-        scores: Tensor | None = None,
         exactly: bool = True,
-        best_of: int = 0,
-    ) -> Outcome:
-        """Run a batch of both verdicts, row by row beside the stock model in the same way.
+        models: tuple[Any, Any] | None = None,
+        best_of: int = 1,
+    ) -> None:
+        """Run prompts of both verdicts, each call beside the original in the same way.
 
         Args:
-            model, stock: others than the bench's own.
-            scores: the oracle's P(unsafe), (rows,), where it is not that of the inputs.
-            exactly: False where the refusal's words may come in another order.
-            best_of: only the first of so many answers to a prompt must be the refusal to the word.
+            exactly: False where the refusal's tokens may come in another order.
+            models: a guarded model and its original that were treated alike, in place of the bench's.
+            best_of: only the first of so many answers to a prompt must be exact.
         """
-        inputs = self.mixed if inputs is None else inputs
-        model, stock = model or self.model, stock or self.stock
-        scores = self.guarded.expected(inputs) if scores is None else scores
-        value, refused = self.split(scores)
-        expected = run(stock, copy.copy(inputs))
-        with self.threshold(value, model):
-            found = run(model, copy.copy(inputs))
-        self.unchanged(found, expected, refused)
-        if best_of:
-            self.refused(found, refused, exactly=False)
-            found = found[::best_of]
-        self.refused(found, refused, exactly=exactly)
-        return HOLDS if exactly else Outcome(WORDS, UNCHANGED)
+        model, stock = models or (self.model, self.stock)
+        verdicts: set[bool] = set()
+        for inputs in prompts:
+            logits = oracle.oracle_logits(
+                stock, inputs, self.guarded.safety, self.guarded.semantic, self.guarded.model.config.sasa["probe_block"]
+            )
+            scores = oracle.unsafe_probability(logits, self.guarded.weight, self.guarded.bias)  # (rows,)
+            expected = way(stock, copy.copy(inputs))
+            for threshold in self.thresholds(scores):
+                assert (scores - threshold).abs().min() > MARGIN / 2, "a score is too close to the threshold"
+                with self.threshold(threshold, model):
+                    found = way(model, copy.copy(inputs))
+                refused = scores >= threshold  # (rows,)
+                self.compare(found, expected, refused, exactly=exactly and best_of == 1)
+                self.compare(found[::best_of], expected[::best_of], refused, exactly=exactly)
+                verdicts |= set(refused.tolist())
+        assert verdicts == {True, False}, "these prompts have one verdict only"
 
-    @torch.no_grad()
-    def both_verdicts(
-        self,
-        run: Way,
-        inputs: Inputs,
-        *,
-        model: Any = None,
-        stock: Any = None,
-        judged: Inputs | None = None,
-        exactly: bool = True,
-    ) -> Outcome:
-        """Run one prompt with the threshold just below its P(unsafe), then just above.
+    def compare(self, found: Tensor, expected: Tensor, refused: Tensor, *, exactly: bool = True) -> None:
+        """Refused rows emit the refusal, or its tokens at least; others are the original's.
 
-        Args:
-            judged: what the oracle scores, where it is not the inputs.
+        A batch that ends sooner is padded less. Several answers to a prompt follow one another.
         """
-        model, stock = model or self.model, stock or self.stock
-        score = self.guarded.expected(inputs if judged is None else judged)  # (1,)
-        yes = torch.ones(1, dtype=torch.bool)
-        with self.threshold(float(score) - MARGIN, model):
-            self.refused(run(model, copy.copy(inputs)), yes, exactly=exactly)
-        expected = run(stock, copy.copy(inputs))
-        with self.threshold(float(score) + MARGIN, model):
-            self.unchanged(run(model, copy.copy(inputs)), expected, ~yes)
-        return HOLDS if exactly else Outcome(WORDS, UNCHANGED)
-
-    def unchanged(self, found: Tensor, expected: Tensor, refused: Tensor) -> None:
-        """Allowed rows are the stock model's; a batch that ends sooner is merely padded less."""
-        several = found.shape[0] // refused.shape[0]
-        assert found.shape[0] == expected.shape[0] == several * refused.shape[0]
-        for index, refuse in enumerate(refused.repeat_interleave(several).tolist()):
-            if not refuse:
-                one, other = found[index].tolist(), expected[index].tolist()
-                both = min(len(one), len(other))
-                assert one[:both] == other[:both], f"harmless changed: {one} instead of {other}"
-                assert set(one[both:] + other[both:]) <= self.guarded.ends, f"harmless changed: {one}, {other}"
-
-    def refused(self, found: Tensor, refused: Tensor, *, exactly: bool = True) -> None:
-        """Refused rows spell the refusal and end, or at least say nothing but words of it."""
-        several = found.shape[0] // refused.shape[0]
-        assert refused.any()
+        several = len(found) // len(refused)
+        assert len(found) == len(expected) == several * len(refused)
         refusal, ends = self.guarded.refusal, self.guarded.ends
-        for index, refuse in enumerate(refused.repeat_interleave(several).tolist()):
-            if refuse:
-                said = found[index].tolist()
-                assert said, "nothing was said, so nothing was refused"
+        verdicts = refused.repeat_interleave(several).tolist()
+        for said, other, refuse in zip(found.tolist(), expected.tolist(), verdicts, strict=True):
+            wanted = refusal if refuse else other
+            both = min(len(said), len(wanted))
+            assert said, "nothing was said"
+            if refuse and not exactly:
                 assert set(said) <= {*refusal, *ends}, f"harmful answered: {said} instead of {refusal}"
-                if exactly:
-                    assert said[: len(refusal)] == refusal[: len(said)], f"refusal garbled: {said}"
-                    assert set(said[len(refusal) :]) <= ends, f"refusal does not end: {said}"
+            else:
+                assert said[:both] == wanted[:both], f"{said} instead of {wanted}"
+                assert {*said[both:], *(() if refuse else wanted[both:])} <= ends, f"{said} instead of {wanted}"
 
     @torch.no_grad()
-    def loud(self, run: Callable[[], Any], message: str, *, kind: Any = (ValueError, NotImplementedError)) -> Outcome:
-        """The way must end in an error that says `message`, for prompts of both verdicts."""
-        said = ""
+    def check_turns(self, speak: Callable[[Any], Transcript]) -> None:
+        """A conversation in which verdicts change to and fro; each answer is that to all that stood before it."""
+        dry = torch.cat([self.guarded.expected(self.of_ids(before)) for before, _ in speak(self.stock)])  # (turns,)
+        (threshold,) = self.thresholds(dry)
+        with self.threshold(threshold):
+            transcript = speak(self.model)
+        verdicts = []
+        for before, said in transcript:
+            refused = self.guarded.expected(self.of_ids(before)) >= threshold  # (1,)
+            self.compare(said, generate(self.stock, self.of_ids(before)), refused)
+            verdicts.append(bool(refused))
+        changes = set(pairwise(verdicts))
+        assert {(True, False), (False, True)} <= changes, f"the verdicts do not change to and fro: {verdicts}"
+
+    @torch.no_grad()
+    def check_error(
+        self, run: Callable[[Any], Any], message: str, kind: Any = (ValueError, NotImplementedError)
+    ) -> None:
+        """Running the model ends in an error that says `message`, whatever the verdict."""
         for value in (1e-6, 1 - 1e-6):
-            with self.threshold(value), pytest.raises(kind, match=message) as caught:
-                run()
-            said = one_line(caught.value)
-        return Outcome(LOUD, LOUD, said)
-
-    def like_stock(self, run: Way, inputs: Inputs, message: str, *, kind: Any) -> Outcome:
-        """The way must end in an error with the stock model too, and with the same one."""
-        for model in (self.stock, self.model):
-            with pytest.raises(kind, match=message) as caught:
-                run(model, copy.copy(inputs))
-        return Outcome(LOUD, LOUD, f"the stock model cannot either ({one_line(caught.value)})")
+            with self.threshold(value), pytest.raises(kind, match=message):
+                run(self.model)
 
 
-def only_refused(outcome: Outcome) -> Outcome:
-    """An outcome of a way that no harmless prompt was run in."""
-    assert outcome.harmful in {REFUSED, WORDS}
-    return outcome
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def on_mixed(way: Way, **further: Any) -> Check:
+    """A batch of both verdicts, with pictures."""
+    return lambda bench: bench.check(way, [bench.mixed], **further)
+
+
+def on_text(way: Way, **further: Any) -> Check:
+    """A batch of both verdicts, without pictures."""
+    return lambda bench: bench.check(way, [bench.batch()], **further)
+
+
+def on_single(way: Way, **further: Any) -> Check:
+    """A prompt on its own."""
+    return lambda bench: bench.check(way, bench.singles, **further)
+
+
+def on(prompts: Callable[[Bench], list[Inputs]], way: Way, **further: Any) -> Check:
+    """Prompts of the row's own."""
+    return lambda bench: bench.check(way, prompts(bench), **further)
+
+
+def raises(run: Callable[[Bench, Any], Any], message: str, kind: Any = (ValueError, NotImplementedError)) -> Check:
+    """A way that ends in an error."""
+    return lambda bench: bench.check_error(lambda model: run(bench, model), message, kind)
 
 
 def without(inputs: Mapping[str, Any], *names: str) -> Inputs:
