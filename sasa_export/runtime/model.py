@@ -95,7 +95,8 @@ class GuardedModel:
         given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
         settings = {**vars(given[0] if given else self.generation_config), **kwargs}
         for name, why in UNGUARDED.items():
-            if settings.get(name) not in (None, False, 1):
+            value = settings.get(name)
+            if value is not None and value is not False and (name, value) != ("guidance_scale", 1):
                 raise NotImplementedError(f"{name}: {why}. Run without it.")
         if "paged" in str(settings.get("cache_implementation")):
             raise NotImplementedError(f"cache_implementation='paged': {PACKED}")
