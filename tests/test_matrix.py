@@ -32,21 +32,16 @@ SAFETY, SEMANTIC = 22, 26
 
 def case(row: Row, target: str) -> Any:
     marks = [pytest.mark.xdist_group(f"onnx-{target.split()[0]}" if target.endswith("onnx") else target)]
-    marks += [pytest.mark.slow] if row.is_slow(target) else []
+    marks += [pytest.mark.slow] if target in row.slow_on else []
     marks += [pytest.mark.smol] if target.startswith("smol") else []
     return pytest.param(row, target, id=row.identifier_on(target), marks=marks)
 
 
 class Smol(Bench):
-    """The embedded model, with requests in pictures."""
+    """The embedded model, asked a harmful and a harmless request in a picture."""
 
-    @property
-    def mixed(self) -> Any:
-        return in_pictures(self.guarded.processor, *REQUESTS)
-
-    @property
-    def singles(self) -> Any:
-        return [in_pictures(self.guarded.processor, request) for request in REQUESTS]
+    def batch(self, *, images: bool = True, side: Any = "left", count: int = 2, seed: int = 0) -> Any:
+        return in_pictures(self.guarded.processor, *([REQUESTS[seed % 2]] if count == 1 else REQUESTS))
 
 
 def in_pictures(processor: Any, *requests: str) -> Any:
@@ -58,7 +53,7 @@ def in_pictures(processor: Any, *requests: str) -> Any:
 
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
-    """smol-llava with a probe that is fitted to the two pictures alone: what counts is that no way changes a verdict."""
+    """smol-llava with a probe that is fitted to the two pictures alone: no way may change a verdict."""
 
     @cache
     def made() -> Guard:
@@ -84,7 +79,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
     return made
 
 
-@pytest.mark.parametrize(("row", "target"), [case(row, target) for row in ROWS for target in row.on])
+@pytest.mark.parametrize(("row", "target"), [case(row, target) for row in ROWS for target in row.targets])
 @torch.no_grad()
 def test_row(
     guard: Callable[..., Guard],

@@ -45,7 +45,7 @@ def document(rows: list[Row], marks: dict[str, str]) -> tuple[str, list[str]]:
     """The Markdown, and which rows failed or were not run."""
     sections: dict[str, list[tuple[Row, dict[str, str]]]] = {}
     for row in rows:
-        found = {target: marks.get(f"test_row[{row.identifier_on(target)}]", "–") for target in row.on}
+        found = {target: marks.get(f"test_row[{row.identifier_on(target)}]", "–") for target in row.targets}
         sections.setdefault(row.section, []).append((row, found))
     wrong = [
         f"{row.name}, {target}: {mark}"

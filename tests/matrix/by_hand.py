@@ -1,6 +1,5 @@
 """Calling a model by hand, as a server does: pieces of a prompt on one cache, then the answer token by token."""
 
-import copy
 from typing import Any
 
 import torch
@@ -19,21 +18,18 @@ class Loop:
         self.bench, self.model, self.cache = bench, model, cache
         self.mask: Tensor | None = None  # (rows, context)
         self.types: Tensor | None = None  # (rows, context), for families that tell pictures from text by it
-        self.next = torch.zeros(0)  # (rows, 1) or (axes, rows, 1), the position that comes next
+        self.next: Tensor | None = None  # (rows, 1) or (axes, rows, 1), the position that comes next
 
     def feed(self, piece: Inputs) -> "Loop":
         """One call: input_ids (rows, tokens) or inputs_embeds (rows, tokens, hidden), and what belongs to them."""
         fed = piece["inputs_embeds"] if "inputs_embeds" in piece else piece["input_ids"]
         tokens = fed.shape[1]
         mask = piece.get("attention_mask", torch.ones(fed.shape[:2], dtype=torch.int64))  # (rows, tokens)
-        if self.mask is None:
-            places, self.next = positions(self.bench.guarded, {**piece, "attention_mask": mask})
-            self.mask = mask
-        else:
-            places = self.next + torch.arange(tokens)  # (..., rows, tokens)
-            self.next = self.next + tokens
-            self.mask = torch.cat([self.mask, mask], dim=1)
-        call = {**piece, "attention_mask": self.mask, "position_ids": places, "use_cache": True}
+        start = self._first(len(fed)) if self.next is None else self.next
+        piece = {"position_ids": start + torch.arange(tokens), **piece}  # (..., rows, tokens)
+        self.next = torch.maximum(start, piece["position_ids"].amax(-1, keepdim=True) + 1)
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        call = {**piece, "attention_mask": self.mask, "use_cache": True}
         call.pop("mm_token_type_ids", None)  # the positions say it
         if self.bench.guarded.family == "gemma3":
             types = piece.get("token_type_ids", torch.zeros_like(mask))  # (rows, tokens)
@@ -42,33 +38,33 @@ class Loop:
         self.cache, self.logits = output.past_key_values, output.logits[:, -1]
         return self
 
-    def feed_ids(self, ids: list[int], size: int | None = None) -> "Loop":
-        """Tokens of a single row, in pieces of `size` tokens or at once."""
-        for piece in torch.tensor([ids]).split(size or len(ids), dim=1):
-            self.feed({"input_ids": piece})
-        return self
+    def _first(self, rows: int) -> Tensor:
+        """Where positions begin, (rows, 1) or (axes, rows, 1)."""
+        axes = (3,) if hasattr(self.bench.stock.model, "get_rope_index") else ()
+        return torch.zeros((*axes, rows, 1), dtype=torch.int64)
 
     def feed_prompt(self, inputs: Inputs, size: int | None = None, *, last: int = 0, embedded: bool = False) -> "Loop":
         """A processor's prompt in pieces of `size` tokens, or in two with `last` tokens in the second, or whole.
 
         Its pictures come with the first piece, which reaches to their end.
         """
+        inputs = {**inputs, "position_ids": positions(self.bench.guarded, inputs)[0]}
+        tokens, places = inputs["input_ids"].shape[1], inputs["input_ids"] == image_token(self.bench.guarded)
+        pictured = int(places.any(0).nonzero().max()) + 1 if places.any() else 1
         if embedded:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])  # (rows, tokens, hidden)
-            inputs = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
-            pictured, tokens = 1, embeds.shape[1]
-        else:
-            places = (inputs["input_ids"] == image_token(self.bench.guarded)).any(0).nonzero()  # (columns, 1)
-            pictured, tokens = int(places.max()) + 1 if len(places) else 1, inputs["input_ids"].shape[1]
+            inputs["inputs_embeds"] = embeds
+            del inputs["input_ids"]
         step = size or (tokens - last)
         ends = [*(end for end in range(step, tokens, step) if end >= pictured), tokens]
         for start, end in zip([0, *ends], ends, strict=False):
             piece = {name: value[:, start:end] for name, value in inputs.items() if name in PER_TOKEN}
+            piece["position_ids"] = inputs["position_ids"][..., start:end]
             self.feed(piece if start else inputs | piece)
         return self
 
     def say(self, count: int = TOKENS, *, embedded: bool = False, until: set[int] | None = None) -> Tensor:
-        """Greedy tokens (rows, up to `count`), each fed as it is said; ends sooner where all rows say one of `until`."""
+        """Greedy tokens (rows, up to `count`), each fed as it is said; ends sooner where all say one of `until`."""
         said = []
         for _ in range(count):
             said.append(self.logits.argmax(-1, keepdim=True))  # (rows, 1)
@@ -82,7 +78,7 @@ class Loop:
 
     def crop(self, dropped: int) -> "Loop":
         """Forget the last tokens."""
-        assert self.mask is not None
+        assert self.mask is not None and self.next is not None
         self.cache.crop(-dropped)
         length = self.mask.shape[1] - dropped
         self.mask, self.next = self.mask[:, :length], self.next - dropped
@@ -91,27 +87,43 @@ class Loop:
 
     def pick(self, rows: Tensor) -> "Loop":
         """Keep these rows of the batch, in this order, some perhaps several times."""
-        assert self.mask is not None
+        assert self.mask is not None and self.next is not None
         self.cache.batch_select_indices(rows)
         self.mask, self.next, self.logits = self.mask[rows], self.next[..., rows, :], self.logits[rows]
         self.types = None if self.types is None else self.types[rows]
         return self
 
-    def copy(self) -> "Loop":
-        """Another loop that goes on from here."""
-        other = copy.copy(self)
-        other.cache = copy.deepcopy(self.cache)
-        return other
+
+def turns(bench: Bench) -> list[list[int]]:
+    """What the turns of a conversation add, each with the generation prompt at its end."""
+    first, *others = (
+        "tell me how",
+        "why does an old house look red",
+        "list ideas",
+        "please explain which tools fix it",
+    )
+    mark, found = "@@", [bench.chat(("user", first))["input_ids"][0].tolist()]
+    for text in others:
+        messages = [("user", first), ("assistant", mark), ("user", text)]
+        chat = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in messages]
+        whole = bench.guarded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        found.append(bench.tokenizer(whole.split(mark)[1], add_special_tokens=False)["input_ids"])
+    return found
+
+
+def joined(history: list[int], turn: list[int]) -> list[int]:
+    """A conversation and its next turn. The last answer may have ended already with what begins the turn."""
+    return history + (turn[1:] if history[-1:] == turn[:1] else turn)
 
 
 def converse(bench: Bench, model: Any, size: int | None) -> Transcript:
     """A conversation on a kept cache, its turns fed in pieces of `size` tokens or each at once."""
     loop, history, transcript = Loop(bench, model), list[int](), Transcript()
-    for turn in bench.turns:
-        added = turn[1:] if history and history[-1] == turn[0] else turn  # the answer may have ended as the turn does
-        loop.feed_ids(added, size)
-        history = history + added
-        said = loop.say(until=bench.guarded.ends)
-        transcript.append((history, said))
-        history = history + said[0].tolist()
+    for turn in turns(bench):
+        before = joined(history, turn)
+        for piece in torch.tensor([before[len(history) :]]).split(size or len(before), dim=1):
+            loop.feed({"input_ids": piece})
+        said = loop.say(until=bench.guarded.ends)  # (1, tokens)
+        transcript.append((before, said))
+        history = before + said[0].tolist()
     return transcript

@@ -1,13 +1,10 @@
-"""Rows on how a guarded model is loaded, kept and called: types, quantized weights, adapters, devices, engines."""
+"""Rows on how a guarded model is loaded, copied and called: types, quantized weights, adapters, engines."""
 
 import copy
-import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -17,27 +14,27 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, QuantoConfig, TorchAoConfig
 
-from matrix.bench import TOKENS, Bench, Check, Inputs, generate, generating, raises
-from matrix.rows import FAMILIES, LOUD, THREE, enter
+from matrix.bench import Bench, Inputs, generate, generating, single
+from matrix.rows import LLAVA, LOUD, OTHERS, REST, SMOL, THREE, Check, enter, enter_checks
 
 LOADING = "Loading and types"
-Models = tuple[Any, Any]
+Models = tuple[Any, Any]  # the guarded one and the original
 
 
-def load(bench: Bench, **options: Any) -> Models:
-    """The guarded and the original model, loaded anew in one way."""
-    places = bench.guarded.directory, bench.stock.name_or_path
-    loaded = [
-        AutoModelForImageTextToText.from_pretrained(place, trust_remote_code=True, **copy.deepcopy(options)).eval()
-        for place in places
-    ]
-    return loaded[0], loaded[1]
+def loaded(**options: Any) -> Callable[[Bench], Models]:
+    """Both loaded anew in one way."""
+
+    def models(bench: Bench) -> Models:
+        load = AutoModelForImageTextToText.from_pretrained
+        guarded = load(bench.guarded.directory, trust_remote_code=True, **copy.deepcopy(options))
+        return guarded.eval(), load(bench.stock.name_or_path, **copy.deepcopy(options)).eval()
+
+    return models
 
 
-def copied(bench: Bench, change: Callable[[Any], Any] = lambda model: model) -> Models:
-    """Copies of both models with the same done to them."""
-    model, stock = (change(copy.deepcopy(one)) for one in (bench.model, bench.stock))
-    return model, stock
+def copied(change: Callable[[Any], Any]) -> Callable[[Bench], Models]:
+    """Copies of both with the same done to them."""
+    return lambda bench: (change(copy.deepcopy(bench.model)), change(copy.deepcopy(bench.stock)))
 
 
 def treated(models: Callable[[Bench], Models]) -> Check:
@@ -47,27 +44,11 @@ def treated(models: Callable[[Bench], Models]) -> Check:
         model, stock = models(bench)
         for kept, tensor in zip(model.sasa.probe.parameters(), bench.model.sasa.probe.parameters(), strict=True):
             assert kept.is_meta or (kept.dtype == torch.float32 and torch.equal(kept.cpu(), tensor))
-        inputs = {
-            name: value.to(stock.dtype) if value.is_floating_point() else value for name, value in bench.mixed.items()
-        }
+        inputs = bench.batch(images=True)
+        inputs["pixel_values"] = inputs["pixel_values"].to(stock.dtype)
         bench.check(generating(), [inputs], models=(model, stock))
 
     return check
-
-
-enter(
-    LOADING,
-    {"loaded in bfloat16": treated(lambda bench: load(bench, dtype=torch.bfloat16))},
-    on=(*FAMILIES, "smol-llava"),
-)
-enter(LOADING, {
-    "loaded in float16": treated(lambda bench: load(bench, dtype=torch.float16)),
-    "eager attention": treated(lambda bench: load(bench, attn_implementation="eager")),
-}, on=THREE)  # fmt: skip
-enter(LOADING, {
-    "cast to bfloat16 and back": treated(lambda bench: copied(bench, lambda model: model.bfloat16().float())),
-    "a copy in train mode": treated(lambda bench: copied(bench, lambda model: model.train())),
-})  # fmt: skip
 
 
 def saved(bench: Bench) -> Models:
@@ -76,31 +57,20 @@ def saved(bench: Bench) -> Models:
         return AutoModelForImageTextToText.from_pretrained(scratch, trust_remote_code=True).eval(), bench.stock
 
 
-enter(LOADING, {"save_pretrained and load again": treated(saved)}, on=THREE)
-
-
-def long_refusal(tokens: int) -> Check:
-    """How far the refusal is, is kept in the cache's type, and bfloat16 counts to 256."""
-
-    def check(bench: Bench) -> None:
-        model, _ = copied(bench, lambda model: model.bfloat16())
-        words = (bench.guarded.refusal[:-1] * tokens)[: tokens - 1]
-        model.config.sasa |= {"refusal_token_ids": [*words, bench.guarded.refusal[-1]], "threshold": 1e-6}
-        said = generate(model, bench.singles[0], max_new_tokens=tokens + 2)
-        assert said[0].tolist() == model.config.sasa["refusal_token_ids"]
-
-    return check
-
-
-enter(LOADING, {"the longest refusal, in bfloat16": torch.no_grad()(long_refusal(250))})
-
-
-# --------------------------------------------------------------- quantized weights, adapters, devices: slow
+enter_checks(LOADING, {"loaded in bfloat16": treated(loaded(dtype=torch.bfloat16))}, on=THREE, slow_on=(*REST, *SMOL))
+COPIES = {
+    "loaded in float16": loaded(dtype=torch.float16),
+    "loaded with eager attention": loaded(attn_implementation="eager"),
+    "save_pretrained, and loaded again": saved,
+    "cast to bfloat16 and back": copied(lambda model: model.bfloat16().float()),
+    "a copy in train mode": copied(lambda model: model.train()),
+}
+enter_checks(LOADING, {name: treated(models) for name, models in COPIES.items()}, slow_on=OTHERS)
 
 
 def torchao(bench: Bench) -> Models:
     kinds = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
-    return load(bench, quantization_config=TorchAoConfig(kinds.Int8WeightOnlyConfig()))
+    return loaded(quantization_config=TorchAoConfig(kinds.Int8WeightOnlyConfig()))(bench)
 
 
 def adapted(model: Any) -> Any:
@@ -113,90 +83,52 @@ def adapted(model: Any) -> Any:
     return model.eval()
 
 
-def on_disk(bench: Bench) -> Models:
-    """Half of the blocks on disk."""
-    parts = [f"model.{part}" for part in ("vision_tower", "multi_modal_projector")]
-    parts += [f"model.language_model.{part}" for part in ("embed_tokens", "norm", "rotary_emb")]
-    places = dict.fromkeys([*parts, "lm_head", "sasa"], "cpu")
-    places |= {f"model.language_model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(6)}
-    model = AutoModelForImageTextToText.from_pretrained(
-        bench.guarded.directory, trust_remote_code=True, device_map=places, offload_folder=tempfile.mkdtemp()
-    )
-    assert model.model.language_model.layers[3].mlp.up_proj.weight.is_meta
-    return model.eval(), bench.stock
+def on_disk(model: Any) -> Any:
+    return accelerate.disk_offload(model, tempfile.mkdtemp(), execution_device=torch.device("cpu"))
 
 
-def all_on_disk(bench: Bench) -> Models:
-    model = accelerate.disk_offload(
-        copy.deepcopy(bench.model), tempfile.mkdtemp(), execution_device=torch.device("cpu")
-    )
-    assert model.sasa.probe.weight.is_meta
-    return model, bench.stock
-
-
-def compiled(bench: Bench) -> None:
-    torch._dynamo.reset()
-    model = copy.deepcopy(bench.model)
+def compiled(model: Any) -> Any:
     model.forward = torch.compile(model.forward, backend="eager")
-    bench.check(generating(max_new_tokens=3), [bench.batch()], models=(model, bench.stock))
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+    return model
 
 
-enter(LOADING, {
-    "weights in int8 (torchao)": treated(torchao),
-    "weights in int8 (optimum-quanto)": treated(
-        lambda bench: load(bench, quantization_config=QuantoConfig(weights="int8"))),
-    "a LoRA adapter": treated(lambda bench: copied(bench, adapted)),
-    "device_map with blocks on disk": treated(on_disk),
-    "all of it on disk (accelerate.disk_offload)": treated(all_on_disk),
-    "torch.compile of the forward pass, eager backend": compiled,
-}, slow=True)  # fmt: skip
-
-TWO_PROCESSES = """
-import json, sys
-import torch
-import torch.distributed as distributed
-from transformers import AutoModelForImageTextToText
-torch.set_num_threads(1)
-distributed.init_process_group("gloo")
-stock, guarded, prompts, threshold, tokens = json.loads(sys.argv[1])
-inputs = torch.load(prompts)
-found = []
-for directory in (stock, guarded):
-    model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True, tp_plan="auto").eval()
-    weight = model.model.language_model.layers[3].mlp.up_proj.weight
-    assert weight.to_local().shape[0] * 2 == weight.shape[0], "the weights are not split"
-    if directory == guarded:
-        model.config.sasa["threshold"] = threshold
-    with torch.no_grad():
-        found.append(model.generate(**inputs, max_new_tokens=tokens)[:, inputs["input_ids"].shape[1]:].tolist())
-if distributed.get_rank() == 0:
-    print(json.dumps(found))
-distributed.destroy_process_group()
-"""
+SLOW = {
+    "weights in int8 (torchao)": torchao,
+    "weights in int8 (optimum-quanto)": loaded(quantization_config=QuantoConfig(weights="int8")),
+    "a LoRA adapter": copied(adapted),
+    "all of it on disk (accelerate.disk_offload)": copied(on_disk),
+    "torch.compile of the forward pass": copied(compiled),
+}
+enter_checks(LOADING, {name: treated(models) for name, models in SLOW.items()}, on=(), slow_on=LLAVA)
 
 
-def two_processes(bench: Bench) -> None:
-    inputs, scratch = bench.mixed, Path(tempfile.mkdtemp())
-    scores = bench.guarded.expected(inputs)  # (rows,)
-    (threshold,) = bench.thresholds(scores)
-    (scratch / "script.py").write_text(TWO_PROCESSES, encoding="utf-8")
-    torch.save(inputs, scratch / "prompts.pt")
-    job = [bench.stock.name_or_path, str(bench.guarded.directory), str(scratch / "prompts.pt"), threshold, TOKENS]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*command, str(scratch / "script.py"), json.dumps(job)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": f"{scratch}/modules"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    expected, found = (torch.tensor(said) for said in json.loads(result.stdout.strip().splitlines()[-1]))
-    bench.compare(found, expected, scores >= threshold)
+@torch.no_grad()
+def long_refusal(bench: Bench) -> None:
+    """How far the refusal is, the cache keeps in its own type, and bfloat16 counts to 256."""
+    model = copy.deepcopy(bench.model).bfloat16()
+    model.config.sasa |= {"refusal_token_ids": [*range(100, 349), bench.guarded.refusal[-1]], "threshold": 1e-6}
+    said = generate(model, single(bench)[0], max_new_tokens=260)
+    assert said[0].tolist() == model.config.sasa["refusal_token_ids"]
 
 
-enter(LOADING, {"tensor parallel over two processes (gloo)": two_processes}, slow=True)
+enter_checks(LOADING, {"the longest refusal, in bfloat16": long_refusal}, on=(), slow_on=LLAVA)
 
-# ---------------------------------------------------------------------------------- calls of the forward pass
+
+def stock_class(bench: Bench) -> None:
+    with pytest.raises(Exception, match="SASA"):
+        getattr(transformers, type(bench.stock).__name__).from_pretrained(bench.guarded.directory)
+
+
+def untrusted(bench: Bench) -> None:
+    """In a process of its own, since transformers goes on trusting what it has trusted once."""
+    code = "import sys, transformers as t; t.AutoModelForImageTextToText.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(bench.guarded.directory)]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "trust_remote_code" in result.stderr
+
+
+enter_checks(LOADING, {"the family's own class": stock_class}, on=THREE, harmful=LOUD)
+enter_checks(LOADING, {"without trust_remote_code": untrusted}, on=(), slow_on=LLAVA, harmful=LOUD)
 
 CALLS = "Calls of the forward pass"
 
@@ -219,38 +151,31 @@ def forward(**options: Any) -> Check:
     return check
 
 
-enter(CALLS, {
+FORWARD = {
     "logits_to_keep 1": forward(logits_to_keep=1),
     "logits_to_keep 3": forward(logits_to_keep=3),
     "logits_to_keep, a list of positions": forward(logits_to_keep=torch.tensor([0, -1])),
-    "output_hidden_states": forward(output_hidden_states=True),
     "return_dict off, no cache": forward(return_dict=False, use_cache=False),
-})  # fmt: skip
-
-# ------------------------------------------------------------------------------------------ loud errors
-
-
-def packed(bench: Bench, model: Any) -> Tensor:
-    ids = torch.cat([bench.batch(count=1, seed=seed)["input_ids"] for seed in (1, 2)], dim=1)  # (1, tokens)
-    return model(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 9, ids.shape[1]])).logits
+}
+enter_checks(CALLS, FORWARD)
 
 
-def paged_attention(bench: Bench, model: Any) -> Tensor:
+def continuous(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
+    found: Tensor = model.generate_batch(inputs=inputs["input_ids"].tolist())
+    return found
+
+
+def packed(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
+    found: Tensor = model(input_ids=inputs["input_ids"], cu_seq_lens_q=torch.tensor([0, 5, 9])).logits
+    return found
+
+
+def paged(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     twin = copy.deepcopy(model)
     twin.config._attn_implementation = "paged|sdpa"
-    return twin(**bench.singles[0]).logits
+    found: Tensor = twin(**inputs).logits
+    return found
 
 
-enter(CALLS, {
-    "prompts packed into one row (cu_seq_lens_q)": raises(packed, "packed"),
-    "paged attention": raises(paged_attention, "packed"),
-}, harmful=LOUD)  # fmt: skip
-enter(LOADING, {
-    "the family's own class": raises(
-        lambda bench, model: getattr(transformers, type(bench.stock).__name__).from_pretrained(bench.guarded.directory),
-        "SASA", Exception),
-    "without trust_remote_code": raises(
-        lambda bench, model: AutoModelForImageTextToText.from_pretrained(
-            bench.guarded.directory, trust_remote_code=False),
-        "trust_remote_code", Exception),
-}, on=THREE, harmful=LOUD)  # fmt: skip
+PACKED = {"continuous batching": continuous, "prompts packed into one row": packed, "paged attention": paged}
+enter(CALLS, PACKED, prompts=single, error="packed")
