@@ -31,9 +31,12 @@ SAFETY, SEMANTIC = 22, 26
 
 
 def case(row: Row, target: str) -> Any:
-    marks = [pytest.mark.xdist_group(f"onnx-{target.split()[0]}" if target.endswith("onnx") else target)]
+    family, onnx = target.split()[0], target.endswith("onnx")
+    marks = [pytest.mark.xdist_group(f"onnx-{family}" if onnx else family)]
     marks += [pytest.mark.slow] if target in row.slow_on else []
     marks += [pytest.mark.smol] if target.startswith("smol") else []
+    if target.endswith("accelerator"):
+        marks += [pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs an accelerator")]
     return pytest.param(row, target, id=row.identifier_on(target), marks=marks)
 
 

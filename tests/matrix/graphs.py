@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx_runner import KINDS, Arrays, Runner
+from onnx_runner import Arrays, Runner
 from torch import Tensor
 
 
@@ -35,35 +35,22 @@ class Graphs:
     def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
         return lambda ids: torch.from_numpy(self.runner.embed(ids.numpy()))
 
-    def __call__(
-        self,
-        *,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: Past | None = None,
-        use_cache: bool = True,
-        **further: Tensor,
-    ) -> SimpleNamespace:
+    def __call__(self, *, past_key_values: Past | None = None, **inputs: Any) -> SimpleNamespace:
         """`logits` (rows, 1, vocabulary) and `past_key_values`, as transformers names them."""
-        embeds = self._embedded(input_ids, further) if input_ids is not None else inputs_embeds.numpy()
-        rows, tokens = embeds.shape[:2]
-        feed = {name: further[name].numpy() for name in ("attention_mask", "position_ids")}
-        feed |= {name: further[name][:, -tokens:].numpy() for name in self.optional if name in further}
-        past = self._empty(rows) if past_key_values is None else past_key_values.arrays
-        found = self.runner.decoder.run(self.runner.names, {"inputs_embeds": embeds, **feed, **past})
-        values = dict(zip(self.runner.names, found, strict=True))
-        present = {name.replace("present.", "past_key_values."): values[name] for name in values if "present." in name}
-        return SimpleNamespace(logits=torch.from_numpy(values["logits"]), past_key_values=Past(present))
+        embeds = inputs["inputs_embeds"].numpy() if "inputs_embeds" in inputs else self._embedded(**inputs)
+        self.runner.start(len(embeds))
+        self.runner.cache = past_key_values.arrays if past_key_values else self.runner.cache
+        further = {name: inputs[name][:, -embeds.shape[1] :].numpy() for name in self.optional & inputs.keys()}
+        self.runner.call(embeds, inputs["attention_mask"].numpy(), inputs["position_ids"].numpy(), **further)
+        return SimpleNamespace(
+            logits=torch.from_numpy(self.runner.logits)[:, None], past_key_values=Past(self.runner.cache)
+        )
 
-    def _empty(self, rows: int) -> Arrays:
-        inputs = [value for value in self.runner.decoder.get_inputs() if value.name.startswith("past_key_values.")]
-        return {one.name: np.zeros((rows, one.shape[1], 0, one.shape[3]), KINDS[one.type]) for one in inputs}
-
-    def _embedded(self, ids: Tensor, further: dict[str, Tensor]) -> np.ndarray[Any, Any]:
+    def _embedded(self, input_ids: Tensor, **inputs: Any) -> np.ndarray[Any, Any]:
         """Embeddings (rows, tokens, hidden) with the pictures in their places."""
-        embeds = self.runner.embed(ids.numpy())
-        if "pixel_values" in further:
-            fed = {value.name: further[value.name].numpy() for value in self.runner.vision.get_inputs()}
+        embeds = self.runner.embed(input_ids.numpy())
+        if "pixel_values" in inputs:
+            fed = {value.name: inputs[value.name].numpy() for value in self.runner.vision.get_inputs()}
             features = self.runner.vision.run(None, fed)[0]
-            embeds[ids.numpy() == self.image_token] = features.reshape(-1, features.shape[-1])
+            embeds[input_ids.numpy() == self.image_token] = features.reshape(-1, features.shape[-1])
         return embeds

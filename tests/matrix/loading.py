@@ -1,4 +1,4 @@
-"""Rows on how a guarded model is loaded, copied and called: types, quantized weights, adapters, engines."""
+"""Rows on how a guarded model is loaded and copied, and what it does not run in."""
 
 import copy
 import subprocess
@@ -130,34 +130,7 @@ def untrusted(bench: Bench) -> None:
 enter_checks(LOADING, {"the family's own class": stock_class}, on=THREE, harmful=LOUD)
 enter_checks(LOADING, {"without trust_remote_code": untrusted}, on=(), slow_on=LLAVA, harmful=LOUD)
 
-CALLS = "Calls of the forward pass"
-
-
-def forward(**options: Any) -> Check:
-    """Allowed rows have the original's logits to the bit, refused rows those of the refusal's first token."""
-
-    @torch.no_grad()
-    def check(bench: Bench) -> None:
-        inputs = bench.batch(images=True, side="right")
-        scores = bench.guarded.expected(inputs)  # (rows,)
-        (threshold,) = bench.thresholds(scores)
-        refused = scores >= threshold
-        expected = bench.stock(**inputs, **options)[0]  # (rows, kept, vocabulary)
-        with bench.threshold(threshold):
-            found = bench.model(**inputs, **options)[0]
-        assert torch.equal(found[~refused], expected[~refused])
-        assert (found[refused, -1].argmax(-1) == bench.guarded.refusal[0]).all()
-
-    return check
-
-
-FORWARD = {
-    "logits_to_keep 1": forward(logits_to_keep=1),
-    "logits_to_keep 3": forward(logits_to_keep=3),
-    "logits_to_keep, a list of positions": forward(logits_to_keep=torch.tensor([0, -1])),
-    "return_dict off, no cache": forward(return_dict=False, use_cache=False),
-}
-enter_checks(CALLS, FORWARD)
+CALLS = "Prompts packed into one row"
 
 
 def continuous(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
@@ -177,5 +150,5 @@ def paged(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     return found
 
 
-PACKED = {"continuous batching": continuous, "prompts packed into one row": packed, "paged attention": paged}
+PACKED = {"continuous batching": continuous, "cu_seq_lens_q": packed, "paged attention": paged}
 enter(CALLS, PACKED, prompts=single, error="packed")

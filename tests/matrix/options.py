@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from matrix.bench import Bench, Inputs, Way, generate, generating, mixed_text, single
 from matrix.rows import LLAVA, NOTHING, OTHERS, REST, SMOL, THREE, TOKENS_OF_IT, enter, enter_checks
@@ -16,30 +16,23 @@ SAMPLED = {"do_sample": True, "temperature": 1.5}
 PICKING = "Picking the next token"
 enter(PICKING, {"greedy search": {}}, on=THREE, slow_on=(*REST, *SMOL))
 enter(PICKING, {"sampling at temperature 1.5": SAMPLED, "beam search": {"num_beams": 3}}, slow_on=(*OTHERS, *SMOL))
-TYPICAL = {"do_sample": True, "typical_p": 0.3, "epsilon_cutoff": 0.02, "eta_cutoff": 0.02}
-enter(
-    PICKING,
-    {
-        "sampling at temperature 50": {"do_sample": True, "temperature": 50.0},
-        "top-k": {"do_sample": True, "top_k": 5},
-        "top-p": {"do_sample": True, "top_p": 0.6},
-        "min-p": {"do_sample": True, "min_p": 0.2},
-        "typical, epsilon and eta cutoffs": TYPICAL,
-        "several answers a prompt (n), sampled": {"do_sample": True, "num_return_sequences": 3},
-        "beam search with sampling": {"num_beams": 3, **SAMPLED},
-        "beam search that stops early": {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0},
-        "repetition_penalty 1.8": {"repetition_penalty": 1.8},
-        "encoder_repetition_penalty 1.5": {"encoder_repetition_penalty": 1.5},
-        "max_new_tokens 1": {"max_new_tokens": 1},
-        "max_new_tokens 3": {"max_new_tokens": 3},
-    },
-)
-enter(
-    PICKING,
-    {"several answers a prompt (n), from beams": {"num_beams": 4, "num_return_sequences": 3}},
-    harmful=TOKENS_OF_IT,
-    remark="the best is the refusal; the beams of a row differ by construction",
-)
+CHOICES: dict[str, dict[str, Any]] = {
+    "sampling at temperature 50": {"do_sample": True, "temperature": 50.0},
+    "top-k": {"do_sample": True, "top_k": 5},
+    "top-p": {"do_sample": True, "top_p": 0.6},
+    "min-p": {"do_sample": True, "min_p": 0.2},
+    "typical and epsilon cutoffs": {"do_sample": True, "typical_p": 0.3, "epsilon_cutoff": 0.02},
+    "several answers a prompt (n), sampled": {"do_sample": True, "num_return_sequences": 3},
+    "beam search with sampling": {"num_beams": 3, **SAMPLED},
+    "beam search that stops early": {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0},
+    "repetition_penalty 1.8": {"repetition_penalty": 1.8},
+    "encoder_repetition_penalty 1.5": {"encoder_repetition_penalty": 1.5},
+    "max_new_tokens 1": {"max_new_tokens": 1},
+    "max_new_tokens 3": {"max_new_tokens": 3},
+}
+enter(PICKING, CHOICES)
+BEAMS = {"several answers a prompt (n), from beams": {"num_beams": 4, "num_return_sequences": 3}}
+enter(PICKING, BEAMS, harmful=TOKENS_OF_IT, remark="the beams of a row differ by construction")
 
 # ----------------------------------------------------------------- options that forbid tokens of the refusal
 
@@ -94,18 +87,16 @@ enter_checks(FORBIDDING, {"suppress_tokens or sequence_bias, the whole refusal":
 CACHES = "Caches"
 STATIC = {"cache_implementation": "static"}
 enter(CACHES, {"static cache": STATIC, "no cache": {"use_cache": False}}, on=THREE, slow_on=REST)
-enter(
-    CACHES,
-    {
-        "static cache, beams": {**STATIC, "num_beams": 3},
-        "static cache, larger than needed": {**STATIC, "max_cache_len": 300},
-        "no cache, beams": {"use_cache": False, "num_beams": 2},
-    },
-)
+KEPT: dict[str, dict[str, Any]] = {
+    "static cache, beams": {**STATIC, "num_beams": 3},
+    "static cache, larger than needed": {**STATIC, "max_cache_len": 300},
+    "no cache, beams": {"use_cache": False, "num_beams": 2},
+}
+enter(CACHES, KEPT)
 enter(CACHES, {"static cache, prefill_chunk_size 3": {**STATIC, "prefill_chunk_size": 3}}, prompts=mixed_text)
 
 
-def quanto_settings() -> dict[str, Any]:
+def quantized(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     """Quanto unpacks 4 bits by C++ that it compiles at first use, in a minute; a line of torch does the same."""
     from optimum.quanto.library.extensions.cpp import ext
 
@@ -113,19 +104,15 @@ def quanto_settings() -> dict[str, Any]:
         return torch.cat([(packed >> place) & (2**bits - 1) for place in range(0, 8, bits)])
 
     ext._lib = SimpleNamespace(unpack=unpack)
-    return {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 4}
+    settings = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 4}
+    return generate(model, inputs, cache_implementation="quantized", cache_config=settings, num_beams=2)
 
 
-def quantized(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
-    return generate(model, inputs, cache_implementation="quantized", cache_config=quanto_settings(), num_beams=2)
-
-
-def used_again(kind: Any) -> Way:
+def used_again(kind: Any, **settings: Any) -> Way:
     """A cache of the caller's own, for one batch after another."""
 
     def way(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
-        further = {DynamicCache: dict, StaticCache: lambda: {"max_cache_len": 120}, QuantizedCache: quanto_settings}
-        cache = kind(config=bench.stock.config.get_text_config(decoder=True), **further[kind]())
+        cache = kind(config=bench.stock.config.get_text_config(decoder=True), **settings)
         generate(model, bench.batch(images=True, seed=5), past_key_values=cache)
         cache.reset()
         return generate(model, inputs, past_key_values=cache)
@@ -133,33 +120,21 @@ def used_again(kind: Any) -> Way:
     return way
 
 
-enter(CACHES, {f"{kind.__name__}, reset and used again": used_again(kind) for kind in (DynamicCache, StaticCache)})
-enter(
-    CACHES,
-    {
-        "quantized to 4 bits (quanto), beams": quantized,
-        "QuantizedCache, reset and used again": used_again(QuantizedCache),
-    },
-    on=(),
-    slow_on=LLAVA,
-)
+AGAIN = {"DynamicCache": used_again(DynamicCache), "StaticCache": used_again(StaticCache, max_cache_len=120)}
+enter(CACHES, {f"{kind}, reset and used again": way for kind, way in AGAIN.items()})
+enter(CACHES, {"quantized to 4 bits (quanto), beams": quantized}, on=(), slow_on=LLAVA)
 
 
-def offloaded(bench: Bench) -> None:
-    for kind in ("offloaded", "offloaded_static"):
-        if torch.cuda.is_available():
-            bench.check(generating(cache_implementation=kind), [bench.batch(images=True)])
-        else:  # transformers itself raises some error, whatever the model
-            bench_errors = (RuntimeError, ValueError, AssertionError, NotImplementedError)
-            for model in (bench.stock, bench.model):
-                try:
-                    generate(model, bench.batch(), cache_implementation=kind)
-                except bench_errors:
-                    continue
-                raise AssertionError("it runs without an accelerator now: compare it")
+def offloaded(kind: str) -> Way:
+    def way(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
+        moved = {name: value.cuda() for name, value in inputs.items()}
+        return generate(copy.deepcopy(model).cuda(), moved, cache_implementation=kind).cpu()
+
+    return way
 
 
-enter_checks(CACHES, {"offloaded and offloaded_static": offloaded}, remark="both models need an accelerator for it")
+OFFLOADED = {f"{kind} cache": offloaded(kind) for kind in ("offloaded", "offloaded_static")}
+enter(CACHES, OFFLOADED, on=(), slow_on=("llava on an accelerator",))
 
 # --------------------------------------------------------------------------------------------------- drafts
 
@@ -181,35 +156,26 @@ def assisted(*, drafts: int = 5, noise: float = 0.1, **options: Any) -> Way:
     return way
 
 
-def repeating(bench: Bench) -> list[Inputs]:
-    """A prompt in which there is something to look up."""
-    return [bench.chat(("user", "please tell me how please tell me how please tell me how please tell me"))]
-
-
 enter(DRAFTS, {"assisted by the original model": assisted(noise=0.0)}, prompts=single, slow_on=SMOL)
-enter(
-    DRAFTS,
-    {
-        "assisted by an erring model": assisted(),
-        "assisted, one draft at a time": assisted(drafts=1),
-        "assisted, max_new_tokens 1": assisted(max_new_tokens=1),
-        "assisted, max_new_tokens 2": assisted(noise=0.0, max_new_tokens=2),
-        "assisted, sampled": assisted(**SAMPLED),
-    },
-    prompts=single,
-)
-RAW = {
-    "assisted, text without the chat template": assisted(),
-    "prompt lookup, text without the chat template": generating(prompt_lookup_num_tokens=3),
+ASSISTED = {
+    "assisted by an erring model": assisted(),
+    "assisted, one draft at a time": assisted(drafts=1),
+    "assisted, max_new_tokens 1": assisted(max_new_tokens=1),
+    "assisted, max_new_tokens 2": assisted(noise=0.0, max_new_tokens=2),
+    "assisted, sampled": assisted(**SAMPLED),
 }
-enter(DRAFTS, RAW, prompts=lambda bench: [bench.raw("please tell me how to cook rice please tell me")])
+enter(DRAFTS, ASSISTED, prompts=single)
 PICTURE = {"assisted, with a picture": assisted()}
 enter(DRAFTS, PICTURE, prompts=lambda bench: [bench.batch(images=True, count=1)], slow_on=("qwen2_5_vl",))
 LOOKUP = {
-    f"prompt lookup, max_new_tokens {tokens}": {"prompt_lookup_num_tokens": 3, "max_new_tokens": tokens}
-    for tokens in (1, 14)
+    f"prompt lookup, max_new_tokens {most}": generating(prompt_lookup_num_tokens=3, max_new_tokens=most)
+    for most in (1, 14)
 }
-enter(DRAFTS, LOOKUP, prompts=repeating, slow_on=OTHERS)
+REPEATED = "please tell me how please tell me how please tell me how please tell me"
+enter(DRAFTS, LOOKUP, prompts=lambda bench: [bench.chat(("user", REPEATED))], slow_on=OTHERS)
+RAW = {"assisted": assisted(), "prompt lookup": generating(prompt_lookup_num_tokens=3)}
+RAW = {f"{name}, text without the chat template": way for name, way in RAW.items()}
+enter(DRAFTS, RAW, prompts=lambda bench: [bench.raw(REPEATED)])
 
 # ------------------------------------------------------------------- options that would pass the gate by
 
