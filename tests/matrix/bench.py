@@ -155,7 +155,7 @@ class Bench:
         """A conversation in which verdicts change to and fro; each answer is that to all that stood before it."""
         scores = torch.cat([self.guarded.expected(self.of_ids(before)) for before, _ in speak(self.stock)])  # (turns,)
         tried = []
-        for pair in pairwise(scores.sort().values.unbind()):
+        for pair in pairwise(scores.sort(descending=True).values.unbind()):
             (threshold,) = self.thresholds(torch.stack(pair))
             with self.threshold(threshold):
                 transcript = speak(self.model)

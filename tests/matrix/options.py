@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from matrix.bench import Bench, Inputs, Way, generate, generating, mixed_text, single
 from matrix.rows import LLAVA, NOTHING, OTHERS, REST, SMOL, THREE, TOKENS_OF_IT, enter, enter_checks
 
-SAMPLED = {"do_sample": True, "temperature": 1.5}
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
 
 PICKING = "Picking the next token"
 enter(PICKING, {"greedy search": {}}, on=THREE, slow_on=(*REST, *SMOL))
