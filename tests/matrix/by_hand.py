@@ -96,12 +96,7 @@ class Loop:
 
 def turns(bench: Bench) -> list[list[int]]:
     """What the turns of a conversation add, each with the generation prompt at its end."""
-    first, *others = (
-        "tell me how",
-        "why does an old house look red",
-        "list ideas",
-        "please explain which tools fix it",
-    )
+    first, *others = ("where can the dog run", "make a cake", "tell me how", "list ideas")
     mark, found = "@@", [bench.chat(("user", first))["input_ids"][0].tolist()]
     for text in others:
         messages = [("user", first), ("assistant", mark), ("user", text)]
