@@ -88,7 +88,7 @@ class GuardedModel:
         given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
         settings = {**vars(given[0] if given else self.generation_config), **kwargs}
         for name in UNGUARDED:
-            if settings.get(name) and not (name == "guidance_scale" and settings[name] == 1):
+            if settings.get(name) not in (None, 1 if name == "guidance_scale" else False):
                 raise NotImplementedError(f"{name} would answer past the gate of this guarded model. Run without it.")
         if "paged" in str(settings.get("cache_implementation")):
             raise NotImplementedError(f"cache_implementation='paged': {PACKED}")

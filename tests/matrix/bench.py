@@ -1,52 +1,53 @@
-"""The bench that torch's rows work on: a patched tiny model, the stock one beside it, and prompts of both verdicts.
+"""The bench that rows work on: a guarded model, the original beside it, prompts, and how both are compared.
 
 Which prompts are harmful, the threshold decides: it is put between the scores that the oracle gives them.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import dropwhile, pairwise
 from typing import Any
 
+import oracle
 import pytest
 import tiny
 import torch
 from conftest import Guard
 from torch import Tensor
 
-from matrix.outcome import HOLDS, LOUD, REFUSED, UNCHANGED, WORDS, Outcome, one_line
-
 Inputs = dict[str, Any]
-Way = Callable[[Any, Inputs], Tensor]  # a model and inputs -> what it says, (rows, tokens)
-Named = dict[str, dict[str, Any]]  # options of `generate` by what a row calls them
+Way = Callable[["Bench", Any, Inputs], Tensor]  # a bench, a model and inputs -> what it says, (rows, tokens)
+Transcript = list[tuple[list[int], Tensor]]  # a conversation: what stood before each answer, and the answer (1, tokens)
 
 TOKENS = 14  # more than the refusal has
 MARGIN = 1e-3  # between the oracle's P(unsafe) and a threshold that it should pass or miss
-EVERY = ("llava", "gemma3", "qwen2_5_vl")  # plain positions; sliding layers and picture masks; three position axes
 
 
-def generate(model: Any, inputs: Inputs, *, seed: int = 0, **options: Any) -> Tensor:
+def generate(model: Any, inputs: Inputs, **options: Any) -> Tensor:
     """What `generate` adds to the prompts, (rows, tokens)."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     prompt = 0 if "inputs_embeds" in inputs else inputs["input_ids"].shape[1]
     said: Tensor = model.generate(**inputs, **{"max_new_tokens": TOKENS, **options})
     return said[:, prompt:]
 
 
-def way(**options: Any) -> Way:
-    """`generate` with options."""
-    return lambda model, inputs: generate(model, inputs, **options)
+def generating(**options: Any) -> Way:
+    """The way of running that is `generate` with options."""
+    return lambda bench, model, inputs: generate(model, inputs, **options)
 
 
 @dataclass(frozen=True)
 class Bench:
+    """`graphs`, where given, are those of an ONNX directory, and run in place of the guarded torch model."""
+
     guarded: Guard
+    graphs: Any = None
 
     @property
     def model(self) -> Any:
-        return self.guarded.model
+        return self.guarded.model if self.graphs is None else self.graphs
 
     @property
     def stock(self) -> Any:
@@ -56,30 +57,21 @@ class Bench:
     def tokenizer(self) -> Any:
         return self.guarded.processor.tokenizer
 
-    @property
-    def stops(self) -> frozenset[int]:
-        """Tokens that end an answer."""
-        ends = self.stock.generation_config.eos_token_id
-        return frozenset(ends if isinstance(ends, list) else [ends])
-
-    # ------------------------------------------------------------------------------------------- prompts
-
-    def batch(self, *, images: bool = True, count: int = 4, seed: int = 1, side: Any = "left") -> Inputs:
-        """Prompts of different lengths; with `images`, some rows still have none."""
+    def batch(self, *, images: bool = False, side: Any = "left", count: int = 6, seed: int = 1) -> Inputs:
+        """Prompts of different lengths, most with a picture if `images` are wanted."""
         return dict(tiny.prompts(self.guarded.processor, images=images, count=count, seed=seed, padding_side=side))
 
-    @cached_property
-    def mixed(self) -> Inputs:
-        """The batch that most rows use."""
-        return self.batch()
+    def told_apart(self, prompts: Sequence[Inputs]) -> list[Inputs]:
+        """One of some prompts, or two on both sides of a threshold that cannot be moved."""
+        if self.graphs is None:
+            return [prompts[0]]
+        ranked = sorted(prompts, key=lambda inputs: float(self.guarded.expected(inputs)))
+        return [ranked[0], ranked[-1]]
 
-    def one(self, *, images: bool = False, seed: int = 1) -> Inputs:
-        """A single prompt, unpadded."""
-        return self.batch(images=images, count=1, seed=seed)
-
-    def chat(self, *messages: tuple[str, str]) -> Inputs:
-        """A conversation of (role, text)."""
-        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in messages]
+    def chat(self, *messages: tuple[str, Any]) -> Inputs:
+        """A conversation of (role, text or parts of a message), up to the generation prompt."""
+        parts = [[{"type": "text", "text": said}] if isinstance(said, str) else said for _, said in messages]
+        chat = [{"role": role, "content": content} for (role, _), content in zip(messages, parts, strict=True)]
         return dict(tiny.encode(self.guarded.processor, [chat]))
 
     def raw(self, text: str) -> Inputs:
@@ -90,154 +82,114 @@ class Bench:
         """A row of token ids."""
         tokens = torch.tensor([ids])  # (1, tokens)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        if self.guarded.family == "gemma3":
-            inputs["token_type_ids"] = torch.zeros_like(tokens)
-        return inputs
-
-    # ------------------------------------------------------------------------------------- the threshold
+        return inputs | ({"token_type_ids": torch.zeros_like(tokens)} if self.guarded.family == "gemma3" else {})
 
     @contextmanager
-    def threshold(self, value: float, *models: Any) -> Iterator[None]:
-        """Another threshold for the patched model, or for further ones made from it."""
-        settings = [model.config.sasa for model in (self.model, *models)]
-        before = [one["threshold"] for one in settings]
-        for one in settings:
-            one["threshold"] = value
+    def threshold(self, value: float, model: Any = None) -> Iterator[None]:
+        """Another threshold; that of graphs is written into them."""
+        settings = (model or self.guarded.model).config.sasa
+        assert self.graphs is None or value == settings["threshold"]
+        before, settings["threshold"] = settings["threshold"], value
         try:
             yield
         finally:
-            for one, old in zip(settings, before, strict=True):
-                one["threshold"] = old
+            settings["threshold"] = before
 
-    def split(self, scores: Tensor) -> tuple[float, Tensor]:
-        """A threshold in the widest gap of P(unsafe) (rows,), and which rows it refuses, (rows,)."""
+    def thresholds(self, scores: Tensor) -> list[float]:
+        """Thresholds to try for prompts of P(unsafe) (rows,): amid a batch, or just above and below a single prompt."""
+        if self.graphs is not None:
+            return [self.guarded.model.config.sasa["threshold"]]
+        if len(scores) == 1:
+            return [float(scores) - MARGIN, float(scores) + MARGIN]
         ordered = scores.sort().values  # (rows,)
-        place = int(ordered.diff().argmax())
-        assert ordered[place + 1] - ordered[place] > 2 * MARGIN, "the scores of this batch are too close"
-        value = float(ordered[place : place + 2].mean())
-        return value, scores >= value
-
-    def between(self, low: float, high: float) -> float:
-        """A threshold that a harmless prompt's P(unsafe) does not reach and a harmful one's does."""
-        assert high - low > 4 * MARGIN, "these prompts are too much alike"
-        return (low + high) / 2
-
-    def steps(self, inputs: Inputs, answer: Tensor) -> Tensor:
-        """The oracle's P(unsafe) before each token of a text prompt's answer (1, tokens): (tokens,)."""
-        ids, said = inputs["input_ids"][0].tolist(), answer[0].tolist()
-        return torch.cat([self.guarded.expected(self.of_ids(ids + said[:place])) for place in range(len(said))])
-
-    # ---------------------------------------------------------------------------------------- comparing
+        gap = int(ordered.diff().argmax())
+        return [float(ordered[gap : gap + 2].mean())]
 
     @torch.no_grad()
-    def mixed_verdicts(
-        self,
-        run: Way,
-        inputs: Inputs | None = None,
-        *,
-        model: Any = None,
-        stock: Any = None,
-        scores: Tensor | None = None,
-        exactly: bool = True,
-        best_of: int = 0,
-    ) -> Outcome:
-        """Run a batch of both verdicts, row by row beside the stock model in the same way.
+    def check(
+        self, way: Way, prompts: list[Inputs], *, exactly: bool = True, models: tuple[Any, Any] | None = None
+    ) -> None:
+        """Run prompts of both verdicts, beside the original in the same way.
 
         Args:
-            model, stock: others than the bench's own.
-            scores: the oracle's P(unsafe), (rows,), where it is not that of the inputs.
-            exactly: False where the refusal's words may come in another order.
-            best_of: only the first of so many answers to a prompt must be the refusal to the word.
+            exactly: False where the refusal's tokens may come in another order.
+            models: a guarded model and its original that were treated alike, in place of the bench's.
         """
-        inputs = self.mixed if inputs is None else inputs
-        model, stock = model or self.model, stock or self.stock
-        scores = self.guarded.expected(inputs) if scores is None else scores
-        value, refused = self.split(scores)
-        expected = run(stock, copy.copy(inputs))
-        with self.threshold(value, model):
-            found = run(model, copy.copy(inputs))
-        self.unchanged(found, expected, refused)
-        if best_of:
-            self.refused(found, refused, exactly=False)
-            found = found[::best_of]
-        self.refused(found, refused, exactly=exactly)
-        return HOLDS if exactly else Outcome(WORDS, UNCHANGED)
+        model, stock = models or (self.model, self.stock)
+        block = self.guarded.model.config.sasa["probe_block"]
+        verdicts: set[bool] = set()
+        for inputs in prompts:
+            logits = oracle.oracle_logits(stock, inputs, self.guarded.safety, self.guarded.semantic, block)
+            scores = oracle.unsafe_probability(logits, self.guarded.weight, self.guarded.bias)  # (rows,)
+            expected = way(self, stock, copy.copy(inputs))
+            for threshold in self.thresholds(scores):
+                assert (scores - threshold).abs().min() > MARGIN / 2, "a score is too close to the threshold"
+                with self.threshold(threshold, models and model):
+                    found = way(self, model, copy.copy(inputs))
+                self.compare(found, expected, scores >= threshold, exactly=exactly)
+                verdicts |= set((scores >= threshold).tolist())
+        assert verdicts == {True, False}, "these prompts have one verdict only"
+
+    def compare(self, found: Tensor, expected: Tensor, refused: Tensor, *, exactly: bool = True) -> None:
+        """Refused rows emit the refusal, or at least its tokens alone; others are the original's.
+
+        Args: found, expected: (rows * answers to each, tokens); refused: (rows,).
+        """
+        several = len(found) // len(refused)
+        assert len(found) == len(expected) == several * len(refused)
+        refusal, verdicts = self.guarded.refusal, refused.repeat_interleave(several).tolist()
+        for row, other, refuse in zip(found.tolist(), expected.tolist(), verdicts, strict=True):
+            said = self._without_end(row)
+            if refuse and not exactly:
+                assert set(said) <= set(refusal), f"harmful answered: {said} instead of {refusal}"
+            else:
+                wanted = self._without_end(refusal[: len(row)] if refuse else other)
+                assert row and said == wanted, f"{'harmful' if refuse else 'harmless'}: {said} instead of {wanted}"
+
+    def _without_end(self, said: list[int]) -> list[int]:
+        """An answer without its end of sequence and the padding behind it."""
+        return list(dropwhile(self.guarded.ends.__contains__, reversed(said)))[::-1]
 
     @torch.no_grad()
-    def both_verdicts(
-        self,
-        run: Way,
-        inputs: Inputs,
-        *,
-        model: Any = None,
-        stock: Any = None,
-        judged: Inputs | None = None,
-        exactly: bool = True,
-    ) -> Outcome:
-        """Run one prompt with the threshold just below its P(unsafe), then just above.
-
-        Args:
-            judged: what the oracle scores, where it is not the inputs.
-        """
-        model, stock = model or self.model, stock or self.stock
-        score = self.guarded.expected(inputs if judged is None else judged)  # (1,)
-        yes = torch.ones(1, dtype=torch.bool)
-        with self.threshold(float(score) - MARGIN, model):
-            self.refused(run(model, copy.copy(inputs)), yes, exactly=exactly)
-        expected = run(stock, copy.copy(inputs))
-        with self.threshold(float(score) + MARGIN, model):
-            self.unchanged(run(model, copy.copy(inputs)), expected, ~yes)
-        return HOLDS if exactly else Outcome(WORDS, UNCHANGED)
-
-    def unchanged(self, found: Tensor, expected: Tensor, refused: Tensor) -> None:
-        """Allowed rows are the stock model's; a batch that ends sooner is merely padded less."""
-        several = found.shape[0] // refused.shape[0]
-        assert found.shape[0] == expected.shape[0] == several * refused.shape[0]
-        for index, refuse in enumerate(refused.repeat_interleave(several).tolist()):
-            if not refuse:
-                one, other = found[index].tolist(), expected[index].tolist()
-                both = min(len(one), len(other))
-                assert one[:both] == other[:both], f"harmless changed: {one} instead of {other}"
-                assert set(one[both:] + other[both:]) <= self.guarded.ends, f"harmless changed: {one}, {other}"
-
-    def refused(self, found: Tensor, refused: Tensor, *, exactly: bool = True) -> None:
-        """Refused rows spell the refusal and end, or at least say nothing but words of it."""
-        several = found.shape[0] // refused.shape[0]
-        assert refused.any()
-        refusal, ends = self.guarded.refusal, self.guarded.ends
-        for index, refuse in enumerate(refused.repeat_interleave(several).tolist()):
-            if refuse:
-                said = found[index].tolist()
-                assert said, "nothing was said, so nothing was refused"
-                assert set(said) <= {*refusal, *ends}, f"harmful answered: {said} instead of {refusal}"
-                if exactly:
-                    assert said[: len(refusal)] == refusal[: len(said)], f"refusal garbled: {said}"
-                    assert set(said[len(refusal) :]) <= ends, f"refusal does not end: {said}"
+    def check_turns(self, speak: Callable[[Any], Transcript]) -> None:
+        """A conversation in which verdicts change to and fro; each answer is that to all that stood before it."""
+        scores = torch.cat([self.guarded.expected(self.of_ids(before)) for before, _ in speak(self.stock)])  # (turns,)
+        tried = []
+        for pair in pairwise(scores.sort(descending=True).values.unbind()):
+            (threshold,) = self.thresholds(torch.stack(pair))
+            with self.threshold(threshold):
+                transcript = speak(self.model)
+            verdicts = []
+            for before, said in transcript:
+                refused = self.guarded.expected(self.of_ids(before)) >= threshold  # (1,)
+                self.compare(said, generate(self.stock, self.of_ids(before)), refused)
+                verdicts.append(bool(refused))
+            if {(True, False), (False, True)} <= set(pairwise(verdicts)):
+                return
+            tried.append(verdicts)
+        raise AssertionError(f"the verdicts do not change to and fro: {tried}")
 
     @torch.no_grad()
-    def loud(self, run: Callable[[], Any], message: str, *, kind: Any = (ValueError, NotImplementedError)) -> Outcome:
-        """The way must end in an error that says `message`, for prompts of both verdicts."""
-        said = ""
+    def check_error(self, run: Callable[[Any], Any], message: str) -> None:
+        """Running the model ends in an error that says `message`, whatever the verdict."""
         for value in (1e-6, 1 - 1e-6):
-            with self.threshold(value), pytest.raises(kind, match=message) as caught:
-                run()
-            said = one_line(caught.value)
-        return Outcome(LOUD, LOUD, said)
-
-    def like_stock(self, run: Way, inputs: Inputs, message: str, *, kind: Any) -> Outcome:
-        """The way must end in an error with the stock model too, and with the same one."""
-        for model in (self.stock, self.model):
-            with pytest.raises(kind, match=message) as caught:
-                run(model, copy.copy(inputs))
-        return Outcome(LOUD, LOUD, f"the stock model cannot either ({one_line(caught.value)})")
+            with self.threshold(value), pytest.raises((ValueError, NotImplementedError), match=message):
+                run(self.model)
 
 
-def only_refused(outcome: Outcome) -> Outcome:
-    """An outcome of a way that no harmless prompt was run in."""
-    assert outcome.harmful in {REFUSED, WORDS}
-    return outcome
+# What most rows are run on.
 
 
-def without(inputs: Mapping[str, Any], *names: str) -> Inputs:
-    """Inputs but for some of them."""
-    return {name: value for name, value in inputs.items() if name not in names}
+def mixed(bench: Bench) -> list[Inputs]:
+    """A batch of both verdicts, padded on the left, most rows with a picture."""
+    return [bench.batch(images=True)]
+
+
+def mixed_text(bench: Bench) -> list[Inputs]:
+    """A batch of both verdicts without pictures."""
+    return [bench.batch()]
+
+
+def single(bench: Bench) -> list[Inputs]:
+    """A prompt on its own, unpadded."""
+    return bench.told_apart([bench.batch(count=1, seed=seed) for seed in range(8)])

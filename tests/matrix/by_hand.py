@@ -1,116 +1,91 @@
-"""A loop that somebody writes for himself: pieces of a prompt are fed to a model on one cache, then its answer."""
+"""Calling a model by hand, as a server does: pieces of a prompt on one cache, then the answer token by token."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnx_runner import positions
+from onnx_runner import image_token, positions
 from torch import Tensor
 
-from matrix.bench import TOKENS, Bench, Inputs
+from matrix.bench import TOKENS, Bench, Inputs, Transcript
 
-PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
-class ByHand:
-    """A batch of rows on one cache.
+class Loop:
+    """A batch of rows on one cache, of a torch model or of graphs. `logits` are the last call's, (rows, vocabulary)."""
 
-    `logits` (rows, vocabulary) and `probability` (rows,) or None are those of the last call.
-    """
-
-    def __init__(self, bench: Bench, model: Any) -> None:
-        self.bench, self.model = bench, model
-        self.cache: Any = None
+    def __init__(self, bench: Bench, model: Any, cache: Any = None) -> None:
+        self.bench, self.model, self.cache = bench, model, cache
         self.mask: Tensor | None = None  # (rows, context)
-        self.types: Tensor | None = None  # (rows, context), 1 where a picture is, for families that ask for it
+        self.types: Tensor | None = None  # (rows, context), for families that tell pictures from text by it
         self.next: Tensor | None = None  # (rows, 1) or (axes, rows, 1), the position that comes next
 
-    def feed(
-        self,
-        ids: Tensor | None = None,
-        *,
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        places: Tensor | None = None,
-        types: Tensor | None = None,
-        **further: Any,
-    ) -> "ByHand":
-        """One call: ids (rows, tokens) or embeds (rows, tokens, hidden), with pictures and options in `further`."""
-        fed = ids if ids is not None else embeds  # (rows, tokens[, hidden])
-        assert fed is not None
-        rows, tokens = fed.shape[:2]
-        mask = torch.ones((rows, tokens), dtype=torch.int64) if mask is None else mask  # (rows, tokens)
+    def feed(self, piece: Inputs) -> "Loop":
+        """One call: input_ids (rows, tokens) or inputs_embeds (rows, tokens, hidden), and what belongs to them."""
+        fed = piece["inputs_embeds"] if "inputs_embeds" in piece else piece["input_ids"]
+        tokens = fed.shape[1]
+        mask = piece.get("attention_mask", torch.ones(fed.shape[:2], dtype=torch.int64))  # (rows, tokens)
+        start = self._first(len(fed)) if self.next is None else self.next
+        piece = {"position_ids": start + torch.arange(tokens), **piece}  # (..., rows, tokens)
+        self.next = torch.maximum(start, piece["position_ids"].amax(-1, keepdim=True) + 1)
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
-        if places is None:
-            start = self._start(rows)  # (..., rows, 1)
-            places = start + torch.arange(tokens)  # (..., rows, tokens)
-        self.next = places[..., -1:] + 1
-        call = {"attention_mask": self.mask, "position_ids": places, "use_cache": True, **further}
+        call = {**piece, "attention_mask": self.mask, "use_cache": True}
+        call.pop("mm_token_type_ids", None)  # the positions say it
         if self.bench.guarded.family == "gemma3":
-            types = torch.zeros_like(mask) if types is None else types  # (rows, tokens)
-            self.types = types if self.types is None else torch.cat([self.types, types], dim=1)
-            call["token_type_ids"] = self.types
-        call["input_ids" if ids is not None else "inputs_embeds"] = fed
+            types = piece.get("token_type_ids", torch.zeros_like(mask))  # (rows, tokens)
+            call["token_type_ids"] = self.types = types if self.types is None else torch.cat([self.types, types], dim=1)
         output = self.model(past_key_values=self.cache, **call)
-        self.cache = output.past_key_values
-        self.logits = output.logits[:, -1]  # (rows, vocabulary)
-        self.probability = output.get("unsafe_probability")  # (rows,)
+        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
         return self
 
-    def feed_prompt(self, inputs: Inputs, ends: list[int], *, embeds: Tensor | None = None) -> "ByHand":
-        """Feed a processor's prompt in pieces that end at `ends`; its pictures come with the first."""
-        places, _ = positions(self.bench.guarded, inputs)  # (..., rows, tokens)
-        start = 0
-        for end in ends:
-            piece: dict[str, Any] = {"mask": inputs["attention_mask"][:, start:end], "places": places[..., start:end]}
-            if "token_type_ids" in inputs:
-                piece["types"] = inputs["token_type_ids"][:, start:end]
-            if embeds is None:
-                piece["ids"] = inputs["input_ids"][:, start:end]
-            else:
-                piece["embeds"] = embeds[:, start:end]
-            if start == 0:
-                piece |= {name: value for name, value in inputs.items() if name not in PER_TOKEN}
-            self.feed(**piece)
-            start = end
+    def _first(self, rows: int) -> Tensor:
+        """Where positions begin, (rows, 1) or (axes, rows, 1)."""
+        axes = (3,) if hasattr(self.bench.stock.model, "get_rope_index") else ()
+        return torch.zeros((*axes, rows, 1), dtype=torch.int64)
+
+    def feed_prompt(self, inputs: Inputs, size: int | None = None, *, last: int = 0, embedded: bool = False) -> "Loop":
+        """A processor's prompt in pieces of `size` tokens, or in two with `last` tokens in the second, or whole.
+
+        Its pictures come with the first piece, which reaches to their end.
+        """
+        inputs = {**inputs, "position_ids": positions(self.bench.guarded, inputs)[0]}
+        tokens, places = inputs["input_ids"].shape[1], inputs["input_ids"] == image_token(self.bench.guarded)
+        pictured = int(places.any(0).nonzero().max()) + 1 if places.any() else 1
+        if embedded:
+            embeds = self.model.get_input_embeddings()(inputs["input_ids"])  # (rows, tokens, hidden)
+            inputs["inputs_embeds"] = embeds
+            del inputs["input_ids"]
+        step = size or (tokens - last)
+        ends = [*(end for end in range(step, tokens, step) if end >= pictured), tokens]
+        for start, end in zip([0, *ends], ends, strict=False):
+            piece = {name: value[:, start:end] for name, value in inputs.items() if name in PER_TOKEN}
+            piece["position_ids"] = inputs["position_ids"][..., start:end]
+            self.feed(piece if start else inputs | piece)
         return self
 
-    def say(self, count: int = TOKENS, *, embedded: bool = False, stop: frozenset[int] = frozenset()) -> Tensor:
-        """Greedy tokens (rows, up to count), each fed as it is said; all rows at one of `stop` ends it sooner."""
+    def say(self, count: int = TOKENS, *, embedded: bool = False, until: set[int] | None = None) -> Tensor:
+        """Greedy tokens (rows, up to `count`), each fed as it is said; ends sooner where all say one of `until`."""
         said = []
         for _ in range(count):
-            token = self.logits.argmax(-1, keepdim=True)  # (rows, 1)
-            said.append(token)
+            said.append(self.logits.argmax(-1, keepdim=True))  # (rows, 1)
+            name, fed = "input_ids", said[-1]
             if embedded:
-                self.feed(embeds=self.model.get_input_embeddings()(token))
-            else:
-                self.feed(token)
-            if stop.issuperset(token[:, 0].tolist()):
+                name, fed = "inputs_embeds", self.model.get_input_embeddings()(fed)  # (rows, 1, hidden)
+            self.feed({name: fed})
+            if until is not None and until.issuperset(said[-1][:, 0].tolist()):
                 break
         return torch.cat(said, dim=1)
 
-    def all_logits(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Feed tokens (rows, tokens) and give the logits of every position, (rows, tokens, vocabulary)."""
-        seen: list[Tensor] = []
-        handle = self.model.register_forward_hook(lambda module, args, output: seen.append(output.logits))
-        try:
-            self.feed(input_ids, mask=inputs.get("attention_mask"), types=inputs.get("token_type_ids"))
-        finally:
-            handle.remove()
-        return seen[0]
-
-    def crop(self, length: int) -> "ByHand":
-        """Back to the first tokens of the context; pictures must lie before or behind them."""
-        assert self.mask is not None
-        dropped = self.mask.shape[1] - length
+    def crop(self, dropped: int) -> "Loop":
+        """Forget the last tokens."""
+        assert self.mask is not None and self.next is not None
         self.cache.crop(-dropped)
-        self.mask = self.mask[:, :length]
+        length = self.mask.shape[1] - dropped
+        self.mask, self.next = self.mask[:, :length], self.next - dropped
         self.types = None if self.types is None else self.types[:, :length]
-        assert self.next is not None
-        self.next = self.next - dropped
         return self
 
-    def pick(self, rows: Tensor) -> "ByHand":
+    def pick(self, rows: Tensor) -> "Loop":
         """Keep these rows of the batch, in this order, some perhaps several times."""
         assert self.mask is not None and self.next is not None
         self.cache.batch_select_indices(rows)
@@ -118,39 +93,32 @@ class ByHand:
         self.types = None if self.types is None else self.types[rows]
         return self
 
-    def _start(self, rows: int) -> Tensor:
-        if self.next is not None:
-            return self.next
-        first = torch.zeros((rows, 1), dtype=torch.int64)  # (rows, 1)
-        return first.expand(3, -1, -1) if hasattr(self.bench.stock.model, "get_rope_index") else first
+
+def turns(bench: Bench) -> list[list[int]]:
+    """What the turns of a conversation add, each with the generation prompt at its end."""
+    first, *others = ("where can the dog run", "make a cake", "tell me how", "list ideas")
+    mark, found = "@@", [bench.chat(("user", first))["input_ids"][0].tolist()]
+    for text in others:
+        messages = [("user", first), ("assistant", mark), ("user", text)]
+        chat = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in messages]
+        whole = bench.guarded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        found.append(bench.tokenizer(whole.split(mark)[1], add_special_tokens=False)["input_ids"])
+    return found
 
 
-def chunks(tokens: int, size: int, first: int = 1) -> list[int]:
-    """Where pieces of `size` tokens end; the first piece has at least `first`."""
-    ends = [end for end in range(size, tokens, size) if end >= first]
-    return [*ends, tokens]
+def joined(history: list[int], turn: list[int]) -> list[int]:
+    """A conversation and its next turn. The last answer may have ended already with what begins the turn."""
+    return history + (turn[1:] if history[-1:] == turn[:1] else turn)
 
 
-def last_picture(bench: Bench, inputs: Inputs) -> int:
-    """How many tokens reach to the end of the last picture, at least one."""
-    config = bench.guarded.model.config
-    token = getattr(config, "image_token_id", None) or config.image_token_index
-    columns = (inputs["input_ids"] == token).any(dim=0).nonzero()  # (columns, 1)
-    return int(columns.max()) + 1 if len(columns) else 1
-
-
-def fed(bench: Bench, size: int | None = None, *, embedded: bool = False) -> Callable[[Any, Inputs], Tensor]:
-    """The way of feeding a prompt by hand in pieces of `size` tokens, or whole, and its answer token by token."""
-
-    def run(model: Any, inputs: Inputs) -> Tensor:
-        tokens = inputs["input_ids"].shape[1]
-        ends = [tokens] if size is None else chunks(tokens, size, last_picture(bench, inputs))
-        embeds = model.get_input_embeddings()(inputs["input_ids"]) if embedded else None  # (rows, tokens, hidden)
-        return ByHand(bench, model).feed_prompt(inputs, ends, embeds=embeds).say(embedded=embedded)
-
-    return run
-
-
-def whole(bench: Bench, model: Any, inputs: Inputs) -> ByHand:
-    """A loop that was fed a prompt in one call."""
-    return ByHand(bench, model).feed_prompt(inputs, [inputs["input_ids"].shape[1]])
+def converse(bench: Bench, model: Any, size: int | None) -> Transcript:
+    """A conversation on a kept cache, its turns fed in pieces of `size` tokens or each at once."""
+    loop, history, transcript = Loop(bench, model), list[int](), Transcript()
+    for turn in turns(bench):
+        before = joined(history, turn)
+        for piece in torch.tensor([before[len(history) :]]).split(size or len(before), dim=1):
+            loop.feed({"input_ids": piece})
+        said = loop.say(until=bench.guarded.ends)  # (1, tokens)
+        transcript.append((before, said))
+        history = before + said[0].tolist()
+    return transcript

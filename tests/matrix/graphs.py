@@ -1,0 +1,56 @@
+"""An ONNX directory behind the call of a torch model, so that the same loop drives both."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from onnx_runner import Arrays, Runner
+from torch import Tensor
+
+
+class Past:
+    """The arrays of a kept cache, (rows, heads, tokens, size) each, changed as a cache of transformers is."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays = arrays
+
+    def crop(self, tokens: int) -> None:
+        """Drop the last -tokens."""
+        self.arrays = {name: array[:, :, :tokens] for name, array in self.arrays.items()}
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        self.arrays = {name: array[rows.numpy()] for name, array in self.arrays.items()}
+
+
+class Graphs:
+    """The three graphs; `image_token` is the id in whose places the pictures go."""
+
+    def __init__(self, directory: Path, image_token: int) -> None:
+        self.runner, self.image_token = Runner(directory), image_token
+        self.optional = {value.name for value in self.runner.decoder.get_overridable_initializers()}
+
+    def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
+        return lambda ids: torch.from_numpy(self.runner.embed(ids.numpy()))
+
+    def __call__(self, *, past_key_values: Past | None = None, **inputs: Any) -> SimpleNamespace:
+        """`logits` (rows, 1, vocabulary) and `past_key_values`, as transformers names them."""
+        embeds = inputs["inputs_embeds"].numpy() if "inputs_embeds" in inputs else self._embedded(**inputs)
+        self.runner.start(len(embeds))
+        self.runner.cache = past_key_values.arrays if past_key_values else self.runner.cache
+        further = {name: inputs[name][:, -embeds.shape[1] :].numpy() for name in self.optional & inputs.keys()}
+        self.runner.call(embeds, inputs["attention_mask"].numpy(), inputs["position_ids"].numpy(), **further)
+        return SimpleNamespace(
+            logits=torch.from_numpy(self.runner.logits)[:, None], past_key_values=Past(self.runner.cache)
+        )
+
+    def _embedded(self, input_ids: Tensor, **inputs: Any) -> np.ndarray[Any, Any]:
+        """Embeddings (rows, tokens, hidden) with the pictures in their places."""
+        embeds = self.runner.embed(input_ids.numpy())
+        if "pixel_values" in inputs:
+            fed = {value.name: inputs[value.name].numpy() for value in self.runner.vision.get_inputs()}
+            features = self.runner.vision.run(None, fed)[0]
+            embeds[input_ids.numpy() == self.image_token] = features.reshape(-1, features.shape[-1])
+        return embeds
