@@ -73,9 +73,7 @@ def reading(
         seen_norm.clear()
         with torch.no_grad(), recording() as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
-        at = torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(
-            -1
-        )  # (batch,), the last real one
+        at = last_real(inputs)  # (batch,)
         with torch.no_grad():
             entry, states = project_taps(nodes, seen)  # (batch, tokens, hidden)
             values = run_lane(model, nodes, {entry: states}, seen.arguments, at)
