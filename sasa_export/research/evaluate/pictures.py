@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.research.evaluate.estimates import Estimate
+from sasa_export.research.evaluate.figures import ATTACK, OVER_REFUSAL
 from sasa_export.research.evaluate.measure import Evaluated
-from sasa_export.research.evaluate.targets import ATTACK, OVER_REFUSAL
+from sasa_export.research.intervals import Estimate
 from sasa_export.research.theme import LIGHT, drawing, png
 
 COLOURS = {"patched": LIGHT.safety, "with": LIGHT.semantic, "without": LIGHT.semantic, "words": LIGHT.harmless}

@@ -9,7 +9,7 @@ the main lane alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import nn
 
 from sasa_export.errors import LocateError
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.report import Silent
 from sasa_export.research.locate.lane import Batch, MainLane
 from sasa_export.research.work import Work
 from sasa_export.workers import workers
@@ -43,14 +44,13 @@ class Heads:
         rows: Sequence[int],
         blocks: Sequence[int],
         work: Work,
-        advance: Callable[[int], None],
+        report: Silent,
     ) -> None:
-        """Ablate every head of `blocks` on the prompts numbered `rows`; `advance` counts the blocks of each prompt.
+        """Ablate every head of `blocks` on the prompts numbered `rows`, in as many processes as there are.
 
         Leaves in the work folder, for each prompt, the final state with all heads (hidden,), and for each block those
         with one head less (heads, hidden), float32.
         """
-        team = workers()
 
         def run(row: int) -> None:
             batch: Batch | None = None
@@ -61,10 +61,9 @@ class Heads:
                         final = self.lane.normed(self.lane.states(batch)[-1])  # (rows, hidden)
                         work.put(intact(row), final[0].float().cpu().numpy())
                     work.put(ablated(row, block), self._without_each(batch, block))
-                if team.leads:
-                    advance(1)
 
-        team.spread(rows, run)
+        with report.bar(len(rows), "ablate") as advance:
+            workers().spread(rows, run, lambda row: advance(1))
 
     @contextmanager
     def silenced(self, block: int, heads: Sequence[int | None]) -> Iterator[None]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from sasa_export.research.intervals import Estimate
 from sasa_export.research.locate.expression import Expression
 from sasa_export.research.locate.heads import HeadScores
-from sasa_export.research.locate.interval import Estimate
-from sasa_export.research.locate.understanding import Alignment
 from sasa_export.research.theme import LIGHT, WIDTH, drawing, png, ticks
 
 if TYPE_CHECKING:
@@ -67,10 +66,10 @@ def _perception(axis: Any, curves: Mapping[str, Sequence[Estimate]]) -> None:
     axis.set_ylabel("AUC")
 
 
-def _understanding(axis: Any, alignment: Alignment) -> None:
+def _understanding(axis: Any, alignment: Mapping[str, Sequence[Estimate]]) -> None:
     axis.axhline(0.0, color=LIGHT.faint, linewidth=0.8, linestyle=":")
-    _curve(axis, alignment.text_only, LIGHT.semantic, "with the request as text")
-    _curve(axis, alignment.image_dominant, LIGHT.third, "with the picture alone", linestyle="--", linewidth=1.3)
+    _curve(axis, alignment["text_only"], LIGHT.semantic, "with the request as text")
+    _curve(axis, alignment["image_dominant"], LIGHT.third, "with the picture alone", linestyle="--", linewidth=1.3)
     axis.set_title("Semantic understanding")
     axis.set_ylabel("centred cosine")
 
