@@ -4,7 +4,7 @@ variance with the prompts of one group counted as one (Obuchowski 1997), by whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -128,12 +128,12 @@ def _error(by_group: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------------- bootstrap
 
 
-def bootstrap(measure: Callable[[np.ndarray], np.ndarray], groups: Sequence[str]) -> Estimate:
+def bootstrap(measure: Callable[[np.ndarray], np.ndarray], groups: np.ndarray) -> Estimate:
     """A figure of prompts, and how it varies when whole groups are drawn again with replacement.
 
     Args:
         measure: from weights (draws, prompts), how often each prompt counts, to figures (draws,).
-        groups: of each prompt. Equal groups give equal draws, so differences of figures are paired.
+        groups: (prompts,). Equal groups give equal draws, so differences of figures are paired.
     """
     value = measure(np.ones((1, len(groups))))[0]
     drawn = np.concatenate([measure(weights) for weights in resamples(groups)])  # (DRAWS,)
@@ -141,9 +141,9 @@ def bootstrap(measure: Callable[[np.ndarray], np.ndarray], groups: Sequence[str]
     return Estimate(float(value), float(low), float(high))
 
 
-def resamples(groups: Sequence[str]) -> Iterator[np.ndarray]:
+def resamples(groups: np.ndarray) -> Iterator[np.ndarray]:
     """How often each prompt is drawn, (draws, prompts), in parts of bounded memory, 1000 draws in all."""
-    _, index = np.unique(np.asarray(groups), return_inverse=True)  # (prompts,)
+    _, index = np.unique(groups, return_inverse=True)  # (prompts,)
     count = int(index.max()) + 1
     draw = np.random.default_rng(0)
     size = max(1, AT_ONCE // len(index))

@@ -28,8 +28,8 @@ def write_report(
     directory: Path, title: str, markdown: str, pictures: Mapping[str, bytes], name: str, figures: Any
 ) -> None:
     """Write report.md, report.html with the pictures in it, the pictures, and NAME.json with all `figures`."""
-    for picture, data in pictures.items():
-        (directory / f"{picture}.png").write_bytes(data)
+    for picture, content in pictures.items():
+        (directory / f"{picture}.png").write_bytes(content)
     (directory / "report.md").write_text(markdown, encoding="utf-8")
     (directory / "report.html").write_text(html_page(title, markdown, pictures), encoding="utf-8")
     data = {"tool": f"sasa-export {version('sasa-export')}", **jsonable(figures)}

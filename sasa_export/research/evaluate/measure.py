@@ -120,6 +120,7 @@ def _arms(
     prompts, said, threshold = subject.evaluation, answers["patched"], float(subject.sasa["threshold"])
     own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
     plain = answering_arm("plain model", answers["plain"], np.zeros(len(prompts), bool), prompts, judge)
+    assert said.scores is not None  # it has a gate
     gate = said.are(subject.sasa["refusal_token_ids"]) & (said.scores >= threshold)  # (prompts,)
     return {
         "plain": plain,

@@ -57,7 +57,8 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
         answers["patched"] = _answers(subject, patched, "patched", work, report)
         if not team.leads:
             return None
-        chosen = choose(subject.evaluation, answers["patched"].scores >= subject.sasa["threshold"], options.timing)
+        refused = answers["patched"].scores >= subject.sasa["threshold"]  # (prompts,)
+        chosen = choose(subject.evaluation, refused, options.timing)
         with report.bar(len(chosen), "timing") as advance:
             timing = timed(plain, patched, chosen, advance)
         plain.cache_clear()

@@ -52,8 +52,7 @@ def choose_layers(
     given = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
     pairs = with_layer(len(graph.of("block")), *given)
     choosing, held_out = halves(prompts)
-    chosen_on = limited([prompts[row] for row in choosing], None)
-    limited([prompts[row] for row in held_out], None)
+    chosen_on, _ = (limited([prompts[row] for row in half], None) for half in (choosing, held_out))
     team = workers()
     folder = Path(team.tell(tempfile.mkdtemp(prefix="sasa-export-layers-") if team.leads else ""))
     try:

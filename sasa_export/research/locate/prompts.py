@@ -51,8 +51,8 @@ def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
     return found
 
 
-def ablated_on(prompts: Sequence[Prompt], count: int) -> dict[int, list[int]]:
-    """Row numbers of up to `count` prompts of either label (1, 0), evenly spaced.
+def ablated_on(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Up to `count` prompts of either label, evenly spaced.
 
     Both labels get as many of each channel, or a head that matters to pictures would pass for one that matters to
     whichever label has more of them.
@@ -67,12 +67,12 @@ def ablated_on(prompts: Sequence[Prompt], count: int) -> dict[int, list[int]]:
             "no kind of prompt (text, picture) comes with both labels, so that what heads do to harmful prompts cannot "
             "be told from what they do to that kind. Leave the ablation out: --ablation-prompts 0."
         )
-    found: dict[int, list[int]] = {1: [], 0: []}
+    chosen: list[int] = []
     for place, channel in enumerate(shared):
-        share = min(most[channel], (count - len(found[1])) // (len(shared) - place))
-        for label in (1, 0):
-            found[label] += spaced(held[channel][label], share)
-    return {label: sorted(rows) for label, rows in found.items()}
+        share = min(most[channel], (count - len(chosen) // 2) // (len(shared) - place))
+        for rows in held[channel].values():
+            chosen += spaced(rows, share)
+    return [prompts[row] for row in sorted(chosen)]
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from sasa_export.probe.features import trace_loaded
 from sasa_export.prompts import calibration_prompts
 from sasa_export.prompts.prompt import Prompt, builtin
 from sasa_export.report import Silent
-from sasa_export.research.locate.ablation import Heads
+from sasa_export.research.locate.ablation import ablate
 from sasa_export.research.locate.command import LocateOptions
 from sasa_export.research.locate.family_file import check_family, write_family
 from sasa_export.research.locate.heads import HeadScores, head_scores
@@ -50,7 +50,7 @@ class Plan:
     pairs: list[Pair]  # that are swept
     known: Pair | None  # what the family's file says
     blocks: list[int]  # whose heads are ablated
-    rows: dict[int, list[int]]  # of the prompts that they are ablated on, by label
+    ablated_on: list[Prompt]  # empty where the ablation is left out
     dtype: str
     device: str
 
@@ -69,10 +69,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
         plan = _plan(options)
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
         if team.leads:
-            device = plan.device.partition(":")[0]
-            how = {"epsilon": options.epsilon, "batch_size": options.batch_size, "dtype": plan.dtype}
-            of_run = fingerprint(plan.source, plan.prompts, device=device, **how)
-            work.open(of_run, discard=options.force, report=report)
+            work.open(_fingerprint(plan, options), discard=options.force, report=report)
         team.wait()
         evidence, heads = _measure(plan, options, work, report)
         if evidence is None:
@@ -104,18 +101,21 @@ def _plan(options: LocateOptions) -> Plan:
         prompts = builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
     prompts = limited(prompts, options.limit)
     dtype, device = running(source, options.dtype, workers().device(options.device))
-    return Plan(
-        source,
-        sizes,
-        trace_source(source),
-        processor,
-        prompts,
-        default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks),
-        known,
-        list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks),
-        ablated_on(prompts, options.ablation_prompts) if options.ablation_prompts else {},
-        dtype,
-        device,
+    pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)
+    blocks = list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks)
+    ablated = ablated_on(prompts, options.ablation_prompts) if options.ablation_prompts else []
+    graph = trace_source(source)
+    return Plan(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device)
+
+
+def _fingerprint(plan: Plan, options: LocateOptions) -> dict[str, Any]:
+    return fingerprint(
+        plan.source,
+        plan.prompts,
+        epsilon=options.epsilon,
+        batch_size=options.batch_size,
+        dtype=plan.dtype,
+        device=plan.device.partition(":")[0],
     )
 
 
@@ -129,11 +129,12 @@ def _measure(
     check_traces(plan.graph, trace_loaded(model, plan.processor, plan.source, pictured))
     settings = LaneSettings(None, None, options.epsilon, plan.sizes.softcap)
     with watched(model, plan.processor, plan.graph) as lane:
-        if plan.rows:
-            rows = sorted(plan.rows[0] + plan.rows[1])
-            Heads(lane, options.batch_size).run(plan.prompts, rows, plan.blocks, work, report)
+        heads = None
+        if plan.ablated_on:
+            ablated = ablate(lane, plan.ablated_on, plan.blocks, work, report, at_once=options.batch_size)
+            heads = head_scores(ablated, plan.blocks) if workers().leads else None
         evidence = survey(lane, plan.prompts, plan.pairs, settings, work, report, batch_size=options.batch_size)
-    return evidence, head_scores(work, plan.rows, plan.blocks) if plan.rows and workers().leads else None
+    return evidence, heads
 
 
 def _conclude(plan: Plan, evidence: Evidence, heads: HeadScores | None, command: str, report: Silent) -> Located:

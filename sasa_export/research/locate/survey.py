@@ -103,7 +103,6 @@ def survey(
     return Evidence(perception, understanding(on_controls, blocks), expressed, swept, run, vocabulary)
 
 
-@torch.no_grad()
 def _of_main_lane(lane: MainLane, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:
     states = lane.states(batch)
     normed = [lane.normed(state) for state in states]  # (rows, hidden) each
