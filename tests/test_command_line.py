@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from sasa_export.research.command_line import command_line
-from sasa_export.research.evaluate.options import EvaluateOptions
-from sasa_export.research.locate.options import LocateOptions
+from sasa_export.research.evaluate.command import EvaluateOptions
+from sasa_export.research.locate.command import LocateOptions
+from sasa_export.research.report import command_line
 
 
 def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:

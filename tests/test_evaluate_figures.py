@@ -103,13 +103,6 @@ def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
     assert (unsure.refused == plain.refused).all() and unsure.flagged is None
 
 
-def test_an_answer_is_the_refusal_as_far_as_there_was_room() -> None:
-    answers = Answers(np.array([[5, 6, 2], [5, 6, -1], [5, 7, 2]]), [])
-    assert answers.are([5, 6, 2]).tolist() == [True, False, False]
-    assert answers.are([5, 6, 2, 3]).tolist() == [True, False, False]
-    assert answers.are([5, 6]).tolist() == [False, True, False]
-
-
 def test_the_judge_is_asked_about_harmful_requests_that_the_gate_let_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

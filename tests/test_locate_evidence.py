@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,16 +18,15 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models import family as families
 from sasa_export.prompts.prompt import Prompt, builtin, encode
-from sasa_export.research.intervals import auc_of
 from sasa_export.research.locate import LocateError
 from sasa_export.research.locate.ablation import Heads
 from sasa_export.research.locate.expression import is_readable, onset, token_texts
-from sasa_export.research.locate.heads import HeadScores, degrees, leading, safety_heads
+from sasa_export.research.locate.heads import HeadScores, safety_heads
 from sasa_export.research.locate.lane import MainLane, watched
 from sasa_export.research.locate.pairs import default_pairs, parse_blocks, parse_pairs, with_layer
 from sasa_export.research.locate.prompts import ablated_on, controls, halves, limited
 from sasa_export.research.locate.propose import nearest, spans
-from sasa_export.research.locate.sweep import Sweep, cheapest, held_out
+from sasa_export.research.locate.sweep import cheapest
 from sasa_export.research.locate.understanding import alignment, centred, cosines
 
 Stock = Callable[..., tuple[Any, Any]]
@@ -130,16 +128,6 @@ def test_the_vocabulary_leaves_out_control_tokens(stock: Stock) -> None:
     assert all(texts[number] == "" for number in processor.tokenizer.all_special_ids)
 
 
-def test_angles() -> None:
-    first = np.array([1.0, 0.0, 0.0])
-    for angle in (1e-6, 0.3, 45.0, 89.9):
-        turned = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle)), 0.0])
-        assert degrees(first, turned) == pytest.approx(angle, rel=1e-6)
-        assert degrees(first, -turned) == pytest.approx(angle, rel=1e-6), "a singular vector has no sign"
-    states = np.outer(np.arange(1.0, 6.0), [3.0, 4.0]) + 0.01 * np.random.default_rng(0).normal(size=(5, 2))
-    assert degrees(leading(states), np.array([0.6, 0.8])) < 1
-
-
 def test_which_heads_are_safety_heads() -> None:
     draw = np.random.default_rng(0)
     noise = np.abs(draw.normal(size=(6, 8))) * 0.1
@@ -164,18 +152,6 @@ def test_the_choice_among_pairs() -> None:
     assert cheapest([(2, 9), (5, 9), (5, 7)]) == (5, 7)
     assert spans([3]) == "block 3" and spans([5, 3, 4]) == "blocks 3 to 5"
     assert spans([1, 3, 4, 9]) == "blocks 1, 3 to 4 and 9"
-
-
-def test_the_choice_is_judged_among_what_it_was_made_from() -> None:
-    labels = np.arange(160) % 2
-    prompts = [Prompt(f"p{row}", "words", int(row % 2), f"g{row // 2}", "text", "none") for row in range(160)]
-    draw = np.random.default_rng(0)
-    scores = {(1, 2): draw.random(160), (3, 4): np.clip(labels * 0.4 + draw.random(160) * 0.6, 0.01, 0.99)}
-    estimates = {pair: auc_of(found, labels, np.arange(160) // 2) for pair, found in scores.items()}
-    swept = Sweep(estimates, estimates[1, 2], scores)
-    every, worse = held_out(swept, list(scores), prompts), held_out(swept, [(1, 2)], prompts)
-    assert [pair for pair, _ in every] == [(3, 4)] * 2 and min(auc for _, auc in every) > 0.8
-    assert [pair for pair, _ in worse] == [(1, 2)] * 2 and np.mean([auc for _, auc in worse]) < 0.65
 
 
 def test_the_default_grid() -> None:

@@ -42,9 +42,11 @@ def _bars(axis: Any, title: str, shares: Sequence[Estimate], colour: str, target
         axis.annotate(share.short, (100 * share.high, place), (6, 0), textcoords="offset points", va="center")
     axis.axvline(100 * target, color=theme.THIRD, linewidth=1, linestyle=":")
     # Each side has its own scale, or the bars of a small share could not be told apart.
-    axis.set_xlim(0, 130 * max(0.1, *(share.high for share in shares)))
-    axis.set_xlabel(f"% (dotted: target, {target:.0%})")
-    axis.set_title(title)
+    axis.set(
+        xlim=(0, 130 * max(0.1, *(share.high for share in shares))),
+        xlabel=f"% (dotted: target, {target:.0%})",
+        title=title,
+    )
 
 
 def roc(found: Evaluated) -> bytes:
@@ -88,8 +90,7 @@ def scores(found: Evaluated) -> bytes:
             axis.set_ylabel("% of kind")
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9)
-        axes[-1].set_xlim(0, 1)
-        axes[-1].set_xlabel("P(unsafe); dashed: the threshold of the calibration")
+        axes[-1].set(xlim=(0, 1), xlabel="P(unsafe); dashed: the threshold of the calibration")
         return theme.png(figure)
 
 
@@ -120,9 +121,11 @@ def depth(found: Evaluated) -> bytes:
         for of in (found.depth[0], found.depth[len(areas) // 2], found.depth[-1]):
             place = (of["cost"], of["auc"].value)
             axis.annotate(f"block {of['block']}", place, (0, 8), textcoords="offset points", ha="center", fontsize=8.5)
-        axis.set_xlabel("blocks that a prompt runs through (1: as in the plain model)")
-        axis.set_ylabel("AUC, with its 95 % interval")
-        axis.set_title("Probing earlier in the second lane")
+        axis.set(
+            xlabel="blocks that a prompt runs through (1: as in the plain model)",
+            ylabel="AUC, with its 95 % interval",
+            title="Probing earlier in the second lane",
+        )
         axis.legend(loc="best", fontsize=8.5)
         return theme.png(figure)
 

@@ -65,8 +65,7 @@ def _perception(axis: Any, curves: Mapping[str, Sequence[Estimate]]) -> None:
             axis.plot([point.value for point in curve], color=colour, label=channel, linestyle=line, linewidth=1.3)
     blocks, label = range(len(curves["all"])), "all prompts" if len(curves) > 1 else "prompts"
     theme.band(axis, blocks, curves["all"], theme.SAFETY, label, linewidth=2)
-    axis.set_title("Safety perception")
-    axis.set_ylabel("AUC")
+    axis.set(title="Safety perception", ylabel="AUC")
 
 
 def _understanding(axis: Any, alignment: Mapping[str, Sequence[Estimate]]) -> None:
@@ -74,8 +73,7 @@ def _understanding(axis: Any, alignment: Mapping[str, Sequence[Estimate]]) -> No
     text, image = alignment["text_only"], alignment["image_dominant"]
     theme.band(axis, range(len(text)), text, theme.SEMANTIC, "with the request as text", linewidth=2)
     theme.band(axis, range(len(image)), image, theme.THIRD, "with the picture alone", linestyle="--", linewidth=1.3)
-    axis.set_title("Semantic understanding")
-    axis.set_ylabel("centred cosine")
+    axis.set(title="Semantic understanding", ylabel="centred cosine")
 
 
 def _expression(axis: Any, found: Expression) -> None:
@@ -84,9 +82,7 @@ def _expression(axis: Any, found: Expression) -> None:
     axis.plot(found.already_final, color=theme.THIRD, linewidth=1.3, linestyle="--", label="as after the last block")
     if found.onset is not None:
         axis.plot([found.onset], [found.readable[found.onset]], marker="o", color=theme.HARMLESS, markersize=7)
-    axis.set_ylim(-0.03, 1.03)
-    axis.set_title("Linguistic expression")
-    axis.set_ylabel("share of top 5")
+    axis.set(ylim=(-0.03, 1.03), title="Linguistic expression", ylabel="share of top 5")
 
 
 def _mark(axis: Any, blocks: Sequence[int], colour: str) -> None:
@@ -104,9 +100,11 @@ def heads(found: HeadScores) -> bytes:
         _map(axis, table, "degrees: harmful less ordinary", cmap="PuOr_r", vmin=-limit, vmax=limit)
         for head in found.safety_heads:
             _frame(axis, table, head.block, head.head, edgecolor="#000000", linewidth=1.8)
-        axis.set_xlabel("block (zero-based)")
-        axis.set_ylabel("attention head")
-        axis.set_title("Safety heads are framed" if found.safety_heads else "No head matters for safety only")
+        axis.set(
+            xlabel="block (zero-based)",
+            ylabel="attention head",
+            title="Safety heads are framed" if found.safety_heads else "No head matters for safety only",
+        )
         return theme.png(figure)
 
 
@@ -131,8 +129,7 @@ def sweep_map(located: Located) -> bytes:
             if (safety, semantic) in proposal.tied:
                 _frame(axis, table, safety, semantic, edgecolor=over, linewidth=1.2, linestyle=":")
         _frame(axis, table, *proposal.pair, edgecolor=theme.HARMFUL, linewidth=3.0)
-        axis.set_xlabel("safety layer")
-        axis.set_ylabel("semantic layer")
+        axis.set(xlabel="safety layer", ylabel="semantic layer")
         others = "; dotted: within noise of it" if set(proposal.tied) - {proposal.pair} else ""
         axis.set_title(f"Chosen: {proposal.safety_layer} and {proposal.semantic_layer}{others}")
         return theme.png(figure)
