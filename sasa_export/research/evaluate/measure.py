@@ -74,12 +74,8 @@ def measure(
         answers: of the "plain" and the "patched" model.
         features: of the "calibration" and the "evaluation" prompts, in the head's metric.
     """
-    prompts, calibration = subject.evaluation, subject.calibration
+    prompts, fitted = subject.evaluation, _fitted(subject, features)
     labels, groups = labels_and_groups(prompts)
-    fitted = {"words": words(calibration, prompts, subject.rate)}
-    for key, lane in (("with", "projected"), ("without", "plain")):
-        before, after = features["calibration"][lane], features["evaluation"][lane]
-        fitted[key] = probe(before, after, calibration, subject.rate, subject.regularization)
     arms = _arms(subject, answers, fitted, judge)
     scores = {key: arm.scores for key, arm in arms.items() if arm.scores is not None}  # (prompts,) each
     flagged = scores["patched"] >= subject.sasa["threshold"]  # (prompts,)
@@ -112,6 +108,16 @@ def measure(
         timing=timing,
         depth=depth_curve(subject, features) if subject.options.depth_curve else [],
     )
+
+
+def _fitted(subject: Subject, features: dict[str, Features]) -> dict[str, Fitted]:
+    """The probes with and without projection, fitted alike, and words alone."""
+    prompts = subject.calibration
+    fitted = {"words": words(prompts, subject.evaluation, subject.rate)}
+    for key, lane in (("with", "projected"), ("without", "plain")):
+        before, after = features["calibration"][lane], features["evaluation"][lane]
+        fitted[key] = probe(before, after, prompts, subject.rate, subject.regularization)
+    return fitted
 
 
 def _arms(

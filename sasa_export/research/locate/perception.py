@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from sasa_export.probe.fit import FOLDS
+from sasa_export.report import Silent
 from sasa_export.research.intervals import Comparable, auc_of
 from sasa_export.research.prompts import labels_and_groups
 from sasa_export.research.work import Batched
@@ -31,10 +30,10 @@ def decision_values(states: np.ndarray, labels: np.ndarray, groups: np.ndarray) 
     return cross_val_predict(model, states, labels, groups=groups, cv=folds, method="decision_function")
 
 
-def separability(run: Batched, blocks: int, advance: Callable[[int], None]) -> dict[str, list[Comparable]]:
+def separability(run: Batched, blocks: int, report: Silent) -> dict[str, list[Comparable]]:
     """AUC behind each block, of "all" prompts, and of each channel (text, picture) that has both labels.
 
-    Where all prompts are of one channel, there is "all" alone. `advance` counts blocks.
+    Where all prompts are of one channel, there is "all" alone.
     """
     labels, groups = labels_and_groups(run.prompts)
     channels = np.array([prompt.channel for prompt in run.prompts])
@@ -43,9 +42,10 @@ def separability(run: Batched, blocks: int, advance: Callable[[int], None]) -> d
         if len(set(labels[channels == channel])) == 2:
             rows[channel] = channels == channel
     curves: dict[str, list[Comparable]] = {name: [] for name in rows}
-    for block in range(blocks):
-        scores = decision_values(run.read("states", block), labels, groups)  # (prompts,)
-        for name, chosen in rows.items():
-            curves[name].append(auc_of(scores[chosen], labels[chosen], groups[chosen]))
-        advance(1)
+    with report.bar(blocks, "separate") as advance:
+        for block in range(blocks):
+            scores = decision_values(run.read("states", block), labels, groups)  # (prompts,)
+            for name, chosen in rows.items():
+                curves[name].append(auc_of(scores[chosen], labels[chosen], groups[chosen]))
+            advance(1)
     return curves

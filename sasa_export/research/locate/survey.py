@@ -95,10 +95,8 @@ def survey(
         return None
     blocks, head = len(lane.blocks), head_weight(lane.model)  # (vocabulary, hidden)
     vocabulary = token_texts(lane.processor.tokenizer, len(head))
-    with report.bar(blocks, "separate") as advance:
-        perception = separability(run, blocks, advance)
-    with report.bar(len(pairs) + 1, "sweep") as advance:
-        swept = sweep(run, pairs, head_metric(head), regularization, advance)
+    perception = separability(run, blocks, report)
+    swept = sweep(run, pairs, head_metric(head), regularization, report)
     expressed = expression(run.read("tokens"), vocabulary)
     return Evidence(perception, understanding(on_controls, blocks), expressed, swept, run, vocabulary)
 

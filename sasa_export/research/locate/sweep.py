@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sasa_export.probe.fit import CANDIDATES, best_regularization, in_metric, quick_fit
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.report import Silent
 from sasa_export.research.intervals import Comparable, auc_of, within_noise
 from sasa_export.research.locate.pairs import Pair
 from sasa_export.research.locate.prompts import halves
@@ -38,17 +39,12 @@ def second_lane(pair: Pair) -> str:
 
 
 def sweep(
-    run: Batched,
-    pairs: Sequence[Pair],
-    metric: np.ndarray,
-    regularization: float | None,
-    advance: Callable[[int], None],
+    run: Batched, pairs: Sequence[Pair], metric: np.ndarray, regularization: float | None, report: Silent
 ) -> Sweep:
     """Fit and cross-validate each pair's probe.
 
     The features are normed states in the head's metric (hidden, hidden), as in calibration; where a model caps its
     logits, they are those before the cap. `regularization` is the probe's C; None chooses it as calibration does.
-    `advance` counts probes.
     """
     labels, groups = labels_and_groups(run.prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
@@ -57,11 +53,13 @@ def sweep(
         # A logistic regression with an L2 penalty gives the same scores after a rotation into as few dimensions as
         # the features span, and is done much sooner.
         left, scale, _ = np.linalg.svd(in_metric(run.read(name), metric), full_matrices=False)
-        _, scores = best_regularization(left * scale, labels, groups.tolist(), candidates, quick_fit)
-        advance(1)
-        return scores  # (prompts,)
+        return best_regularization(left * scale, labels, groups.tolist(), candidates, quick_fit)[1]  # (prompts,)
 
-    scores = {pair: scored(second_lane(pair)) for pair in pairs}
+    scores = {}
+    with report.bar(len(pairs), "sweep") as advance:
+        for pair in pairs:
+            scores[pair] = scored(second_lane(pair))
+            advance(1)
     areas = {pair: auc_of(found, labels, groups) for pair, found in scores.items()}
     return Sweep(areas, auc_of(scored("plain"), labels, groups), scores)
 
