@@ -112,14 +112,14 @@ class Work:
             ) from None
 
 
-class Batched:
+class Results:
     """Results of a list of prompts, computed batch by batch; they lie in the work folder under `kind`."""
 
     def __init__(self, work: Work, kind: str, prompts: Sequence[Prompt], batch_size: int) -> None:
         self.work, self.kind, self.prompts = work, kind, prompts
         self.batches = list(batches(prompts, batch_size))  # row numbers
 
-    def run(
+    def fill(
         self,
         names: Sequence[str],
         compute: Callable[[list[Prompt], list[str]], Iterable[tuple[str, np.ndarray]]],
@@ -130,14 +130,14 @@ class Batched:
         `compute` gets the prompts of a batch and which of `names` are missing, and gives arrays (rows, ...) by name.
         """
 
-        def run(number: int) -> None:
+        def fill(number: int) -> None:
             missing = [name for name in names if not self.work.has(self._file(number, name))]
             if missing:
                 for name, array in compute([self.prompts[row] for row in self.batches[number]], missing):
                     self.work.put(self._file(number, name), array)
 
         with report.bar(len(self.prompts), self.kind) as advance:
-            workers().spread(range(len(self.batches)), run, lambda number: advance(len(self.batches[number])))
+            workers().spread(range(len(self.batches)), fill, lambda number: advance(len(self.batches[number])))
 
     def read(self, name: str, block: int | None = None) -> np.ndarray:
         """An array (prompts, ...) in the prompts' order; of one (prompts, blocks, ...) that of a block alone."""
@@ -156,18 +156,18 @@ def resumable(out: Path, *, force: bool) -> Iterator[Work]:
     Where the block fails, what is finished stays for the next run. The second of two runs on one output is told at
     once. Raises EmitError where `out` cannot be written.
     """
-    team, out = workers(), out.resolve()
+    processes, out = workers(), out.resolve()
     work = Work(out.parent / f".{out.name}.work")
-    with claimed(out) if team.leads else nullcontext():
+    with claimed(out) if processes.leads else nullcontext():
         check_free(out, force=force)
         try:
             yield work
         except BaseException:
-            if team.leads and not any(work.folder.glob("*.npy")):
+            if processes.leads and not any(work.folder.glob("*.npy")):
                 work.remove()
             raise
-        team.wait()
-        if team.leads:
+        processes.wait()
+        if processes.leads:
             work.remove()
 
 

@@ -26,7 +26,7 @@ from sasa_export.research.evaluate.page import write_report
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.evaluate.timing import choose, timed
 from sasa_export.research.report import SPARE_BYTES
-from sasa_export.research.work import Batched, Work, resumable
+from sasa_export.research.work import Results, Work, resumable
 from sasa_export.workers import workers
 
 Model = Callable[[], Any]  # loads the model when it is first asked for
@@ -41,21 +41,21 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     SasaExportError; then no report is written.
     """
     check_values(options)
-    team = workers()
-    report = report if report is not None and team.leads else Silent()
+    processes = workers()
+    report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force) as work:
         judge = None if options.judge is None else load_judge(options.judge)
         subject = open_subject(options, report)
-        if team.leads:
+        if processes.leads:
             work.open(subject.fingerprint(), discard=options.force, report=report)
-        team.wait()
+        processes.wait()
         plain, patched = cache(lambda: _plain(subject)), cache(lambda: _patched(subject))
         features = _features(subject, plain, work, report)
         answers = {"plain": _answers(subject, plain, "plain", work, report)}
-        if not (team.leads and options.timing):
+        if not (processes.leads and options.timing):
             plain.cache_clear()
         answers["patched"] = _answers(subject, patched, "patched", work, report)
-        if not team.leads:
+        if not processes.leads:
             return None
         refused = answers["patched"].scores >= subject.sasa["threshold"]  # (prompts,)
         chosen = choose(subject.evaluation, refused, options.timing)
@@ -96,15 +96,15 @@ def _features(subject: Subject, plain: Model, work: Work, report: Silent) -> dic
         yield from ((name, arrays[name]) for name in missing)
 
     names, size = ["plain", "projected", *nodes], subject.options.batch_size
-    sets = {"calibration": subject.calibration, "evaluation": subject.evaluation}
-    runs = {kind: Batched(work, kind, prompts, size) for kind, prompts in sets.items()}
-    for run in runs.values():
-        run.run(names, compute, report)
+    asked = {"calibration": subject.calibration, "evaluation": subject.evaluation}
+    sets = {kind: Results(work, kind, prompts, size) for kind, prompts in asked.items()}
+    for results in sets.values():
+        results.fill(names, compute, report)
     if not workers().leads:
         return {}
     # Where something non-linear follows the head, probes see logits, which are measured as they are.
     metric = None if subject.lane.of("lane_head") else head_metric(head_weight(plain().model))
-    return {kind: {name: in_metric(run.read(name), metric) for name in names} for kind, run in runs.items()}
+    return {kind: {name: in_metric(results.read(name), metric) for name in names} for kind, results in sets.items()}
 
 
 def _answers(subject: Subject, model: Model, kind: str, work: Work, report: Silent) -> Answers:
@@ -116,9 +116,9 @@ def _answers(subject: Subject, model: Model, kind: str, work: Work, report: Sile
             raise EvaluateError("the patched model gives no verdict on some prompts. Export it again.")
         yield from ((name, found[name]) for name in missing)
 
-    run = Batched(work, kind, subject.evaluation, subject.batch_size)
-    run.run(["tokens"] if kind == "plain" else ["tokens", "scores"], compute, report)
-    tokens = run.read("tokens")  # (prompts, longest)
+    results = Results(work, kind, subject.evaluation, subject.batch_size)
+    results.fill(["tokens"] if kind == "plain" else ["tokens", "scores"], compute, report)
+    tokens = results.read("tokens")  # (prompts, longest)
     said = [row[row >= 0].tolist() for row in tokens]
     texts = subject.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-    return Answers(tokens, texts, None if kind == "plain" else run.read("scores"))
+    return Answers(tokens, texts, None if kind == "plain" else results.read("scores"))

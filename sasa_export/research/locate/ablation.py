@@ -20,7 +20,7 @@ from sasa_export.errors import LocateError
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.locate.lane import Batch, MainLane
-from sasa_export.research.work import Batched, Work
+from sasa_export.research.work import Results, Work
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "wo", "dense")  # as the families of transformers name them
 INTACT = "all"  # the name of the states with all heads
@@ -33,7 +33,7 @@ def without(block: int) -> str:
 
 def ablate(
     lane: MainLane, prompts: Sequence[Prompt], blocks: Sequence[int], work: Work, report: Silent, *, at_once: int
-) -> Batched:
+) -> Results:
     """Run the prompts with all heads, and without each head of `blocks` in turn, so many heads at a time.
 
     Returns the last token's final states, float32: INTACT (prompts, hidden), and for each block `without(block)`
@@ -49,9 +49,9 @@ def ablate(
             if without(block) in missing:
                 yield without(block), heads.without_each(batch, block)[None]  # (1, heads, hidden)
 
-    run = Batched(work, "ablate", prompts, 1)
-    run.run([INTACT, *map(without, blocks)], compute, report)
-    return run
+    results = Results(work, "ablate", prompts, 1)
+    results.fill([INTACT, *map(without, blocks)], compute, report)
+    return results
 
 
 class Heads:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sasa_export.research.locate.ablation import INTACT, without
-from sasa_export.research.work import Batched
+from sasa_export.research.work import Results
 
 OUTLIER = 4.0  # robust standard deviations above the median score that make a head stand out
 SAFETY_ONLY = 2.0  # and so many times the angle on ordinary prompts
@@ -53,7 +53,7 @@ class HeadScores:
         return heads[int(np.argmax(reached >= reached[-1] / 2 * (1 - 1e-6)))].block
 
 
-def head_scores(ablated: Batched, blocks: Sequence[int]) -> HeadScores:
+def head_scores(ablated: Results, blocks: Sequence[int]) -> HeadScores:
     """From the states that `ablate` left."""
     labels = np.array([prompt.label for prompt in ablated.prompts])
     rows = [np.flatnonzero(labels == label) for label in (1, 0)]  # of harmful and of ordinary prompts
@@ -93,7 +93,7 @@ def degrees(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.degrees(np.arctan2(aside, abs(along))))
 
 
-def _angles(ablated: Batched, sets: Sequence[np.ndarray], blocks: Sequence[int]) -> np.ndarray:
+def _angles(ablated: Results, sets: Sequence[np.ndarray], blocks: Sequence[int]) -> np.ndarray:
     """How far each head turns each set of prompts (rows): (sets, blocks, heads), in degrees."""
     intact = ablated.read(INTACT)  # (prompts, hidden)
     before = [leading(intact[rows]) for rows in sets]  # (hidden,) each

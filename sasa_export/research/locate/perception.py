@@ -8,7 +8,7 @@ from sasa_export.probe.fit import FOLDS
 from sasa_export.report import Silent
 from sasa_export.research.intervals import Comparable, auc_of
 from sasa_export.research.prompts import labels_and_groups
-from sasa_export.research.work import Batched
+from sasa_export.research.work import Results
 
 STRENGTH = 1e-3  # the inverse strength of regularization, on features of unit variance
 
@@ -30,13 +30,13 @@ def decision_values(states: np.ndarray, labels: np.ndarray, groups: np.ndarray) 
     return cross_val_predict(model, states, labels, groups=groups, cv=folds, method="decision_function")
 
 
-def separability(run: Batched, blocks: int, report: Silent) -> dict[str, list[Comparable]]:
+def separability(results: Results, blocks: int, report: Silent) -> dict[str, list[Comparable]]:
     """AUC behind each block, of "all" prompts, and of each channel (text, picture) that has both labels.
 
     Where all prompts are of one channel, there is "all" alone.
     """
-    labels, groups = labels_and_groups(run.prompts)
-    channels = np.array([prompt.channel for prompt in run.prompts])
+    labels, groups = labels_and_groups(results.prompts)
+    channels = np.array([prompt.channel for prompt in results.prompts])
     rows = {"all": np.full(len(labels), True)}
     for channel in sorted(set(channels)) if len(set(channels)) > 1 else ():
         if len(set(labels[channels == channel])) == 2:
@@ -44,7 +44,7 @@ def separability(run: Batched, blocks: int, report: Silent) -> dict[str, list[Co
     curves: dict[str, list[Comparable]] = {name: [] for name in rows}
     with report.bar(blocks, "separate") as advance:
         for block in range(blocks):
-            scores = decision_values(run.read("states", block), labels, groups)  # (prompts,)
+            scores = decision_values(results.read("states", block), labels, groups)  # (prompts,)
             for name, chosen in rows.items():
                 curves[name].append(auc_of(scores[chosen], labels[chosen], groups[chosen]))
             advance(1)

@@ -63,14 +63,14 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     None. Raises SasaExportError; then no report is written.
     """
     options.check()
-    team = workers()
-    report = report if report is not None and team.leads else Silent()
+    processes = workers()
+    report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force) as work:
         plan = _plan(options)
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
-        if team.leads:
+        if processes.leads:
             work.open(_fingerprint(plan, options), discard=options.force, report=report)
-        team.wait()
+        processes.wait()
         evidence, heads = _measure(plan, options, work, report)
         if evidence is None:
             return None
@@ -145,7 +145,7 @@ def _conclude(plan: Plan, evidence: Evidence, heads: HeadScores | None, command:
     shown = {*spaced(range(blocks), DRAWN_BLOCKS), blocks - 1, *proposal.pair}
     with report.bar(len(shown), "t-SNE") as advance:
         for block in shown:
-            tsne[block] = points(evidence.run.read("states", block)[drawn])
+            tsne[block] = points(evidence.results.read("states", block)[drawn])
             advance(1)
     subject = {
         "model": last_name(plan.source.name),
@@ -170,7 +170,7 @@ def _example(evidence: Evidence, prompts: Sequence[Prompt]) -> dict[str, Any]:
     asked, question = prompts[row].prompt, prompts[row].question
     return {
         "prompt": f'a picture that says "{question}", with: {asked}' if question else asked,
-        "words": [[evidence.vocabulary[token] for token in ranked] for ranked in evidence.run.read("tokens")[row]],
+        "words": [[evidence.vocabulary[token] for token in ranked] for ranked in evidence.results.read("tokens")[row]],
     }
 
 

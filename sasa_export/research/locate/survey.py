@@ -26,7 +26,7 @@ from sasa_export.research.locate.perception import separability
 from sasa_export.research.locate.prompts import controls
 from sasa_export.research.locate.sweep import Sweep, second_lane, sweep
 from sasa_export.research.locate.understanding import understanding
-from sasa_export.research.work import Batched, Work
+from sasa_export.research.work import Results, Work
 from sasa_export.workers import workers
 
 LIKELIEST = 5  # tokens that the logit lens looks at
@@ -40,7 +40,7 @@ class Evidence:
     Attributes:
         perception: AUC behind each block, of "all" prompts and of each channel.
         understanding: alignment behind each block with the "text_only" and the "image_dominant" control, or None.
-        run: holds of each prompt "states", the last token's behind each block, (prompts, blocks, hidden), "tokens", the
+        results: of each prompt "states", the last token's behind each block, (prompts, blocks, hidden), "tokens", the
             likeliest behind each block, (prompts, blocks, 5), "plain", the normed state, and that of each second lane.
         vocabulary: every token's text.
     """
@@ -49,7 +49,7 @@ class Evidence:
     understanding: dict[str, list[Comparable]] | None
     expression: Expression
     sweep: Sweep
-    run: Batched
+    results: Results
     vocabulary: list[str]
 
 
@@ -72,8 +72,8 @@ def survey(
 
     All processes run the model, and all but the first return None.
     """
-    run = Batched(work, "prompts", prompts, batch_size)
-    on_controls = Batched(work, "controls", controls(prompts), batch_size)
+    results = Results(work, "prompts", prompts, batch_size)
+    on_controls = Results(work, "controls", controls(prompts), batch_size)
     lanes = {
         second_lane((safety, semantic)): rewrite_lane(
             lane.graph, replace(settings, safety_layer=safety, semantic_layer=semantic)
@@ -89,16 +89,16 @@ def survey(
         if set(MAIN_LANE) & set(missing):
             yield from _of_main_lane(lane, batch)
 
-    run.run([*lanes, *MAIN_LANE], compute, report)
-    on_controls.run(MAIN_LANE, compute, report)
+    results.fill([*lanes, *MAIN_LANE], compute, report)
+    on_controls.fill(MAIN_LANE, compute, report)
     if not workers().leads:
         return None
     blocks, head = len(lane.blocks), head_weight(lane.model)  # (vocabulary, hidden)
     vocabulary = token_texts(lane.processor.tokenizer, len(head))
-    perception = separability(run, blocks, report)
-    swept = sweep(run, pairs, head_metric(head), regularization, report)
-    expressed = expression(run.read("tokens"), vocabulary)
-    return Evidence(perception, understanding(on_controls, blocks), expressed, swept, run, vocabulary)
+    perception = separability(results, blocks, report)
+    swept = sweep(results, pairs, head_metric(head), regularization, report)
+    expressed = expression(results.read("tokens"), vocabulary)
+    return Evidence(perception, understanding(on_controls, blocks), expressed, swept, results, vocabulary)
 
 
 def _of_main_lane(lane: MainLane, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:

@@ -14,7 +14,7 @@ from sasa_export.research.intervals import Comparable, auc_of, within_noise
 from sasa_export.research.locate.pairs import Pair
 from sasa_export.research.locate.prompts import halves
 from sasa_export.research.prompts import labels_and_groups
-from sasa_export.research.work import Batched
+from sasa_export.research.work import Results
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ def second_lane(pair: Pair) -> str:
 
 
 def sweep(
-    run: Batched, pairs: Sequence[Pair], metric: np.ndarray, regularization: float | None, report: Silent
+    results: Results, pairs: Sequence[Pair], metric: np.ndarray, regularization: float | None, report: Silent
 ) -> Sweep:
     """Fit and cross-validate each pair's probe.
 
     The features are normed states in the head's metric (hidden, hidden), as in calibration; where a model caps its
     logits, they are those before the cap. `regularization` is the probe's C; None chooses it as calibration does.
     """
-    labels, groups = labels_and_groups(run.prompts)
+    labels, groups = labels_and_groups(results.prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
 
     def scored(name: str) -> np.ndarray:
         # A logistic regression with an L2 penalty gives the same scores after a rotation into as few dimensions as
         # the features span, and is done much sooner.
-        left, scale, _ = np.linalg.svd(in_metric(run.read(name), metric), full_matrices=False)
+        left, scale, _ = np.linalg.svd(in_metric(results.read(name), metric), full_matrices=False)
         return best_regularization(left * scale, labels, groups.tolist(), candidates, quick_fit)[1]  # (prompts,)
 
     scores = {}

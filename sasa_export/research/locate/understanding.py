@@ -16,17 +16,17 @@ from __future__ import annotations
 import numpy as np
 
 from sasa_export.research.intervals import Comparable, mean_of
-from sasa_export.research.work import Batched
+from sasa_export.research.work import Results
 
 CONTROLS = ("text_only", "image_dominant")
 
 
-def understanding(run: Batched, blocks: int) -> dict[str, list[Comparable]] | None:
+def understanding(results: Results, blocks: int) -> dict[str, list[Comparable]] | None:
     """Alignment behind each block with either control, from a run on `controls(...)`; None for under two requests."""
-    groups = np.array([prompt.group for prompt in run.prompts[::3]])
+    groups = np.array([prompt.group for prompt in results.prompts[::3]])
     if len(groups) < 2:
         return None
-    states = (run.read("states", block).reshape(len(groups), 3, -1) for block in range(blocks))
+    states = (results.read("states", block).reshape(len(groups), 3, -1) for block in range(blocks))
     found = [alignment(of, groups) for of in states]
     return {name: [block[name] for block in found] for name in CONTROLS}
 
