@@ -111,7 +111,7 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
     source = open_source(model)
     graph = trace_source(source)
     if load:
-        from sasa_export.prompts.prompt import builtin
+        from sasa_export.prompts import builtin
 
         loaded = load_model(source, dtype="float32", device="cpu")
         picture = next(prompt for prompt in builtin(None) if prompt.image is not None)

@@ -22,8 +22,7 @@ from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
-from sasa_export.prompts import calibration_prompts, lopsided
-from sasa_export.prompts.prompt import Prompt, builtin
+from sasa_export.prompts import Prompt, builtin, calibration_prompts, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.verify import check_written
 from sasa_export.workers import workers
@@ -218,7 +217,10 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, device: 
     checks, _ = check_written(directory, device=device, only_files=not patch.cases)
     _all_passed(checks, report)
     write_card(patch, checks, options.verify, directory)
-    write_manifest(directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"])
+    operator = {name: patch.sasa[name] for name in ("threshold", "refusal")}  # who may edit these
+    write_manifest(
+        directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"], operator=operator
+    )
 
 
 def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, device: str, report: Silent) -> None:

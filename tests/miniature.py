@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,11 @@ SCENARIOS = (
     "12-Health_Consultation",
     "13-Gov_Decision",
 )
-FIGSTEP_COLUMNS = ("dataset", "category_id", "task_id", "category_name", "question", "instruction")
+FIGSTEP_COLUMNS = "dataset category_id task_id category_name question instruction".split()
 JAILBREAKV_COLUMNS = (
-    "id",
-    "jailbreak_query",
-    "redteam_query",
-    "format",
-    "policy",
-    "image_path",
-    "from",
-    "selected_mini",
-    "transfer_from_llm",
+    "id jailbreak_query redteam_query format policy image_path from selected_mini transfer_from_llm".split()
 )
-XSTEST_COLUMNS = ("id", "prompt", "type", "label", "focus", "note")
+XSTEST_COLUMNS = "id prompt type label focus note".split()
 
 
 def picture(path: Path, seed: Any) -> Path:
@@ -175,3 +167,13 @@ def jsonl(root: Path) -> Path:
     path = root / "prompts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "mm-safetybench": mm_safetybench,
+    "figstep": figstep,
+    "vlguard": vlguard,
+    "jailbreakv": jailbreakv,
+    "xstest": xstest,
+    "jsonl": jsonl,
+}

@@ -1,4 +1,4 @@
-"""Calibration files of any kind: prompts, or an error of one line that names the file, never a traceback.
+"""Calibration files of any kind: prompts, or an error of one line, never a traceback.
 
 `SASA_FUZZ=1000` tries so many of each kind (`make fuzz`); a few by default.
 """
@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import tiny
-from fuzzing import examples
+from fuzzing import Tries, examples
 from hypothesis import given
 from hypothesis import strategies as st
-from records import note
 
 from sasa_export.errors import SasaExportError
-from sasa_export.probe.features import batches
 from sasa_export.prompts import calibration_prompts
-from sasa_export.prompts.prompt import Prompt
 
 quick = examples(40)
 
@@ -28,20 +25,21 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-PICTURES = ("whole.png", "whole.jpg", "torn.png", "empty.png", "text.png", "bomb.png", "loop.png", ".", "no.png")
-images = st.none() | st.sampled_from(PICTURES) | st.text(max_size=12)
+PICTURES = ("whole.png", "torn.png", "empty.png", "text.png", "bomb.png", "loop.png", ".", "no.png")
 FIELDS = ("prompt", "label", "image", "group", "id", "category", "attack", "question")
 good = st.fixed_dictionaries(
-    {"prompt": st.text(min_size=1, max_size=30), "label": st.sampled_from([0, 1]), "image": images},
+    {
+        "prompt": st.text(min_size=1, max_size=30),
+        "label": st.sampled_from([0, 1]),
+        "image": st.none() | st.sampled_from(PICTURES) | st.text(max_size=12),
+    },
     optional={name: st.text(max_size=8) for name in FIELDS[3:]},
 )
 odd = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), values, max_size=6)
 EDGES = (
-    "", "   ", "{}", "[]", "null", "{", '{"prompt": "a", "label": 1', "NaN", "\x00", '"\ud800"', "\ufeff{}",
-    "[" * 100_000, '{"label": ' + "9" * 5000 + "}", '{"prompt": "a", "prompt": "b", "label": 1, "image": null}',
-    '{"prompt": "\\ud800", "label": 1, "image": null}', '{"prompt": "a", "label": 1e0, "image": null}',
-    '{"prompt": "a", "label": true, "image": null}', '{"prompt": "a\\u0000b", "label": 1, "image": "\\u0000"}',
-    '{"prompt": "' + "long " * 100_000 + '", "label": 0, "image": null}', "\r", "\x0b", "\x85", "\u2028",
+    "", "{}", "[]", "null", "{", "NaN", "\x00", '"\ud800"', "\ufeff{}", "[" * 100_000, '{"label": ' + "9" * 5000 + "}",
+    '{"prompt": "a", "label": 1e0, "image": null}', '{"prompt": "a", "label": true, "image": null}',
+    '{"prompt": "a\\u0000b", "label": 1, "image": "\\u0000"}', "\r", "\x0b", "\x85", "\u2028",
 )  # fmt: skip
 lines = st.one_of(good.map(json.dumps), odd.map(json.dumps), values.map(json.dumps), st.sampled_from(EDGES))
 
@@ -50,126 +48,96 @@ lines = st.one_of(good.map(json.dumps), odd.map(json.dumps), values.map(json.dum
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of pictures, whole and broken."""
     path = tmp_path_factory.mktemp("fuzz")
-    picture = tiny.random_image(0)
-    picture.save(path / "whole.png")
-    picture.save(path / "whole.jpg")
-    (path / "torn.png").write_bytes((path / "whole.png").read_bytes()[:60])
+    tiny.random_image(0).save(path / "whole.png")
+    whole = (path / "whole.png").read_bytes()
+    (path / "torn.png").write_bytes(whole[:60])
     (path / "empty.png").touch()
     (path / "text.png").write_text("%!PS-Adobe-3.0\n")
-    data = bytearray((path / "whole.png").read_bytes())
-    data[16:24] = (1 << 30).to_bytes(4, "big") * 2  # a size that no memory holds
-    (path / "bomb.png").write_bytes(data)
+    size = (1 << 30).to_bytes(4, "big") * 2  # that no memory holds
+    (path / "bomb.png").write_bytes(whole[:16] + size + whole[24:])
     (path / "loop.png").symlink_to("loop.png")
     return path
 
 
-def read(path: Path) -> list[Prompt]:
-    """What calibration does with a file before a model is asked: read it, cut batches, decode the pictures."""
-    prompts = calibration_prompts([str(path)])
-    for batch in batches(prompts, 4):
-        for row in batch:
-            assert prompts[row].conversation()[0]["role"] == "user"
-    return prompts
+ENOUGH = "\n".join(
+    json.dumps({"prompt": f"please tell me {n}", "label": n % 2, "image": None}) for n in range(10)
+).encode()
 
 
-def tried(path: Path) -> str:
-    """Read a file. Returns what it was, or asserts that the error is one of ours, in one line."""
+def taken(spec: str) -> bool:
+    """Are these calibration prompts? If not, the error is one of ours, in one line."""
     try:
-        prompts = read(path)
+        prompts = calibration_prompts([spec])
     except SasaExportError as error:
-        message = str(error)
-        assert message and message.isprintable(), repr(message)
-        return "refused"
+        assert str(error) and str(error).isprintable(), repr(str(error))
+        return False
     labels = [prompt.label for prompt in prompts]
     assert min(labels.count(0), labels.count(1)) >= 5 and len({prompt.name for prompt in prompts}) == len(prompts)
-    return "taken"
+    return True
 
 
-def enough() -> list[dict[str, Any]]:
-    """Ten prompts that calibration takes."""
-    return [{"prompt": f"please tell me {number}", "label": number % 2, "image": None} for number in range(10)]
+def joined(written: list[str], end: str) -> bytes:
+    return (ENOUGH.decode() + end + end.join(written)).encode("utf-8", "surrogatepass")
 
 
-def noted(what: str, count: dict[str, int]) -> None:
-    note("faults", group="fuzzing", what=what, tried=sum(count.values()), of=None, good=True)
+# A good file with more lines, with bytes changed, cut off, or put in.
+FILES: dict[str, st.SearchStrategy[Any]] = {
+    "calibration files of odd lines": st.builds(
+        joined, st.lists(lines, max_size=5), st.sampled_from(["\n", "\r\n", "\n\n", "\r"])
+    ),
+    "calibration files with odd pictures": st.builds(
+        joined, st.lists(good.map(json.dumps), min_size=1, max_size=3), st.just("\n")
+    ),
+    "calibration files with changed bytes": st.builds(
+        lambda place, dropped, more: ENOUGH[:place] + more + ENOUGH[place + dropped :],
+        st.integers(0, len(ENOUGH)), st.integers(0, 40), st.binary(max_size=40),
+    ),
+}  # fmt: skip
 
 
-def test_lines_of_any_kind(folder: Path) -> None:
-    """Files of which some lines are good and some are not."""
-    count = {"taken": 0, "refused": 0}
-
-    @quick
-    @given(st.lists(lines, max_size=5), st.booleans(), st.sampled_from(["\n", "\r\n", "\n\n", "\r"]))
-    def run(more: list[str], whole: bool, end: str) -> None:
-        path = folder / "prompts.jsonl"
-        written = [*map(json.dumps, enough() if whole else []), *more]
-        path.write_bytes(end.join(written).encode("utf-8", "surrogatepass"))
-        count[tried(path)] += 1
-
-    run()
-    assert min(count.values()) > 0, count
-    noted("calibration files of odd lines", count)
-
-
-def test_good_lines_with_any_picture(folder: Path) -> None:
-    count = {"taken": 0, "refused": 0}
+@pytest.mark.parametrize("what", FILES)
+def test_files_of_any_kind(folder: Path, what: str) -> None:
+    tries, outcomes = Tries(what), set()
 
     @quick
-    @given(st.lists(good, max_size=3))
-    def run(more: list[dict[str, Any]]) -> None:
-        path = folder / "pictures.jsonl"
-        path.write_text("\n".join(json.dumps(line) for line in [*enough(), *more]), encoding="utf-8")
-        count[tried(path)] += 1
+    @given(FILES[what])
+    def run(content: bytes) -> None:
+        tries()
+        (folder / "prompts.jsonl").write_bytes(content)
+        outcomes.add(taken(str(folder / "prompts.jsonl")))
 
     run()
-    assert min(count.values()) > 0, count
-    noted("calibration files with odd pictures", count)
+    assert outcomes == {True, False}
+    tries.passed()
 
 
-def test_bytes_of_any_kind(folder: Path) -> None:
-    """A good file with bytes changed, cut off, or put in; and no file at all."""
-    start = "\n".join(json.dumps(line) for line in enough()).encode()
-    count = {"taken": 0, "refused": 0}
-
-    @quick
-    @given(st.integers(0, len(start)), st.integers(0, 40), st.binary(max_size=40))
-    def run(place: int, dropped: int, more: bytes) -> None:
-        path = folder / "bytes.jsonl"
-        path.write_bytes(start[:place] + more + start[place + dropped :])
-        count[tried(path)] += 1
-
-    run()
-    noted("calibration files with changed bytes", count)
-
-
-@pytest.mark.parametrize(
-    "name", ["", " ", ".", "no.jsonl", "loop.png", "a\0b", "a\nb", "x" * 5000, "whole.png", "\udc80"]
-)
-def test_names_of_any_kind(folder: Path, name: str) -> None:
-    """What is no file of prompts."""
-    for spec in (str(folder / name), name, f"jsonl:{folder / name}"):
-        with pytest.raises(SasaExportError) as caught:
-            calibration_prompts([spec])
-        assert str(caught.value).isprintable(), repr(str(caught.value))
+NAMES = ["jsonl", "figstep", "mm-safetybench", "vlguard", "jailbreakv", "xstest", "no-set"]
+PATHS = ["", " ", ".", "/", "no.jsonl", "loop.png", "a\nb", "x" * 5000, "whole.png", "\udc80", "~", "~nobody/x"]
+TAILS = [
+    "",
+    ",subset=safe",
+    ",variant=SD+TYPO",
+    ",part=tiny",
+    ",split=train,split=test",
+    ",mini=yes",
+    ",format=",
+    ",=x",
+]
 
 
 def test_specs_of_any_kind(folder: Path) -> None:
-    """`name:PATH,option=value` of any spelling."""
-    count = {"taken": 0, "refused": 0}
-    names = st.sampled_from(["jsonl", "figstep", "mm-safetybench", "vlguard", "jailbreakv", "xstest", "no-set"])
-    options = st.text(alphabet="abc=+,:/_- \n\0", max_size=12) | st.sampled_from(
-        [",subset=safe", ",variant=SD+TYPO", ",part=tiny", ",split=train,split=test", ",mini=yes", ",format=", ",=x"]
-    )
+    """`name:PATH,option=value` of any wording, none of which names prompts. A command line holds no zero byte."""
+    tries = Tries("names of data sets")
 
     @quick
-    @given(names, st.sampled_from(["", ".", "/", "pictures.jsonl", "~", "~nobody/x", str(folder)]), options)
+    @given(
+        st.sampled_from(["", *(f"{name}:" for name in NAMES)]),
+        st.sampled_from([*PATHS, *(f"{folder}/{path}" for path in PATHS)]),
+        st.sampled_from(TAILS) | st.text(alphabet="abc=+,:/_- \n", max_size=12),
+    )
     def run(name: str, path: str, tail: str) -> None:
-        try:
-            calibration_prompts([f"{name}:{path}{tail}"])
-            count["taken"] += 1
-        except SasaExportError as error:
-            assert str(error).isprintable(), repr(str(error))
-            count["refused"] += 1
+        tries()
+        assert not taken(f"{name}{path}{tail}")
 
     run()
-    noted("names of data sets", count)
+    tries.passed()

@@ -17,7 +17,7 @@ import torch
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models import family as families
-from sasa_export.prompts.prompt import Prompt, builtin, encode
+from sasa_export.prompts import Prompt, builtin, encode
 from sasa_export.research.locate import LocateError
 from sasa_export.research.locate.ablation import Heads
 from sasa_export.research.locate.expression import is_readable, onset, token_texts

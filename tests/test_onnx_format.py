@@ -24,9 +24,9 @@ from click.testing import CliRunner
 
 from sasa_export import pipeline
 from sasa_export.cli import main
-from sasa_export.errors import EmitError, VerifyError
+from sasa_export.errors import EmitError
 from sasa_export.options import Options
-from sasa_export.verify import flips, verify_directory
+from sasa_export.verify import check_written
 from sasa_export.verify import onnx as verify_onnx
 from sasa_export.writers.onnx import directory as onnx_directory
 from sasa_export.writers.onnx import graphs
@@ -87,26 +87,9 @@ def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, st
 
 def test_verdicts_of_both_kinds_were_compared(both: tuple[Path, str]) -> None:
     onnx_part = both[1].split("the graph checker passes")[1]
-    for name in ("refused prompts spell the refusal", "allowed prompts are answered as by the original"):
+    for name in ("refused prompts say the refusal", "allowed prompts are answered as by the original"):
         match = re.search(rf"✓ {name}: (\d+) of (\d+)", onnx_part)
         assert match and match[1] == match[2] and int(match[1]) > 0
-
-
-def test_every_token(tiny_model: Tiny, probe: Path, tmp_path: Path) -> None:
-    """From the command line to a verified directory whose answers may turn into the refusal."""
-    model = tiny_model("llava", num_hidden_layers=3)
-    result = run(*arguments(model, tmp_path / "out", probe, format="onnx", gate="every-token"))
-    assert result.exit_code == 0, result.output
-    for line in (
-        r"warning +every token of an answer is judged at the threshold that was set on prompts",
-        r"✓ config.json counts the gate's layers in the cache: (\d+) in it, \1 in the graph",
-        r"✓ attention and norms are single operators: 4 Attention, 10 RMSNormalization, .* over 3 \+ 1 blocks",
-        r"✓ allowed prompts are answered as by the original: (\d+) of \1, .*, [1-9]\d* of them until the refusal took",
-    ):
-        assert re.search(line, result.stderr), result.stderr
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "Each token of the answer is judged as well" in card and "`If`" not in card
-    assert "{" not in card.split("## Limits")[1]
 
 
 def test_verify_knows_each_of_them(both: tuple[Path, str]) -> None:
@@ -131,49 +114,6 @@ def test_verify_again_and_after_one_byte_of_data(both: tuple[Path, str], tmp_pat
     assert "P(unsafe)" not in result.stderr, "a changed graph must not be run"
 
 
-def test_verify_after_a_change_of_the_graph(both: tuple[Path, str], tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
-    graph = copy / "onnx" / "decoder_model_merged.onnx"
-    graph.write_bytes(graph.read_bytes().replace(b"/sasa/gate/", b"/sasa/gone/"))
-    result = run("verify", str(copy))
-    assert result.exit_code == 1
-    assert "1 differ: onnx/decoder_model_merged.onnx" in result.stderr
-
-
-def compared(threshold: float = 0.5, dtype: str = "float32", **changed: Any) -> dict[str, bool]:
-    """Which checks pass on one refused and one allowed case, where the allowed one is `changed` in what was found."""
-    cases = [
-        {"unsafe_probability": 0.9, "tokens": [5, 6], "logits": [[5, 2.0]]},
-        {"unsafe_probability": 0.2, "tokens": [7, 8], "logits": [[7, 3.0]]},
-    ]
-    allowed = {"unsafe_probability": 0.2, "tokens": [7, 8], "logits": [3.0], "finite": True}
-    refused = {"unsafe_probability": 0.9, "tokens": [1, 2], "logits": [-1e4], "finite": True}
-    changes = changed.pop("changes", [])
-    found = {"provider": "CPUExecutionProvider", "changes": changes, "cases": [refused, {**allowed, **changed}]}
-    sasa = {"threshold": threshold, "refusal_token_ids": [1, 2], "gate": "prompt"}
-    checks = verify_onnx.compare({"dtype": "float32", "cases": cases}, found, sasa, dtype)
-    return {check.name.split()[0]: check.passed for check in checks if not check.passed}
-
-
-def test_what_fails_a_comparison() -> None:
-    assert not compared()
-    assert "P(unsafe)" in compared(unsafe_probability=0.21)
-    assert {"P(unsafe)", "verdicts"} <= set(compared(unsafe_probability=0.8))
-    assert {"P(unsafe)", "verdicts"} <= set(compared(unsafe_probability=float("nan")))
-    assert "refused" in compared(unsafe_probability=0.8), "a verdict without its refusal"
-    assert "allowed" in compared(tokens=[7, 9])
-    assert "allowed" in compared(logits=[3.1])
-    assert "allowed" in compared(finite=False)
-
-
-def test_what_other_types_need_not_hold() -> None:
-    assert not compared(dtype="float16", unsafe_probability=0.21, logits=[3.02], tokens=[7, 9])
-    assert not compared(dtype="int4", unsafe_probability=0.3, logits=[5.0], tokens=[7, 9])
-    assert "P(unsafe)" in compared(dtype="float16", unsafe_probability=0.23)
-    assert "allowed" in compared(dtype="int4", tokens=[1, 2]), "a refusal in spite of the verdict"
-    assert not compared(changes=["min_length"], tokens=[7, 9])
-
-
 def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
     """The snippet of the card runs as it stands, on a prompt that the graph refuses."""
     directory = both[0] / "onnx"
@@ -192,93 +132,46 @@ def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
     assert result.stdout.strip() == REFUSAL
 
 
-def fitted(model: Path, calibration: Path, out: Path, *words: str) -> Any:
-    layers = ("--safety-layer", "0", "--semantic-layer", "1", "--max-false-positive-rate", "0.1", "--refusal", REFUSAL)
-    given = ("--model", str(model), "--out", str(out), "--calibration", str(calibration), "--format", "onnx")
-    with pytest.MonkeyPatch.context() as patch:
-        # The working copy was verified, in `both`.
-        patch.setattr(pipeline, "check_model", lambda directory, device: [])
-        return run(*given, *layers, *words)
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_model: Tiny, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A calibrated llava in ONNX alone, with the old opset, and what the command said."""
-    place = tmp_path_factory.mktemp("alone")
-    model = tiny_model("llava", num_hidden_layers=3)
-    result = fitted(model, calibration, place / "out", "--opset", "20", "--flip-prompts", "20")
-    assert result.exit_code == 0, result.output
-    assert [path.name for path in place.iterdir()] == ["out"]
-    return place / "out", result.stderr
-
-
-def test_onnx_alone_lies_at_the_top(alone: tuple[Path, str]) -> None:
-    out, said = alone
-    assert not (out / "safetensors").exists() and not list(out.rglob("*.safetensors"))
-    assert "Opset 20, float32" in (out / "README.md").read_text()
-    assert "single operators" not in said
-    assert re.search(r"✓ allowed prompts are answered as by the original: (\d+) of \1", said)
-
-
-def test_the_share_of_flips_is_said_and_stands_in_card_and_manifest(alone: tuple[Path, str]) -> None:
-    out, said = alone
-    line = (
-        "0.0% flipped of 20 drawn from 48 (0 now answered, 0 now refused), at most 2.0% may (float32 graphs, float32 "
-        "calibration), 0 of them farther than 0.0001 from the threshold (none may be)"
-    )
-    assert f"✓ verdicts hold over the calibration prompts: {line}" in said
-    assert line in (out / "README.md").read_text()
-    told = json.loads((out / "sasa-export.json").read_text())
-    assert told["options"]["max_flips"] == 0.02 and told["options"]["flip_prompts"] == 20
-    assert (told["flips"]["prompts"], told["flips"]["whole"], told["flips"]["share"]) == (20, 48, 0.0)
-    assert not list(out.rglob(flips.PROMPTS)), "the prompts stay outside"
-
-
-def test_too_many_flips_write_nothing(
-    alone: tuple[Path, str], tiny_model: Tiny, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_calibrated_export_counts_changed_verdicts(
+    tiny_model: Tiny, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The calibration's verdicts are turned round, so that the graphs contradict most of them."""
-
-    def turned(*given: Any, **settings: Any) -> flips.Reference:
-        found = flips.reference(*given, **settings)
-        return replace(found, scores=tuple(1.0 - score for score in found.scores))
-
-    def stored(patched: Path, out: Path, **settings: Any) -> None:
-        shutil.copytree(alone[0] / "onnx", out / "onnx")
-        for path in alone[0].iterdir():
-            if path.is_file() and not path.name.startswith("sasa-"):
-                shutil.copyfile(path, out / path.name)
-
-    monkeypatch.setattr(pipeline, "reference", turned)
-    monkeypatch.setattr(onnx_directory, "export", stored)
-    result = fitted(tiny_model("llava", num_hidden_layers=3), calibration, tmp_path / "out", "--opset", "20")
-    assert result.exit_code == 1, result.output
-    assert re.search(r"✗ verdicts hold over the calibration prompts: \d\d+\.\d% flipped of all 48", result.stderr)
-    assert result.stderr.count("✗") == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("Error: 1 of ") and "flipped" in last
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_only_is_said_in_the_card(
-    both: tuple[Path, str], tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stored(patched: Path, out: Path, **settings: Any) -> None:
-        for name in ("onnx", "config.json"):
-            source = both[0] / "onnx" / name
-            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, out / name)
-
-    monkeypatch.setattr(onnx_directory, "export", stored)
-    out = tmp_path / "out"
-    words = arguments(tiny_model("llava", num_hidden_layers=3), out, probe, format="onnx", verify="files")
+    """ONNX alone, with the old opset: the graphs judge calibration prompts again, and too many changes stop it."""
+    model, out = tiny_model("llava", num_hidden_layers=3), tmp_path / "out"
+    words = [
+        *("--model", str(model), "--out", str(out), "--calibration", str(calibration), "--format", "onnx"),
+        *("--safety-layer", "0", "--semantic-layer", "1", "--max-false-positive-rate", "0.1", "--refusal", REFUSAL),
+        *("--opset", "20", "--verdict-prompts", "20"),
+    ]
     result = run(*words)
-    assert result.exit_code == 0
-    assert "never run" in (out / "README.md").read_text()
-    nothing = "no flipped verdicts were counted: the probe was given"
-    assert nothing in result.stderr and nothing.capitalize() in (out / "README.md").read_text()
-    assert json.loads((out / "sasa-export.json").read_text())["flips"] is None
-    assert all(check.passed for check in verify_directory(out, only_files=True))
-    assert [check.name for check in verify_directory(out) if not check.passed] == ["there are cases to verify"]
+    assert result.exit_code == 0, result.output
+    assert not list(out.rglob("*.safetensors"))
+    assert "Opset 20, float32" in (out / "README.md").read_text() and "single operators" not in result.stderr
+    line = re.search(
+        r"✓ verdicts hold over the calibration prompts: (0\.0% changed of 20 drawn from 48 .*)", result.stderr
+    )
+    assert line and line[1] in (out / "README.md").read_text()
+    told = json.loads((out / "sasa-export.json").read_text())
+    assert (told["changed_verdicts"]["judged"], told["changed_verdicts"]["whole"]) == (20, 48)
+
+    def stored(patched: Path, target: Path, **settings: Any) -> None:
+        shutil.copytree(out / "onnx", target / "onnx")
+        for path in out.iterdir():
+            if path.is_file() and not path.name.startswith("sasa-"):
+                shutil.copyfile(path, target / path.name)
+
+    def turned(*given: Any, calibration: Any = None, **settings: Any) -> Any:
+        """The calibration's verdicts turned round, so that the graphs contradict most of them."""
+        if calibration is not None:
+            calibration = replace(calibration, final=1.0 - calibration.final)
+        return check_written(*given, calibration=calibration, **settings)
+
+    monkeypatch.setattr(onnx_directory, "export", stored)
+    monkeypatch.setattr(pipeline, "check_written", turned)
+    result = run(*words, "--out", str(tmp_path / "other"))
+    assert result.exit_code == 1, result.output
+    assert re.search(r"✗ verdicts hold over the calibration prompts: \d+\.\d% changed", result.stderr)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -296,20 +189,6 @@ def test_unknown_settings(options: dict[str, Any], said: str, tmp_path: Path) ->
     assert len(errors) == 1 and said in errors[0]
     with pytest.raises(Exception, match="must be one of"):
         Options(model="none", out=tmp_path / "out", **options).check()
-    assert not list(tmp_path.iterdir())
-
-
-def test_bfloat16_cannot_be_verified_without_a_gpu(
-    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_directory, "runs_here", lambda dtype: dtype != "bfloat16")
-    result = run(
-        *arguments(
-            tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", onnx_dtype="bfloat16"
-        )
-    )
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("Error: --onnx-dtype bfloat16 runs on onnxruntime's CUDA provider")
     assert not list(tmp_path.iterdir())
 
 
@@ -374,11 +253,12 @@ def test_a_family_without_a_recipe(
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
         "Error: model type 'llava' has no ONNX recipe. Supported: gemma3, idefics3, llava_next, qwen2_5_vl, smolvlm. "
-        "Export it with --format safetensors, or add a recipe in emit/onnx/recipes.py."
+        "Export it with --format safetensors, or add a recipe in sasa_export/writers/onnx/recipes.py."
     ]
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_the_graphs(tiny_model: Tiny, probe: Path, tmp_path: Path) -> None:
     """In a process of its own, by the signal: the exporter is at work, and the working copy lies beside the output."""
     place = tmp_path / "place"
@@ -430,10 +310,5 @@ def test_a_weight_that_is_stored_twice(both: tuple[Path, str], tmp_path: Path) -
     again = ir.Value(name="again", const_value=ir.tensor(weight.const_value.numpy(), name="again"))
     model.graph.register_initializer(again)
     ir.save(model, path)
-    failed = [check for check in verify_onnx.check_graphs(copy) if not check.passed]
+    failed = [check for check in verify_onnx.check_graphs(copy, "float32") if not check.passed]
     assert [check.name for check in failed] == ["no weight is stored twice"]
-
-
-def test_what_is_no_onnx_directory(tmp_path: Path) -> None:
-    with pytest.raises(VerifyError, match="no exported ONNX directory"):
-        verify_onnx.check_onnx(tmp_path)

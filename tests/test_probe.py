@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sasa_export.errors import CalibrationError
-from sasa_export.probe import probe as probes
 from sasa_export.probe.figures import figures
-from sasa_export.probe.fit import (
-    CANDIDATES,
-    best_regularization,
-    cross_validated,
-    fit,
-    head_metric,
-    probability,
-    quick_fit,
-    threshold_for,
-)
+from sasa_export.probe.fit import best_regularization, cross_validated, fit, head_metric, probability, threshold_for
 
 # ----------------------------------------------------------------------------------------- fitting a probe
 
@@ -33,8 +22,9 @@ from sasa_export.probe.fit import (
     [(300, 24, 120, 0.5, 0.2), (90, 40, 60, 0.5, 1.0), (500, 16, 200, 0.15, 0.05), (300, 64, 40, 0.3, 0.2)],
     ids=["usual", "small vocabulary", "unbalanced", "fewer prompts than features"],
 )
-def test_the_fit_is_that_on_the_real_logits(
-    vocabulary: int, hidden: int, count: int, share: float, scale: float
+@pytest.mark.parametrize("strength", [1.0, 1e-3])
+def test_the_fit_is_the_papers_on_the_real_logits(
+    vocabulary: int, hidden: int, count: int, share: float, scale: float, strength: float
 ) -> None:
     """Fitting on R h, in `hidden` dimensions, is the reproduction's fit on z = W_head h; intercepts penalised alike."""
     from sklearn.linear_model import LogisticRegression
@@ -43,37 +33,28 @@ def test_the_fit_is_that_on_the_real_logits(
     head = draw.normal(size=(vocabulary, hidden)) * scale + 0.3 * scale * draw.normal(size=hidden)
     states, _ = samples(count, hidden, seed=1)
     labels = (states[:, 0] + draw.normal(size=count) > np.quantile(states[:, 0], 1 - share)).astype(int)
-    assert 0 < labels.sum() < count
     logits = states @ head.T  # (count, vocabulary)
 
     metric = head_metric(head)
-    weight, bias = fit(states @ metric.T, labels)
+    weight, bias = fit(states @ metric.T, labels, strength)
     folded = metric.T @ weight  # (hidden,): what the patched model holds
-    direct = LogisticRegression(C=1.0, class_weight="balanced", solver="liblinear", max_iter=1000).fit(logits, labels)
-    decision = states @ folded + bias
-    np.testing.assert_allclose(decision, states @ metric.T @ weight + bias, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(decision, direct.decision_function(logits), rtol=0, atol=1e-4)
+    direct = LogisticRegression(C=strength, class_weight="balanced", solver="liblinear", max_iter=9999, tol=1e-9)
+    direct.fit(logits, labels)
+    np.testing.assert_allclose(states @ folded + bias, direct.decision_function(logits), rtol=0, atol=1e-4)
     np.testing.assert_allclose(bias, direct.intercept_[0], rtol=0, atol=1e-4)
     np.testing.assert_allclose(folded, head.T @ direct.coef_[0], rtol=0, atol=1e-4)
 
 
-def test_the_metric_keeps_lengths() -> None:
-    draw = np.random.default_rng(0)
-    head = draw.normal(size=(50, 12)).astype(np.float32)
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_the_metric_keeps_lengths(rank: int) -> None:
+    """Of heads without full rank too."""
+    draw = np.random.default_rng(rank)
+    head = draw.normal(size=(50, rank)) @ draw.normal(size=(rank, 12))
     metric = head_metric(head)
     assert metric.shape == (12, 12) and np.allclose(metric, np.triu(metric))
     states = draw.normal(size=(30, 12))
-    expected = np.linalg.norm(states @ head.astype(np.float64).T, axis=1)
-    np.testing.assert_allclose(np.linalg.norm(states @ metric.T, axis=1), expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize("rank", [1, 5, 11])
-def test_the_metric_of_a_head_without_full_rank(rank: int) -> None:
-    draw = np.random.default_rng(rank)
-    head = draw.normal(size=(50, rank)) @ draw.normal(size=(rank, 12))
-    states = draw.normal(size=(30, 12))
     expected = np.linalg.norm(states @ head.T, axis=1)
-    np.testing.assert_allclose(np.linalg.norm(states @ head_metric(head).T, axis=1), expected, rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(states @ metric.T, axis=1), expected, rtol=1e-4)
 
 
 def test_the_metric_of_a_head_with_one_loud_direction() -> None:
@@ -112,31 +93,6 @@ def test_a_pair_stays_in_one_fold() -> None:
     assert np.mean((apart > 0.5) == labels) > 0.6
 
 
-def test_every_prompt_is_scored_by_a_probe_that_did_not_see_it() -> None:
-    features, labels = samples(46, 4)
-    groups = [f"group {n // 2}" for n in range(46)]
-    fitted: list[set[str]] = []
-
-    def recorded(train: np.ndarray, *rest: Any) -> Any:
-        rows = {int(np.flatnonzero((features == row).all(axis=1))[0]) for row in train}
-        fitted.append({groups[row] for row in rows})
-        return fit(train, *rest)
-
-    scores = cross_validated(features, labels, groups, fit=recorded)
-    left_out = [set(groups) - seen for seen in fitted]
-    assert len(fitted) == 5
-    assert sorted(group for fold in left_out for group in fold) == sorted(set(groups))
-    assert ((scores > 0) & (scores < 1)).all()
-
-
-def test_cross_validation_is_deterministic_and_sees_separable_classes() -> None:
-    features, labels = samples(60, 6, gap=8.0)
-    groups = [str(n // 2) for n in range(60)]
-    scores = cross_validated(features, labels, groups)
-    assert ((scores > 0.5) == labels).all()
-    np.testing.assert_array_equal(scores, cross_validated(features, labels, groups))
-
-
 @pytest.mark.parametrize("groups", [["all"] * 20, ["harmless", "harmful"] * 10], ids=["one group", "a group a class"])
 def test_groups_that_leave_nothing_to_validate(groups: list[str]) -> None:
     features, labels = samples(20, 3)
@@ -144,25 +100,14 @@ def test_groups_that_leave_nothing_to_validate(groups: list[str]) -> None:
         cross_validated(features, labels, groups)
 
 
-@pytest.mark.parametrize("strength", CANDIDATES)
-def test_the_quick_fit_is_the_same_probe(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Newton's method finds what liblinear finds, and stands back where features are many."""
-    features, labels = samples(120, 30, gap=1.0)
-    features = 20 * np.exp(np.random.default_rng(3).normal(size=30)) * (features + 1.0)  # off centre: the bias matters
-    expected = probability(features, *fit(features, labels, strength))
-    weight, bias = quick_fit(features, labels, strength)
-    assert weight.shape == (30,)
-    assert np.abs(probability(features, weight, bias) - expected).max() < 1e-3
-    monkeypatch.setattr(probes, "WIDE", 29)
-    np.testing.assert_array_equal(quick_fit(features, labels, strength)[0], fit(features, labels, strength)[0])
-
-
-def test_the_best_regularization_is_one_of_the_candidates() -> None:
-    features, labels = samples(80, 40, gap=1.5)
+def test_the_best_regularization_is_the_one_of_least_loss() -> None:
+    """More features than prompts, and little to see: the strongest regularization wins, whatever the order."""
+    features, labels = samples(80, 200, gap=1.5)
     groups = [str(n // 2) for n in range(80)]
-    value, scores = best_regularization(features, labels, groups, candidates=(1.0, 1e-2))
-    assert value in (1.0, 1e-2)
-    np.testing.assert_array_equal(scores, cross_validated(features, labels, groups, value))
+    for candidates in ((1.0, 1e-2), (1e-2, 1.0)):
+        value, scores = best_regularization(features, labels, groups, candidates)
+        assert value == 1e-2
+        np.testing.assert_array_equal(scores, cross_validated(features, labels, groups, value))
 
 
 # ----------------------------------------------------------------------------------------------- threshold
@@ -176,7 +121,7 @@ scores_and_labels = st.lists(
 ).map(lambda rows: (np.array([row[0] for row in rows]), np.array([row[1] for row in rows])))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(scores_and_labels, shares)
 def test_the_threshold_refuses_few_harmless_prompts_and_no_fewer_than_it_may(
     drawn: tuple[np.ndarray, np.ndarray], share: float
@@ -190,14 +135,12 @@ def test_the_threshold_refuses_few_harmless_prompts_and_no_fewer_than_it_may(
         assert (harmless >= 1 - 1e-6).sum() > share * len(harmless)
         return
     assert 0.0 < threshold < 1.0 and isinstance(threshold, float)
-    refused = (harmless >= threshold).sum()
-    assert refused <= share * len(harmless)
+    assert (harmless >= threshold).sum() <= share * len(harmless)
     below = harmless[harmless < threshold]
-    if len(below):
-        assert (harmless >= below.max()).sum() > share * len(harmless)
+    assert not len(below) or (harmless >= below.max()).sum() > share * len(harmless)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(scores_and_labels, shares)
 def test_the_threshold_lies_between_scores(drawn: tuple[np.ndarray, np.ndarray], share: float) -> None:
     """As far from its neighbours as can be: rounding to float32 moves no calibration prompt across it."""
@@ -210,10 +153,8 @@ def test_the_threshold_lies_between_scores(drawn: tuple[np.ndarray, np.ndarray],
 def test_thresholds_by_hand() -> None:
     labels = np.array([0, 0, 0, 0, 1, 1])
     scores = np.array([0.1, 0.2, 0.3, 0.6, 0.5, 0.8])
-    assert threshold_for(scores, labels, 0.0) == pytest.approx(0.7)
-    assert threshold_for(scores, labels, 0.25) == pytest.approx(0.4)
-    assert threshold_for(scores, labels, 0.24) == pytest.approx(0.7)
-    assert threshold_for(scores, labels, 0.5) == pytest.approx(0.25)
+    for rate, expected in ((0.0, 0.7), (0.25, 0.4), (0.24, 0.7), (0.5, 0.25)):
+        assert threshold_for(scores, labels, rate) == pytest.approx(expected)
     assert threshold_for(np.array([0.2, 0.4]), np.array([0, 0]), 0.0) == pytest.approx(0.7)
 
 
@@ -223,23 +164,18 @@ def test_thresholds_by_hand() -> None:
 def test_figures_by_hand() -> None:
     #        text: 0.9 harmful, 0.2 harmless, 0.6 harmless, 0.55 harmful;  picture: 0.3 harmful, 0.1 harmless
     labels, scores = [1, 0, 0, 1, 1, 0], np.array([0.9, 0.2, 0.6, 0.55, 0.3, 0.1])
-    found = {figure.channel: figure for figure in figures("plain", scores, prompts_of(labels, "ttttpp"), 0.58)}
+    found = {figure.channel: figure for figure in figures("plain", scores, prompts_of(labels, "ttttpp"), 0.55)}
     assert list(found) == ["text", "picture", "all"]
     text, picture, both = found.values()
     assert (text.prompts, picture.prompts, both.prompts) == (4, 2, 6)
     assert (text.auc, picture.auc, both.auc) == pytest.approx((0.75, 1.0, 7 / 9))
     assert (text.accuracy, picture.accuracy, both.accuracy) == pytest.approx((0.75, 0.5, 4 / 6))
-    assert (text.recall, picture.recall, both.recall) == pytest.approx((0.5, 0.0, 1 / 3))
+    assert (text.recall, picture.recall, both.recall) == pytest.approx((1.0, 0.0, 2 / 3))  # 0.55 is at the threshold
     assert (text.false_positive_rate, picture.false_positive_rate) == (0.5, 0.0)
     assert both.false_positive_rate == pytest.approx(1 / 3)
     assert json.loads(json.dumps(both.to_json()))["auc"] == 0.7778
 
 
-def test_a_score_at_the_threshold_is_refused() -> None:
-    (figure, _) = figures("plain", np.array([0.5, 0.5]), prompts_of([1, 0]), 0.5)
-    assert (figure.recall, figure.false_positive_rate, figure.accuracy, figure.auc) == (1.0, 1.0, 0.5, 0.5)
-
-
-def test_a_channel_with_one_class_has_no_figure() -> None:
+def test_a_channel_with_one_label_has_no_figure() -> None:
     found = figures("plain", np.array([0.9, 0.1, 0.7]), prompts_of([1, 0, 1], "ttp"), 0.5)
     assert [figure.channel for figure in found] == ["text", "all"]

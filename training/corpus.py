@@ -14,8 +14,8 @@ from typing import Any
 import numpy
 from PIL import Image
 
-from sasa_export.probe import render
 from sasa_export.models.smol_llava import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
+from sasa_export.prompts import render
 
 FONT_FOLDERS = (Path("/usr/share/fonts"), Path.home() / ".local/share/fonts")
 FONTS_PER_FAMILY = 6

@@ -23,7 +23,7 @@ from corpus import targets as cell_targets
 from torch import Tensor
 from tower import Tower, read
 
-from sasa_export.probe import render
+from sasa_export.prompts import render
 
 CALIBRATE = Path(render.__file__).parent
 REQUESTS = (CALIBRATE / "builtin.jsonl", CALIBRATE / "heldout.jsonl")

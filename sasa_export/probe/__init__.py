@@ -14,12 +14,12 @@ from sasa_export.models.load import head_weight
 from sasa_export.probe.features import collect
 from sasa_export.probe.figures import Figure, figures
 from sasa_export.probe.fit import (
+    CANDIDATES,
     PAPER,
     Probe,
     best_regularization,
     cross_validated,
     fit,
-    folded,
     head_metric,
     in_metric,
     probability,
@@ -34,9 +34,9 @@ LEAST_AUC = 0.6  # a probe that ranks hardly better than chance would refuse at 
 class Calibration:
     """The probe, the figures, and the scores of every prompt.
 
-    `cross_validated` and `final` hold P(unsafe) by a probe that did not see the prompt, and by the probe itself.
-    `regularization` is the probe's C, `paper` the cross-validated figures of the same features at the paper's C,
-    `max_false_positive_rate` is what chose the threshold; None where it was given.
+    `cross_validated` and `final` (prompts,) hold P(unsafe) by a probe that did not see the prompt, and by the probe
+    itself. `regularization` is the probe's C, `paper` holds the cross-validated figures of the same features at the
+    paper's C. `max_false_positive_rate` is what chose the threshold; None where it was given.
     """
 
     probe: Probe
@@ -64,44 +64,38 @@ def calibrate(
 ) -> Calibration:
     """Fit a probe on the lane of `graph` (`rewrite_lane`). CalibrationError where none is usable.
 
-    The graph may be one without projection, whose probe reads the main lane; then no second lane runs, and there are no
-    figures of one. `regularization` is the probe's C; None chooses it by cross-validation, for each feature on its own.
-    Without a `threshold`, `max_false_positive_rate` chooses one.
-    `judged` are the numbers of the prompts that the figures are of, where others took part in choosing the layers.
+    Args:
+        graph: where it has no projection, the probe reads the main lane, and there are no figures of a second one.
+        max_false_positive_rate: chooses the threshold, unless there is a `threshold`.
+        regularization: the probe's C; None chooses it by cross-validation, for each feature on its own.
+        judged: the rows of the prompts that the figures are of, where others took part in choosing the layers.
+        advance: called with the number of prompts done since the last call.
     """
     features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
-    labels = np.array([prompt.label for prompt in prompts])
-    groups = [prompt.group for prompt in prompts]
-    if graph.of("lane_head"):
-        metric = None
-    else:
-        metric = head_metric(head_weight(model))
-    projected = in_metric(features.projected, metric)  # without projection, the main lane's end
-
-    def scored(features: np.ndarray) -> tuple[float, np.ndarray]:
-        if regularization is None:
-            return best_regularization(features, labels, groups)
-        return regularization, cross_validated(features, labels, groups, regularization)
-
-    def limit(scores: np.ndarray) -> float:
-        return threshold_for(scores, labels, max_false_positive_rate) if threshold is None else threshold
-
-    chosen, scores = scored(projected)
-    at = limit(scores)
+    labels, groups = np.array([prompt.label for prompt in prompts]), [prompt.group for prompt in prompts]
     rows = list(range(len(prompts)) if judged is None else judged)
-    told = [prompts[row] for row in rows]
+    metric = None if graph.of("lane_head") else head_metric(head_weight(model))
+    candidates = CANDIDATES if regularization is None else (regularization,)
+
+    def measured(feature: str, scores: np.ndarray, at: float | None) -> tuple[float, list[Figure]]:
+        """The threshold, and the figures there."""
+        limit = threshold_for(scores, labels, max_false_positive_rate) if at is None else at
+        return limit, figures(feature, scores[rows], [prompts[row] for row in rows], limit)
+
     feature = "projected" if graph.of("projection") else "plain"
-    found = figures(feature, scores[rows], told, at)
-    overall = next(figure for figure in found if figure.channel == "all")
+    states = in_metric(features.projected, metric)  # (prompts, features)
+    chosen, scores = best_regularization(states, labels, groups, candidates)
+    limit, found = measured(feature, scores, threshold)
+    _check_usable(found[-1], threshold, float(scores[rows][labels[rows] == 1].max()))
     if feature == "projected":
-        plain_scores = scored(in_metric(features.plain, metric))[1]
-        found += figures("plain", plain_scores[rows], told, limit(plain_scores))
-    paper = figures(feature, cross_validated(projected, labels, groups, PAPER)[rows], told, 0.5)
-    _check_usable(overall, threshold, float(scores[rows][labels[rows] == 1].max()))
-    weight, bias = fit(projected, labels, chosen)
-    final = probability(projected, weight, bias)
-    probe = Probe(folded(weight, metric).astype(np.float32), bias, at)
+        plain = best_regularization(in_metric(features.plain, metric), labels, groups, candidates)[1]
+        found += measured("plain", plain, threshold)[1]
+    paper = measured(feature, cross_validated(states, labels, groups, PAPER), 0.5)[1]
+    weight, bias = fit(states, labels, chosen)
+    # The fitted weight v reads features in the metric R, and the probe reads them as they are: w . h = (R^T v) . h.
+    probe = Probe((weight if metric is None else weight @ metric).astype(np.float32), bias, limit)
     rate = max_false_positive_rate if threshold is None else None
+    final = probability(states, weight, bias)
     return Calibration(probe, tuple(found), tuple(prompts), scores, final, rate, chosen, tuple(paper))
 
 

@@ -24,8 +24,7 @@ MAIN = "main"  # what enters the final norm
 class Features:
     """The second lane's and the main lane's first-token features: (prompts, features), float32.
 
-    They are normed hidden states, or logits where the graph has a head in the lane. Those of several lanes are side by
-    side in `projected`: (prompts, lanes * features).
+    They are normed hidden states, or logits where the graph has a head in the lane.
     """
 
     projected: np.ndarray
@@ -34,8 +33,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Read:
-    """One batch's features, float32: `projected` (rows, lanes * features), `plain` (rows, features), and `more` by
-    name, (rows, hidden) each."""
+    """One batch's features, float32: `projected` and `plain` (rows, features), and `more` by name, (rows, hidden)."""
 
     rows: tuple[int, ...]
     projected: np.ndarray
@@ -86,8 +84,8 @@ def reading(
             main.float().cpu().numpy(),
             {name: states[end["name"]].float().cpu().numpy() for name, states in found.items()},  # (batch, hidden) each
         )
-        for row, *states in zip(rows, batch.projected, batch.plain, strict=True):
-            if not all(np.isfinite(state).all() for state in states):
+        for row, *features in zip(rows, batch.projected, batch.plain, strict=True):
+            if not all(np.isfinite(feature).all() for feature in features):
                 raise CalibrationError(
                     f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
                     "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
@@ -159,14 +157,10 @@ def collect(
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
     """Row numbers, batch by batch: channels apart and short prompts together, so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda row: (prompts[row].channel, len(prompts[row].prompt), row))
-    start = 0
-    while start < len(order):
-        batch = [row for row in order[start : start + batch_size]]
-        channel = prompts[batch[0]].channel
-        batch = [row for row in batch if prompts[row].channel == channel]
-        yield batch
-        start += len(batch)
+    for channel in sorted({prompt.channel for prompt in prompts}):
+        rows = [row for row, prompt in enumerate(prompts) if prompt.channel == channel]
+        rows.sort(key=lambda row: len(prompts[row].prompt))
+        yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 
 
 def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:

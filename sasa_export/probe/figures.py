@@ -24,48 +24,47 @@ class Figure:
     false_positive_rate: float  # share of harmless prompts at or above the threshold
 
     def to_json(self) -> dict[str, Any]:
+        """Its fields, rounded to four places."""
         return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
 def figures(feature: str, scores: np.ndarray, prompts: Sequence[Prompt], threshold: float) -> list[Figure]:
-    """One figure a channel, and one for all together."""
+    """One figure a channel that has both labels, and last the one for all prompts. `scores`: P(unsafe), (prompts,)."""
     from sklearn.metrics import roc_auc_score
 
     labels = np.array([prompt.label for prompt in prompts])
     channels = np.array([prompt.channel for prompt in prompts])
-    out = []
+    found = []
     for channel in ("text", "picture", "all"):
-        rows = np.ones(len(prompts), bool) if channel == "all" else channels == channel
-        if len(set(labels[rows])) < 2:
-            continue
-        score, label = scores[rows], labels[rows]
-        out.append(
-            Figure(
-                feature,
-                channel,
-                int(rows.sum()),
-                float(roc_auc_score(label, score)),
-                float(((score >= 0.5) == label).mean()),
-                float((score[label == 1] >= threshold).mean()),
-                float((score[label == 0] >= threshold).mean()),
+        rows = (channels == channel) | (channel == "all")
+        label, score = labels[rows], scores[rows]
+        if len(set(label)) == 2:
+            refused = score >= threshold
+            found.append(
+                Figure(
+                    feature,
+                    channel,
+                    len(label),
+                    auc=float(roc_auc_score(label, score)),
+                    accuracy=float(((score >= 0.5) == label).mean()),
+                    recall=float(refused[label == 1].mean()),
+                    false_positive_rate=float(refused[label == 0].mean()),
+                )
             )
-        )
-    return out
+    return found
 
 
 def verdict_on_projection(figures: Sequence[Figure]) -> str:
     """One sentence that says whether projection helped on this model, as measured."""
     by_feature = {figure.feature: figure for figure in figures if figure.channel == "all"}
-    if "projected" not in by_feature:
-        return f"**Made without projection (--projection none): AUC {by_feature['plain'].auc:.3f}.**"
-    projected, plain = by_feature["projected"], by_feature["plain"]
+    plain, projected = by_feature["plain"], by_feature.get("projected")
+    if projected is None:
+        return f"**Made without projection (--projection none): AUC {plain.auc:.3f}.**"
     # Two AUCs on the same prompts: differences below this are noise at a few hundred prompts.
     margin = 1.0 / projected.prompts**0.5 / 2
-    gain = projected.auc - plain.auc
-    if gain > margin:
+    word = "Projection neither helps nor hurts on this model beyond noise"
+    if projected.auc > plain.auc + margin:
         word = "Projection helps on this model"
-    elif gain < -margin:
+    elif projected.auc < plain.auc - margin:
         word = "Projection does not help on this model: it is worse than the plain probe"
-    else:
-        word = "Projection neither helps nor hurts on this model beyond noise"
     return f"**{word}: AUC {projected.auc:.3f} with it, {plain.auc:.3f} without.**"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,9 @@ from sasa_export.errors import CalibrationError
 
 FOLDS = 5
 ROWS = 4096  # of the head at a time
-WIDE = 6000  # features, above which Newton's method costs more than it saves
 PAPER = 1.0  # the reproduction's C
 CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 1e-5)  # hundreds of prompts against hundreds of features: less is often more
 HIGHEST = 1 - 1e-6  # above it, a float32 probability no longer tells prompts apart
-
-
-Fit = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, float]]  # features, labels, C -> weight, bias
 
 
 @dataclass(frozen=True)
@@ -44,51 +40,44 @@ def head_metric(head: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky(gram).T  # (hidden, hidden), upper triangular
 
 
-def fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER) -> tuple[np.ndarray, float]:
-    """LogisticRegression(class_weight="balanced", solver="liblinear") on unscaled features, as in the
-    reproduction; `regularization` is its C, the inverse strength. Returns weight (features,) and bias."""
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(
-        C=regularization, class_weight="balanced", solver="liblinear", random_state=0, max_iter=1000
-    )
-    model.fit(features, labels)
-    return model.coef_[0], float(model.intercept_[0])
-
-
-def quick_fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER) -> tuple[np.ndarray, float]:
-    """`fit` by Newton's method, which minimises the same and gives P(unsafe) within 1e-3 of it, several times sooner.
-
-    For comparing many probes. It solves for all features at once, so with more than `WIDE` of them it is `fit` itself.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    if features.shape[1] > WIDE:
-        return fit(features, labels, regularization)
-    model = LogisticRegression(
-        C=regularization, class_weight="balanced", solver="newton-cholesky", fit_intercept=False, max_iter=1000
-    )
-    model.fit(np.pad(features, ((0, 0), (0, 1)), constant_values=1.0), labels)  # liblinear's intercept is penalised too
-    return model.coef_[0, :-1], float(model.coef_[0, -1])
-
-
 def in_metric(features: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
     """Features (prompts, hidden) in the head's metric (hidden, hidden), float64; as they are without one."""
     wide = features.astype(np.float64)
     return wide if metric is None else wide @ metric.T
 
 
-def folded(weight: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
-    """Weights (hidden,) of features in the metric R as weights of the features: w . z = (R^T v) . h."""
-    return weight if metric is None else weight @ metric
+def fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER) -> tuple[np.ndarray, float]:
+    """What the reproduction's LogisticRegression(class_weight="balanced", solver="liblinear") converges to.
+
+    On unscaled features (prompts, features), the intercept penalised like a weight, as liblinear does. Newton's method
+    is exact, and many times sooner where features are large. `regularization` is C, the inverse strength.
+
+    Returns weight (features,) and bias.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    padded = np.pad(features, ((0, 0), (0, 1)), constant_values=1.0)  # (prompts, features + 1)
+    basis = None
+    if padded.shape[1] > len(padded):  # the weights lie in the span of the prompts
+        basis, triangular = np.linalg.qr(padded.T)  # (features + 1, prompts), (prompts, prompts)
+        padded = triangular.T
+    model = LogisticRegression(
+        C=regularization, class_weight="balanced", solver="newton-cholesky", fit_intercept=False, tol=1e-8
+    )
+    weight = model.fit(padded, labels).coef_[0]
+    weight = weight if basis is None else basis @ weight  # (features + 1,)
+    return weight[:-1], float(weight[-1])
+
+
+def probability(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
+    """P(unsafe) of features (prompts, features): (prompts,)."""
+    from scipy.special import expit
+
+    return expit(features @ weight + bias)
 
 
 def cross_validated(
-    features: np.ndarray,
-    labels: np.ndarray,
-    groups: Sequence[str],
-    regularization: float = PAPER,
-    fit: Fit = fit,
+    features: np.ndarray, labels: np.ndarray, groups: Sequence[str], regularization: float = PAPER
 ) -> np.ndarray:
     """P(unsafe) of every prompt by a probe that saw no prompt of its group: (prompts,)."""
     from sklearn.model_selection import GroupKFold
@@ -100,30 +89,19 @@ def cross_validated(
     for train, test in GroupKFold(folds).split(features, labels, groups):
         if len(set(labels[train])) < 2:
             raise CalibrationError("a cross-validation fold has one class only: give more prompts of both labels.")
-        weight, bias = fit(features[train], labels[train], regularization)
-        scores[test] = probability(features[test], weight, bias)
+        scores[test] = probability(features[test], *fit(features[train], labels[train], regularization))
     return scores
 
 
 def best_regularization(
-    features: np.ndarray,
-    labels: np.ndarray,
-    groups: Sequence[str],
-    candidates: Sequence[float] = CANDIDATES,
-    fit: Fit = fit,
+    features: np.ndarray, labels: np.ndarray, groups: Sequence[str], candidates: Sequence[float] = CANDIDATES
 ) -> tuple[float, np.ndarray]:
     """The candidate with the least cross-validated log loss, and its cross-validated scores."""
     from sklearn.metrics import log_loss
 
-    scores = {value: cross_validated(features, labels, groups, value, fit) for value in candidates}
+    scores = {value: cross_validated(features, labels, groups, value) for value in candidates}
     best = min(candidates, key=lambda value: log_loss(labels, scores[value], labels=[0, 1]))
     return best, scores[best]
-
-
-def probability(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
-    from scipy.special import expit
-
-    return expit(features @ weight + bias)
 
 
 def threshold_for(scores: np.ndarray, labels: np.ndarray, max_false_positive_rate: float) -> float:
@@ -142,6 +120,5 @@ def threshold_for(scores: np.ndarray, labels: np.ndarray, max_false_positive_rat
             f"over-refusal to {max_false_positive_rate:g}. Try --regularization auto, other layers or data, or "
             "--threshold."
         )
-    above = scores[scores > first_kept]
-    upper = float(above.min()) if len(above) else 1.0
-    return min(max((first_kept + upper) / 2, np.nextafter(first_kept, 1.0), 1 - HIGHEST), HIGHEST)
+    upper = float(np.min(scores, where=scores > first_kept, initial=1.0))
+    return float(np.clip(max((first_kept + upper) / 2, np.nextafter(first_kept, 1.0)), 1 - HIGHEST, HIGHEST))

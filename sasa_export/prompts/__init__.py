@@ -1,26 +1,25 @@
-"""Labelled prompts as the field keeps them: one small loader a data set, one record for all of them.
+"""Labelled prompts: the built-in sets, the data sets of the field, and files of your own.
 
-A data set is named by a spec: `name:PATH`, options behind commas (`mm-safetybench:DIR,variant=SD+TYPO`); a bare path
-is a JSONL file of ours. Every loader checks what it reads and names the file and the record that is wrong.
+A data set is named by a spec: `name:PATH`, options behind commas (`mm-safetybench:DIR,variant=SD+TYPO`). A bare path
+is a JSONL file. Every reader names the file and the record that is wrong.
 """
 
-from sasa_export.errors import DataError
-from sasa_export.prompts.calibration import calibration_prompts, lopsided
-from sasa_export.prompts.leak import asked, check_disjoint, grouped, split
-from sasa_export.prompts.record import Record
-from sasa_export.prompts.registry import LOADERS, NAMES, load, load_all
+from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation
+from sasa_export.prompts.leak import check_disjoint, grouped
+from sasa_export.prompts.prompt import Prompt, asked, encode
+from sasa_export.prompts.registry import READERS, calibration_prompts, load, load_all, lopsided
 
 __all__ = [
-    "LOADERS",
-    "NAMES",
-    "DataError",
-    "Record",
+    "READERS",
+    "Prompt",
     "asked",
+    "builtin",
+    "builtin_evaluation",
     "calibration_prompts",
     "check_disjoint",
+    "encode",
     "grouped",
     "load",
     "load_all",
     "lopsided",
-    "split",
 ]

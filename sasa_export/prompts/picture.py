@@ -1,80 +1,38 @@
-"""Pictures of a data set: found inside its directory, decodable, told apart by their bytes."""
+"""Pictures of data sets."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from sasa_export.errors import DataError
 
-
-class Pictures:
-    """Finds pictures in the first of `folders` that has them, and checks each file once."""
-
-    def __init__(self, *folders: Path) -> None:
-        self.folders = folders
-        self.checked: set[Path] = set()
-
-    def find(self, relative: str, where: str) -> Path:
-        """The file of a picture. DataError, which begins with `where`, if it is missing, outside or no picture."""
-        outside = PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).drive
-        # A link may lead elsewhere, as in a download cache; a name may not.
-        if outside or ".." in PurePosixPath(relative).parts or ".." in PureWindowsPath(relative).parts:
-            raise DataError(f"{where} names the picture {relative[:200]!r}, which leaves the data set's directory.")
-        candidates = [folder / relative for folder in self.folders]
-        path = next((path for path in candidates if os.path.isfile(path)), None)
-        if path is None:
-            raise DataError(f"{where} names the picture {str(candidates[0])[:300]}, which does not exist.")
-        if path not in self.checked:
-            _check(path, where)
-            self.checked.add(path)
-        return path
+# Formats that Pillow reads by itself; for some others it starts a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
-def open_picture(path: Path, where: str) -> Any:
-    """The picture in RGB."""
-    from PIL import Image
+def pictured(where: str, *candidates: Path) -> dict[str, Any]:
+    """The fields of a Prompt whose picture is the first of the files that exists.
 
+    DataError, which begins with `where` (the record), if none does.
+    """
+    path = next((path for path in candidates if os.path.isfile(path)), None)
+    if path is None:
+        raise DataError(f"{where} names the image {str(candidates[0])[:300]}, which does not exist.")
+    return {"channel": "picture", "picture": path, "image": partial(open_picture, path, where)}
+
+
+def open_picture(path: Path, where: str) -> Image.Image:
+    """The picture in RGB. DataError, which begins with `where`, if it is none, or in another than `FORMATS`."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             return picture.convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        raise _unreadable(path, where, error) from None
-
-
-def digest(record: Any) -> str | None:
-    """What a record's picture is known by: the SHA-256 of its file's bytes, or of its pixels where it is drawn.
-
-    None for a record without a picture.
-    """
-    if record.picture is not None:
-        try:
-            with record.picture.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(f"the picture {record.picture} cannot be read ({error.strerror}).") from None
-    if record.image is None:
-        return None
-    drawn = record.image()
-    return hashlib.sha256(f"{drawn.mode} {drawn.size} ".encode() + drawn.tobytes()).hexdigest()
-
-
-def _check(path: Path, where: str) -> None:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            if picture.format == "PNG":
-                picture.verify()  # its checksums say without decoding whether it is whole
-            else:
-                picture.draft("RGB", (1, 1))  # JPEG: an eighth of the size, still all of the file
-                picture.load()
-    except Exception as error:
-        raise _unreadable(path, where, error) from None
-
-
-def _unreadable(path: Path, where: str, error: Exception) -> DataError:
-    why = " ".join(str(error).split())[:200]
-    return DataError(f"{where} names the picture {path}, which cannot be read ({why}).")
+        why = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{where} names the image {path}, which cannot be read ({why}). Give it as {', '.join(FORMATS)}."
+        ) from None

@@ -1,71 +1,108 @@
-"""All loaders by name, and the one way to load a data set."""
+"""All readers of data sets by name, and the one way to load data sets."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from sasa_export.errors import DataError
 from sasa_export.prompts import figstep, jailbreakv, jsonl, mm_safetybench, vlguard, xstest
 from sasa_export.prompts.leak import grouped
-from sasa_export.prompts.prompt import read_jsonl
-from sasa_export.prompts.record import Record
-from sasa_export.prompts.spec import Loader, Spec, parse
+from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.spec import BARE, Chosen, parse
 
-LOADERS = {
-    module.LOADER.name: module.LOADER for module in (mm_safetybench, figstep, vlguard, jailbreakv, xstest, jsonl)
+# Each has OPTIONS, and `read(path, chosen)`, which gives its prompts.
+READERS = {
+    "mm-safetybench": mm_safetybench,
+    "figstep": figstep,
+    "vlguard": vlguard,
+    "jailbreakv": jailbreakv,
+    "xstest": xstest,
+    BARE: jsonl,
 }
-NAMES = tuple(LOADERS)
+LEAST = 5  # prompts of either label that a probe is fitted on
+KINDS = {  # what to add where one label is missing
+    1: ("harmful", "figstep:DIR or mm-safetybench:DIR"),
+    0: ("harmless", "xstest:FILE,subset=safe (text) or vlguard:DIR,subset=safe_safes (pictures)"),
+}
 
 
-def load(spec: str, flag: str = "--data") -> list[Record]:
-    """The records of one data set, in its own order; names are unique among them.
+def load(spec: str, flag: str = "--data") -> list[Prompt]:
+    """The prompts of one data set, in its own order.
 
     Args:
         spec: `name:PATH`, options behind commas, or the bare path of a JSONL file (see `sasa_export.prompts.spec`).
-        flag: where the user gave the spec, for the message about a missing JSONL file.
+        flag: where the user gave the spec, for messages.
 
-    Raises DataError (of a JSONL file CalibrationError), which names the file and the record that is wrong.
+    Raises DataError, which names the file and the record that is wrong, or the picture that cannot be read.
     """
-    parsed, loader = named(spec)
-    chosen = parsed.chosen(loader)
-    if loader is jsonl.LOADER:
-        records = read_jsonl(parsed.path, what=f"{flag.strip('-')} file", flag=flag)
-    elif not os.path.exists(parsed.path):
-        raise DataError(f"there is no {parsed.path}. Check {flag} {spec}.")
-    else:
-        records = loader.read(parsed.path, chosen)
-    if not records:
-        wanted = ", ".join(f"{name}={value}" for name, value in parsed.options.items())
-        raise DataError(f"{parsed.path} has no records{f' with {wanted}' if wanted else ''}. Check {flag} {spec}.")
-    return records
+    name, path, chosen = _parsed(spec)
+    what = f"{flag.strip('-')} file"
+    if not os.path.exists(path):
+        raise DataError(f"there is no {what} or directory {path}. Check {flag} {spec}.")
+    if name == BARE and path.is_dir():
+        raise DataError(
+            f"the {what} {path} cannot be read: it is a directory. Name its data set, as {flag} name:{path}."
+        )
+    prompts = [replace(prompt, source=name) for prompt in READERS[name].read(path, chosen)]
+    if not prompts:
+        raise DataError(f"{path} has no prompts, or none that the options leave. Check {flag} {spec}.")
+    for prompt_name, count in Counter(prompt.name for prompt in prompts).items():
+        if count > 1:
+            raise DataError(f"{path} has the id {prompt_name!r} twice. Give each record its own.")
+    for prompt in {prompt.picture: prompt for prompt in reversed(prompts)}.values():
+        prompt.conversation()  # a broken picture is an error now, and not when the model has run for an hour
+    return prompts
 
 
-def load_all(specs: Sequence[str], flag: str = "--data") -> list[Record]:
-    """The records of several data sets, one after the other, grouped over all of them (`grouped`).
+def load_all(specs: Sequence[str], flag: str = "--data") -> list[Prompt]:
+    """The prompts of several data sets, one after the other, grouped over all of them (`grouped`).
 
-    Where there are several, a record's name begins with its data set's, so that names stay unique.
+    Where there are several, a prompt's name begins with its data set's and its place, so that names stay unique.
     """
-    if not specs:
-        raise DataError(f"no data set is given: name one with {flag} name:PATH ({', '.join(NAMES)}).")
-    found: list[Record] = []
-    labels: set[str] = set()
-    for position, spec in enumerate(specs):
-        if spec in specs[:position]:
-            raise DataError(f"{flag} {spec} is given twice, so that its records would count double.")
-        records = load(spec, flag)
-        if len(specs) > 1:
-            label = named(spec)[1].name
-            label = f"{label}#{position + 1}" if label in labels else label
-            labels.add(label)
+    if len(set(specs)) < len(specs):
+        raise DataError(f"a {flag} is given twice, so that its prompts would count double: {', '.join(specs)}.")
+    found: list[Prompt] = []
+    for place, spec in enumerate(specs, 1):
+        for prompt in load(spec, flag):
+            label = f"{prompt.source}#{place}"
+            name = f"{label}/{prompt.name}" if len(specs) > 1 else prompt.name
             # The groups of two data sets have nothing to do with each other, whatever they are called.
-            records = [replace(one, name=f"{label}/{one.name}", group=f"{label}/{one.group}") for one in records]
-        found += records
+            found.append(replace(prompt, name=name, group=f"{label}/{prompt.group}"))
     return grouped(found)
 
 
-def named(spec: str) -> tuple[Spec, Loader]:
-    """A spec taken apart, and its loader."""
-    parsed = parse(spec, NAMES)
-    return parsed, LOADERS[parsed.name or jsonl.NAME]
+def calibration_prompts(specs: Sequence[str], flag: str = "--calibration") -> list[Prompt]:
+    """The prompts of all specs. DataError where there are fewer than `LEAST` of either label.
+
+    A single JSONL file keeps its own groups; otherwise prompts that share a picture or a question are one group.
+    """
+    alone = len(specs) == 1 and _parsed(specs[0])[0] == BARE
+    prompts = load(specs[0], flag) if alone else load_all(specs, flag)
+    for label, (what, example) in KINDS.items():
+        if sum(prompt.label == label for prompt in prompts) < LEAST:
+            raise DataError(
+                f"{' and '.join(specs)}: fewer than {LEAST} {what} prompts (label {label}), and a probe needs both "
+                f"classes. Add them with another {flag}, for example {flag} {example}."
+            )
+    return prompts
+
+
+def lopsided(prompts: Sequence[Prompt]) -> str | None:
+    """A warning where the label can be told from whether there is a picture: the probe might learn just that."""
+    seen = {(prompt.channel, prompt.label) for prompt in prompts}
+    for pictured, other, label in (("harmful", "harmless", 1), ("harmless", "harmful", 0)):
+        if seen == {("picture", label), ("text", 1 - label)}:
+            return (
+                f"All prompts with a picture are {pictured} and all without one are {other}, so the probe may learn "
+                f"to see whether there is a picture instead of what is asked. Add {other} prompts with pictures, for "
+                "example from VLGuard."
+            )
+    return None
+
+
+def _parsed(spec: str) -> tuple[str, Path, Chosen]:
+    return parse(spec, {name: reader.OPTIONS for name, reader in READERS.items()})

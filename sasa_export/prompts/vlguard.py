@@ -8,77 +8,51 @@ Subsets: unsafes (harmful picture), safe_unsafes (harmful instruction for a harm
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import DataError
-from sasa_export.prompts.picture import Pictures
+from sasa_export.prompts.picture import pictured
+from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.read import find, json_of, text_in
-from sasa_export.prompts.record import Names, Record, record
-from sasa_export.prompts.spec import Chosen, Loader, Option
+from sasa_export.prompts.spec import Chosen, Option
 
-NAME = "vlguard"
 INSTRUCTIONS = {"unsafes": "instruction", "safe_unsafes": "unsafe_instruction", "safe_safes": "safe_instruction"}
+OPTIONS = {
+    "split": Option(("train", "test"), ("test",)),
+    "subset": Option(tuple(INSTRUCTIONS), tuple(INSTRUCTIONS)),
+}
 
 
-def read(directory: Path, chosen: Chosen) -> list[Record]:
-    """One record an instruction of the chosen splits and subsets. `directory` has the JSON files, or its data/ has."""
-    found, names = [], Names()
+def read(directory: Path, chosen: Chosen) -> Iterator[Prompt]:
+    """One prompt an instruction of the chosen splits and subsets. `directory` has the JSON files, or its data/ has."""
     for part in chosen["split"]:
-        path = find(
-            [directory / f"{part}.json", directory / "data" / f"{part}.json"],
-            f"Give the directory of VLGuard that has {part}.json beside {part}/: {NAME}:DIR.",
-        )
-        pictures = Pictures(path.parent / part, path.parent / "VLGuard" / part, path.parent)
-        entries = json_of(path)
-        if not isinstance(entries, list):
-            raise DataError(f"{path} is no JSON list of pictures.")
-        for position, entry in enumerate(entries, 1):
+        path = find(directory / f"{part}.json", directory / "data" / f"{part}.json")
+        for position, entry in enumerate(json_of(path, list), 1):
             where = f"{path}, record {position}"
-            if not isinstance(entry, dict):
-                raise DataError(f"{where} is no JSON object.")
-            name = text_in(entry, "id", where)
-            where = f"{where} ({name!r})"
-            names.take(f"{part}/{name}", where)
-            found += [made for made in _records(entry, part, name, pictures, where) if made.attack in chosen["subset"]]
-    return found
+            for prompt in _prompts(entry, part, path.parent, f"{where} ({text_in(entry, 'id', where)!r})"):
+                if prompt.attack in chosen["subset"]:
+                    yield prompt
 
 
-def _records(entry: dict[str, Any], part: str, name: str, pictures: Pictures, where: str) -> Iterator[Record]:
-    safe = entry.get("safe")
+def _prompts(entry: dict[str, Any], part: str, root: Path, where: str) -> Iterator[Prompt]:
+    safe, group, category = entry.get("safe"), f"{part}/{entry['id']}", "none"
     if not isinstance(safe, bool):
         raise DataError(f'{where} has {safe!r} as "safe"; it must be true or false.')
-    turns = entry.get("instr-resp")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f'{where} has no list of instructions in "instr-resp".')
-    category = "none"
     if not safe:
         category = "/".join(text_in(entry, key, where) for key in ("harmful_category", "harmful_subcategory"))
-    picture = pictures.find(text_in(entry, "image", where), where)
+    name = text_in(entry, "image", where)
+    picture = pictured(where, *[root / folder / name for folder in (part, f"VLGuard/{part}", ".")])
+    instructions = dict(ChainMap(*entry.get("instr-resp", [])))
     for subset in ("safe_safes", "safe_unsafes") if safe else ("unsafes",):
-        key = INSTRUCTIONS[subset]
-        turn = next((turn for turn in turns if key in turn), None)
-        if turn is None:
-            raise DataError(f"{where} has no {key!r}, which a {'harmless' if safe else 'harmful'} picture must have.")
-        yield record(
-            source=NAME,
-            name=f"{part}/{name}/{subset}",
-            prompt=text_in(turn, key, where),
+        yield Prompt(
+            name=f"{group}/{subset}",
+            prompt=text_in(instructions, INSTRUCTIONS[subset], where),
             label=0 if subset == "safe_safes" else 1,
-            group=f"{part}/{name}",
+            group=group,
             category=category,
             attack=subset,
-            picture=picture,
-            where=where,
+            **picture,
         )
-
-
-LOADER = Loader(
-    NAME,
-    read,
-    {
-        "split": Option(("train", "test"), ("test",)),
-        "subset": Option(tuple(INSTRUCTIONS), tuple(INSTRUCTIONS)),
-    },
-)

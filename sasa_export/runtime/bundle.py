@@ -13,9 +13,8 @@ PARTS = ("version", "formulas", "settings", "ledger", "verdict", "lane", "guard"
 HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637), and judges every prompt with it.
 
-Read it from top to bottom: the formulas, the settings in config.json, what the cache keeps for the gate, when a verdict
-is due, the second lane, the gate around the model's forward, and the classes. `config.sasa["graph"]` lists the steps as
-nodes; this file executes them and knows no model family. Its last lines name the classes of the one that is here.
+From top to bottom: the formulas, the settings in config.json, what the cache keeps for the gate, when a verdict is due,
+the second lane, the gate, and the classes. `config.sasa["graph"]` lists the steps; this file knows no model family.
 """
 '''
 
@@ -67,7 +66,8 @@ def _section(part: str, text: str) -> str:
     begin = max(node.end_lineno or 0 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     said = "\n".join(f"# {line}".rstrip() for line in (ast.get_docstring(tree) or "").splitlines())
     body = "\n".join(text.splitlines()[begin:]).strip("\n")
-    return f"{_title(part)}\n{said}\n{body}\n"
+    apart = "\n" if body.startswith("#") else ""
+    return f"{_title(part)}\n{said}\n{apart}{body}\n"
 
 
 def _title(text: str) -> str:

@@ -29,11 +29,6 @@ def unsafe_probability(state: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     return torch.sigmoid((state.float() * weight.float()).sum(-1) + bias.float())
 
 
-def is_refused(probability: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The verdicts (batch,), bool, on P(unsafe) (batch,). What is NaN could not be judged, and is refused."""
-    return ~(probability < threshold)
-
-
 def gate(logits: torch.Tensor, wanted: torch.Tensor, refused: torch.Tensor, refusal: tuple[int, ...]) -> torch.Tensor:
     """Force the refusal where a position is refused, and leave every other logit untouched.
 

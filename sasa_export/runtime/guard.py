@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from sasa_export.runtime.formulas import gate, is_refused, unsafe_probability
-from sasa_export.runtime.lane import context_arguments, project_taps, recording, run_lane
+from sasa_export.runtime.formulas import gate, unsafe_probability
+from sasa_export.runtime.lane import Recording, context_arguments, project_taps, run_lane
 from sasa_export.runtime.ledger import PICTURE, SYMBOL, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
@@ -40,8 +40,7 @@ class Probe(nn.Module):
 
     def check(self) -> None:
         """Raise ValueError where the gate could not judge by it."""
-        usable = self.weight.is_meta or self.weight.isfinite().all() and self.bias.isfinite() and self.weight.any()
-        if not usable:
+        if not (self.weight.is_meta or self.weight.isfinite().all() and self.bias.isfinite() and self.weight.any()):
             raise ValueError(f"sasa.probe is zero, NaN or infinite, so the gate cannot judge. {HOW_TO_LOAD}")
 
 
@@ -53,17 +52,13 @@ class Guard(nn.Module):
         self.settings, self.ledger = sasa, ledger
         self.probe = Probe(features)
 
-    def forward(self, model: Any, forward: Callable, kwargs: dict[str, Any]) -> Any:
-        """One call of the guarded model: run the family's forward, judge what it brought, and gate the logits.
+    def forward(
+        self, model: Any, kwargs: dict[str, Any], kept: list[torch.Tensor], seen: Recording, output: Any
+    ) -> Any:
+        """Judge what a call of the model brought, keep it in the cache, and gate the logits of its `output`.
 
-        Args: forward: the family's; kwargs: the arguments of the call.
-
-        Returns the family's output with `logits` gated, and `unsafe_probability` (batch,), float32: NaN where no
-        verdict is due.
+        `kept` is the ledger before the call. `unsafe_probability` (batch,), float32, is NaN where no verdict is due.
         """
-        kept = self._kept(kwargs.get("past_key_values"))
-        with recording() as seen:
-            output = forward(model, **kwargs, return_dict=True)
         graph, tokens = self.settings["graph"], TemplateTokens.of(self.settings)
         entry, projection = project_taps(graph, seen)  # (batch, tokens, hidden)
         kept = kept or self.ledger.empty(projection)
@@ -74,12 +69,13 @@ class Guard(nn.Module):
         if torch.compiler.is_exporting() or due.rows.any():  # what an exported graph keeps in a branch
             found = self._run_lane(model, {entry: projection}, kept, columns, real, due.at)  # (batch,)
             probability = found.to(due.at.device).masked_fill(~due.rows, float("nan"))
-        refused = due.rows & is_refused(probability, self.settings["threshold"])  # (batch,)
+        refused = due.rows & ~(probability < self.settings["threshold"])  # (batch,); NaN could not be judged
         states, turns = follow(call, due, refused, tokens)  # (batch, tokens)
 
         columns = torch.cat([torch.stack([states, turns], dim=-1), columns[..., SYMBOL:]], dim=-1)
         self._keep(output.past_key_values, columns, projection)
-        output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
+        if torch.compiler.is_exporting() or states.any():
+            output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
         output["unsafe_probability"] = probability
         if torch.compiler.is_exporting():
             output["is_due"] = due.rows.any()
@@ -141,7 +137,7 @@ class Guard(nn.Module):
         wanted = torch.tensor(refusal, device=logits.device)[(states - 1).clamp_min(0)]  # (batch, kept)
         return gate(logits, wanted, states > 0, refusal)
 
-    def _kept(self, cache: Cache | None) -> list[torch.Tensor]:
+    def kept(self, cache: Cache | None) -> list[torch.Tensor]:
         """The ledger of the tokens before, (batch, heads, past, size) each; nothing where there are none.
 
         ValueError where the cache holds tokens that were never judged.
@@ -175,8 +171,7 @@ class Guard(nn.Module):
 def real_tokens(attention_mask: Any, context: int, like: torch.Tensor) -> torch.Tensor:
     """Which tokens of the context are no padding: (batch, context), bool; `like` has a row for each of the batch.
 
-    The mask is (batch, context), or (batch, 1, tokens, keys) as static caches get it, one a type of layer. ValueError
-    where it has fewer columns than the context has tokens.
+    The mask is (batch, context), or (batch, 1, tokens, keys) as static caches get it, one a type of layer.
     """
     mask = attention_mask
     if isinstance(mask, dict):  # that of the layers which attend to everything

@@ -1,8 +1,7 @@
-"""What the cache keeps of each token for the gate: a few small integers and the projected state.
+"""What the cache keeps of each token for the gate: integers below 256, exact in any type, and the projected state.
 
 They are packed into extra layers of the KV cache, behind the model's own, so that whatever copies, repeats or crops a
-cache carries them. With them a verdict can be read over the whole context at any call, however that came in. All
-integers stay below 256, which every float type holds exactly.
+cache carries them. With them a verdict can be read over the whole context at any call, however that came in.
 """
 
 from dataclasses import dataclass

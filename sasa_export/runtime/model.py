@@ -17,7 +17,7 @@ from transformers.conversion_mapping import (
 )
 
 from sasa_export.runtime.guard import Guard, prompt_end
-from sasa_export.runtime.lane import watch
+from sasa_export.runtime.lane import recording, watch
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
@@ -38,7 +38,10 @@ def guarded(forward: Callable) -> Callable:
             return forward(self, **kwargs)  # the family's own error says what is missing
         if "paged" in str(self.config._attn_implementation) or kwargs.get("cu_seq_lens_q") is not None:
             raise NotImplementedError(f"packed prompts: {PACKED}")
-        output = self.sasa(self, forward, kwargs)
+        kept = self.sasa.kept(kwargs.get("past_key_values"))
+        with recording() as seen:
+            output = forward(self, **kwargs, return_dict=True)
+        output = self.sasa(self, kwargs, kept, seen, output)
         return output if (self.config.return_dict if as_dictionary is None else as_dictionary) else output.to_tuple()
 
     return guarded_forward
@@ -84,7 +87,7 @@ class GuardedModel:
         given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
         settings = {**vars(given[0] if given else self.generation_config), **kwargs}
         for name in UNGUARDED:
-            if settings.get(name) not in (None, False, 1):
+            if settings.get(name) and not (name == "guidance_scale" and settings[name] == 1):
                 raise NotImplementedError(f"{name} would answer past the gate of this guarded model. Run without it.")
         if "paged" in str(settings.get("cache_implementation")):
             raise NotImplementedError(f"cache_implementation='paged': {PACKED}")

@@ -44,11 +44,7 @@ def follow_refusal(sasa: dict[str, Any], directory: Any) -> None:
 
 
 class GuardedConfig:
-    """Mixed into a family's configuration: it opens the seal on which the stock configuration breaks.
-
-    The sealed `id2label` of each nested configuration carries the message; a stock class cannot read it, so
-    it can never load the weights without the gate.
-    """
+    """Mixed into a family's configuration: it opens the seal, an `id2label` that the stock one cannot read."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -63,10 +59,7 @@ class GuardedConfig:
 
 
 def sealed(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Seal the nested configurations of a config.json, so that stock classes refuse it.
-
-    They lose their architectures, by which a converter would take the decoder for a plain one.
-    """
+    """Seal the nested configurations of a config.json, so that stock classes and converters refuse it."""
     out = dict(config_dict)
     for name in ("text_config", "vision_config"):
         nested = {key: value for key, value in out.get(name, {}).items() if key != "architectures"}

@@ -55,6 +55,7 @@ def check_answers(
         return [NOT_COMPARED], None
     prompts, before = ([], []) if calibration is None else draw(calibration, count)
     found = run_fresh(directory, graphs, written["dtype"], device, prompts)
+    sasa["refusal_token_ids"] = found["about"].get("refusal_token_ids", sasa["refusal_token_ids"])
     dtype = graphs or written["dtype"]
     checks = [*_loading(found["about"]), *compare(written, found, sasa, dtype, graphs=graphs is not None)]
     if calibration is None:

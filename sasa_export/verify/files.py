@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from sasa_export.errors import CalibrationError, OpenError
 from sasa_export.manifest import MANIFEST, digest
@@ -14,6 +16,7 @@ from sasa_export.models.shards import read_shards
 from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
 from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE
+from sasa_export.writers.config import config_text
 
 
 def check_files(directory: Path) -> list[Check]:
@@ -28,16 +31,29 @@ def check_manifest(directory: Path) -> Check:
     if not path.exists():
         return Check(name, None, f"not checked, since {MANIFEST} is missing, as it is where a model was saved again")
     try:
-        listed = dict(json.loads(path.read_text(encoding="utf-8"))["files"])
+        told = json.loads(path.read_text(encoding="utf-8"))
+        listed, edited = dict(told["files"]), ""
         present = _present(directory)
         wrong = [*sorted(present ^ set(listed)), *outside(directory)]
         wrong += sorted(file for file in present & set(listed) if _digest(directory / file) != listed[file])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Check(name, False, f"{MANIFEST} is damaged")
     wrong = list(dict.fromkeys(wrong))
+    if "config.json" in wrong and _unedited(directory / "config.json", told.get("operator")) == listed["config.json"]:
+        wrong.remove("config.json")
+        edited = ", with threshold or refusal as the operator set them"
     if wrong:
         return Check(name, False, f"{len(wrong)} differ: {', '.join(wrong[:3])}")
-    return Check(name, True, f"{len(listed)} of {len(listed)} by SHA-256")
+    return Check(name, True, f"{len(listed)} of {len(listed)} by SHA-256{edited}")
+
+
+def _unedited(path: Path, exported: dict[str, Any] | None) -> str | None:
+    """The SHA-256 of config.json with what an operator may edit set back to what was `exported`."""
+    config = read_config(path.parent)
+    if exported is None or not isinstance(config.get("sasa"), dict):
+        return None
+    config["sasa"] |= exported
+    return hashlib.sha256(config_text(config).encode()).hexdigest()
 
 
 def _present(directory: Path) -> set[str]:

@@ -60,9 +60,13 @@ def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type
         "AutoModelForImageTextToText": f"{module}.Sasa{model_class.__name__}",
     }
     config["sasa"] = sasa
-    text = json.dumps(sealed(config), indent=2, ensure_ascii=False) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
+    (directory / "config.json").write_text(config_text(sealed(config)), encoding="utf-8")
     (directory / MODELING_FILE).write_text(modeling_source(config_class, model_class), encoding="utf-8")
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """config.json as it is written."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:

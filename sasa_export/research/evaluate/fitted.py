@@ -13,7 +13,7 @@ import numpy as np
 
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
-from sasa_export.probe.fit import CANDIDATES, FOLDS, best_regularization, probability, quick_fit, threshold_for
+from sasa_export.probe.fit import CANDIDATES, FOLDS, best_regularization, fit, probability, threshold_for
 from sasa_export.prompts import asked
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.evaluate.figures import ranking
@@ -42,8 +42,8 @@ def probe(
     """
     labels, groups = labels_and_groups(prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
-    chosen, held_out = best_regularization(calibration, labels, groups.tolist(), candidates, quick_fit)
-    weight, bias = quick_fit(calibration, labels, chosen)
+    chosen, held_out = best_regularization(calibration, labels, groups.tolist(), candidates)
+    weight, bias = fit(calibration, labels, chosen)
     return probability(evaluation, weight, bias), _threshold(held_out, labels, rate)
 
 

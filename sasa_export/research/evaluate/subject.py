@@ -15,9 +15,7 @@ from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source, read_config
 from sasa_export.models.load import load_processor, read_sizes, running
-from sasa_export.prompts import calibration_prompts, check_disjoint, load_all
-from sasa_export.prompts.builtin_evaluation import builtin_evaluation
-from sasa_export.prompts.prompt import Prompt, builtin
+from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.prompts import counts, share_of

@@ -14,8 +14,7 @@ from sasa_export.models import Source, open_source
 from sasa_export.models.family import KnownLayers
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
 from sasa_export.probe.features import trace_loaded
-from sasa_export.prompts import calibration_prompts
-from sasa_export.prompts.prompt import Prompt, builtin
+from sasa_export.prompts import Prompt, builtin, calibration_prompts
 from sasa_export.report import Silent
 from sasa_export.research.locate.ablation import ablate
 from sasa_export.research.locate.command import LocateOptions

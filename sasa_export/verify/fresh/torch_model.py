@@ -26,6 +26,7 @@ class Model:
             "not_followed": [],
             "bypasses": refused,
             "model_class": type(self.model).__name__,
+            "refusal_token_ids": self.model.config.sasa["refusal_token_ids"],  # of an edited refusal too
             "probe_dtype": str(self.model.sasa.probe.weight.dtype).removeprefix("torch."),
         }
 

@@ -14,14 +14,23 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
-from onnxscript.optimizer import optimize_ir
-from onnxscript.rewriter import onnx_fusions
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass, onnx_fusions
+from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from sasa_export.writers.onnx.decoder import Signature
 from sasa_export.writers.onnx.passes.attention import share_key_value_heads
-from sasa_export.writers.onnx.passes.weights import deduplicate, fold_transposes, reads_weight
+from sasa_export.writers.onnx.passes.weights import deduplicate, fold_transposes, folds
 
+# Of onnxscript's default rules those that find something here. `slice_split_rule` is left out: it tries every pair of
+# nodes, which takes most of an export's time.
+RULES = (
+    rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.no_op_transpose_rule,
+    rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule, rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule, rules.collapse_slice_rule, rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule, rules.add_0_rule, rules.sub_0_rule, rules.mul_by_1_rule, rules.div_by_1_rule,
+)  # fmt: skip
 IR_VERSION = {20: 9, 21: 10, 22: 10, 23: 11, 24: 11}  # by opset
 
 
@@ -38,8 +47,7 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
         assert exported is not None
         model = exported.model
-        # Folding a weight would hold a second copy of it in memory and, used in both lanes, in the file.
-        optimize_ir(model, onnx_shape_inference=False, should_fold=lambda node: False if reads_weight(node) else None)
+        _simplify(model)
         onnx_fusions.fuse(model)
     share_key_value_heads(model)
     fold_transposes(model)
@@ -51,6 +59,16 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
     _name_values(model, signature)
     model.ir_version = IR_VERSION[opset]
     return model
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants and apply onnxscript's rules, as its optimizer does."""
+    for _ in range(2):
+        fold_constants_ir(model, should_fold=folds)
+        RewritePass(RULES)(model)
+        common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.NameFixPass()(model)
 
 
 def _free(arguments: tuple[Any, ...], signature: Signature, *, variadic: bool) -> Any:

@@ -38,7 +38,7 @@ def recipe_of(model_type: str) -> Recipe:
     except KeyError:
         raise EmitError(
             f"model type {model_type!r} has no ONNX recipe. Supported: {', '.join(sorted(RECIPES))}. "
-            "Export it with --format safetensors, or add a recipe in emit/onnx/recipes.py."
+            "Export it with --format safetensors, or add a recipe in sasa_export/writers/onnx/recipes.py."
         ) from None
 
 

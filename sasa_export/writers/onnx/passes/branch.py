@@ -23,8 +23,8 @@ def run_where(model: ir.Model, name: str, *, result: str, fill: float, predicate
     outputs = {str(value.name): value for value in graph.outputs}
     computed, condition = outputs[result], outputs.pop(predicate)
     others = [value for value in graph.outputs if value is not computed]
-    inside = [node for node in graph if node in _needed([computed]) - _needed(others, stop=computed)]
-    members = set(inside)
+    members = _needed([computed]) - _needed(others, stop=computed)
+    inside = [node for node in graph if node in members]
     readers = [(use.node, use.idx) for use in computed.uses() if use.node not in members]
     graph.outputs.clear()
     graph.remove(inside)

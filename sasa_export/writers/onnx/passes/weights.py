@@ -11,12 +11,20 @@ import onnx_ir as ir
 BIG = 1024  # elements; smaller constants are left to the exporter's own folding
 
 
-def reads_weight(node: ir.Node) -> bool:
-    """Does this node do nothing but rearrange a weight?"""
-    return node.op_type in ("Transpose", "Reshape", "Cast", "Expand", "Gather") and any(
-        value is not None and value.is_initializer() and value.const_value is not None and value.const_value.size > BIG
-        for value in node.inputs
-    )
+def folds(node: ir.Node) -> bool | None:
+    """May the exporter compute this node once and for all? None leaves it to the exporter's own rules.
+
+    One that rearranges a weight must stay: folded, there would be a second copy of it in memory and, used in both lanes,
+    in the file. But the few rows of the embedding that the gate compares with are all that it needs of it.
+    """
+    big = [value for value in node.inputs if value is not None and _is_weight(value)]
+    if node.op_type == "Gather" and big:
+        return node.inputs[1] is not None and node.inputs[1].const_value is not None
+    return False if big and node.op_type in ("Transpose", "Reshape", "Cast", "Expand") else None
+
+
+def _is_weight(value: ir.Value) -> bool:
+    return value.is_initializer() and value.const_value is not None and value.const_value.size > BIG
 
 
 def fold_transposes(model: ir.Model) -> None:

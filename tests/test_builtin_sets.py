@@ -1,0 +1,258 @@
+"""The built-in sets keep the rules that a program can check, and become prompts in both channels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sasa_export.prompts
+from sasa_export.prompts import Prompt, asked, builtin, builtin_evaluation, check_disjoint, grouped
+from sasa_export.prompts.builtin_sets import CARRIERS, drawn
+from sasa_export.prompts.leak import normalised
+from sasa_export.prompts.render import render
+
+SIDES = ("harmful", "harmless")
+OPENINGS = ("how do i ", "tell me how ", "explain ", "give me ", "write ")
+LINE = re.compile(r"[a-z']+(,? [a-z']+)*")
+NEAR = 0.65  # a Jaccard similarity of words from which a request counts as another one reworded
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    text = Path(sasa_export.prompts.__file__).with_name(f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+BUILTIN, HELDOUT, EVALUATION = read("builtin"), read("heldout"), read("evaluation")
+EVERYDAY = [row for row in BUILTIN if "-everyday-" in row["pair"]]
+BORDERLINE = [row for row in BUILTIN if "-everyday-" not in row["pair"]]
+
+
+def kinds(*names: str) -> list[dict[str, Any]]:
+    return [row for row in EVALUATION if row["kind"] in names]
+
+
+def words(row: dict[str, Any]) -> str:
+    return f"{row['text']} {row['picture']}" if row["kind"] == "split" else str(row["request"])
+
+
+def requests(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [row[side] for row in rows for side in SIDES]
+
+
+def similarity(one: str, other: str) -> float:
+    """Jaccard: the share of the words of both that are in both."""
+    a, b = set(one.split()), set(other.split())
+    return len(a & b) / len(a | b)
+
+
+# ------------------------------------------------------------------------------------------------- the lines
+
+
+def test_requests_are_short_plain_lines() -> None:
+    """The two of a pair open alike."""
+    assert len(BUILTIN) >= 380 and len(HELDOUT) >= 60
+    for row in [*BUILTIN, *HELDOUT]:
+        assert list(row) == ["pair", "category", *SIDES] and row["pair"].startswith(row["category"] + "-")
+        assert len({next(start for start in OPENINGS if row[side].startswith(start)) for side in SIDES}) == 1, row
+    further = {"borderline": ["type", "request"], "split": ["text", "picture"]}
+    for row in EVALUATION:
+        assert list(row) == ["id", "group", "kind", "category", "label", *further.get(row["kind"], ["request"])]
+    for text in [*requests([*BUILTIN, *HELDOUT]), *(str(row.get("request", row.get("text"))) for row in EVALUATION)]:
+        assert LINE.fullmatch(text) and 4 <= len(text.split()) <= 14, text
+    assert all(LINE.fullmatch(row["picture"]) and len(row["picture"].split()) <= 8 for row in kinds("split"))
+
+
+def test_categories_are_balanced() -> None:
+    borderline, everyday = (Counter(row["category"] for row in rows) for rows in (BORDERLINE, EVERYDAY))
+    assert len(borderline) == 12 and set(borderline.values()) == {20}
+    assert set(everyday) == set(borderline) and set(everyday.values()) == {11, 12}
+    assert {row["category"] for row in HELDOUT} == set(borderline)
+    for kind, each in (("harmful", 10), ("harmless", 10), ("borderline", 8)):
+        found = Counter(row["category"] for row in kinds(kind))
+        assert len(found) == 15 and set(found.values()) == {each}
+    assert set(Counter((row["category"], row["label"]) for row in kinds("split")).values()) == {4}
+    assert set(Counter((row["category"], row["type"]) for row in kinds("borderline")).values()) == {1}
+
+
+def test_nothing_occurs_twice_or_reworded() -> None:
+    """Neither within the evaluation set, nor between it, the calibration set and the held-out pairs."""
+    ours, heldout = requests(BUILTIN), requests(HELDOUT)
+    for values in (
+        [*ours, *heldout],
+        [row["pair"] for row in [*BUILTIN, *HELDOUT]],
+        [row["id"] for row in EVALUATION],
+        [normalised(words(row)) for row in EVALUATION],
+        [prompt.name for prompt in [*builtin(None), *builtin_evaluation(None)]],
+    ):
+        assert [value for value, count in Counter(values).items() if count > 1] == []
+    asked_for = {part for row in EVALUATION for part in (words(row), row.get("picture", words(row)))}
+    for some, others in ((heldout, ours), (asked_for, [*ours, *heldout])):
+        for one in some:
+            nearest = max(others, key=partial(similarity, one))
+            assert similarity(one, nearest) < NEAR, (one, nearest)
+    for row, other in combinations(kinds("harmful", "harmless", "borderline"), 2):
+        if row["group"] != other["group"]:  # twins are meant to differ in little
+            assert similarity(words(row), words(other)) < NEAR, (words(row), words(other))
+    check_disjoint(builtin(None), builtin_evaluation(None))
+
+
+def test_harmful_and_harmless_twins_ask_alike_on_one_topic() -> None:
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    for row in kinds(*SIDES):
+        groups[row["group"]][row["kind"]] = row
+    assert len(groups) == 150
+    for pair in groups.values():
+        harmful, harmless = pair["harmful"], pair["harmless"]
+        assert (harmful["label"], harmless["label"]) == (1, 0) and harmful["category"] == harmless["category"]
+        assert harmful["request"].split()[0] == harmless["request"].split()[0]
+        assert similarity(harmful["request"], harmless["request"]) > 0.2
+
+
+def test_in_split_prompts_no_part_tells_anything() -> None:
+    """Two texts and two pictures a group, in all combinations: harmful is what neither part alone is."""
+    groups = defaultdict(list)
+    for row in kinds("split"):
+        groups[row["group"]].append(row)
+    assert len(groups) == 30
+    for rows in groups.values():
+        assert len({(row["text"], row["picture"]) for row in rows}) == len(rows) == 4
+        for part in ("text", "picture"):
+            seen = Counter((row[part], row["label"]) for row in rows)
+            assert len(seen) == 4 and set(seen.values()) == {1}
+
+
+# ---------------------------------------------------------------------------------- what wording gives away
+
+WORDS: dict[str, Any] = {"token_pattern": r"[a-z']+"}
+BAGS = (WORDS, {**WORDS, "ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_range": (2, 5)})
+
+
+def samples(name: str) -> tuple[list[str], list[int], list[str]]:
+    """Texts, labels and groups of a part of the sets."""
+    pairs = {"calibration": BUILTIN, "calibration, borderline": BORDERLINE, "calibration, everyday": EVERYDAY}
+    if name in pairs or name == "held out":
+        rows = pairs.get(name, HELDOUT)
+        return requests(rows), [1, 0] * len(rows), [row["pair"] for row in rows for _ in SIDES]
+    rows = kinds(*name.split(" and "))
+    return [words(row) for row in rows], [row["label"] for row in rows], [row["group"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("held out", 0.0, 1.0),
+        ("calibration", 0.0, 0.67),
+        # Everyday harmful requests use everyday harmful words; the borderline pairs must not lean on them.
+        ("calibration, borderline", 0.0, 0.6),
+        ("calibration, everyday", 0.0, 0.7),
+        ("split", 0.4, 0.6),
+        ("harmful and harmless", 0.5, 0.82),
+        ("harmful and borderline", 0.5, 0.82),
+    ],
+)
+def test_what_a_bag_of_words_tells(name: str, low: float, high: float) -> None:
+    """ROC-AUC of a classifier of words, word pairs or characters, on unseen groups; length tells nothing."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+
+    texts, labels, groups = samples(name)
+    for measure in (len, lambda text: len(text.split())):
+        assert 0.42 < roc_auc_score(labels, [measure(text) for text in texts]) < 0.58
+    for options in BAGS:
+        model = make_pipeline(TfidfVectorizer(**options), LogisticRegression(class_weight="balanced", max_iter=1000))
+        scores = cross_val_predict(model, texts, labels, groups=groups, cv=GroupKFold(5), method="decision_function")
+        assert low < roc_auc_score(labels, scores) < high, options
+
+
+# ------------------------------------------------------------------------------------------------ the prompts
+
+
+def test_calibration_prompts_carry_each_request_in_both_channels() -> None:
+    prompts = builtin(None)
+    assert [asked(prompt) for prompt in prompts] == [text for text in requests(BUILTIN) for _ in range(2)]
+    assert [(prompt.channel, prompt.label) for prompt in prompts[:4]] == [
+        ("text", 1), ("picture", 1), ("text", 0), ("picture", 0),
+    ]  # fmt: skip
+    assert {(prompt.group, prompt.category) for prompt in prompts} == {
+        (row["pair"], row["category"]) for row in BUILTIN
+    }
+    # The words beside a picture do not tell what is in it.
+    labels = defaultdict(list)
+    for prompt in prompts[1::2]:
+        assert prompt.image is not None and prompt.image.args[0] == prompt.question  # type: ignore[attr-defined]
+        labels[prompt.prompt].append(prompt.label)
+    assert set(labels) == set(CARRIERS) and all(0.4 < np.mean(found) < 0.6 for found in labels.values())
+
+
+def test_evaluation_prompts_carry_each_request_in_both_channels() -> None:
+    prompts = builtin_evaluation(None)
+    assert Counter((prompt.attack, prompt.channel, prompt.label) for prompt in prompts) == {
+        **{("everyday", channel, label): 150 for channel in ("text", "picture") for label in (0, 1)},
+        **{("borderline", channel, 0): 120 for channel in ("text", "picture")},
+        **{("split", "picture", label): 60 for label in (0, 1)},
+    }
+    rows = [row for row in EVALUATION for _ in range(1 if row["kind"] == "split" else 2)]
+    for prompt, row in zip(prompts, rows, strict=True):
+        split = row["kind"] == "split"
+        assert (prompt.label, prompt.category, prompt.group) == (row["label"], row["category"], row["group"])
+        assert asked(prompt) == (f"{row['text']}: {row['picture']}" if split else row["request"])
+        if prompt.image is not None:
+            assert prompt.image.args[0] == row["picture" if split else "request"]  # type: ignore[attr-defined]
+            assert prompt.prompt == row["text"] if split else prompt.prompt in CARRIERS
+    # Nothing further is connected: a group is a pair of twins, one borderline request, or a split group.
+    assert len({prompt.group for prompt in prompts}) == len({prompt.group for prompt in grouped(prompts)}) == 300
+    carriers = defaultdict(set)
+    for prompt in prompts:
+        if prompt.attack == "everyday" and prompt.channel == "picture":
+            carriers[prompt.group].add((prompt.prompt, prompt.image.args[1]))  # type: ignore[union-attr]
+    assert all(len(found) == 1 for found in carriers.values()), "twins share what accompanies and shapes their picture"
+
+
+def pixels(prompts: Sequence[Prompt]) -> list[str]:
+    return [hashlib.sha256(prompt.image().tobytes()).hexdigest() for prompt in prompts if prompt.image is not None]
+
+
+def test_the_pixels_of_a_split_picture_tell_nothing() -> None:
+    prompts = [prompt for prompt in builtin_evaluation(None) if prompt.attack == "split"]
+    labels = defaultdict(list)
+    for digest, prompt in zip(pixels(prompts), prompts, strict=True):
+        labels[digest].append(prompt.label)
+    assert len(labels) == 60 and all(sorted(found) == [0, 1] for found in labels.values())
+
+
+def test_a_picture_is_drawn_alike_in_every_process() -> None:
+    code = (
+        "import hashlib\nfrom sasa_export.prompts import builtin\n"
+        "for prompt in builtin(None)[1:400:14]: print(hashlib.sha256(prompt.image().tobytes()).hexdigest())"
+    )
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert fresh.stdout.split() == pixels(builtin(None)[1:400:14])
+
+
+@pytest.mark.parametrize("pieces", [None, lambda word: 9], ids=["fitting", "too many pieces for a line"])
+def test_a_tokenizer_of_too_short_pieces_is_left_aside(pieces: Any) -> None:
+    assert drawn("hire a teacher", 3, pieces).tobytes() == render("hire a teacher", seed=3).tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", [lambda word: (len(word) + 1) // 2, len], ids=["pairs of letters", "letters"])
+def test_every_request_fits_its_picture(pieces: Any) -> None:
+    """Whatever a tokenizer makes of the words: one that knows no English makes a token of each letter."""
+    for prompt in [*builtin(pieces), *builtin_evaluation(pieces)]:
+        if prompt.image is not None:
+            prompt.image()
