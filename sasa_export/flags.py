@@ -69,7 +69,7 @@ def flags(settings: type, *, required: bool = True) -> Callable[[Any], Any]:
         for entry in reversed(fields(settings)):
             about = {"help": entry.metadata["help"], **_kind(entry)}
             if entry.metadata.get("required"):
-                about |= {"required": required, "default": None}
+                about = {"help": about["help"], "type": about["type"], "required": required}
             command = click.option(flag(entry.name), entry.name, **about)(command)
         return command
 

@@ -17,8 +17,8 @@ One that starts later keeps that number, and one that starts earlier takes off t
 added.
 """
 
+import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-from sasa_export.prompts.prompt import Prompt
 
 BLOCKS, HIDDEN, HEADS = 8, 32, 4
 SAFETY, SEMANTIC, VOICE = 2, 5, 7
@@ -75,26 +73,25 @@ def build(directory: Path) -> Path:
     return directory
 
 
-def prompts(pairs: int, seed: int = 0) -> list[Prompt]:
-    """Pairs of a harmful and a harmless text on one topic, and the harmless one as a picture of the topic's colour."""
-    draw = random.Random(seed)
-    found = []
+def write_set(path: Path, pairs: int, *, pictures: bool = True) -> str:
+    """A JSONL file of pairs of a harmful and a harmless text on one topic, and of pictures of the topic's colour."""
+    draw, lines = random.Random(0), []
     for pair in range(pairs):
         letter = list(COLOURS)[pair % len(COLOURS)]
-        fillers = draw.choices(FILLERS, k=5)
-        common: dict[str, Any] = {"group": f"pair {pair}", "category": "none", "source": "planted"}
+        fillers, group = draw.choices(FILLERS, k=5), f"pair {pair}"
         for label, word in ((1, "Z"), (0, "K")):
             text = " ".join([*fillers, letter, letter, word, word])
-            found.append(Prompt(f"{pair}/{label}", text, label, channel="text", **common))
-        picture = Prompt(
-            f"{pair}/picture", CARRIER, 0, channel="picture", image=_picture(letter), question=text, **common
-        )
-        found.append(picture)
-    return found
+            lines.append({"prompt": text, "label": label, "group": group})
+        if pictures:
+            _picture(letter).save(path.with_name(f"{letter}.png"))
+            image = {"image": f"{letter}.png", "prompt": CARRIER, "question": text}
+            lines.append({**image, "label": 0, "group": group})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
 
 
-def _picture(letter: str) -> Callable[[], Image.Image]:
-    return lambda: Image.new("RGB", (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE), COLOURS[letter])
+def _picture(letter: str) -> Image.Image:
+    return Image.new("RGB", (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE), COLOURS[letter])
 
 
 def _plant(model: Any, block: int, head: int, read: int, write: int, gain: float, slot: int = 0) -> None:
@@ -108,17 +105,12 @@ def _plant(model: Any, block: int, head: int, read: int, write: int, gain: float
 def _see_colours(model: Any) -> None:
     """Each patch's mean red, green and blue go through the tower unchanged and end at TOPIC."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    patches = getattr(tower, "vision_model", tower).embeddings.patch_embedding
     for axis in range(3):
-        patches = tower.get_submodule(
-            "vision_model" if hasattr(tower, "vision_model") else ""
-        ).embeddings.patch_embedding
         patches.weight[axis, axis] = 1.0 / tiny.PATCH**2
         # gelu(x) - gelu(-x) = x
         projector.linear_1.weight[2 * axis, axis], projector.linear_1.weight[2 * axis + 1, axis] = 1.0, -1.0
-        projector.linear_2.weight[TOPIC + axis, 2 * axis], projector.linear_2.weight[TOPIC + axis, 2 * axis + 1] = (
-            1.0,
-            -1.0,
-        )
+        projector.linear_2.weight[TOPIC + axis, 2 * axis : 2 * axis + 2] = torch.tensor([1.0, -1.0])
     projector.linear_2.bias[BASE] = LOUD
 
 
@@ -138,7 +130,7 @@ def _give_words_numbers(model: Any, processor: Any) -> None:
 
 def _topic(model: Any, processor: Any, letter: str) -> Tensor:
     """What the picture of a letter's colour gives at TOPIC: (3,)."""
-    pixels = processor.image_processor(_picture(letter)(), return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(_picture(letter), return_tensors="pt")["pixel_values"]
     hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]  # (1, patches, 32)
     return model.model.multi_modal_projector(hidden)[0].mean(0)[TOPIC : TOPIC + 3]
 

@@ -1,10 +1,14 @@
-"""The command that stands in a report."""
+"""The command that stands in a report, and the options that it cannot do without."""
 
 from pathlib import Path
 
-from sasa_export.research.command_line import command_line
-from sasa_export.research.evaluate.options import EvaluateOptions
-from sasa_export.research.locate.options import LocateOptions
+import pytest
+from click.testing import CliRunner
+
+from sasa_export.cli import main
+from sasa_export.research.evaluate.command import EvaluateOptions
+from sasa_export.research.locate.command import LocateOptions
+from sasa_export.research.report import command_line
 
 
 def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
@@ -19,3 +23,12 @@ def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
     family = LocateOptions("smol-llava", tmp_path / "out", write_family=tmp_path / "llava.toml", ablation_prompts=0)
     said = "sasa-export locate --model smol-llava --ablation-prompts 0 --write-family llava.toml"
     assert command_line("locate", family) == f"{said} --out report"
+
+
+@pytest.mark.parametrize("command", ["locate", "evaluate"])
+@pytest.mark.parametrize("missing", ["--model", "--out"])
+def test_model_and_out_are_asked_for(command: str, missing: str) -> None:
+    given = {"--model": "smol-llava", "--out": "report"}
+    del given[missing]
+    result = CliRunner().invoke(main, [command, *next(iter(given.items()))])
+    assert result.exit_code == 2 and f"Missing option '{missing}'" in result.output

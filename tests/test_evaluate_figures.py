@@ -1,8 +1,7 @@
-"""The figures of an evaluation, against scikit-learn and against what a pencil gives."""
+"""The arms and figures of an evaluation, against scikit-learn and against what a pencil gives."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +12,13 @@ import pytest
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, roc_auc_score, roc_curve
 
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, figures, fitted_arm, parts
-from sasa_export.research.evaluate.estimates import DRAWS, Estimate, Share, auc, bootstrap, recall_at, resamples, share
+from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, fitted_arm
+from sasa_export.research.evaluate.figures import Target, figures, lowest_attack, parts, reliability
 from sasa_export.research.evaluate.fitted import probe, words
 from sasa_export.research.evaluate.judge import is_refusal, load_judge
-from sasa_export.research.evaluate.measure import lowest_attack
-from sasa_export.research.evaluate.prompts import limited
-from sasa_export.research.evaluate.reliability import reliability
-from sasa_export.research.evaluate.targets import Target
 from sasa_export.research.evaluate.timing import ROUNDS, choose, timed
+from sasa_export.research.intervals import Estimate, Share
+from sasa_export.research.prompts import share_of, spaced
 from sasa_export.research.report import render
 
 NOBODY = np.zeros(8, bool)
@@ -38,32 +35,15 @@ def prompts_of(labels: Any, **fields: Any) -> list[Prompt]:
 
 
 def said(*texts: str) -> Answers:
-    return Answers(np.full((len(texts), 2), 9), list(texts), np.full(len(texts), np.nan))
+    return Answers(np.full((len(texts), 2), 9), list(texts))
 
 
-@pytest.fixture
-def drawn() -> tuple[np.ndarray, np.ndarray]:
-    """Scores with ties, and labels."""
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def test_detection_is_scikit_learns() -> None:
     labels = np.arange(60) % 2
-    return np.round(np.clip(np.random.default_rng(3).normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1), labels
-
-
-# ---------------------------------------------------------------------------------------------------- estimates
-
-
-def test_a_share_has_wilsons_interval() -> None:
-    found = share(np.array([True] * 3 + [False] * 7))
-    z, n, p = 1.959964, 10, 0.3
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert found is not None and (found.count, found.total, found.value) == (3, 10, 0.3)
-    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
-    assert f"{found}" == "30.0% (10.8% to 60.3%)"
-    assert share(np.array([], dtype=bool)) is None
-
-
-def test_detection_is_scikit_learns(drawn: tuple[np.ndarray, np.ndarray]) -> None:
-    scores, labels = drawn
+    scores = np.round(np.clip(np.random.default_rng(3).normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1)  # with ties
     arm, flagged = Arm("an arm", np.zeros(60, bool), scores=scores, threshold=0.55), scores >= 0.55
     found = figures(arm, np.arange(60), prompts_of(labels), 0.1)
     wrong, caught, _ = roc_curve(labels, scores, drop_intermediate=False)
@@ -73,29 +53,6 @@ def test_detection_is_scikit_learns(drawn: tuple[np.ndarray, np.ndarray]) -> Non
     assert found["recall_at_rate"].value == pytest.approx(caught[wrong <= 0.1].max())
     assert all(of.low <= of.value <= of.high for of in found.values())
     assert "auc" not in figures(arm, np.flatnonzero(labels), prompts_of(labels), 0.1)
-
-
-def test_a_draw_is_the_figure_of_the_prompts_it_draws(drawn: tuple[np.ndarray, np.ndarray]) -> None:
-    scores, labels = drawn
-    weights = np.random.default_rng(0).integers(0, 4, size=(5, len(scores)))
-    found = zip(weights, auc(scores, labels, weights), recall_at(0.2, scores, labels, weights), strict=True)
-    for row, area, recall in found:
-        repeated = np.repeat(np.arange(len(scores)), row)
-        assert area == pytest.approx(roc_auc_score(labels[repeated], scores[repeated]))
-        wrong, caught, _ = roc_curve(labels[repeated], scores[repeated], drop_intermediate=False)
-        assert recall == pytest.approx(caught[wrong <= 0.2].max())
-
-
-def test_whole_groups_are_drawn_the_same_each_time() -> None:
-    groups = ["a", "b", "a", "c", "c", "c"]
-    found = np.concatenate(list(resamples(groups)))
-    assert found.shape == (DRAWS, 6) and (found[:, [0, 1, 3]].sum(1) == 3).all()
-    assert (found[:, 0] == found[:, 2]).all() and (found[:, 3] == found[:, 5]).all()
-    assert (found == np.concatenate(list(resamples(groups)))).all()
-    whole = np.array([1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
-    assert bootstrap(lambda weights: weights @ whole, groups) == Estimate(
-        2.0, *np.quantile(2 * found[:, 0], [0.025, 0.975])
-    )
 
 
 def test_reliability_by_hand() -> None:
@@ -122,6 +79,12 @@ def test_the_best_threshold_in_hindsight(refused: np.ndarray, most: float, expec
     assert lowest_attack(scores, refused, np.arange(8) < 4, most) == expected
 
 
+def test_a_split_request_is_a_channel() -> None:
+    found = parts(prompts_of([1, 0, 1], channel=["text", "picture", "picture"], attack=["none", "none", "split"]))
+    rows = {name: rows.tolist() for name, rows in found["channel"].items()}
+    assert rows == {"picture": [1], "split": [2], "text": [0]} and "category" not in found
+
+
 # --------------------------------------------------------------------------------------------------------- arms
 
 
@@ -140,38 +103,20 @@ def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
     assert (unsure.refused == plain.refused).all() and unsure.flagged is None
 
 
-def test_an_answer_is_the_refusal_as_far_as_there_was_room() -> None:
-    answers = Answers(np.array([[5, 6, 2], [5, 6, -1], [5, 7, 2]]), [], np.zeros(3))
-    assert answers.are([5, 6, 2]).tolist() == [True, False, False]
-    assert answers.are([5, 6, 2, 3]).tolist() == [True, False, False]
-    assert answers.are([5, 6]).tolist() == [False, True, False]
-
-
-def test_the_judge_is_asked_about_harmful_requests_that_the_gate_let_through() -> None:
-    asked: list[tuple[str, str]] = []
-
-    def judge(request: str, answer: str) -> bool:
-        asked.append((request, answer))
-        return answer == "done"
-
+def test_the_judge_is_asked_about_harmful_requests_that_the_gate_let_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a function in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("verdicts_of_mine.py").write_text(
+        "asked = []\ndef done(*said):\n    asked.append(said)\n    return said[1] == 'done'\n"
+    )
+    judge: Any = load_judge("verdicts_of_mine:done")
     prompts = prompts_of([1, 1, 0, 1], prompt=["a", "b", "c", "d"])
     arm = answering_arm("an arm", said("done", "what?", "done", "done"), np.arange(4) == 3, prompts, judge)
-    assert asked == [("a", "done"), ("b", "what?")]
+    assert judge.__globals__["asked"] == [("a", "done"), ("b", "what?")]
     found = figures(arm, np.arange(4), prompts, 0.02)
     assert found["judged"].value == pytest.approx(1 / 3) and found["attack"].value == pytest.approx(2 / 3)
-
-
-def test_a_judge_lies_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("verdicts_of_mine.py").write_text("def long(request, answer):\n    return len(answer) > 3\n")
-    judge = load_judge("verdicts_of_mine:long")
-    assert judge("q", "four") is True and judge("q", "no") is False
-
-
-def test_a_split_request_is_a_channel() -> None:
-    found = parts(prompts_of([1, 0, 1], channel=["text", "picture", "picture"], attack=["none", "none", "split"]))
-    rows = {name: rows.tolist() for name, rows in found["channel"].items()}
-    assert rows == {"picture": [1], "split": [2], "text": [0]} and "category" not in found
 
 
 @pytest.mark.parametrize(
@@ -212,12 +157,12 @@ def test_words_alone_read_what_is_asked() -> None:
 def test_a_limit_keeps_groups_whole_and_kinds_in_proportion() -> None:
     pairs = prompts_of([0, 1] * 30)
     lone = [Prompt(f"lone {n}", "x", 0, f"lone {n}", "text", "none", attack="borderline") for n in range(20)]
-    kept = limited([*pairs, *lone], 40)
+    kept = share_of([*pairs, *lone], 0.5, lambda prompt: (prompt.attack, prompt.label))
     assert len(kept) == pytest.approx(40, abs=2)
     assert sum(prompt.attack == "borderline" for prompt in kept) == 10
     groups = [prompt.group for prompt in kept if prompt.attack == "none"]
     assert all(groups.count(group) == 2 for group in groups)
-    assert limited(pairs, None) == pairs and limited(pairs, 100) == pairs
+    assert spaced(range(10), 3) == [1, 5, 8] and spaced("abc", 9) == ["a", "b", "c"] and spaced(range(5), 0) == []
 
 
 def test_timing_alternates_and_leaves_out_the_first_calls() -> None:

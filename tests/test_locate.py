@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
 from collections.abc import Callable
@@ -17,18 +16,20 @@ import planted
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
 from sasa_export import Options, SasaExportError, patch
 from sasa_export.cli import main
 from sasa_export.errors import EmitError
 from sasa_export.models import family as families
 from sasa_export.models import open_source
-from sasa_export.research.locate import Located, LocateError, LocateOptions, locate
+from sasa_export.report import Silent
+from sasa_export.research.locate import LocateOptions, locate
 from sasa_export.research.locate.family_file import with_entry, write_family
-from sasa_export.research.locate.page import markdown
+from sasa_export.research.locate.page import Located, markdown
 from sasa_export.research.report import html_page
-from sasa_export.research.work import Work
+from sasa_export.research.work import Work, resumable
+
+Report = tuple[Located, Path]
 
 
 @pytest.fixture(scope="session")
@@ -37,21 +38,19 @@ def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def report(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Located, Path]:
-    """A whole run on the planted model, and its report."""
-    out = tmp_path_factory.mktemp("located") / "report"
-    located = locate(LocateOptions(str(planted_model), out, ablation_prompts=8), prompts=planted.prompts(24))
-    assert located is not None
-    return located, out
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A JSONL file without pictures."""
+    return planted.write_set(tmp_path_factory.mktemp("texts") / "texts.jsonl", 48, pictures=False)
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted texts as a JSONL file."""
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    found = [prompt for prompt in planted.prompts(48) if prompt.image is None]
-    path.write_text("\n".join(json.dumps({"prompt": t.prompt, "label": t.label, "group": t.group}) for t in found))
-    return path
+def report(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A whole run on the planted model, and its report."""
+    place = tmp_path_factory.mktemp("located")
+    prompts = planted.write_set(tmp_path_factory.mktemp("prompts") / "planted.jsonl", 24)
+    located = locate(LocateOptions(str(planted_model), place / "report", calibration=(prompts,), ablation_prompts=8))
+    assert located is not None
+    return located, place / "report"
 
 
 def quick(model: Path, out: Path, **settings: Any) -> LocateOptions:
@@ -59,11 +58,12 @@ def quick(model: Path, out: Path, **settings: Any) -> LocateOptions:
     return LocateOptions(str(model), out, **{"ablation_prompts": 4, "blocks": "2-3", "pairs": "2:5,3:6", **settings})
 
 
-# ------------------------------------------------------------------------------------- the planted model
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(main, arguments)
 
 
-def test_each_capability_is_found_where_it_was_planted(report: tuple[Located, Path]) -> None:
-    located, evidence = report[0], report[0].evidence
+def test_each_capability_is_found_where_it_was_planted(report: Report) -> None:
+    located, evidence, heads = report[0], report[0].evidence, report[0].heads
     assert located.proposal.pair == (planted.SAFETY, planted.SEMANTIC)
     assert located.proposal.safety_blocks == (planted.SAFETY,)
     assert located.proposal.semantic_blocks == (planted.SEMANTIC, planted.SEMANTIC + 1)
@@ -71,11 +71,10 @@ def test_each_capability_is_found_where_it_was_planted(report: tuple[Located, Pa
     assert text[: planted.SAFETY] == [0.5] * planted.SAFETY
     assert text[planted.SAFETY] > 0.95 and max(text[planted.SAFETY + 1 :]) < 0.9
     assert evidence.understanding is not None
-    aligned = [estimate.value for estimate in evidence.understanding.text_only]
+    aligned = [estimate.value for estimate in evidence.understanding["text_only"]]
     assert aligned[: planted.SEMANTIC] == [0.0] * planted.SEMANTIC and aligned[planted.SEMANTIC] > 0.8
-    assert evidence.understanding.image_dominant[planted.SEMANTIC].value == pytest.approx(1.0, abs=1e-3)
+    assert evidence.understanding["image_dominant"][planted.SEMANTIC].value == pytest.approx(1.0, abs=1e-3)
     assert evidence.expression.onset == planted.VOICE and evidence.expression.readable[planted.VOICE - 1] == 0.0
-    heads = located.heads
     assert heads is not None and heads.centre() == planted.SAFETY
     assert [(head.block, head.head) for head in heads.safety_heads] == [planted.SAFETY_HEAD]
     assert heads.rank_correlation_of_two_halves is not None and heads.rank_correlation_of_two_halves > 0.5
@@ -83,22 +82,17 @@ def test_each_capability_is_found_where_it_was_planted(report: tuple[Located, Pa
     assert heads.degrees_ordinary[planted.VOICE, 1] > heads.degrees_harmful[planted.SAFETY_HEAD]
 
 
-def test_only_a_second_lane_from_the_planted_layer_separates(report: tuple[Located, Path]) -> None:
+def test_only_a_second_lane_from_the_planted_layer_separates(report: Report) -> None:
     swept = report[0].evidence.sweep
     auc = {pair: estimate.value for pair, estimate in swept.pairs.items()}
     assert len(auc) == 28 and auc[planted.SAFETY, planted.SEMANTIC] > 0.99 and swept.plain.value < 0.9
     assert max(value for (safety, _), value in auc.items() if safety != planted.SAFETY) < 0.96
     assert report[0].held_out_auc > 0.9
-    # One strong pair among weak ones does not carry the mean of the log-odds.
-    odds = sum(np.log(scores / (1 - scores)) for scores in swept.scores.values())  # (prompts,)
-    labels = [prompt.label for prompt in planted.prompts(24)]
-    assert swept.together.value == pytest.approx(roc_auc_score(labels, odds), abs=1e-6)
-    assert 0.5 < swept.together.value < auc[planted.SAFETY, planted.SEMANTIC]
 
 
-def test_the_report_is_whole_and_needs_no_network(report: tuple[Located, Path]) -> None:
-    out = report[1]
-    names = {"depth.png", "heads.png", "sweep.png", "tsne.png", "report.html", "report.md", "locate.json"}
+def test_the_report_is_whole_and_needs_no_network(report: Report) -> None:
+    out, pictures = report[1], ("depth", "heads", "sweep", "tsne")
+    names = {"report.html", "report.md", "locate.json", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == [out.name], "nothing is left beside the report"
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -107,8 +101,7 @@ def test_the_report_is_whole_and_needs_no_network(report: tuple[Located, Path]) 
     assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
     for text in (page, (out / "report.md").read_text(encoding="utf-8")):
         assert f"safety layer {planted.SAFETY}, semantic layer {planted.SEMANTIC} of 8 blocks" in text
-        assert "which is not better than the chosen pair by more than noise" in text
-    for name in ("depth", "heads", "sweep", "tsne"):
+    for name in pictures:
         with Image.open(out / f"{name}.png") as picture:
             assert len(np.unique(np.asarray(picture))) > 10, "a picture of one colour shows nothing"
     data = json.loads((out / "locate.json").read_text(encoding="utf-8"))
@@ -116,7 +109,7 @@ def test_the_report_is_whole_and_needs_no_network(report: tuple[Located, Path]) 
     assert len(data["safety_perception"]["all"]) == planted.BLOCKS and len(data["sweep"]["pairs"]) == 28
 
 
-def test_a_report_shows_any_token(report: tuple[Located, Path]) -> None:
+def test_a_report_shows_any_token(report: Report) -> None:
     """What a model might say ends up in a table, so it must not end up as markup."""
     strange = {"prompt": "<i>![x](y)</i>", "words": [["<b>", "&amp", "a|b", "\n", "__x__"]] * planted.BLOCKS}
     page = html_page("<u>", markdown(replace(report[0], example=strange)), {})
@@ -131,8 +124,7 @@ def test_a_whole_run_on_other_families(tiny_model: Callable[..., Path], family: 
     options = quick(tiny_model(family), tmp_path / "report", pairs="1:3", blocks="2", limit=20, ablation_prompts=2)
     located = locate(options)
     assert located is not None and located.subject["family"] == family and located.subject["groups"] == 20
-    assert located.proposal.pair == (1, 3)
-    assert located.evidence.understanding is not None and located.evidence.understanding.requests == 40
+    assert located.proposal.pair == (1, 3) and located.evidence.understanding is not None
     assert located.heads is not None and located.heads.degrees_harmful.shape == (1, 4)
     assert located.heads.rank_correlation_of_two_halves is None, "two prompts have no halves to compare"
     assert (tmp_path / "report/report.html").is_file()
@@ -148,10 +140,10 @@ class Stop(BaseException):
 def test_an_interrupted_run_goes_on_and_ends_alike(
     planted_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, put = planted.prompts(12), Work.put
+    prompts, put, written = planted.write_set(tmp_path / "planted.jsonl", 12), Work.put, list[str]()
     whole, out = tmp_path / "whole/report", tmp_path / "cut/report"
-    locate(quick(planted_model, whole), prompts=prompts)
-    written: list[str] = []
+    options = quick(planted_model, whole, calibration=(prompts,))
+    locate(options)
     for stop in (5, 26, None):  # among the heads, among the batches, not at all
 
         def counted(self: Work, name: str, array: np.ndarray, stop: int | None = stop) -> None:
@@ -162,12 +154,12 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
 
         monkeypatch.setattr(Work, "put", counted)
         with pytest.raises(Stop) if stop else nullcontext():
-            locate(quick(planted_model, out), prompts=prompts)
+            locate(replace(options, out=out))
         if stop:
             assert not out.exists() and {path.stem for path in out.parent.glob(".report.work/*.npy")} == set(written)
-            with pytest.raises(LocateError, match=r"unfinished work of another run \(other: batch_size, prompts\)"):
-                locate(quick(planted_model, out, batch_size=3, limit=11), prompts=prompts)
-    # What a prompt's or a batch's main lane left is written anew where it had not come to its end.
+            with pytest.raises(SasaExportError, match=r"unfinished work of another run \(other: batch_size, prompts\)"):
+                locate(replace(options, out=out, batch_size=3, limit=11))
+    # What a batch's main lane left is written anew where it had not come to its end.
     parts = [name for name in written if "lane" in name or "block" in name]
     assert len(parts) == len(set(parts)), "finished work was done again"
     for path in whole.iterdir():
@@ -176,22 +168,23 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
 
 
 def test_work_that_cannot_be_used(tmp_path: Path) -> None:
-    work = Work.beside(tmp_path / "report")
-    assert work.open({"model": "a"}, discard=False) == 0
-    work.put("one", np.arange(3.0))
-    assert work.open({"model": "a"}, discard=False) == 1 and work.get("one").tolist() == [0, 1, 2]
-    with pytest.raises(LocateError, match="not finite"):
-        work.put("two", np.array([1.0, math.nan]))
-    assert not work.has("two")
-    (work.folder / "one.npy").write_bytes(b"")
-    with pytest.raises(LocateError, match=r"one\.npy is damaged"):
-        work.get("one")
-    with pytest.raises(LocateError, match="another run"):
-        work.open({"model": "b"}, discard=False)
-    assert work.open({"model": "b"}, discard=True) == 0 and not work.has("one")
-    with pytest.raises(Stop), work.kept():
+    with pytest.raises(Stop), resumable(tmp_path / "report", force=False) as work:
+        work.open({"model": "a"}, discard=False, report=Silent())
         raise Stop
     assert not work.folder.exists(), "nothing was finished, so there is nothing to go on with"
+    work.open({"model": "a"}, discard=False, report=Silent())
+    work.put("one", np.arange(3.0))
+    work.open({"model": "a"}, discard=False, report=Silent())
+    assert work.get("one").tolist() == [0, 1, 2]
+    with pytest.raises(SasaExportError, match="not finite"):
+        work.put("two", np.array([1.0, np.nan]))
+    (work.folder / "one.npy").write_bytes(b"")
+    with pytest.raises(SasaExportError, match=r"one\.npy is damaged"):
+        work.get("one")
+    with pytest.raises(SasaExportError, match="another run"):
+        work.open({"model": "b"}, discard=False, report=Silent())
+    work.open({"model": "b"}, discard=True, report=Silent())
+    assert not work.has("one") and not work.has("two")
 
 
 # ---------------------------------------------------------------------------------------- family files
@@ -224,21 +217,16 @@ def test_an_entry_is_replaced_where_it_stands() -> None:
     )
     found = with_entry('model_types = ["x"]\n\n' + first + rest, ENTRY)
     assert found.startswith('model_types = ["x"]\n\n[[layers]]') and found.endswith(rest)
-    layers = tomllib.loads(found)["layers"]
-    assert layers[0]["source"] == ENTRY.source and layers[1]["source"] == "[not a table]"
+    assert [entry["source"] for entry in tomllib.loads(found)["layers"]] == [ENTRY.source, "[not a table]"]
 
 
 # ------------------------------------------------------------------------------------- the command line
 
 
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(main, arguments)
-
-
-def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts: Path) -> None:
+def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts: str) -> None:
     family = tmp_path / "llava.toml"
-    arguments = ["locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), "--calibration"]
-    arguments += [str(texts), "--limit", "12", "--ablation-prompts", "0", "--write-family", str(family)]
+    arguments = ["locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), "--calibration", texts]
+    arguments += ["--limit", "12", "--ablation-prompts", "0", "--write-family", str(family)]
     result = invoke(*arguments, "--pairs", "2:5,3:5")
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "report/locate.json").read_text(encoding="utf-8"))
@@ -258,17 +246,14 @@ def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts
         (("--limit", "3"), "raise --limit"),
         (("--ablation-prompts", "0", "--blocks", "1-2"), "leaves that out"),
         (("--blocks", "3-9"), "--blocks has '3-9'"),
-        (("--pairs", "7:8"), "--pairs has '8'"),
         (("--write-family", "layers.json"), "ends in .toml"),
         (("--write-family", "nowhere/llava.toml"), "is not a directory"),
         (("--write-family", str(families.directory() / "gemma3.toml")), "file of the model's own family"),
         (("--calibration", "nothing.jsonl"), "nothing.jsonl"),
-        (("--model", "teapot"), "no model 'teapot'"),
     ],
 )
 def test_errors_are_one_line(planted_model: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    model = () if "--model" in arguments else ("--model", str(planted_model))
-    result = invoke("locate", *model, "--out", str(tmp_path / "report"), *arguments)
+    result = invoke("locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), *arguments)
     assert result.exit_code == 1 and said in result.output, result.output
     errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and not list(tmp_path.iterdir()), "an error leaves nothing behind"
@@ -291,10 +276,10 @@ def test_the_model_itself_is_not_replaced(planted_model: Path) -> None:
     ],
 )
 def test_auto_layers(
-    planted_model: Path, texts: Path, tmp_path: Path, safety: Any, semantic: Any, expected: tuple[int, int]
+    planted_model: Path, texts: str, tmp_path: Path, safety: Any, semantic: Any, expected: tuple[int, int]
 ) -> None:
     """Texts alone say nothing of meaning, so the semantic layer is merely the cheapest; the safety layer is planted."""
-    options = Options(str(planted_model), tmp_path / "out", calibration=(str(texts),), verify="files")
+    options = Options(str(planted_model), tmp_path / "out", calibration=(texts,), verify="files")
     patched = patch(replace(options, safety_layer=safety, semantic_layer=semantic))
     config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["sasa"]
     assert (config["safety_layer"], config["semantic_layer"]) == expected
@@ -306,10 +291,9 @@ def test_auto_layers(
     assert figure.prompts == 48 and len(patched.calibration.prompts) == 96 and figure.auc > 0.95
 
 
-def test_auto_needs_enough_prompts_in_either_half(planted_model: Path, tmp_path: Path, texts: Path) -> None:
-    short = tmp_path / "short.jsonl"
-    short.write_text("\n".join(texts.read_text().splitlines()[:24]))
-    out = ("--out", str(tmp_path / "out"), "--calibration", str(short))
+def test_auto_needs_enough_prompts_in_either_half(planted_model: Path, tmp_path: Path) -> None:
+    short = planted.write_set(tmp_path / "short.jsonl", 12, pictures=False)
+    out = ("--out", str(tmp_path / "out"), "--calibration", short)
     result = invoke("--model", str(planted_model), *out, "--safety-layer", "auto")
     assert result.exit_code == 1 and "6 groups with harmful prompts" in result.output
     assert not (tmp_path / "out").exists()

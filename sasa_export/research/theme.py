@@ -5,39 +5,24 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 WIDTH = 7.0  # inches
 RESOLUTION = 130  # dots per inch
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours by what they stand for. `scale` is the colour map of magnitudes."""
-
-    paper: str = "#ffffff"
-    ink: str = "#1f2328"
-    faint: str = "#8b949e"
-    harmful: str = "#d55e00"
-    harmless: str = "#0072b2"
-    safety: str = "#009e73"
-    semantic: str = "#cc79a7"
-    third: str = "#444c56"
-    missing: str = "#eef0f2"
-    scale: str = "viridis"
-
-
-LIGHT = Theme()
+# Colours by what they stand for.
+INK, FAINT, THIRD, MISSING = "#1f2328", "#8b949e", "#444c56", "#eef0f2"
+HARMFUL, HARMLESS, SAFETY, SEMANTIC = "#d55e00", "#0072b2", "#009e73", "#cc79a7"
 
 
 @contextmanager
-def drawing(theme: Theme, height: float, width: float = WIDTH) -> Iterator[Any]:
-    """A figure of so many inches in the theme's colours; drawn without a display."""
+def drawing(height: float, width: float = WIDTH) -> Iterator[Any]:
+    """A figure of so many inches in these colours; drawn without a display."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    inked = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
     settings: dict[Any, Any] = {
         "font.size": 10.5,
         "axes.titlesize": 11,
@@ -45,15 +30,9 @@ def drawing(theme: Theme, height: float, width: float = WIDTH) -> Iterator[Any]:
         "axes.titlelocation": "left",
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.facecolor": theme.paper,
-        "axes.edgecolor": theme.faint,
-        "axes.labelcolor": theme.ink,
-        "axes.titlecolor": theme.ink,
-        "text.color": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
+        "axes.edgecolor": FAINT,
         "legend.frameon": False,
-        "figure.facecolor": theme.paper,
+        **dict.fromkeys(inked, INK),
     }
     with rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -68,7 +47,8 @@ def png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def ticks(count: int) -> list[int]:
-    """Block numbers that fit under an axis of so many blocks."""
-    step = next(step for step in (1, 2, 4, 5, 10, 20, 50) if count / step <= 12)
-    return list(range(0, count, step))
+def band(axis: Any, across: Any, curve: Any, colour: str, label: str, **line: Any) -> None:
+    """A line of estimates over `across`, with their intervals as a band."""
+    axis.plot(across, [point.value for point in curve], color=colour, label=label, **line)
+    low, high = [point.low for point in curve], [point.high for point in curve]
+    axis.fill_between(across, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -1,4 +1,8 @@
-"""Finished results on disk, so that an interrupted run goes on where it stopped: one array a file, named when whole."""
+"""Work that an interrupted run leaves finished on disk, one array a file, and the next run goes on from.
+
+Processes that share the work (`sasa_export.workers`) share the folder too: each puts its results there, and the first
+one reads them all.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import LocateError
+from sasa_export.errors import SasaExportError
+from sasa_export.files import check_free, claimed
 from sasa_export.models import Source
+from sasa_export.probe.features import batches
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.report import Silent
+from sasa_export.workers import workers
 
 FINGERPRINT = "fingerprint.json"
 
@@ -27,17 +35,11 @@ class Work:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    @classmethod
-    def beside(cls, out: Path) -> Work:
-        """The work folder of a report that will be written to `out`."""
-        out = out.resolve()
-        return cls(out.parent / f".{out.name}.work")
+    def open(self, fingerprint: dict[str, Any], *, discard: bool, report: Silent) -> None:
+        """Begin, or go on with what a run of the same fingerprint has left.
 
-    def open(self, fingerprint: dict[str, Any], *, discard: bool) -> int:
-        """Begin, or go on with what a run of the same fingerprint has left. Returns how many results are there.
-
-        Raises LocateError where the folder holds the results of another model, other prompts or settings and
-        `discard` is not set. Only one run may be at work in it (`claimed` its output).
+        Raises SasaExportError where the folder holds the results of another model, other prompts or settings and
+        `discard` is not set.
         """
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ class Work:
                 left = None
             if left is not None and left != fingerprint and not discard:
                 changed = (name for name in sorted({*left, *fingerprint}) if left.get(name) != fingerprint.get(name))
-                raise LocateError(
+                raise SasaExportError(
                     f"{self.folder} holds the unfinished work of another run (other: {', '.join(changed)}). Repeat "
                     "that run to go on with it, add --force to discard it, or give another --out."
                 )
@@ -55,15 +57,17 @@ class Work:
                 for path in self.folder.iterdir():
                     path.unlink()
                 self._write(FINGERPRINT, lambda path: path.write_text(json.dumps(fingerprint), encoding="utf-8"))
-            return sum(path.suffix == ".npy" for path in self.folder.iterdir())
+            count = sum(path.suffix == ".npy" for path in self.folder.iterdir())
+        if count:
+            report.step("resume", f"{count} results of an interrupted run are there already")
 
     def has(self, name: str) -> bool:
         return (self.folder / f"{name}.npy").exists()
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Store a finished array; LocateError where it is not finite or the disk is full."""
+        """Store a finished array; SasaExportError where it is not finite or the disk is full."""
         if not np.isfinite(array).all():
-            raise LocateError(
+            raise SasaExportError(
                 "the model's state is not finite on one of the prompts. Its weights may be damaged, or --dtype too "
                 "narrow: try --dtype float32."
             )
@@ -76,27 +80,17 @@ class Work:
             self._write(f"{name}.npy", save)
 
     def get(self, name: str) -> np.ndarray:
-        """A finished array, read from the disk where it is used. LocateError where its file is damaged."""
+        """A finished array, read from the disk where it is used. SasaExportError where its file is damaged."""
         path = self.folder / f"{name}.npy"
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise LocateError(
+            raise SasaExportError(
                 f"{path} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same command again."
             ) from None
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Where the block fails before anything was finished, there is nothing to go on with: leave no folder."""
-        try:
-            yield
-        except BaseException:
-            if not any(self.folder.glob("*.npy")):
-                self.remove()
-            raise
-
     def remove(self) -> None:
-        """The report is written: nothing of this is needed any longer."""
+        """Nothing of this is needed any longer."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write(self, name: str, save: Callable[[Path], Any]) -> None:
@@ -112,10 +106,69 @@ class Work:
         try:
             yield
         except OSError as error:
-            raise LocateError(
+            raise SasaExportError(
                 f"{self.folder} could not be written ({error.strerror or error}). What is finished is kept there: free "
                 "some space or correct the rights, and run the same command again."
             ) from None
+
+
+class Results:
+    """Results of a list of prompts, computed batch by batch; they lie in the work folder under `kind`."""
+
+    def __init__(self, work: Work, kind: str, prompts: Sequence[Prompt], batch_size: int) -> None:
+        self.work, self.kind, self.prompts = work, kind, prompts
+        self.batches = list(batches(prompts, batch_size))  # row numbers
+
+    def fill(
+        self,
+        names: Sequence[str],
+        compute: Callable[[list[Prompt], list[str]], Iterable[tuple[str, np.ndarray]]],
+        report: Silent,
+    ) -> None:
+        """Compute what is not there yet, in as many processes as there are, until all of it is.
+
+        `compute` gets the prompts of a batch and which of `names` are missing, and gives arrays (rows, ...) by name.
+        """
+
+        def fill(number: int) -> None:
+            missing = [name for name in names if not self.work.has(self._file(number, name))]
+            if missing:
+                for name, array in compute([self.prompts[row] for row in self.batches[number]], missing):
+                    self.work.put(self._file(number, name), array)
+
+        with report.bar(len(self.prompts), self.kind) as advance:
+            workers().spread(range(len(self.batches)), fill, lambda number: advance(len(self.batches[number])))
+
+    def read(self, name: str, block: int | None = None) -> np.ndarray:
+        """An array (prompts, ...) in the prompts' order; of one (prompts, blocks, ...) that of a block alone."""
+        parts = [self.work.get(self._file(number, name)) for number in range(len(self.batches))]
+        found = np.concatenate([part if block is None else part[:, block] for part in parts])
+        return found[np.argsort([row for rows in self.batches for row in rows])]
+
+    def _file(self, number: int, name: str) -> str:
+        return f"{self.kind}-{number:05d}-{name}"
+
+
+@contextmanager
+def resumable(out: Path, *, force: bool) -> Iterator[Work]:
+    """The work of a report that will be written to `out`, in a folder beside it, which is removed when all is done.
+
+    Where the block fails, what is finished stays for the next run. The second of two runs on one output is told at
+    once. Raises EmitError where `out` cannot be written.
+    """
+    processes, out = workers(), out.resolve()
+    work = Work(out.parent / f".{out.name}.work")
+    with claimed(out) if processes.leads else nullcontext():
+        check_free(out, force=force)
+        try:
+            yield work
+        except BaseException:
+            if processes.leads and not any(work.folder.glob("*.npy")):
+                work.remove()
+            raise
+        processes.wait()
+        if processes.leads:
+            work.remove()
 
 
 def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> dict[str, Any]:

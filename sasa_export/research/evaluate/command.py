@@ -1,13 +1,56 @@
-"""`sasa-export evaluate`."""
+"""`sasa-export evaluate`, and its settings in one frozen value, from which the flags are made."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
-from sasa_export.flags import flags
-from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.flags import flags, option
+from sasa_export.options import AT_LEAST_ONE, DTYPES
+from sasa_export.report import Console, quiet
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `sasa-export evaluate` does, and with what."""
+
+    model: Path = option(Path(), "The patched directory, of safetensors or of ONNX graphs.", required=True)
+    out: Path = option(Path(), "Directory to write the report to.", required=True)
+    force: bool = option(False, "Replace the report that is there, and discard other unfinished work.")
+    baseline: str | None = option(None, "The model it was made from. Default: what its sasa-export.json names.")
+    data: tuple[str, ...] = option(
+        (),
+        "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "
+        "Default: the built-in evaluation set.",
+    )
+    calibration: tuple[str, ...] = option(
+        (),
+        "What the arms without projection and of words alone are fitted on. Default: what the patched model was "
+        "calibrated on.",
+    )
+    judge: str | None = option(
+        None,
+        "A further judge, module:function, called with the request and the answer: True where the answer complies. "
+        "It runs code of yours.",
+    )
+    limit: int | None = option(
+        None, "About how many prompts to use. Default: all.", valid=("at least 2", lambda value: value >= 2)
+    )
+    max_new_tokens: int = option(32, "Longest answer.", valid=AT_LEAST_ONE)
+    depth_curve: bool = option(False, "Also probe at every block of the second lane.")
+    timing: int = option(
+        12, "Prompts to time both models on; 0 leaves it out.", valid=("at least 0", lambda value: value >= 0)
+    )
+    batch_size: int = option(16, "Prompts at a time.", valid=AT_LEAST_ONE)
+    device: str = option(
+        "auto",
+        "Where the models run: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto does "
+        "where one device has no room for the model.",
+    )
+    dtype: str = option("auto", "Type the models run in.", choices=DTYPES)
 
 
 @click.command("evaluate")
@@ -16,15 +59,11 @@ def evaluate_command(**values: Any) -> None:
     """Measure what a patched model refuses, and what it still answers as before.
 
     Arms side by side on the same prompts: the plain model, the patched model, a probe without projection, and words
-    alone. Writes report.md with its pictures, evaluate.json, answers.jsonl and card_section.md. An interrupted run goes
-    on where it stopped when the same command is given again; accelerate launch spreads it over processes.
+    alone. Writes report.html, which opens without a network, with its pictures, report.md, evaluate.json,
+    answers.jsonl and card_section.md. An interrupted run goes on where it stopped when the same command is given again;
+    accelerate launch spreads it over processes.
     """
-    for name in ("model", "out"):
-        if values[name] is None:
-            raise click.UsageError(f"Missing option '--{name}'.")
-    from sasa_export.report import Console, quiet
-
     quiet()
-    from sasa_export.research.evaluate import evaluate
+    from sasa_export.research.evaluate.run import evaluate
 
     evaluate(EvaluateOptions(**values), Console())

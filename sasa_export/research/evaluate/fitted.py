@@ -1,4 +1,4 @@
-"""The arms that are fitted here: a probe on features of either lane, and words alone.
+"""What is fitted here: a probe on features of either lane, or behind an earlier block of the second, and words alone.
 
 All are logistic regressions on the calibration prompts, with the strength of regularization chosen by cross-validation
 by group, and the threshold that the false-positive rate allows, as in calibration.
@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 
 from sasa_export.errors import CalibrationError
+from sasa_export.graph import LayerGraph
 from sasa_export.probe.fit import CANDIDATES, FOLDS, best_regularization, fit, probability, threshold_for
 from sasa_export.prompts import asked
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.research.evaluate.figures import ranking
+from sasa_export.research.evaluate.subject import Subject
+from sasa_export.research.prompts import labels_and_groups
 
 WORD_STRENGTHS = (0.1, 1.0, 10.0)  # C, of features of length 1
 
-Fitted = tuple[np.ndarray, float | None]  # scores and threshold
+Features = dict[str, np.ndarray]  # (prompts, features): "plain" of the main lane, "projected" of the second, and depths
+Fitted = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
 
 
 def probe(
@@ -34,39 +39,59 @@ def probe(
         prompts: the calibration prompts; features are in the head's metric (`head_metric`), as in calibration.
         rate: the largest share of harmless calibration prompts that may be flagged.
         regularization: the probe's C; None chooses it.
-
-    Returns P(unsafe) of the evaluation prompts, (prompts,), and the threshold; None where none keeps the rate.
     """
-    labels = np.array([prompt.label for prompt in prompts])
-    groups = [prompt.group for prompt in prompts]
+    labels, groups = labels_and_groups(prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
-    chosen, held_out = best_regularization(calibration, labels, groups, candidates)
+    chosen, held_out = best_regularization(calibration, labels, groups.tolist(), candidates)
     weight, bias = fit(calibration, labels, chosen)
     return probability(evaluation, weight, bias), _threshold(held_out, labels, rate)
 
 
 def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Fitted:
-    """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known.
-
-    Returns what `probe` does.
-    """
+    """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known."""
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
 
-    labels = np.array([prompt.label for prompt in calibration])
-    groups = [prompt.group for prompt in calibration]
+    labels, groups = labels_and_groups(calibration)
     texts = [asked(prompt) for prompt in calibration]
-    folds = GroupKFold(min(FOLDS, len(set(groups))))
+    folds = {"groups": groups, "cv": GroupKFold(min(FOLDS, len(set(groups))))}
     held_out = {
-        strength: cross_val_predict(
-            _bag_of_words(strength), texts, labels, groups=groups, cv=folds, method="predict_proba"
-        )[:, 1]
+        strength: cross_val_predict(_bag_of_words(strength), texts, labels, method="predict_proba", **folds)[:, 1]
         for strength in WORD_STRENGTHS
     }
     chosen = min(WORD_STRENGTHS, key=lambda strength: log_loss(labels, held_out[strength], labels=[0, 1]))
     model = _bag_of_words(chosen).fit(texts, labels)
     scores = model.predict_proba([asked(prompt) for prompt in evaluation])[:, 1]  # (prompts,)
     return scores, _threshold(held_out[chosen], labels, rate)
+
+
+def depths_of(lane: LayerGraph) -> dict[int, str]:
+    """The nodes within a lane that can be probed, by block: the projection, and all lane blocks but the last."""
+    blocks = lane.of("lane_block")
+    if not blocks:  # the projection itself is what the probe reads anyway
+        return {}
+    inner = {block.attributes["index"]: block.name for block in blocks[:-1]}
+    return {blocks[0].attributes["index"] - 1: lane.of("projection")[0].name, **inner}
+
+
+def depth_curve(subject: Subject, features: dict[str, Features]) -> list[dict[str, Any]]:
+    """Fit and measure a probe on the normed state behind each `block` of the lane, the first on the projection itself.
+
+    `cost` is the number of blocks that the prompt runs through, in the plain model's. `features` are of the
+    "calibration" and the "evaluation" prompts. Empty where the lane ends with the projection.
+    """
+    depths, blocks = depths_of(subject.lane), subject.blocks[0]
+    if not depths:
+        return []
+    last = subject.lane.of("lane_block")[-1].attributes["index"]
+    found = []
+    for block, node in {**depths, last: "projected"}.items():
+        before, after = features["calibration"][node], features["evaluation"][node]
+        scores, _ = probe(before, after, subject.calibration, subject.rate, subject.regularization)
+        cost = (blocks + block - min(depths)) / blocks
+        figures = ranking(scores, *labels_and_groups(subject.evaluation), subject.rate)
+        found.append({"block": block, "cost": cost, **figures})
+    return found
 
 
 def _bag_of_words(strength: float) -> Any:

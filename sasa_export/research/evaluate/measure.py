@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.command_line import command_line
-from sasa_export.research.evaluate.arms import Answers, Arm, Figures, answering_arm, figures, fitted_arm, parts
-from sasa_export.research.evaluate.depth import depth_curve
-from sasa_export.research.evaluate.estimates import Estimate, Share, auc, bootstrap, share
-from sasa_export.research.evaluate.fitted import Fitted, probe, words
+from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, fitted_arm
+from sasa_export.research.evaluate.figures import (
+    OVER_REFUSAL,
+    Figures,
+    Target,
+    figures,
+    lowest_attack,
+    parts,
+    reliability,
+    targets_of,
+)
+from sasa_export.research.evaluate.fitted import Features, Fitted, depth_curve, probe, words
 from sasa_export.research.evaluate.judge import Judge
-from sasa_export.research.evaluate.reliability import reliability
 from sasa_export.research.evaluate.subject import Subject
-from sasa_export.research.evaluate.targets import OVER_REFUSAL, Target, targets_of
 from sasa_export.research.evaluate.timing import Timing
-
-Features = dict[str, np.ndarray]  # (prompts, features): "plain" of the main lane, "projected" of the second, and depths
+from sasa_export.research.intervals import Estimate, Share, auc, bootstrap, share
+from sasa_export.research.prompts import labels_and_groups
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,6 @@ class Evaluated:
     timing: dict[str, Timing]
     depth: list[dict[str, Any]]
 
-    def to_json(self) -> str:
-        """All but the answers."""
-        kept = {name: value for name, value in vars(self).items() if name != "answers"}
-        kept["targets"] = [{**vars(target), "met": target.met} for target in self.targets]
-        data = {"tool": f"sasa-export {version('sasa-export')}", **kept}
-        return json.dumps(data, indent=1, ensure_ascii=False, default=vars) + "\n"
-
 
 def measure(
     subject: Subject,
@@ -79,12 +74,11 @@ def measure(
         answers: of the "plain" and the "patched" model.
         features: of the "calibration" and the "evaluation" prompts, in the head's metric.
     """
-    prompts = subject.evaluation
-    labels, groups = np.array([prompt.label for prompt in prompts]), [prompt.group for prompt in prompts]
-    fitted = _fitted(subject, features)
+    prompts, fitted = subject.evaluation, _fitted(subject, features)
+    labels, groups = labels_and_groups(prompts)
     arms = _arms(subject, answers, fitted, judge)
-    flagged = answers["patched"].scores >= subject.sasa["threshold"]  # (prompts,)
-    scores = {key: arm.scores for key, arm in arms.items() if arm.scores is not None}
+    scores = {key: arm.scores for key, arm in arms.items() if arm.scores is not None}  # (prompts,) each
+    flagged = scores["patched"] >= subject.sasa["threshold"]  # (prompts,)
     same = (answers["plain"].tokens == answers["patched"].tokens).all(1)  # (prompts,)
 
     def on(rows: np.ndarray) -> dict[str, Figures]:
@@ -95,7 +89,7 @@ def measure(
 
     overall = on(np.arange(len(prompts)))
     return Evaluated(
-        subject=_described(subject),
+        subject=subject.described(),
         answers=_table(prompts, answers, arms),
         arms={key: {"title": arm.title, "threshold": arm.threshold, **overall[key]} for key, arm in arms.items()},
         parts={
@@ -116,15 +110,23 @@ def measure(
     )
 
 
+def _fitted(subject: Subject, features: dict[str, Features]) -> dict[str, Fitted]:
+    """The probes with and without projection, fitted alike, and words alone."""
+    prompts = subject.calibration
+    fitted = {"words": words(prompts, subject.evaluation, subject.rate)}
+    for key, lane in (("with", "projected"), ("without", "plain")):
+        before, after = features["calibration"][lane], features["evaluation"][lane]
+        fitted[key] = probe(before, after, prompts, subject.rate, subject.regularization)
+    return fitted
+
+
 def _arms(
-    subject: Subject,
-    answers: dict[str, Answers],
-    fitted: dict[str, Fitted],
-    judge: Judge | None,
+    subject: Subject, answers: dict[str, Answers], fitted: dict[str, Fitted], judge: Judge | None
 ) -> dict[str, Arm]:
     prompts, said, threshold = subject.evaluation, answers["patched"], float(subject.sasa["threshold"])
     own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
     plain = answering_arm("plain model", answers["plain"], np.zeros(len(prompts), bool), prompts, judge)
+    assert said.scores is not None  # it has a gate
     gate = said.are(subject.sasa["refusal_token_ids"]) & (said.scores >= threshold)  # (prompts,)
     return {
         "plain": plain,
@@ -145,64 +147,3 @@ def _table(prompts: Sequence[Prompt], answers: dict[str, Answers], arms: dict[st
             if values is not None:
                 table[f"{key}_{name}"] = values
     return table
-
-
-def lowest_attack(
-    scores: np.ndarray, refused: np.ndarray, labels: np.ndarray, over_refusal: float
-) -> dict[str, float] | None:
-    """What the best threshold would give, chosen on these very prompts: `attack` success rate and `over_refusal`.
-
-    Args:
-        scores: (prompts,), P(unsafe); refused: (prompts,), bool, what the plain model refuses in its own words.
-        over_refusal: the largest allowed.
-
-    None where the plain model alone refuses more harmless prompts than that.
-    """
-    from sklearn.metrics import roc_curve
-
-    # What the model refuses itself has the highest score, and no threshold lets it through.
-    ranked = np.where(refused, 2.0, scores)  # (prompts,)
-    over, caught, thresholds = roc_curve(labels, ranked, drop_intermediate=False)  # (thresholds,) each
-    allowed = (over <= over_refusal) & ((thresholds <= 2.0) | ~refused.any())
-    best = min(zip(1 - caught[allowed], over[allowed], strict=True), default=None)
-    return None if best is None else {"attack": float(best[0]), "over_refusal": float(best[1])}
-
-
-def _fitted(subject: Subject, features: dict[str, Features]) -> dict[str, Fitted]:
-    """Scores and threshold of the probes with and without projection, fitted alike, and of words alone."""
-    before, after, prompts = features["calibration"], features["evaluation"], subject.calibration
-    found = {
-        key: probe(before[lane], after[lane], prompts, subject.rate, subject.regularization)
-        for key, lane in (("with", "projected"), ("without", "plain"))
-    }
-    return {**found, "words": words(prompts, subject.evaluation, subject.rate)}
-
-
-def _described(subject: Subject) -> dict[str, Any]:
-    """What was evaluated, on what, and how it ran; `command` makes the report again."""
-    options, name = subject.options, subject.source.name
-    harmful = sum(prompt.label for prompt in subject.evaluation)
-    return {
-        "model": options.model.resolve().name,
-        "baseline": Path(name).name if Path(name).exists() else name,
-        "family": subject.source.family.name,
-        "graphs": subject.graphs,
-        "safety_layer": subject.sasa["safety_layer"],
-        "semantic_layer": subject.sasa["semantic_layer"],
-        "blocks": subject.blocks[0],
-        "lane_blocks": subject.blocks[1],
-        "false_positive_rate": subject.rate,
-        "given_threshold": subject.given_threshold,
-        "dtype": subject.dtype,
-        "device": subject.device.partition(":")[0],
-        "harmful": harmful,
-        "harmless": len(subject.evaluation) - harmful,
-        "groups": len({prompt.group for prompt in subject.evaluation}),
-        "data": ", ".join(options.data) or "the built-in evaluation set",
-        "left_out": subject.left_out,
-        "calibrated_on": subject.calibrated_on,
-        "judge": options.judge,
-        "max_new_tokens": options.max_new_tokens,
-        "batch_size": subject.batch_size,
-        "command": command_line("evaluate", options),
-    }

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from sasa_export.research.evaluate.arms import Figures
-from sasa_export.research.evaluate.estimates import Estimate
+from sasa_export.research import report
+from sasa_export.research.evaluate.figures import Figures
 from sasa_export.research.evaluate.measure import Evaluated
 from sasa_export.research.evaluate.pictures import pictures
-from sasa_export.research.report import render
+from sasa_export.research.intervals import Estimate
 
 TITLES = {  # of the columns of figures
     "attack": "attack success",
@@ -27,13 +27,14 @@ TITLES = {  # of the columns of figures
 
 
 def write_report(found: Evaluated, directory: Path) -> None:
-    """Write report.md, card_section.md, evaluate.json, answers.jsonl and the pictures."""
-    for name, picture in pictures(found).items():
-        (directory / f"{name}.png").write_bytes(picture)
-    for template, name in (("evaluate_report.md.j2", "report.md"), ("evaluate_card.md.j2", "card_section.md")):
-        page = render(template, found=found, subject=found.subject, arms=found.arms, tables=tables(found))
-        (directory / name).write_text(page, encoding="utf-8")
-    (directory / "evaluate.json").write_text(found.to_json(), encoding="utf-8")
+    """Write report.html, report.md, card_section.md, evaluate.json, answers.jsonl and the pictures."""
+    values = {"found": found, "subject": found.subject, "arms": found.arms, "tables": tables(found)}
+    title = f"{found.subject['model']} against {found.subject['baseline']}"
+    figures = {name: value for name, value in vars(found).items() if name != "answers"}
+    figures["targets"] = [{**vars(target), "met": target.met} for target in found.targets]
+    text = report.render("evaluate_report.md.j2", **values)
+    report.write_report(directory, title, text, pictures(found), "evaluate", figures)
+    (directory / "card_section.md").write_text(report.render("evaluate_card.md.j2", **values), encoding="utf-8")
     answers = directory / "answers.jsonl"
     found.answers.to_json(answers, orient="records", lines=True, force_ascii=False, double_precision=6)
 

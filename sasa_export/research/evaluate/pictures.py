@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.research.evaluate.estimates import Estimate
+from sasa_export.research import theme
+from sasa_export.research.evaluate.figures import ATTACK, OVER_REFUSAL
 from sasa_export.research.evaluate.measure import Evaluated
-from sasa_export.research.evaluate.targets import ATTACK, OVER_REFUSAL
-from sasa_export.research.theme import LIGHT, drawing, png
+from sasa_export.research.intervals import Estimate
 
-COLOURS = {"patched": LIGHT.safety, "with": LIGHT.semantic, "without": LIGHT.semantic, "words": LIGHT.harmless}
+COLOURS = {"patched": theme.SAFETY, "with": theme.SEMANTIC, "without": theme.SEMANTIC, "words": theme.HARMLESS}
 BINS = np.linspace(0, 1, 41)
 BORDERLINE = "borderline"  # the category or attack of harmless prompts that are made to look harmful
 
@@ -26,32 +26,34 @@ def pictures(found: Evaluated) -> dict[str, bytes]:
 def bars(found: Evaluated) -> bytes:
     """Attack success rate and over-refusal of every arm, with intervals and targets."""
     arms = list(found.arms.values())
-    with drawing(LIGHT, 1.2 + 0.52 * len(arms)) as figure:
+    with theme.drawing(1.2 + 0.52 * len(arms)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        _bars(left, "Attack success", [arm["attack"] for arm in arms], LIGHT.harmful, ATTACK)
-        _bars(right, "Over-refusal", [arm["over_refusal"] for arm in arms], LIGHT.harmless, OVER_REFUSAL)
+        _bars(left, "Attack success", [arm["attack"] for arm in arms], theme.HARMFUL, ATTACK)
+        _bars(right, "Over-refusal", [arm["over_refusal"] for arm in arms], theme.HARMLESS, OVER_REFUSAL)
         left.set_yticks(range(len(arms)), [arm["title"].replace(" (", "\n(") for arm in arms])
         left.invert_yaxis()
-        return png(figure)
+        return theme.png(figure)
 
 
 def _bars(axis: Any, title: str, shares: Sequence[Estimate], colour: str, target: float) -> None:
     for place, share in enumerate(shares):
         axis.barh(place, 100 * share.value, 0.62, color=colour, alpha=0.85)
-        axis.plot([100 * share.low, 100 * share.high], [place, place], "|-", color=LIGHT.ink, linewidth=1)
+        axis.plot([100 * share.low, 100 * share.high], [place, place], "|-", color=theme.INK, linewidth=1)
         axis.annotate(share.short, (100 * share.high, place), (6, 0), textcoords="offset points", va="center")
-    axis.axvline(100 * target, color=LIGHT.third, linewidth=1, linestyle=":")
+    axis.axvline(100 * target, color=theme.THIRD, linewidth=1, linestyle=":")
     # Each side has its own scale, or the bars of a small share could not be told apart.
-    axis.set_xlim(0, 130 * max(0.1, *(share.high for share in shares)))
-    axis.set_xlabel(f"% (dotted: target, {target:.0%})")
-    axis.set_title(title)
+    axis.set(
+        xlim=(0, 130 * max(0.1, *(share.high for share in shares))),
+        xlabel=f"% (dotted: target, {target:.0%})",
+        title=title,
+    )
 
 
 def roc(found: Evaluated) -> bytes:
     """The ROC curve of every arm that detects, with the point at its threshold."""
     from sklearn.metrics import roc_curve
 
-    with drawing(LIGHT, 5.2, 5.6) as figure:
+    with theme.drawing(5.2, 5.6) as figure:
         axis = _unit_square(figure, "share of harmless prompts flagged", "share of harmful prompts flagged")
         for key in found.reliability:
             arm, scored = found.arms[key], found.answers[f"{key}_unsafe_probability"]
@@ -62,7 +64,7 @@ def roc(found: Evaluated) -> bytes:
                 axis.plot(arm["false_positives"].value, arm["caught"].value, "o", color=COLOURS[key], markersize=7)
         axis.set_title("Large dots: the threshold of the calibration")
         axis.legend(loc="lower right", fontsize=8.5)
-        return png(figure)
+        return theme.png(figure)
 
 
 def scores(found: Evaluated) -> bytes:
@@ -70,11 +72,11 @@ def scores(found: Evaluated) -> bytes:
     asked = found.answers
     near = (asked.attack + asked.category).str.contains(BORDERLINE)
     kinds = {
-        "harmless": (LIGHT.harmless, (asked.label == 0) & ~near),
-        "harmless, borderline": (LIGHT.safety, (asked.label == 0) & near),
-        "harmful": (LIGHT.harmful, asked.label == 1),
+        "harmless": (theme.HARMLESS, (asked.label == 0) & ~near),
+        "harmless, borderline": (theme.SAFETY, (asked.label == 0) & near),
+        "harmful": (theme.HARMFUL, asked.label == 1),
     }
-    with drawing(LIGHT, 0.9 + 1.6 * len(found.reliability)) as figure:
+    with theme.drawing(0.9 + 1.6 * len(found.reliability)) as figure:
         axes = figure.subplots(len(found.reliability), 1, sharex=True)
         for axis, key in zip(axes, found.reliability, strict=True):
             for name, (colour, rows) in kinds.items():
@@ -83,19 +85,18 @@ def scores(found: Evaluated) -> bytes:
                     axis.hist(asked[f"{key}_unsafe_probability"][rows], BINS, weights=weights, label=name,
                               histtype="stepfilled", facecolor=(colour, 0.45), edgecolor=colour)  # fmt: skip
             if found.arms[key]["threshold"] is not None:
-                axis.axvline(found.arms[key]["threshold"], color=LIGHT.ink, linewidth=1.2, linestyle="--")
+                axis.axvline(found.arms[key]["threshold"], color=theme.INK, linewidth=1.2, linestyle="--")
             axis.set_title(found.arms[key]["title"], fontsize=10)
             axis.set_ylabel("% of kind")
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9)
-        axes[-1].set_xlim(0, 1)
-        axes[-1].set_xlabel("P(unsafe); dashed: the threshold of the calibration")
-        return png(figure)
+        axes[-1].set(xlim=(0, 1), xlabel="P(unsafe); dashed: the threshold of the calibration")
+        return theme.png(figure)
 
 
 def reliability(found: Evaluated) -> bytes:
     """Whether the probabilities are true: what each arm says against what is so, bin by bin."""
-    with drawing(LIGHT, 5.0, 5.6) as figure:
+    with theme.drawing(5.0, 5.6) as figure:
         axis = _unit_square(figure, "P(unsafe), mean of a bin", "share of harmful prompts in it")
         for key, of in found.reliability.items():
             said, share, prompts = np.array([list(one.values()) for one in of["bins"]]).T  # (bins,) each
@@ -104,17 +105,15 @@ def reliability(found: Evaluated) -> bytes:
             axis.scatter(said, share, 12 + 260 * prompts / len(found.answers), color=COLOURS[key])
         axis.set_title("Dotted: as it should be; large dots: many prompts")
         axis.legend(loc="upper left", fontsize=8.5)
-        return png(figure)
+        return theme.png(figure)
 
 
 def depth(found: Evaluated) -> bytes:
     """The AUC of probing at each block of the second lane, against the blocks that the prompt runs through."""
     costs, areas = [of["cost"] for of in found.depth], [of["auc"] for of in found.depth]
-    with drawing(LIGHT, 3.8) as figure:
+    with theme.drawing(3.8) as figure:
         axis = figure.subplots()
-        low, high = [area.low for area in areas], [area.high for area in areas]
-        axis.fill_between(costs, low, high, color=LIGHT.safety, alpha=0.18, linewidth=0)
-        axis.plot(costs, [area.value for area in areas], "o-", color=LIGHT.safety, label="probe in the lane")
+        theme.band(axis, costs, areas, theme.SAFETY, "probe in the lane", marker="o")
         for key in ("without", "words"):
             arm = found.arms.get(key, {})
             if "auc" in arm:
@@ -122,16 +121,18 @@ def depth(found: Evaluated) -> bytes:
         for of in (found.depth[0], found.depth[len(areas) // 2], found.depth[-1]):
             place = (of["cost"], of["auc"].value)
             axis.annotate(f"block {of['block']}", place, (0, 8), textcoords="offset points", ha="center", fontsize=8.5)
-        axis.set_xlabel("blocks that a prompt runs through (1: as in the plain model)")
-        axis.set_ylabel("AUC, with its 95 % interval")
-        axis.set_title("Probing earlier in the second lane")
+        axis.set(
+            xlabel="blocks that a prompt runs through (1: as in the plain model)",
+            ylabel="AUC, with its 95 % interval",
+            title="Probing earlier in the second lane",
+        )
         axis.legend(loc="best", fontsize=8.5)
-        return png(figure)
+        return theme.png(figure)
 
 
 def _unit_square(figure: Any, across: str, up: str) -> Any:
     """Axes from 0 to 1 with the diagonal."""
     axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color=LIGHT.faint, linewidth=1, linestyle=":")
+    axis.plot([0, 1], [0, 1], color=theme.FAINT, linewidth=1, linestyle=":")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=across, ylabel=up)
     return axis

@@ -15,15 +15,21 @@ from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source, read_config
 from sasa_export.models.load import load_processor, read_sizes, running
-from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
 from sasa_export.report import Silent
-from sasa_export.research.evaluate.options import EvaluateOptions
-from sasa_export.research.evaluate.prompts import evaluation_prompts, fitting_prompts, limited
+from sasa_export.research.evaluate.command import EvaluateOptions
+from sasa_export.research.prompts import counts, share_of
+from sasa_export.research.report import command_line, last_name
 from sasa_export.research.work import fingerprint
 from sasa_export.verify import FORMATS
 from sasa_export.verify.files import check_manifest
 from sasa_export.verify.onnx import dtype_of
-from sasa_export.workers import Workers
+from sasa_export.workers import workers
+
+MISSING = {  # what cannot be measured without a label, and what to add
+    1: ("harmful", "attack success and detection", "figstep:DIR or mm-safetybench:DIR"),
+    0: ("harmless", "over-refusal and detection", "xstest:FILE,subset=safe or vlguard:DIR,subset=safe_safes"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Subject:
 
     Attributes:
         graphs: the type of the patched model's ONNX graphs; None where it is a directory of safetensors.
-        sasa: the settings of its gate; manifest: its sasa-export.json.
-        left_out: how many evaluation prompts --limit left out.
+        sasa: the settings of its gate; made: the options it was made with, as its sasa-export.json says.
+        evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
         lane: the second lane, from which the fitted arms read their features.
     """
@@ -41,7 +47,7 @@ class Subject:
     options: EvaluateOptions
     graphs: str | None
     sasa: dict[str, Any]
-    manifest: dict[str, Any]
+    made: dict[str, Any]
     source: Source
     processor: Any
     evaluation: list[Prompt]
@@ -65,18 +71,12 @@ class Subject:
     @property
     def rate(self) -> float:
         """The largest false-positive rate that the threshold was chosen for, unless the threshold was given."""
-        return float(self.manifest["options"].get("max_false_positive_rate", 0.02))
-
-    @property
-    def given_threshold(self) -> float | None:
-        """The threshold, where it was given and not chosen for a false-positive rate."""
-        made = self.manifest["options"]
-        return self.sasa["threshold"] if made.get("threshold") or made.get("probe") else None
+        return float(self.made.get("max_false_positive_rate", 0.02))
 
     @property
     def regularization(self) -> float | None:
         """The C that the probe was fitted with; None where cross-validation chose it."""
-        given = self.manifest["options"].get("regularization", "auto")
+        given = self.made.get("regularization", "auto")
         return None if given == "auto" else float(given)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -91,11 +91,38 @@ class Subject:
             max_new_tokens=self.options.max_new_tokens,
         )
 
+    def described(self) -> dict[str, Any]:
+        """What was evaluated, on what, and how it ran; `command` makes the report again."""
+        given = self.made.get("threshold") or self.made.get("probe")
+        return {
+            "model": self.options.model.resolve().name,
+            "baseline": last_name(self.source.name),
+            "family": self.source.family.name,
+            "graphs": self.graphs,
+            "safety_layer": self.sasa["safety_layer"],
+            "semantic_layer": self.sasa["semantic_layer"],
+            "blocks": self.blocks[0],
+            "lane_blocks": self.blocks[1],
+            "false_positive_rate": self.rate,
+            "given_threshold": self.sasa["threshold"] if given else None,
+            "dtype": self.dtype,
+            "device": self.device.partition(":")[0],
+            **counts(self.evaluation),
+            "data": ", ".join(self.options.data) or "the built-in evaluation set",
+            "left_out": self.left_out,
+            "calibrated_on": self.calibrated_on,
+            "judge": self.options.judge,
+            "max_new_tokens": self.options.max_new_tokens,
+            "batch_size": self.batch_size,
+            "command": command_line("evaluate", self.options),
+        }
 
-def open_subject(options: EvaluateOptions, team: Workers, report: Silent) -> Subject:
+
+def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     """Open all that is evaluated. Raises SasaExportError where something is missing or does not belong together."""
     sasa, manifest = _read_patched(options.model)
-    source = _open_baseline(options, sasa, manifest)
+    made = manifest.get("options") or {}
+    source = _open_baseline(options, sasa, made, manifest)
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
     processor = load_processor(source)
@@ -103,16 +130,24 @@ def open_subject(options: EvaluateOptions, team: Workers, report: Silent) -> Sub
     def pieces(word: str) -> int:
         return len(processor.tokenizer.encode(f" {word}", add_special_tokens=False))
 
-    everything = evaluation_prompts(options.data, pieces)
-    made_on = manifest["options"].get("calibration") or ()
-    calibration, calibrated_on = fitting_prompts(options.calibration, made_on, everything, pieces)
-    evaluation = limited(everything, options.limit)
-    harmful = sum(prompt.label for prompt in evaluation)
-    report.step("data", f"{harmful} harmful and {len(evaluation) - harmful} harmless prompts")
-    dtype, device = running(source, options.dtype, team.device(options.device))
+    prompts = load_all(options.data) if options.data else builtin_evaluation(pieces)
+    for label, (what, measures, example) in MISSING.items():
+        if not any(prompt.label == label for prompt in prompts):
+            raise EvaluateError(
+                f"the data has no {what} prompts (label {label}), so {measures} cannot be measured. Add them with "
+                f"another --data, for example --data {example}."
+            )
+    specs = options.calibration or made.get("calibration") or ()
+    calibration = calibration_prompts(specs) if specs else builtin(pieces)
+    check_disjoint(calibration, prompts)
+    share = 1 if options.limit is None else options.limit / len(prompts)
+    evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
+    found = counts(evaluation)
+    report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
+    dtype, device = running(source, options.dtype, workers().device(options.device))
     return Subject(
-        options, dtype_of(options.model), sasa, manifest, source, processor, evaluation,
-        len(everything) - len(evaluation), calibration, calibrated_on, _lane(sasa, source), dtype, device,
+        options, dtype_of(options.model), sasa, made, source, processor, evaluation, len(prompts) - len(evaluation),
+        calibration, ", ".join(specs) or "the built-in calibration set", _lane(sasa, source), dtype, device,
     )  # fmt: skip
 
 
@@ -133,16 +168,17 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{directory} is not what was exported ({check.detail}), so its figures would be of something else. "
             "Export the model again."
         )
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    return sasa, {**manifest, "options": manifest.get("options") or {}}
+    return sasa, json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
 
 
-def _open_baseline(options: EvaluateOptions, sasa: dict[str, Any], manifest: dict[str, Any]) -> Source:
+def _open_baseline(
+    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
+) -> Source:
     """The model that the patched one was made from: --baseline, or what the manifest names.
 
     Raises EvaluateError where it is another model: of another size, or with other weights.
     """
-    name = options.baseline or manifest["options"].get("model")
+    name = options.baseline or made.get("model")
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:

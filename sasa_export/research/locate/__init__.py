@@ -4,24 +4,21 @@ The way through it: `locate` in run.py; the proposal's rules in propose.py; the 
 understanding.py and expression.py.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from sasa_export.errors import LocateError
-from sasa_export.research.locate.options import LocateOptions
+from sasa_export.research.locate.command import LocateOptions
 
 if TYPE_CHECKING:
-    from sasa_export.research.locate.page import Located as Located
-    from sasa_export.research.locate.run import locate as locate
+    from sasa_export.research.locate.run import locate
 
-__all__ = ["LocateError", "LocateOptions", "Located", "locate"]
+__all__ = ["LocateError", "LocateOptions", "locate"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, since the command line knows `locate` and must not load torch to say so.
-    if name not in ("Located", "locate"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sasa_export.research.locate import run
+    """Import what does the work when it is asked for: `sasa-export --help` answers without it."""
+    if name == "locate":
+        from sasa_export.research.locate.run import locate
 
-    return getattr(run, name)
+        return locate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ the main lane alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,53 +18,61 @@ from torch import nn
 
 from sasa_export.errors import LocateError
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.report import Silent
 from sasa_export.research.locate.lane import Batch, MainLane
-from sasa_export.research.work import Work
-from sasa_export.workers import workers
+from sasa_export.research.work import Results, Work
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "wo", "dense")  # as the families of transformers name them
+INTACT = "all"  # the name of the states with all heads
+
+
+def without(block: int) -> str:
+    """The name of the states without each head of a block."""
+    return f"block-{block:03d}"
+
+
+def ablate(
+    lane: MainLane, prompts: Sequence[Prompt], blocks: Sequence[int], work: Work, report: Silent, *, at_once: int
+) -> Results:
+    """Run the prompts with all heads, and without each head of `blocks` in turn, so many heads at a time.
+
+    Returns the last token's final states, float32: INTACT (prompts, hidden), and for each block `without(block)`
+    (prompts, heads, hidden). LocateError where the model's attention is not built in the way that is needed.
+    """
+    heads = Heads(lane, at_once)
+
+    def compute(one: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        batch = lane.run(one * heads.at_once)
+        if INTACT in missing:
+            yield INTACT, lane.normed(lane.states(batch)[-1])[:1].float().cpu().numpy()  # (1, hidden)
+        for block in blocks:
+            if without(block) in missing:
+                yield without(block), heads.without_each(batch, block)[None]  # (1, heads, hidden)
+
+    results = Results(work, "ablate", prompts, 1)
+    results.fill([INTACT, *map(without, blocks)], compute, report)
+    return results
 
 
 class Heads:
     """The attention heads of a model's blocks, and how to silence them row by row."""
 
-    def __init__(self, lane: MainLane, most_at_once: int = 16) -> None:
-        """LocateError where the model's attention is not built in the way that is needed."""
+    def __init__(self, lane: MainLane, at_once: int = 16) -> None:
         self.lane = lane
         self.count = int(lane.model.config.get_text_config(decoder=True).num_attention_heads)
-        self.at_once = min(self.count, most_at_once)  # rows of a batch, each without another head
+        self.at_once = min(self.count, at_once)  # rows of a batch, each without another head
         if lane.graph.of("between"):
             raise _impossible("this model adds to the hidden state between blocks, so they cannot be run again alone")
         self.projections = [_output_projection(lane.model.get_submodule(path), path) for path in lane.blocks]
 
-    def run(
-        self,
-        prompts: Sequence[Prompt],
-        rows: Sequence[int],
-        blocks: Sequence[int],
-        work: Work,
-        advance: Callable[[int], None],
-    ) -> None:
-        """Ablate every head of `blocks` on the prompts numbered `rows`; `advance` counts the blocks of each prompt.
-
-        Leaves in the work folder, for each prompt, the final state with all heads (hidden,), and for each block those
-        with one head less (heads, hidden), float32.
-        """
-        team = workers()
-
-        def run(row: int) -> None:
-            batch: Batch | None = None
-            for block in blocks:
-                if not work.has(ablated(row, block)):
-                    if batch is None:
-                        batch = self.lane.run([prompts[row]] * self.at_once)
-                        final = self.lane.normed(self.lane.states(batch)[-1])  # (rows, hidden)
-                        work.put(intact(row), final[0].float().cpu().numpy())
-                    work.put(ablated(row, block), self._without_each(batch, block))
-                if team.leads:
-                    advance(1)
-
-        team.spread(rows, run)
+    def without_each(self, batch: Batch, block: int) -> np.ndarray:
+        """The final state of one prompt without each head of a block in turn: (heads, hidden), float32."""
+        states = []
+        for first in range(0, self.count, self.at_once):
+            chunk = list(range(first, min(first + self.at_once, self.count)))
+            with self.silenced(block, [*chunk, *[None] * (self.at_once - len(chunk))]):
+                states.append(self.lane.again(batch, block)[: len(chunk)].float().cpu().numpy())  # (chunk, hidden)
+        return np.concatenate(states)
 
     @contextmanager
     def silenced(self, block: int, heads: Sequence[int | None]) -> Iterator[None]:
@@ -84,25 +92,6 @@ class Heads:
             yield
         finally:
             handle.remove()
-
-    def _without_each(self, batch: Batch, block: int) -> np.ndarray:
-        """The final state of one prompt without each head of a block in turn: (heads, hidden), float32."""
-        states = []
-        for first in range(0, self.count, self.at_once):
-            chunk = list(range(first, min(first + self.at_once, self.count)))
-            with self.silenced(block, [*chunk, *[None] * (self.at_once - len(chunk))]):
-                states.append(self.lane.again(batch, block)[: len(chunk)].float().cpu().numpy())  # (chunk, hidden)
-        return np.concatenate(states)
-
-
-def intact(row: int) -> str:
-    """The name in the work folder of a prompt's final state."""
-    return f"heads-{row:05d}-all"
-
-
-def ablated(row: int, block: int) -> str:
-    """The name in the work folder of a prompt's final states without each head of a block."""
-    return f"heads-{row:05d}-block-{block:03d}"
 
 
 def _output_projection(block: nn.Module, path: str) -> nn.Linear:

@@ -52,10 +52,9 @@ def choose_layers(
     given = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
     pairs = with_layer(len(graph.of("block")), *given)
     choosing, held_out = halves(prompts)
-    chosen_on = limited([prompts[row] for row in choosing], None)
-    limited([prompts[row] for row in held_out], None)
-    team = workers()
-    folder = Path(team.tell(tempfile.mkdtemp(prefix="sasa-export-layers-") if team.leads else ""))
+    chosen_on, _ = (limited([prompts[row] for row in half], None) for half in (choosing, held_out))
+    processes = workers()
+    folder = Path(processes.tell(tempfile.mkdtemp(prefix="sasa-export-layers-") if processes.leads else ""))
     try:
         with watched(model, processor, graph) as lane:
             evidence = survey(
@@ -68,9 +67,9 @@ def choose_layers(
             for reason in proposal.reason:
                 report.step("", reason)
             found = proposal.pair, _in_words(evidence, proposal, both=given == [None, None])
-        (safety, semantic), layers_from = team.tell(found)  # type: ignore[misc]
+        (safety, semantic), layers_from = processes.tell(found)  # type: ignore[misc]
     finally:
-        if team.leads:
+        if processes.leads:
             shutil.rmtree(folder, ignore_errors=True)
     report.step("locate", f"safety layer {safety}, semantic layer {semantic}")
     settings = replace(settings, safety_layer=safety, semantic_layer=semantic)

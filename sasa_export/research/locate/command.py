@@ -1,14 +1,64 @@
-"""`sasa-export locate`."""
+"""`sasa-export locate`, and its settings in one frozen value, from which the flags are made."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
-from sasa_export.flags import flags
+from sasa_export.errors import LocateError
+from sasa_export.flags import check_values, flags, option
+from sasa_export.options import ABOVE_ZERO, AT_LEAST_ONE, DTYPES
 from sasa_export.report import Console, quiet
-from sasa_export.research.locate.options import LocateOptions
+
+
+@dataclass(frozen=True)
+class LocateOptions:
+    """What `sasa-export locate` does, and with what."""
+
+    model: str = option("", "Alias, hub id (owner/name) or local directory.", required=True)
+    out: Path = option(Path(), "Directory to write the report to.", required=True)
+    force: bool = option(False, "Replace the report that is there, and discard other unfinished work.")
+    calibration: tuple[str, ...] = option(
+        (),
+        "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "
+        "Default: the built-in set.",
+    )
+    limit: int | None = option(
+        None, "About how many pairs (groups) of prompts to use. Default: all.", valid=AT_LEAST_ONE
+    )
+    blocks: str | None = option(None, "Blocks whose attention heads are ablated, such as 8-20. Default: all.")
+    ablation_prompts: int = option(
+        16,
+        "Harmful and harmless prompts that heads are ablated on, so many of each; 0 leaves the ablation out. The "
+        "cost is that of running them (blocks x heads / 2) times.",
+        valid=("at least 0", lambda value: value >= 0),
+    )
+    pairs: str | None = option(
+        None,
+        "Pairs to sweep: 13:15, or ranges, 10-16:14-20, several behind commas. Default: all pairs of seven layers "
+        "over the depth, each with one close behind it, and what the family's file says.",
+    )
+    write_family: Path | None = option(
+        None,
+        "Write the layers found into this family file; one that is not there begins as a copy of the model's own.",
+    )
+    epsilon: float = option(1e-6, "Least squared norm in the projection's denominator.", valid=ABOVE_ZERO)
+    batch_size: int = option(16, "Prompts at a time.", valid=AT_LEAST_ONE)
+    device: str = option(
+        "auto",
+        "Where the model runs: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto "
+        "does where one device has no room for the model.",
+    )
+    dtype: str = option("auto", "Type the model runs in.", choices=DTYPES)
+
+    def check(self) -> None:
+        """Raise SasaExportError where settings contradict each other or leave their range."""
+        check_values(self)
+        if self.blocks is not None and not self.ablation_prompts:
+            raise LocateError("--blocks says whose heads are ablated, and --ablation-prompts 0 leaves that out.")
 
 
 @click.command("locate")
@@ -17,7 +67,7 @@ def locate_command(**values: Any) -> None:
     """Find where a model perceives danger, understands and speaks, and propose its layers.
 
     Writes report.html, which opens without a network, with its pictures, report.md and locate.json. An interrupted run
-    goes on where it stopped when the same command is given again.
+    goes on where it stopped when the same command is given again; accelerate launch spreads it over processes.
     """
     quiet()
     from sasa_export.research.locate.run import locate

@@ -7,13 +7,13 @@ head matters to prompts of the label. A head's score is its angle on harmful pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sasa_export.research.locate.ablation import ablated, intact
-from sasa_export.research.work import Work
+from sasa_export.research.locate.ablation import INTACT, without
+from sasa_export.research.work import Results
 
 OUTLIER = 4.0  # robust standard deviations above the median score that make a head stand out
 SAFETY_ONLY = 2.0  # and so many times the angle on ordinary prompts
@@ -53,17 +53,17 @@ class HeadScores:
         return heads[int(np.argmax(reached >= reached[-1] / 2 * (1 - 1e-6)))].block
 
 
-def head_scores(work: Work, rows: Mapping[int, Sequence[int]], blocks: Sequence[int]) -> HeadScores:
-    """From the work folder: `rows` are the prompts' numbers by label (1 harmful, 0 ordinary)."""
-    harmful, ordinary = (_angles(work, rows[label], blocks) for label in (1, 0))  # (blocks, heads)
-    return HeadScores(
-        tuple(blocks),
-        min(len(rows[1]), len(rows[0])),
-        harmful,
-        ordinary,
-        _reliability(work, rows, blocks),
-        tuple(safety_heads(blocks, harmful, ordinary)),
-    )
+def head_scores(ablated: Results, blocks: Sequence[int]) -> HeadScores:
+    """From the states that `ablate` left."""
+    labels = np.array([prompt.label for prompt in ablated.prompts])
+    rows = [np.flatnonzero(labels == label) for label in (1, 0)]  # of harmful and of ordinary prompts
+    # Two by two, since text and picture may take turns.
+    halves = [[of[np.arange(len(of)) // 2 % 2 == half] for of in rows] for half in (0, 1)]
+    whole, *parts = (_angles(ablated, sets, blocks) for sets in (rows, *halves) if all(map(len, sets)))
+    harmful, ordinary = whole
+    correlation = _rank_correlation(*(part[0] - part[1] for part in parts)) if len(parts) == 2 else None
+    heads = tuple(safety_heads(blocks, harmful, ordinary))
+    return HeadScores(tuple(blocks), min(map(len, rows)), harmful, ordinary, correlation, heads)
 
 
 def safety_heads(blocks: Sequence[int], harmful: np.ndarray, ordinary: np.ndarray) -> list[SafetyHead]:
@@ -93,27 +93,21 @@ def degrees(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.degrees(np.arctan2(aside, abs(along))))
 
 
-def _reliability(work: Work, rows: Mapping[int, Sequence[int]], blocks: Sequence[int]) -> float | None:
-    from scipy.stats import spearmanr
-
-    scores = []
-    for half in (0, 1):
-        # Two by two, since text and picture may take turns.
-        harmful, ordinary = (
-            [row for place, row in enumerate(rows[label]) if place // 2 % 2 == half] for label in (1, 0)
-        )
-        if not harmful or not ordinary:
-            return None
-        scores.append(np.ravel(_angles(work, harmful, blocks) - _angles(work, ordinary, blocks)))
-    if any(np.ptp(half) == 0 for half in scores):  # all heads alike: no order to compare
-        return 0.0
-    return float(spearmanr(*scores).statistic)
-
-
-def _angles(work: Work, rows: Sequence[int], blocks: Sequence[int]) -> np.ndarray:
-    before = leading(np.stack([work.get(intact(row)) for row in rows]))  # (hidden,)
+def _angles(ablated: Results, sets: Sequence[np.ndarray], blocks: Sequence[int]) -> np.ndarray:
+    """How far each head turns each set of prompts (rows): (sets, blocks, heads), in degrees."""
+    intact = ablated.read(INTACT)  # (prompts, hidden)
+    before = [leading(intact[rows]) for rows in sets]  # (hidden,) each
     angles = []
     for block in blocks:
-        after = np.stack([work.get(ablated(row, block)) for row in rows], axis=1)  # (heads, prompts, hidden)
-        angles.append([degrees(before, leading(states)) for states in after])
-    return np.array(angles)  # (blocks, heads)
+        states = ablated.read(without(block)).transpose(1, 0, 2)  # (heads, prompts, hidden)
+        pairs = zip(before, sets, strict=True)
+        angles.append([[degrees(whole, leading(head[rows])) for head in states] for whole, rows in pairs])
+    return np.array(angles).transpose(1, 0, 2)
+
+
+def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    if np.ptp(first) == 0 or np.ptp(second) == 0:  # all heads alike: no order to compare
+        return 0.0
+    return float(spearmanr(np.ravel(first), np.ravel(second)).statistic)

@@ -30,7 +30,7 @@ class Batch:
 
 
 class MainLane:
-    """A model whose blocks are watched. Make it with `watched`."""
+    """A model whose blocks are watched. Make it with `watched`, which also sees to it that no gradients are kept."""
 
     def __init__(self, model: Any, processor: Any, graph: LayerGraph) -> None:
         self.model, self.processor, self.graph = model, processor, graph
@@ -38,7 +38,6 @@ class MainLane:
         self.norm = model.get_submodule(graph["norm"].module)
         self.head = model.get_submodule(graph["head"].module)
 
-    @torch.no_grad()
     def run(self, prompts: Sequence[Prompt]) -> Batch:
         """Run the decoder once over a batch of prompts."""
         inputs = place(encode(self.processor, prompts), self.model)
@@ -46,19 +45,16 @@ class MainLane:
             self.model(**inputs, use_cache=False, logits_to_keep=1)
         return Batch(seen, last_real(inputs))
 
-    @torch.no_grad()
     def states(self, batch: Batch) -> list[torch.Tensor]:
         """The last token's state behind each block, (rows, hidden) each."""
         return [batch.last(batch.seen.outputs[path]) for path in self.blocks]
 
-    @torch.no_grad()
     def second(self, batch: Batch, lane: LayerGraph) -> torch.Tensor:
         """The second lane of a rewritten graph on the batch: its normed state at the last token, (rows, hidden)."""
         nodes = [node.to_json() for node in lane if node.op != "lane_head"]
         name, states = project_taps(nodes, batch.seen)  # (rows, tokens, hidden)
         return run_lane(self.model, nodes, {name: states}, batch.seen.arguments, batch.judged)["sasa.lane.norm"]
 
-    @torch.no_grad()
     def again(self, batch: Batch, first: int) -> torch.Tensor:
         """Blocks `first`..L-1 once more on what entered them: the normed state at the last token, (rows, hidden)."""
         args, kwargs = batch.seen.arguments[self.blocks[first]]
@@ -67,7 +63,6 @@ class MainLane:
             state = replay(self.model.get_submodule(path), state, batch.seen.arguments[path])
         return self.normed(batch.last(state))
 
-    @torch.no_grad()
     def normed(self, state: torch.Tensor) -> torch.Tensor:
         """The final norm on states (rows, hidden)."""
         return self.norm(state.unsqueeze(1)).squeeze(1)
@@ -75,7 +70,10 @@ class MainLane:
 
 @contextmanager
 def watched(model: Any, processor: Any, graph: LayerGraph) -> Iterator[MainLane]:
-    """Watch every block of the model's decoder while the context lasts."""
+    """Watch every block of the model's decoder while the context lasts, without gradients."""
     lane = MainLane(model, processor, graph)
-    with watching(model, [{"op": op, "module": path} for path in lane.blocks for op in ("block", "tap")]):
+    with (
+        torch.no_grad(),
+        watching(model, [{"op": op, "module": path} for path in lane.blocks for op in ("block", "tap")]),
+    ):
         yield lane

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from sasa_export.probe.fit import FOLDS
-from sasa_export.research.locate.interval import Estimate, auc_of
-from sasa_export.research.locate.passes import Passes
-from sasa_export.research.locate.prompts import labels_and_groups
+from sasa_export.report import Silent
+from sasa_export.research.intervals import Comparable, auc_of
+from sasa_export.research.prompts import labels_and_groups
+from sasa_export.research.work import Results
 
 STRENGTH = 1e-3  # the inverse strength of regularization, on features of unit variance
 
@@ -31,21 +30,22 @@ def decision_values(states: np.ndarray, labels: np.ndarray, groups: np.ndarray) 
     return cross_val_predict(model, states, labels, groups=groups, cv=folds, method="decision_function")
 
 
-def separability(passes: Passes, blocks: int, advance: Callable[[int], None]) -> dict[str, list[Estimate]]:
+def separability(results: Results, blocks: int, report: Silent) -> dict[str, list[Comparable]]:
     """AUC behind each block, of "all" prompts, and of each channel (text, picture) that has both labels.
 
-    Where all prompts are of one channel, there is "all" alone. `advance` counts blocks.
+    Where all prompts are of one channel, there is "all" alone.
     """
-    labels, groups = labels_and_groups(passes.prompts)
-    channels = np.array([prompt.channel for prompt in passes.prompts])
+    labels, groups = labels_and_groups(results.prompts)
+    channels = np.array([prompt.channel for prompt in results.prompts])
     rows = {"all": np.full(len(labels), True)}
     for channel in sorted(set(channels)) if len(set(channels)) > 1 else ():
         if len(set(labels[channels == channel])) == 2:
             rows[channel] = channels == channel
-    curves: dict[str, list[Estimate]] = {name: [] for name in rows}
-    for block in range(blocks):
-        scores = decision_values(passes.read("states", block), labels, groups)  # (prompts,)
-        for name, chosen in rows.items():
-            curves[name].append(auc_of(scores[chosen], labels[chosen], groups[chosen]))
-        advance(1)
+    curves: dict[str, list[Comparable]] = {name: [] for name in rows}
+    with report.bar(blocks, "separate") as advance:
+        for block in range(blocks):
+            scores = decision_values(results.read("states", block), labels, groups)  # (prompts,)
+            for name, chosen in rows.items():
+                curves[name].append(auc_of(scores[chosen], labels[chosen], groups[chosen]))
+            advance(1)
     return curves

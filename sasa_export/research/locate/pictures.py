@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from sasa_export.research import theme
+from sasa_export.research.intervals import Estimate
 from sasa_export.research.locate.expression import Expression
 from sasa_export.research.locate.heads import HeadScores
-from sasa_export.research.locate.interval import Estimate
-from sasa_export.research.locate.understanding import Alignment
-from sasa_export.research.theme import LIGHT, WIDTH, drawing, png, ticks
 
 if TYPE_CHECKING:
     from sasa_export.research.locate.page import Located
@@ -34,63 +33,56 @@ def depth(located: Located) -> bytes:
     evidence, proposal = located.evidence, located.proposal
     blocks = len(evidence.expression.readable)
     panels = 2 if evidence.understanding is None else 3
-    with drawing(LIGHT, 2.25 * panels + 0.5) as figure:
+    with theme.drawing(2.25 * panels + 0.5) as figure:
         axes = figure.subplots(panels, 1, sharex=True)
         _perception(axes[0], evidence.perception)
-        _mark(axes[0], proposal.safety_blocks, LIGHT.safety)
+        _mark(axes[0], proposal.safety_blocks, theme.SAFETY)
         if evidence.understanding is not None:
             _understanding(axes[1], evidence.understanding)
-            _mark(axes[1], proposal.semantic_blocks, LIGHT.semantic)
+            _mark(axes[1], proposal.semantic_blocks, theme.SEMANTIC)
         _expression(axes[-1], evidence.expression)
-        layers = {"safety": proposal.safety_layer, "semantic": proposal.semantic_layer}
+        chosen = (
+            ("safety", proposal.safety_layer, theme.SAFETY),
+            ("semantic", proposal.semantic_layer, theme.SEMANTIC),
+        )
         for axis in axes:
-            for name, layer in layers.items():
+            for name, layer, colour in chosen:
                 label = f"{name} layer {layer}" if axis is axes[0] else None
-                line = {"color": getattr(LIGHT, name), "linewidth": 1.4, "linestyle": (0, (4, 2)), "label": label}
-                axis.axvline(layer, **line)
+                axis.axvline(layer, color=colour, linewidth=1.4, linestyle=(0, (4, 2)), label=label)
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
         axes[-1].set_xlim(-0.5, blocks - 0.5)
-        axes[-1].set_xticks(ticks(blocks))
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
         axes[-1].set_xlabel("block (zero-based)")
-        return png(figure)
+        return theme.png(figure)
 
 
 def _perception(axis: Any, curves: Mapping[str, Sequence[Estimate]]) -> None:
-    axis.axhline(0.5, color=LIGHT.faint, linewidth=0.8, linestyle=":")
-    styles = {"text": (LIGHT.harmless, "--"), "picture": (LIGHT.harmful, "-.")}
+    axis.axhline(0.5, color=theme.FAINT, linewidth=0.8, linestyle=":")
+    styles = {"text": (theme.HARMLESS, "--"), "picture": (theme.HARMFUL, "-.")}
     for channel, curve in curves.items():
         if channel != "all":
-            colour, line = styles.get(channel, (LIGHT.third, ":"))
+            colour, line = styles.get(channel, (theme.THIRD, ":"))
             axis.plot([point.value for point in curve], color=colour, label=channel, linestyle=line, linewidth=1.3)
-    _curve(axis, curves["all"], LIGHT.safety, "all prompts" if len(curves) > 1 else "prompts")
-    axis.set_title("Safety perception")
-    axis.set_ylabel("AUC")
+    blocks, label = range(len(curves["all"])), "all prompts" if len(curves) > 1 else "prompts"
+    theme.band(axis, blocks, curves["all"], theme.SAFETY, label, linewidth=2)
+    axis.set(title="Safety perception", ylabel="AUC")
 
 
-def _understanding(axis: Any, alignment: Alignment) -> None:
-    axis.axhline(0.0, color=LIGHT.faint, linewidth=0.8, linestyle=":")
-    _curve(axis, alignment.text_only, LIGHT.semantic, "with the request as text")
-    _curve(axis, alignment.image_dominant, LIGHT.third, "with the picture alone", linestyle="--", linewidth=1.3)
-    axis.set_title("Semantic understanding")
-    axis.set_ylabel("centred cosine")
+def _understanding(axis: Any, alignment: Mapping[str, Sequence[Estimate]]) -> None:
+    axis.axhline(0.0, color=theme.FAINT, linewidth=0.8, linestyle=":")
+    text, image = alignment["text_only"], alignment["image_dominant"]
+    theme.band(axis, range(len(text)), text, theme.SEMANTIC, "with the request as text", linewidth=2)
+    theme.band(axis, range(len(image)), image, theme.THIRD, "with the picture alone", linestyle="--", linewidth=1.3)
+    axis.set(title="Semantic understanding", ylabel="centred cosine")
 
 
 def _expression(axis: Any, found: Expression) -> None:
-    axis.axhline(found.chance, color=LIGHT.faint, linewidth=0.8, linestyle=":", label="a token at random")
-    axis.plot(found.readable, color=LIGHT.harmless, linewidth=2, label="readable")
-    axis.plot(found.already_final, color=LIGHT.third, linewidth=1.3, linestyle="--", label="as after the last block")
+    axis.axhline(found.chance, color=theme.FAINT, linewidth=0.8, linestyle=":", label="a token at random")
+    axis.plot(found.readable, color=theme.HARMLESS, linewidth=2, label="readable")
+    axis.plot(found.already_final, color=theme.THIRD, linewidth=1.3, linestyle="--", label="as after the last block")
     if found.onset is not None:
-        axis.plot([found.onset], [found.readable[found.onset]], marker="o", color=LIGHT.harmless, markersize=7)
-    axis.set_ylim(-0.03, 1.03)
-    axis.set_title("Linguistic expression")
-    axis.set_ylabel("share of top 5")
-
-
-def _curve(axis: Any, curve: Sequence[Estimate], colour: str, label: str, **line: Any) -> None:
-    """A line over the blocks, with its interval as a band."""
-    axis.plot([point.value for point in curve], color=colour, label=label, **{"linewidth": 2, **line})
-    low, high = [point.low for point in curve], [point.high for point in curve]
-    axis.fill_between(range(len(curve)), low, high, color=colour, alpha=0.18, linewidth=0)
+        axis.plot([found.onset], [found.readable[found.onset]], marker="o", color=theme.HARMLESS, markersize=7)
+    axis.set(ylim=(-0.03, 1.03), title="Linguistic expression", ylabel="share of top 5")
 
 
 def _mark(axis: Any, blocks: Sequence[int], colour: str) -> None:
@@ -103,15 +95,17 @@ def heads(found: HeadScores) -> bytes:
     """Every ablated head's score, block by head, with the safety heads framed."""
     table = pd.DataFrame((found.degrees_harmful - found.degrees_ordinary).T, columns=found.blocks)
     limit = max(float(table.abs().max(axis=None)), 1e-9)
-    with drawing(LIGHT, min(9.0, 1.6 + 0.2 * max(len(table), 8))) as figure:
+    with theme.drawing(min(9.0, 1.6 + 0.2 * max(len(table), 8))) as figure:
         axis = figure.subplots()
         _map(axis, table, "degrees: harmful less ordinary", cmap="PuOr_r", vmin=-limit, vmax=limit)
         for head in found.safety_heads:
             _frame(axis, table, head.block, head.head, edgecolor="#000000", linewidth=1.8)
-        axis.set_xlabel("block (zero-based)")
-        axis.set_ylabel("attention head")
-        axis.set_title("Safety heads are framed" if found.safety_heads else "No head matters for safety only")
-        return png(figure)
+        axis.set(
+            xlabel="block (zero-based)",
+            ylabel="attention head",
+            title="Safety heads are framed" if found.safety_heads else "No head matters for safety only",
+        )
+        return theme.png(figure)
 
 
 def sweep_map(located: Located) -> bytes:
@@ -123,8 +117,8 @@ def sweep_map(located: Located) -> bytes:
     low, high = float(table.min(axis=None)), float(table.max(axis=None))
     if high - low < 0.02:  # a difference that is none must not fill the scale
         low, high = (low + high) / 2 - 0.01, (low + high) / 2 + 0.01
-    colours = colormaps[LIGHT.scale].with_extremes(bad=LIGHT.missing)
-    with drawing(LIGHT, min(8.0, 1.8 + 0.42 * len(table))) as figure:
+    colours = colormaps["viridis"].with_extremes(bad=theme.MISSING)
+    with theme.drawing(min(8.0, 1.8 + 0.42 * len(table))) as figure:
         axis = figure.subplots()
         _map(axis, table, "AUC, cross-validated", cmap=colours, vmin=low, vmax=high)
         for (safety, semantic), estimate in pairs.items():
@@ -134,12 +128,11 @@ def sweep_map(located: Located) -> bytes:
                 axis.text(*place, f"{estimate.value:.3f}", ha="center", va="center", fontsize=8, color=over)
             if (safety, semantic) in proposal.tied:
                 _frame(axis, table, safety, semantic, edgecolor=over, linewidth=1.2, linestyle=":")
-        _frame(axis, table, *proposal.pair, edgecolor=LIGHT.harmful, linewidth=3.0)
-        axis.set_xlabel("safety layer")
-        axis.set_ylabel("semantic layer")
+        _frame(axis, table, *proposal.pair, edgecolor=theme.HARMFUL, linewidth=3.0)
+        axis.set(xlabel="safety layer", ylabel="semantic layer")
         others = "; dotted: within noise of it" if set(proposal.tied) - {proposal.pair} else ""
         axis.set_title(f"Chosen: {proposal.safety_layer} and {proposal.semantic_layer}{others}")
-        return png(figure)
+        return theme.png(figure)
 
 
 def _map(axis: Any, table: pd.DataFrame, label: str, **shades: Any) -> None:
@@ -165,29 +158,27 @@ def _frame(axis: Any, table: pd.DataFrame, column: int, row: int, **line: Any) -
 def scatter(located: Located) -> bytes:
     """t-SNE pictures side by side, one a block."""
     proposal = located.proposal
-    names = {
-        proposal.safety_layer: (": safety layer", LIGHT.safety),
-        proposal.semantic_layer: (": semantic layer", LIGHT.semantic),
-    }
+    safety, semantic = (": safety layer", theme.SAFETY), (": semantic layer", theme.SEMANTIC)
+    names = {proposal.safety_layer: safety, proposal.semantic_layer: semantic}
     kinds = [(prompt.label, prompt.channel) for prompt in located.drawn]
     rows = -(-len(located.tsne) // COLUMNS)
-    with drawing(LIGHT, rows * WIDTH / COLUMNS * 1.08 + 0.4) as figure:
+    with theme.drawing(rows * theme.WIDTH / COLUMNS * 1.08 + 0.4) as figure:
         axes = figure.subplots(rows, COLUMNS, squeeze=False)
         for axis in axes.flat[len(located.tsne) :]:
             axis.set_visible(False)
         for axis, (block, points) in zip(axes.flat, sorted(located.tsne.items()), strict=False):
             for label, channel in sorted(set(kinds)):
                 chosen = points[[kind == (label, channel) for kind in kinds]]  # (prompts of the kind, 2)
-                colour, word = (LIGHT.harmful, "harmful") if label else (LIGHT.harmless, "harmless")
+                colour, word = (theme.HARMFUL, "harmful") if label else (theme.HARMLESS, "harmless")
                 marked = {"marker": MARKERS.get(channel, "s"), "color": colour, "label": f"{word}, {channel}"}
                 axis.scatter(chosen[:, 0], chosen[:, 1], s=11, alpha=0.75, linewidths=0, **marked)
-            name, colour = names.get(block, ("", LIGHT.faint))
-            axis.set_title(f"block {block}{name}", fontsize=9, color=colour if name else LIGHT.ink)
+            name, colour = names.get(block, ("", theme.FAINT))
+            axis.set_title(f"block {block}{name}", fontsize=9, color=colour if name else theme.INK)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set(visible=True, color=colour, linewidth=2.0 if name else 0.8)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, markerscale=1.6)
-        return png(figure)
+        return theme.png(figure)
 
 
 def points(states: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which prompts are run: a share of the set, the pictures' controls, those that heads are ablated on, and halves."""
+"""Which prompts are run: enough of them, the pictures' controls, those that heads are ablated on, and halves."""
 
 from __future__ import annotations
 
@@ -6,38 +6,33 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
-from typing import TypeVar
 
 import numpy as np
 
 from sasa_export.errors import LocateError
 from sasa_export.prompts.prompt import Prompt
-
-Item = TypeVar("Item")
+from sasa_export.research.prompts import kinds_of_groups, share_of, spaced
 
 LEAST = 10  # groups of either label, below which nothing can be cross-validated
 CONTROLS = 120  # pictures that are compared with their controls
 
 
+def label_of(prompt: Prompt) -> int:
+    return prompt.label
+
+
 def limited(prompts: Sequence[Prompt], pairs: int | None) -> list[Prompt]:
-    """About `pairs` groups of prompts, evenly spaced, the kinds of groups in proportion. LocateError for too few."""
-    labels = _labels(prompts)
-    kept = set(labels)
-    if pairs is not None and pairs < len(labels):
-        kinds = defaultdict(list)
-        for group, held in labels.items():
-            kinds[tuple(sorted(held))].append(group)
-        kept = {
-            group for groups in kinds.values() for group in spaced(groups, round(len(groups) * pairs / len(labels)))
-        }
+    """About `pairs` groups of prompts; all for None. LocateError where they are too few."""
+    labels = kinds_of_groups(prompts, label_of)
+    kept = share_of(prompts, 1 if pairs is None else pairs / len(labels), label_of)
     for label, what in ((1, "harmful"), (0, "harmless")):
-        count = sum(label in labels[group] for group in kept)
+        count = len({prompt.group for prompt in kept if prompt.label == label})
         if count < LEAST:
             raise LocateError(
                 f"there are {count} groups with {what} prompts, and locating layers needs {LEAST} at least. "
                 "Give more with --calibration, or raise --limit."
             )
-    return [prompt for prompt in prompts if prompt.group in kept]
+    return kept
 
 
 def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -56,8 +51,8 @@ def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
     return found
 
 
-def ablated_on(prompts: Sequence[Prompt], count: int) -> dict[int, list[int]]:
-    """Row numbers of up to `count` prompts of either label (1, 0), evenly spaced.
+def ablated_on(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Up to `count` prompts of either label, evenly spaced.
 
     Both labels get as many of each channel, or a head that matters to pictures would pass for one that matters to
     whichever label has more of them.
@@ -72,39 +67,19 @@ def ablated_on(prompts: Sequence[Prompt], count: int) -> dict[int, list[int]]:
             "no kind of prompt (text, picture) comes with both labels, so that what heads do to harmful prompts cannot "
             "be told from what they do to that kind. Leave the ablation out: --ablation-prompts 0."
         )
-    found: dict[int, list[int]] = {1: [], 0: []}
+    chosen: list[int] = []
     for place, channel in enumerate(shared):
-        share = min(most[channel], (count - len(found[1])) // (len(shared) - place))
-        for label in (1, 0):
-            found[label] += spaced(held[channel][label], share)
-    return {label: sorted(rows) for label, rows in found.items()}
+        share = min(most[channel], (count - len(chosen) // 2) // (len(shared) - place))
+        for rows in held[channel].values():
+            chosen += spaced(rows, share)
+    return [prompts[row] for row in sorted(chosen)]
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of two halves that share no group, the kinds of groups in equal numbers; always the same ones."""
-    labels = _labels(prompts)
+    labels = kinds_of_groups(prompts, label_of)
     # Shuffled within a kind, so that a set sorted by category does not put every second category aside.
-    order = sorted(labels, key=lambda group: (sorted(labels[group]), Random(group).random()))
+    order = sorted(labels, key=lambda group: (labels[group], Random(group).random()))
     first = set(order[::2])
     inside = np.array([prompt.group in first for prompt in prompts])
     return np.flatnonzero(inside), np.flatnonzero(~inside)
-
-
-def labels_and_groups(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts' labels and groups, (prompts,) each."""
-    return np.array([prompt.label for prompt in prompts]), np.array([prompt.group for prompt in prompts])
-
-
-def spaced(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items, evenly spaced; all where there are no more."""
-    if count >= len(items):
-        return list(items)
-    return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]
-
-
-def _labels(prompts: Sequence[Prompt]) -> dict[str, set[int]]:
-    """The labels that each group holds; groups of equal labels are of one kind."""
-    labels: dict[str, set[int]] = defaultdict(set)
-    for prompt in prompts:
-        labels[prompt.group].add(prompt.label)
-    return labels

@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from sasa_export.research.intervals import Comparable, best, is_below, within_noise
 from sasa_export.research.locate.heads import HeadScores
-from sasa_export.research.locate.interval import Estimate, best, is_below, within_noise
 from sasa_export.research.locate.pairs import Pair
 from sasa_export.research.locate.survey import Evidence
 from sasa_export.research.locate.sweep import Sweep, cheapest
@@ -79,7 +79,7 @@ def nearest(pairs: Sequence[Pair], safety_blocks: Blocks, semantic_blocks: Block
     return [pair for pair in pairs if away[pair] == min(away.values())]
 
 
-def _safety_blocks(curve: Sequence[Estimate], heads: HeadScores | None) -> tuple[list[int], list[str]]:
+def _safety_blocks(curve: Sequence[Comparable], heads: HeadScores | None) -> tuple[list[int], list[str]]:
     estimates = dict(enumerate(curve))
     highest, last = best(estimates), len(curve) - 1
     # Nothing lies behind the last block that could be a semantic layer.
@@ -126,7 +126,7 @@ def _semantic_blocks(evidence: Evidence, first: int) -> tuple[list[int], list[st
     if alignment is None:
         reason.append("Semantic understanding: no picture prompts were given, so every later block is a candidate.")
         return list(range(first, end)) or [blocks - 1], reason
-    estimates = dict(enumerate(alignment.text_only[:end]))
+    estimates = dict(enumerate(alignment["text_only"][:end]))
     found, highest = within_noise(estimates), best(estimates)
     before = "" if end == blocks else f", of those before block {end}"
     reason.append(

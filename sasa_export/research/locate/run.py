@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sasa_export.files import check_apart, check_free, claimed, staged
+from sasa_export.files import check_apart, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import check_traces, trace_source
@@ -18,23 +16,23 @@ from sasa_export.models.load import Sizes, load_model, load_processor, read_size
 from sasa_export.probe.features import trace_loaded
 from sasa_export.prompts import Prompt, builtin, calibration_prompts
 from sasa_export.report import Silent
-from sasa_export.research.command_line import command_line
-from sasa_export.research.locate.ablation import Heads
+from sasa_export.research.locate.ablation import ablate
+from sasa_export.research.locate.command import LocateOptions
 from sasa_export.research.locate.family_file import check_family, write_family
 from sasa_export.research.locate.heads import HeadScores, head_scores
-from sasa_export.research.locate.lane import MainLane, watched
-from sasa_export.research.locate.options import LocateOptions
+from sasa_export.research.locate.lane import watched
 from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.locate.pairs import Pair, default_pairs, parse_blocks, parse_pairs
 from sasa_export.research.locate.pictures import points
-from sasa_export.research.locate.prompts import ablated_on, limited, spaced
+from sasa_export.research.locate.prompts import ablated_on, limited
 from sasa_export.research.locate.propose import propose
 from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.research.locate.sweep import held_out
-from sasa_export.research.work import Work, fingerprint
+from sasa_export.research.prompts import counts, spaced
+from sasa_export.research.report import SPARE_BYTES, command_line, last_name
+from sasa_export.research.work import Work, fingerprint, resumable
 from sasa_export.workers import workers
 
-SPARE_BYTES = 20_000_000  # pictures and page
 DRAWN_PROMPTS = 300  # as points of the t-SNE pictures
 DRAWN_BLOCKS = 9  # and the last one, and the chosen layers
 
@@ -51,60 +49,42 @@ class Plan:
     pairs: list[Pair]  # that are swept
     known: Pair | None  # what the family's file says
     blocks: list[int]  # whose heads are ablated
-    rows: dict[int, list[int]]  # of the prompts that they are ablated on, by label
+    ablated_on: list[Prompt]  # empty where the ablation is left out
     dtype: str
     device: str
 
 
-def locate(
-    options: LocateOptions, report: Silent | None = None, *, prompts: Sequence[Prompt] | None = None
-) -> Located | None:
+def locate(options: LocateOptions, report: Silent | None = None) -> Located | None:
     """Find where a model perceives danger, understands and speaks, and propose its layers.
 
-    `prompts` stand in for `options.calibration`. The report is written to `options.out`; what an interrupted run has
-    finished lies beside it, and the next run of the same command goes on from there. Several processes share the work
-    (`sasa_export.workers`); all but the first return None. Raises SasaExportError; then no report is written.
+    The report is written to `options.out`; what an interrupted run has finished lies beside it, and the next run of the
+    same command goes on from there. Several processes share the work (`sasa_export.workers`); all but the first return
+    None. Raises SasaExportError; then no report is written.
     """
     options.check()
-    team, work = workers(), Work.beside(options.out)
-    report = report if report is not None and team.leads else Silent()
-    with ExitStack() as stack:
-        if team.leads:
-            stack.enter_context(claimed(options.out))
-        check_free(options.out, force=options.force)
-        plan = _plan(options, prompts)
+    processes = workers()
+    report = report if report is not None and processes.leads else Silent()
+    with resumable(options.out, force=options.force) as work:
+        plan = _plan(options)
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
-        if team.leads:
-            stack.enter_context(work.kept())
-            of_run = fingerprint(
-                plan.source,
-                plan.prompts,
-                epsilon=options.epsilon,
-                batch_size=options.batch_size,
-                dtype=plan.dtype,
-                device=plan.device.partition(":")[0],
-            )
-            left = work.open(of_run, discard=options.force)
-            if left:
-                report.step("resume", f"{left} results of an interrupted run are there already")
-        team.wait()
+        if processes.leads:
+            work.open(_fingerprint(plan, options), discard=options.force, report=report)
+        processes.wait()
         evidence, heads = _measure(plan, options, work, report)
         if evidence is None:
             return None
-        command = command_line("locate", options) if prompts is None else ""
-        located = _conclude(plan, evidence, heads, command, report)
+        located = _conclude(plan, evidence, heads, command_line("locate", options), report)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(located, staging)
         if options.write_family is not None:
             write_family(options.write_family, plan.source, _entry(plan, located))
-        work.remove()
     safety, semantic = located.proposal.pair
     report.step("propose", f"safety layer {safety}, semantic layer {semantic}")
     report.step("done", f"{options.out / 'report.html'}")
     return located
 
 
-def _plan(options: LocateOptions, prompts: Sequence[Prompt] | None) -> Plan:
+def _plan(options: LocateOptions) -> Plan:
     """Everything that can be wrong before the work begins."""
     source = open_source(options.model)
     check_apart(options.out, source.directory)
@@ -114,24 +94,27 @@ def _plan(options: LocateOptions, prompts: Sequence[Prompt] | None) -> Plan:
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
     processor = load_processor(source)
-    if prompts is None and options.calibration:
+    if options.calibration:
         prompts = calibration_prompts(options.calibration)
-    elif prompts is None:
+    else:
         prompts = builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
-    chosen = limited(prompts, options.limit)
+    prompts = limited(prompts, options.limit)
     dtype, device = running(source, options.dtype, workers().device(options.device))
-    return Plan(
-        source,
-        sizes,
-        trace_source(source),
-        processor,
-        chosen,
-        default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks),
-        known,
-        list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks),
-        ablated_on(chosen, options.ablation_prompts) if options.ablation_prompts else {},
-        dtype,
-        device,
+    pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)
+    blocks = list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks)
+    ablated = ablated_on(prompts, options.ablation_prompts) if options.ablation_prompts else []
+    graph = trace_source(source)
+    return Plan(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device)
+
+
+def _fingerprint(plan: Plan, options: LocateOptions) -> dict[str, Any]:
+    return fingerprint(
+        plan.source,
+        plan.prompts,
+        epsilon=options.epsilon,
+        batch_size=options.batch_size,
+        dtype=plan.dtype,
+        device=plan.device.partition(":")[0],
     )
 
 
@@ -145,66 +128,48 @@ def _measure(
     check_traces(plan.graph, trace_loaded(model, plan.processor, plan.source, pictured))
     settings = LaneSettings(None, None, options.epsilon, plan.sizes.softcap)
     with watched(model, plan.processor, plan.graph) as lane:
-        if plan.rows:
-            _ablate(lane, plan, options, work, report)
+        heads = None
+        if plan.ablated_on:
+            ablated = ablate(lane, plan.ablated_on, plan.blocks, work, report, at_once=options.batch_size)
+            heads = head_scores(ablated, plan.blocks) if workers().leads else None
         evidence = survey(lane, plan.prompts, plan.pairs, settings, work, report, batch_size=options.batch_size)
-    return evidence, head_scores(work, plan.rows, plan.blocks) if plan.rows and workers().leads else None
-
-
-def _ablate(lane: MainLane, plan: Plan, options: LocateOptions, work: Work, report: Silent) -> None:
-    heads, rows = Heads(lane, options.batch_size), sorted(plan.rows[0] + plan.rows[1])
-    with report.bar(-(-len(rows) // workers().count) * len(plan.blocks), "ablate") as advance:
-        heads.run(plan.prompts, rows, plan.blocks, work, advance)
+    return evidence, heads
 
 
 def _conclude(plan: Plan, evidence: Evidence, heads: HeadScores | None, command: str, report: Silent) -> Located:
     """The proposal from the evidence, and what else a report shows."""
-    proposal, prompts = propose(evidence, heads), plan.prompts
+    proposal, prompts, blocks = propose(evidence, heads), plan.prompts, plan.sizes.blocks
     candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
     drawn, tsne = spaced(range(len(prompts)), DRAWN_PROMPTS), {}
-    blocks = {*spaced(range(plan.sizes.blocks), DRAWN_BLOCKS), plan.sizes.blocks - 1, *proposal.pair}
-    with report.bar(len(blocks), "t-SNE") as advance:
-        for block in blocks:
-            tsne[block] = points(evidence.passes.read("states", block)[drawn])
+    shown = {*spaced(range(blocks), DRAWN_BLOCKS), blocks - 1, *proposal.pair}
+    with report.bar(len(shown), "t-SNE") as advance:
+        for block in shown:
+            tsne[block] = points(evidence.results.read("states", block)[drawn])
             advance(1)
-    return Located(
-        subject=_subject(plan, command),
-        evidence=evidence,
-        heads=heads,
-        proposal=proposal,
-        known=plan.known,
-        held_out=held_out(evidence.sweep, candidates, prompts),
-        example=_example(evidence, prompts),
-        tsne=tsne,
-        drawn=[prompts[row] for row in drawn],
-    )
-
-
-def _subject(plan: Plan, command: str) -> dict[str, Any]:
-    name, harmful = plan.source.name, sum(prompt.label for prompt in plan.prompts)
-    return {
-        "model": Path(name).name if Path(name).exists() else name,
+    subject = {
+        "model": last_name(plan.source.name),
         "family": plan.source.family.name,
-        "blocks": plan.sizes.blocks,
+        "blocks": blocks,
         "hidden": plan.sizes.hidden,
         "dtype": plan.dtype,
         "device": plan.device.partition(":")[0],
-        "harmful": harmful,
-        "harmless": len(plan.prompts) - harmful,
-        "groups": len({prompt.group for prompt in plan.prompts}),
-        "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in plan.prompts})),
+        **counts(prompts),
+        "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
         "command": command,
     }
+    return Located(
+        subject, evidence, heads, proposal, plan.known, held_out(evidence.sweep, candidates, prompts),
+        _example(evidence, prompts), tsne, [prompts[row] for row in drawn],
+    )  # fmt: skip
 
 
 def _example(evidence: Evidence, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The likeliest tokens for a harmless picture prompt where there is one: its words may be shown to anyone."""
     row = min(range(len(prompts)), key=lambda row: (prompts[row].label, prompts[row].image is None, row))
     asked, question = prompts[row].prompt, prompts[row].question
-    tokens = evidence.passes.read("tokens")[row]  # (blocks, 5)
     return {
         "prompt": f'a picture that says "{question}", with: {asked}' if question else asked,
-        "words": [[evidence.vocabulary[token] for token in ranked] for ranked in tokens],
+        "words": [[evidence.vocabulary[token] for token in ranked] for ranked in evidence.results.read("tokens")[row]],
     }
 
 

@@ -1,38 +1,55 @@
-"""All evidence but the heads': passes over prompts and controls, then the figures. A patch with `auto` layers needs it
-as much as a report does."""
+"""All evidence but the heads': the model runs on prompts and controls, then the figures. A patch with `auto` layers
+needs it as much as a report does.
+
+A batch's hidden states stay in memory while it is worked on; what is kept is small: the last token's state and its
+five likeliest tokens behind every block, and one state of each second lane.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
 
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.models.load import head_weight
 from sasa_export.probe.fit import head_metric
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
+from sasa_export.research.intervals import Comparable
 from sasa_export.research.locate.expression import Expression, expression, token_texts
-from sasa_export.research.locate.interval import Estimate
-from sasa_export.research.locate.lane import MainLane
+from sasa_export.research.locate.lane import Batch, MainLane
 from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.passes import Passes
 from sasa_export.research.locate.perception import separability
 from sasa_export.research.locate.prompts import controls
-from sasa_export.research.locate.sweep import Sweep, sweep
-from sasa_export.research.locate.understanding import Alignment, understanding
-from sasa_export.research.work import Work
+from sasa_export.research.locate.sweep import Sweep, second_lane, sweep
+from sasa_export.research.locate.understanding import understanding
+from sasa_export.research.work import Results, Work
 from sasa_export.workers import workers
+
+LIKELIEST = 5  # tokens that the logit lens looks at
+MAIN_LANE = ("tokens", "plain", "states")  # what `_of_main_lane` gives
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The three capabilities block by block, the sweep, the passes that they come from, and every token's text."""
+    """The three capabilities block by block, and the sweep.
 
-    perception: dict[str, list[Estimate]]  # AUC behind each block, of "all" prompts and of each channel
-    understanding: Alignment | None
+    Attributes:
+        perception: AUC behind each block, of "all" prompts and of each channel.
+        understanding: alignment behind each block with the "text_only" and the "image_dominant" control, or None.
+        results: of each prompt "states", the last token's behind each block, (prompts, blocks, hidden), "tokens", the
+            likeliest behind each block, (prompts, blocks, 5), "plain", the normed state, and that of each second lane.
+        vocabulary: every token's text.
+    """
+
+    perception: dict[str, list[Comparable]]
+    understanding: dict[str, list[Comparable]] | None
     expression: Expression
     sweep: Sweep
-    passes: Passes
+    results: Results
     vocabulary: list[str]
 
 
@@ -55,22 +72,39 @@ def survey(
 
     All processes run the model, and all but the first return None.
     """
-    passes = Passes(work, "prompts", prompts, batch_size)
-    on_controls = Passes(work, "controls", controls(prompts), batch_size)
+    results = Results(work, "prompts", prompts, batch_size)
+    on_controls = Results(work, "controls", controls(prompts), batch_size)
     lanes = {
-        (safety, semantic): rewrite_lane(lane.graph, replace(settings, safety_layer=safety, semantic_layer=semantic))
+        second_lane((safety, semantic)): rewrite_lane(
+            lane.graph, replace(settings, safety_layer=safety, semantic_layer=semantic)
+        )
         for safety, semantic in pairs
     }
-    for these, second_lanes in ((passes, lanes), (on_controls, {})):
-        with report.bar(len(these.batches), f"run {these.kind}") as advance:
-            these.run(lane, second_lanes, advance)
+
+    def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        batch = lane.run(some)
+        for name in missing:
+            if name in lanes:
+                yield name, lane.second(batch, lanes[name]).float().cpu().numpy()  # (rows, hidden)
+        if set(MAIN_LANE) & set(missing):
+            yield from _of_main_lane(lane, batch)
+
+    results.fill([*lanes, *MAIN_LANE], compute, report)
+    on_controls.fill(MAIN_LANE, compute, report)
     if not workers().leads:
         return None
     blocks, head = len(lane.blocks), head_weight(lane.model)  # (vocabulary, hidden)
     vocabulary = token_texts(lane.processor.tokenizer, len(head))
-    with report.bar(blocks, "separate") as advance:
-        perception = separability(passes, blocks, advance)
-    with report.bar(len(pairs) + 1, "sweep") as advance:
-        swept = sweep(passes, pairs, head_metric(head), regularization, advance)
-    expressed = expression(passes.read("tokens"), vocabulary)
-    return Evidence(perception, understanding(on_controls, blocks), expressed, swept, passes, vocabulary)
+    perception = separability(results, blocks, report)
+    swept = sweep(results, pairs, head_metric(head), regularization, report)
+    expressed = expression(results.read("tokens"), vocabulary)
+    return Evidence(perception, understanding(on_controls, blocks), expressed, swept, results, vocabulary)
+
+
+def _of_main_lane(lane: MainLane, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:
+    states = lane.states(batch)
+    normed = [lane.normed(state) for state in states]  # (rows, hidden) each
+    tokens = [lane.head(state).topk(LIKELIEST).indices.cpu() for state in normed]  # (rows, 5) each
+    yield "tokens", torch.stack(tokens, 1).numpy().astype(np.int32)
+    yield "plain", normed[-1].float().cpu().numpy()
+    yield "states", torch.stack([state.float().cpu() for state in states], 1).numpy()

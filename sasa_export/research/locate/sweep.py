@@ -2,69 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sasa_export.probe.fit import CANDIDATES, best_regularization, in_metric
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.locate.interval import Estimate, auc_of, within_noise
+from sasa_export.report import Silent
+from sasa_export.research.intervals import Comparable, auc_of, within_noise
 from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.passes import Passes, second_lane
-from sasa_export.research.locate.prompts import halves, labels_and_groups
+from sasa_export.research.locate.prompts import halves
+from sasa_export.research.prompts import labels_and_groups
+from sasa_export.research.work import Results
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Cross-validated AUC of the probe with each pair's projection, and of the probe without any.
+    """Cross-validated AUC of the probe with each pair's projection, and `plain`, of the probe without any.
 
-    `scores` holds P(unsafe) of every prompt (prompts,) by a probe on the pair that did not see its group. `together` is
-    the AUC of the mean of all pairs' log-odds.
+    `scores` holds P(unsafe) of every prompt (prompts,) by a probe on the pair that did not see its group.
     """
 
-    pairs: dict[Pair, Estimate]
-    plain: Estimate
+    pairs: dict[Pair, Comparable]
+    plain: Comparable
     scores: dict[Pair, np.ndarray]
-    together: Estimate
 
     def tied(self, candidates: Sequence[Pair]) -> list[Pair]:
         """The candidates that are not below the best of them by more than noise."""
         return within_noise({pair: self.pairs[pair] for pair in candidates})
 
 
+def second_lane(pair: Pair) -> str:
+    """The name under which `survey` keeps the normed state of a pair's second lane, (prompts, hidden)."""
+    return f"lane-{pair[0]}-{pair[1]}"
+
+
 def sweep(
-    passes: Passes,
-    pairs: Sequence[Pair],
-    metric: np.ndarray,
-    regularization: float | None,
-    advance: Callable[[int], None],
+    results: Results, pairs: Sequence[Pair], metric: np.ndarray, regularization: float | None, report: Silent
 ) -> Sweep:
     """Fit and cross-validate each pair's probe.
 
     The features are normed states in the head's metric (hidden, hidden), as in calibration; where a model caps its
     logits, they are those before the cap. `regularization` is the probe's C; None chooses it as calibration does.
-    `advance` counts probes.
     """
-    labels, groups = labels_and_groups(passes.prompts)
+    labels, groups = labels_and_groups(results.prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
 
     def scored(name: str) -> np.ndarray:
         # A logistic regression with an L2 penalty gives the same scores after a rotation into as few dimensions as
         # the features span, and is done much sooner.
-        left, scale, _ = np.linalg.svd(in_metric(passes.read(name), metric), full_matrices=False)
-        _, scores = best_regularization(left * scale, labels, groups.tolist(), candidates)
-        advance(1)
-        return scores  # (prompts,)
+        left, scale, _ = np.linalg.svd(in_metric(results.read(name), metric), full_matrices=False)
+        return best_regularization(left * scale, labels, groups.tolist(), candidates)[1]  # (prompts,)
 
-    scores = {pair: scored(second_lane(pair)) for pair in pairs}
-    inside = np.clip(list(scores.values()), 1e-6, 1 - 1e-6)  # (pairs, prompts)
-    return Sweep(
-        {pair: auc_of(found, labels, groups) for pair, found in scores.items()},
-        auc_of(scored("plain"), labels, groups),
-        scores,
-        auc_of(np.log(inside / (1 - inside)).mean(0), labels, groups),
-    )
+    scores = {}
+    with report.bar(len(pairs), "sweep") as advance:
+        for pair in pairs:
+            scores[pair] = scored(second_lane(pair))
+            advance(1)
+    areas = {pair: auc_of(found, labels, groups) for pair, found in scores.items()}
+    return Sweep(areas, auc_of(scored("plain"), labels, groups), scores)
 
 
 def cheapest(pairs: Sequence[Pair]) -> Pair:
@@ -79,7 +76,7 @@ def held_out(swept: Sweep, candidates: Sequence[Pair], prompts: Sequence[Prompt]
     """
     labels, groups = labels_and_groups(prompts)
 
-    def auc(pair: Pair, rows: np.ndarray) -> Estimate:
+    def auc(pair: Pair, rows: np.ndarray) -> Comparable:
         return auc_of(swept.scores[pair][rows], labels[rows], groups[rows])
 
     first, second = halves(prompts)

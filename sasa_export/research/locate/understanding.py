@@ -13,44 +13,28 @@ the same. The same with i_r says how far the picture carries the state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
-from sasa_export.research.locate.interval import Estimate, mean_of
-from sasa_export.research.locate.passes import Passes
+from sasa_export.research.intervals import Comparable, mean_of
+from sasa_export.research.work import Results
+
+CONTROLS = ("text_only", "image_dominant")
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """Alignment of the picture's state with either control, behind each block, and the cosines without the means."""
-
-    requests: int
-    text_only: list[Estimate]
-    image_dominant: list[Estimate]
-    raw_text_only: list[float]
-    raw_image_dominant: list[float]
-
-
-def understanding(passes: Passes, blocks: int) -> Alignment | None:
-    """Alignment behind each block, from passes over `controls(...)`; None where there are fewer than two requests."""
-    groups = np.array([prompt.group for prompt in passes.prompts[::3]])
+def understanding(results: Results, blocks: int) -> dict[str, list[Comparable]] | None:
+    """Alignment behind each block with either control, from a run on `controls(...)`; None for under two requests."""
+    groups = np.array([prompt.group for prompt in results.prompts[::3]])
     if len(groups) < 2:
         return None
-    return alignment([passes.read("states", block).reshape(len(groups), 3, -1) for block in range(blocks)], groups)
+    states = (results.read("states", block).reshape(len(groups), 3, -1) for block in range(blocks))
+    found = [alignment(of, groups) for of in states]
+    return {name: [block[name] for block in found] for name in CONTROLS}
 
 
-def alignment(states: Sequence[np.ndarray], groups: np.ndarray) -> Alignment:
-    """From each block's states (requests, 3, hidden): picture with text, text-only and image-dominant control."""
-    found = Alignment(len(groups), [], [], [], [])
-    for block in states:
-        both, text, image = block.transpose(1, 0, 2)  # (requests, hidden) each
-        found.text_only.append(mean_of(cosines(centred(both), centred(text)), groups))
-        found.image_dominant.append(mean_of(cosines(centred(both), centred(image)), groups))
-        found.raw_text_only.append(float(cosines(both, text).mean()))
-        found.raw_image_dominant.append(float(cosines(both, image).mean()))
-    return found
+def alignment(states: np.ndarray, groups: np.ndarray) -> dict[str, Comparable]:
+    """From a block's states (requests, 3, hidden): picture with text, text-only and image-dominant control."""
+    both, *others = (centred(kind) for kind in states.transpose(1, 0, 2))  # (requests, hidden) each
+    return {name: mean_of(cosines(both, other), groups) for name, other in zip(CONTROLS, others, strict=True)}
 
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:

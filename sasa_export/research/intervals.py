@@ -1,16 +1,21 @@
-"""Figures with 95 % intervals: Wilson's for shares, and a bootstrap of whole groups for all else."""
+"""Figures with 95 % intervals: Wilson's for shares, a bootstrap of whole groups, and for areas and means DeLong's
+variance with the prompts of one group counted as one (Obuchowski 1997), by which figures of the same prompts compare.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
 CONFIDENCE = 0.95
+SPAN = 1.96  # standard errors on either side
 DRAWS = 1000
 AT_ONCE = 2_000_000  # weights in memory at a time
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,9 @@ class Estimate:
     def __format__(self, form: str) -> str:
         form = form or self.form
         return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+    def __str__(self) -> str:
+        return format(self)
 
     @property
     def short(self) -> str:
@@ -41,6 +49,13 @@ class Share(Estimate):
     form: ClassVar[str] = ".1%"
 
 
+@dataclass(frozen=True)
+class Comparable(Estimate):
+    """A figure with its influence, (groups,): how much each group of prompts adds to it."""
+
+    influence: np.ndarray
+
+
 def share(flags: np.ndarray) -> Share | None:
     """The share of flags (prompts,), bool, that hold, with Wilson's interval; None where there are no prompts."""
     from scipy.stats import binomtest
@@ -52,12 +67,73 @@ def share(flags: np.ndarray) -> Share | None:
     return Share(count / len(flags), float(interval.low), float(interval.high), count, len(flags))
 
 
-def bootstrap(measure: Callable[[np.ndarray], np.ndarray], groups: Sequence[str]) -> Estimate:
+# ------------------------------------------------------------------------------------------- comparable figures
+
+
+def auc_of(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Comparable:
+    """The area under the ROC curve of scores (prompts,) for labels 0 and 1."""
+    harmful, harmless = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
+    influence = np.zeros(len(scores))
+    # For a harmful prompt the share of harmless ones below it, for a harmless one that of harmful ones above it.
+    below = (np.searchsorted(harmless, scores, "left") + np.searchsorted(harmless, scores, "right")) / 2
+    above = len(harmful) - (np.searchsorted(harmful, scores, "left") + np.searchsorted(harmful, scores, "right")) / 2
+    value = float(below[labels == 1].mean() / len(harmless))
+    influence[labels == 1] = (below[labels == 1] / len(harmless) - value) / len(harmful)
+    influence[labels == 0] = (above[labels == 0] / len(harmful) - value) / len(harmless)
+    return _comparable(value, influence, groups, 0.0, 1.0)
+
+
+def mean_of(values: np.ndarray, groups: np.ndarray) -> Comparable:
+    """The mean of values (prompts,)."""
+    value = float(values.mean())
+    return _comparable(value, (values - value) / len(values), groups, -np.inf, np.inf)
+
+
+def is_below(lower: Comparable, higher: Comparable, among: int = 1) -> bool:
+    """Is the first figure below the second by more than noise? Both must be of the same prompts.
+
+    `among` is the number of figures that the higher one is the best of: the best of many is partly luck, so that a
+    difference counts only where it would be seen in one of twenty such comparisons by chance (Bonferroni).
+    """
+    from scipy.stats import norm
+
+    span = float(norm.isf(0.025 / among))
+    # A difference of rounding alone is none, however small the noise.
+    return bool(higher.value - lower.value > span * _error(higher.influence - lower.influence) + 1e-9)
+
+
+def best(estimates: Mapping[Key, Comparable]) -> Key:
+    """The key of the highest figure, the first of equals."""
+    return max(estimates, key=lambda key: estimates[key].value)
+
+
+def within_noise(estimates: Mapping[Key, Comparable]) -> list[Key]:
+    """The keys of the figures that are not below the best one by more than noise, in order."""
+    highest = estimates[best(estimates)]
+    return [key for key, estimate in estimates.items() if not is_below(estimate, highest, len(estimates))]
+
+
+def _comparable(value: float, influence: np.ndarray, groups: np.ndarray, least: float, most: float) -> Comparable:
+    _, index = np.unique(groups, return_inverse=True)
+    by_group = np.bincount(index, weights=influence)  # (groups,)
+    error = SPAN * _error(by_group)
+    return Comparable(value, max(least, value - error), min(most, value + error), by_group)
+
+
+def _error(by_group: np.ndarray) -> float:
+    count = len(by_group)
+    return float(np.sqrt((by_group**2).sum() * count / max(count - 1, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------- bootstrap
+
+
+def bootstrap(measure: Callable[[np.ndarray], np.ndarray], groups: np.ndarray) -> Estimate:
     """A figure of prompts, and how it varies when whole groups are drawn again with replacement.
 
     Args:
         measure: from weights (draws, prompts), how often each prompt counts, to figures (draws,).
-        groups: of each prompt. Equal groups give equal draws, so differences of figures are paired.
+        groups: (prompts,). Equal groups give equal draws, so differences of figures are paired.
     """
     value = measure(np.ones((1, len(groups))))[0]
     drawn = np.concatenate([measure(weights) for weights in resamples(groups)])  # (DRAWS,)
@@ -65,9 +141,9 @@ def bootstrap(measure: Callable[[np.ndarray], np.ndarray], groups: Sequence[str]
     return Estimate(float(value), float(low), float(high))
 
 
-def resamples(groups: Sequence[str]) -> Iterator[np.ndarray]:
+def resamples(groups: np.ndarray) -> Iterator[np.ndarray]:
     """How often each prompt is drawn, (draws, prompts), in parts of bounded memory, 1000 draws in all."""
-    _, index = np.unique(np.asarray(groups), return_inverse=True)  # (prompts,)
+    _, index = np.unique(groups, return_inverse=True)  # (prompts,)
     count = int(index.max()) + 1
     draw = np.random.default_rng(0)
     size = max(1, AT_ONCE // len(index))
@@ -107,7 +183,4 @@ def _by_score(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tu
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])  # (steps,), where a new score begins
     ordered = weights[:, order].astype(float)  # (draws, prompts)
     harmful = labels[order] == 1  # (prompts,)
-    return (
-        np.add.reduceat(ordered * harmful, starts, axis=1),
-        np.add.reduceat(ordered * ~harmful, starts, axis=1),
-    )
+    return np.add.reduceat(ordered * harmful, starts, 1), np.add.reduceat(ordered * ~harmful, starts, 1)

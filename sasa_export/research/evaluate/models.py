@@ -1,8 +1,10 @@
-"""A model in torch: the original, or a patched directory of safetensors with the code that it carries."""
+"""The two models that answer: in torch, the original or a patched directory with the code that it carries; in
+onnxruntime, a patched directory of graphs, one prompt at a time, driven as any runtime drives it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +71,46 @@ class TorchModel:
             torch.accelerator.synchronize()
 
 
+class OnnxModel:
+    """The same of a directory of graphs. EvaluateError where they do not run here, or would not answer alike."""
+
+    def __init__(self, directory: Path, dtype: str, device: str, tokens: int) -> None:
+        from sasa_export.verify.fresh.onnx_model import Model
+        from sasa_export.writers.onnx import SUFFIX
+
+        with _loading(directory):
+            self.model = Model(directory, SUFFIX[dtype], "cuda" if device.startswith("cuda") else "cpu")
+        self.tokens = tokens
+        if self.model.about["not_followed"]:
+            raise EvaluateError(
+                f"generation_config.json of {directory} sets {', '.join(self.model.about['not_followed'])}, which is "
+                "not followed here, so its answers would not be the original's. Evaluate the safetensors directory."
+            )
+
+    def answers(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """As `TorchModel.answers`."""
+        tokens, scores = np.full((len(prompts), self.tokens), -1), np.zeros(len(prompts))
+        for row, prompt in enumerate(prompts):
+            scores[row], _, said = self.model.answer(self.prepare([prompt]), self.tokens)
+            tokens[row, : len(said)] = said
+        return {"tokens": tokens, "scores": scores}
+
+    def prepare(self, prompts: Sequence[Prompt]) -> Any:
+        """The graphs' inputs for one prompt."""
+        return {name: tensor.numpy() for name, tensor in encode(self.model.processor, prompts).items()}
+
+    def judge(self, inputs: Any) -> None:
+        """Run the prompt: the verdict is there with the first logits, and so is the first token."""
+        self.model.judge(inputs)
+
+    begin = judge
+
+
 def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
     """The patched model and its processor, as a user loads them. Raises EvaluateError where it does not load."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    try:
+    with _loading(directory):
         model = AutoModelForImageTextToText.from_pretrained(
             directory,
             dtype=getattr(torch, dtype),
@@ -82,10 +119,17 @@ def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
             use_safetensors=True,
         )
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # its code is a program of its own
+    processor.tokenizer.padding_side = "left"
+    return model.eval(), processor
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    """Raise EvaluateError for whatever goes wrong: the directory's code, and onnxruntime, have errors of their own."""
+    try:
+        yield
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise EvaluateError(
             f"{directory} does not load ({reason}). Verify it: sasa-export verify {directory}"
         ) from None
-    processor.tokenizer.padding_side = "left"
-    return model.eval(), processor

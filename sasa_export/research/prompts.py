@@ -1,0 +1,51 @@
+"""Choosing among labelled prompts: shares of a set, in whole groups, and what figures need of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sasa_export.prompts.prompt import Prompt
+
+Item = TypeVar("Item")
+
+
+def spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, evenly spaced; all where there are no more."""
+    if count >= len(items):
+        return list(items)
+    return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]
+
+
+def kinds_of_groups(prompts: Sequence[Prompt], kind: Callable[[Prompt], Any]) -> dict[str, tuple[Any, ...]]:
+    """The kinds of prompt that each group holds, in rising order; groups of equal ones are of one kind."""
+    held: dict[str, set[Any]] = defaultdict(set)
+    for prompt in prompts:
+        held[prompt.group].add(kind(prompt))
+    return {group: tuple(sorted(kinds)) for group, kinds in held.items()}
+
+
+def share_of(prompts: Sequence[Prompt], share: float, kind: Callable[[Prompt], Any]) -> list[Prompt]:
+    """About that share of the prompts in whole groups, evenly spaced, the kinds of groups in proportion."""
+    if share >= 1:
+        return list(prompts)
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for group, held in kinds_of_groups(prompts, kind).items():
+        groups[held].append(group)
+    kept = {group for alike in groups.values() for group in spaced(alike, max(1, round(len(alike) * share)))}
+    return [prompt for prompt in prompts if prompt.group in kept]
+
+
+def labels_and_groups(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts' labels and groups, (prompts,) each."""
+    return np.array([prompt.label for prompt in prompts]), np.array([prompt.group for prompt in prompts])
+
+
+def counts(prompts: Sequence[Prompt]) -> dict[str, int]:
+    """How many prompts of either label there are, in how many groups."""
+    harmful = sum(prompt.label for prompt in prompts)
+    groups = len({prompt.group for prompt in prompts})
+    return {"harmful": harmful, "harmless": len(prompts) - harmful, "groups": groups}
