@@ -40,7 +40,8 @@ class Probe(nn.Module):
 
     def check(self) -> None:
         """Raise ValueError where the gate could not judge by it."""
-        if not (self.weight.is_meta or self.weight.isfinite().all() and self.bias.isfinite() and self.weight.any()):
+        finite = torch.isfinite(self.weight).all() and torch.isfinite(self.bias)
+        if not self.weight.is_meta and not (finite and self.weight.any()):
             raise ValueError(f"sasa.probe is zero, NaN or infinite, so the gate cannot judge. {HOW_TO_LOAD}")
 
 

@@ -22,7 +22,7 @@ class Signature:
 
 
 class Decoder(nn.Module):
-    """inputs_embeds, attention_mask, position_ids, cache -> logits, cache; guarded, also P(unsafe) and whether it is due.
+    """inputs_embeds, attention_mask, position_ids, cache -> logits, cache; guarded, also P(unsafe), and if it is due.
 
     Args:
         model: a guarded ...ForConditionalGeneration, or a stock one: the plain export to compare with.

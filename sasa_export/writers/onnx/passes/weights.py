@@ -14,8 +14,8 @@ BIG = 1024  # elements; smaller constants are left to the exporter's own folding
 def folds(node: ir.Node) -> bool | None:
     """May the exporter compute this node once and for all? None leaves it to the exporter's own rules.
 
-    One that rearranges a weight must stay: folded, there would be a second copy of it in memory and, used in both lanes,
-    in the file. But the few rows of the embedding that the gate compares with are all that it needs of it.
+    One that rearranges a weight must stay: folded, a second copy of it would be in memory and, used in both lanes, in
+    the file. But the few rows of the embedding that the gate compares with are all that it needs of it.
     """
     big = [value for value in node.inputs if value is not None and _is_weight(value)]
     if node.op_type == "Gather" and big:
