@@ -2,8 +2,8 @@
 
     tap -> projection -> second lane -> norm -> head (where it is not linear) -> probe -> gate
 
-A pass is a function `(graph, settings) -> graph`. It checks its preconditions first and raises RewriteError, which names
-the node, where one does not hold.
+A pass is a function `(graph, settings) -> graph`. It checks its preconditions first and raises RewriteError, which
+names the node, where one does not hold.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sasa_export.graph import LayerGraph, Node
 class LaneSettings:
     """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any.
 
-    Without layers there is no projection and no second lane: the probe reads the end of the main lane. With `probe_block`
-    the second lane ends there; the safety layer's own number stands for the projection itself.
+    Without layers there is no projection and no second lane: the probe reads the end of the main lane. With
+    `probe_block` the second lane ends there; the safety layer's own number stands for the projection itself.
     """
 
     safety_layer: int | None
@@ -99,7 +99,8 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
             )
     if not safety <= last < len(blocks):
         raise RewriteError(
-            f"--probe-block is {last}; it must be from the safety layer, {safety}, to the last block, {len(blocks) - 1}."
+            f"--probe-block is {last}; it must be from the safety layer, {safety}, to the last block, "
+            f"{len(blocks) - 1}."
         )
     for block in blocks[safety + 1 : last + 1]:
         name, index = f"sasa.lane.layers.{block.attributes['index']}", block.attributes["index"]

@@ -40,8 +40,8 @@ class Probe(nn.Module):
 
     def check(self) -> None:
         """Raise ValueError where the gate could not judge by it."""
-        finite = torch.isfinite(self.weight).all() and torch.isfinite(self.bias)
-        if not self.weight.is_meta and not (finite and self.weight.any()):
+        usable = self.weight.isfinite().all() & self.bias.isfinite() & self.weight.any()
+        if not self.weight.is_meta and not usable:
             raise ValueError(f"sasa.probe is zero, NaN or infinite, so the gate cannot judge. {HOW_TO_LOAD}")
 
 
