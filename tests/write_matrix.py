@@ -3,7 +3,7 @@
     pytest tests/test_matrix.py --junitxml=build/matrix.xml
     python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
 
-Exits with 1 where a row failed or was not run; the table is written all the same.
+Exits with 1 where a row failed or was never run; the table is written all the same.
 """
 
 import sys
@@ -18,8 +18,9 @@ TEMPLATE = """\
 # The bypass matrix
 
 Written by `make matrix` from a test run, never by hand: one row a way of running a guarded model, tried with harmful
-and harmless prompts beside the original model in the same way. ✓: it held; ✗: it did not; –: it was not run. What the
-gate is meant to stop, and what is known to remain, stands in [security.md](security.md).
+and harmless prompts beside the original model in the same way. ✓: it held; ✗: it did not, or was never run; –: skipped,
+for want of a device or a package. What the gate is meant to stop, and what is known to remain, stands in
+[security.md](security.md).
 {% for section, rows in sections.items() %}
 ## {{ section }}
 
@@ -42,14 +43,14 @@ def results(report: Path) -> dict[str, str]:
 
 
 def document(rows: list[Row], marks: dict[str, str]) -> tuple[str, list[str]]:
-    """The Markdown, and which rows failed or were not run."""
+    """The Markdown, and which rows failed or were never run."""
     sections: dict[str, list[tuple[Row, dict[str, str]]]] = {}
     for row in rows:
-        found = {target: marks.get(f"test_row[{row.identifier_on(target)}]", "–") for target in row.targets}
+        found = {target: marks.get(f"test_row[{row.identifier_on(target)}]", "✗") for target in row.targets}
         sections.setdefault(row.section, []).append((row, found))
     wrong = [
-        f"{row.name}, {target}: {mark}"
-        for found in sections.values() for row, seen in found for target, mark in seen.items() if mark != "✓"
+        f"{row.name}, {target}"
+        for found in sections.values() for row, seen in found for target, mark in seen.items() if mark == "✗"
     ]  # fmt: skip
     text = jinja2.Template(TEMPLATE, keep_trailing_newline=True).render(sections=sections)
     return text, wrong
@@ -58,4 +59,4 @@ def document(rows: list[Row], marks: dict[str, str]) -> tuple[str, list[str]]:
 if __name__ == "__main__":
     text, wrong = document(ROWS, results(Path(sys.argv[1])))
     Path(sys.argv[2]).write_text(text, encoding="utf-8")
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) or None)
