@@ -254,7 +254,10 @@ QUIET: dict[str, Edit] = {
 }
 
 
-@pytest.mark.parametrize("name", ["nothing", *QUIET, *DAMAGE])
+TOKENIZED = ("a special token in the refusal", "a refusal too long")  # found where the model is loaded
+
+
+@pytest.mark.parametrize("name", ["nothing", *QUIET, *(name for name in DAMAGE if name not in TOKENIZED)])
 def test_verify_names_every_change(guard: Guards, tmp_path: Path, name: str) -> None:
     """`verify` finds what was changed, also where a guarded model still loads."""
     directory = shutil.copytree(guard("llava").directory, tmp_path / "changed")

@@ -169,10 +169,10 @@ def test_the_rule_token_by_token(fed: list[list[int]], padding: int, harmful: bo
     context: list[int] = []
     for number, tokens in enumerate(fed):
         ids = torch.tensor([[0] * (padding if number == 0 else 0) + tokens])  # (1, tokens)
-        symbols, real = TOKENS.in_ids(ids), ids != 0
+        numbers, real = TOKENS.in_ids(ids), ids != 0
         several = torch.tensor(ids.shape[1] > 1)
         earlier = torch.nn.functional.pad(kept, (0, 0, 2, 0))[:, -2:]  # (1, 2, 3)
-        call = Call(symbols, real, earlier, several, several)
+        call = Call(numbers, real, earlier, several, several)
         due = find_due(call, TOKENS)
         judged = tuple(context + tokens[: int(due.at) + 1 - (ids.shape[1] - len(tokens))])
         refused = due.rows & torch.tensor([refuses(judged)])
@@ -181,7 +181,7 @@ def test_the_rule_token_by_token(fed: list[list[int]], padding: int, harmful: bo
         if number == 0 and padding and len(tokens) == 1:
             return  # a first call of padding and one token brings several
         assert (bool(due.rows), int(states[0, -1])) == rule.feed(tokens), fed
-        kept = torch.cat([kept, torch.stack([states, turns, symbols], dim=-1)], dim=1)
+        kept = torch.cat([kept, torch.stack([states, turns, numbers], dim=-1)], dim=1)
 
 
 def test_generate_says_where_its_prompt_ends() -> None:

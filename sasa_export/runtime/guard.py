@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from sasa_export.runtime.formulas import gate, unsafe_probability
 from sasa_export.runtime.lane import Recording, context_arguments, project_taps, run_lane
-from sasa_export.runtime.ledger import PICTURE, SYMBOL, Ledger
+from sasa_export.runtime.ledger import PICTURE, NUMBER, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
 
@@ -73,7 +73,7 @@ class Guard(nn.Module):
         refused = due.rows & ~(probability < self.settings["threshold"])  # (batch,); NaN could not be judged
         states, turns = follow(call, due, refused, tokens)  # (batch, tokens)
 
-        columns = torch.cat([torch.stack([states, turns], dim=-1), columns[..., SYMBOL:]], dim=-1)
+        columns = torch.cat([torch.stack([states, turns], dim=-1), columns[..., NUMBER:]], dim=-1)
         self._keep(output.past_key_values, columns, projection)
         if torch.compiler.is_exporting() or states.any():
             output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
@@ -89,12 +89,12 @@ class Guard(nn.Module):
         columns of its tokens, (batch, tokens, columns), int64, in which STATE and TURN are still 0."""
         ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds", torch.empty(0))
         if ids is not None:
-            symbols = tokens.in_ids(ids)  # (batch, tokens)
+            numbers = tokens.in_ids(ids)  # (batch, tokens)
         else:
-            table = torch.tensor(tokens.table, device=embeddings.device)  # (symbols,)
-            symbols = tokens.in_embeddings(embeddings, model.get_input_embeddings()(table))  # (batch, tokens)
-        (batch, count), past, device, end = symbols.shape, kept[0].shape[2], symbols.device, prompt_end.get()
-        real = real_tokens(kwargs.get("attention_mask"), past + count, symbols)  # (batch, context)
+            table = torch.tensor(tokens.table, device=embeddings.device)  # (numbers,)
+            numbers = tokens.in_embeddings(embeddings, model.get_input_embeddings()(table))  # (batch, tokens)
+        (batch, count), past, device, end = numbers.shape, kept[0].shape[2], numbers.device, prompt_end.get()
+        real = real_tokens(kwargs.get("attention_mask"), past + count, numbers)  # (batch, context)
         earlier = self.ledger.tail(kept, max(1, len(tokens.generation_prompt))).to(device)  # (batch, length, 3)
         # Lengths as tensors: as numbers they would be frozen into an exported graph.
         several = closes = torch.full((), count, device=device) != 1  # ()
@@ -103,14 +103,14 @@ class Guard(nn.Module):
             prompt = torch.arange(past, past + count, device=device) < end  # (tokens,)
             closes = torch.tensor(past + count >= end, device=device)  # ()
         types = kwargs.get("token_type_ids")
-        types = torch.zeros_like(symbols) if types is None else types[:, -count:].to(symbols)  # (batch, tokens)
+        types = torch.zeros_like(numbers) if types is None else types[:, -count:].to(numbers)  # (batch, tokens)
         if positions is None:
             positions = torch.arange(past, past + count, device=device)[None]  # (1, tokens)
         positions = (positions if positions.dim() > 2 else positions[None])[-self.ledger.axes :].to(device)
-        digits = self.ledger.digits(positions.expand(self.ledger.axes, batch, count)).to(symbols)
-        unset = torch.zeros_like(symbols)
-        columns = torch.cat([torch.stack([unset, unset, symbols, types], dim=-1), digits], dim=-1)
-        return Call(symbols, real[:, past:], earlier, several, closes, prompt), real, columns
+        digits = self.ledger.digits(positions.expand(self.ledger.axes, batch, count)).to(numbers)
+        unset = torch.zeros_like(numbers)
+        columns = torch.cat([torch.stack([unset, unset, numbers, types], dim=-1), digits], dim=-1)
+        return Call(numbers, real[:, past:], earlier, several, closes, prompt), real, columns
 
     def _run_lane(
         self, model: Any, entry: dict[str, torch.Tensor], kept: list[torch.Tensor], columns: torch.Tensor,
@@ -144,7 +144,7 @@ class Guard(nn.Module):
         ValueError where the cache holds tokens that were never judged.
         """
         past = 0 if cache is None else cache.get_seq_length()
-        past = int(past) if isinstance(past, torch.Tensor) else past  # in an exported graph it is a symbol
+        past = int(past) if isinstance(past, torch.Tensor) else past  # in an exported graph it is a number
         if cache is None or past == 0:
             return []
         layers = cache.layers[self.ledger.first :]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# Its columns. STATE is 0, or k + 1 where token k of the refusal is due; TURN and SYMBOL are those of the verdict;
+# Its columns. STATE is 0, or k + 1 where token k of the refusal is due; TURN and NUMBER are those of the verdict;
 # PICTURE is the token's type in families that tell pictures from text by it. Digits of the position follow.
-STATE, TURN, SYMBOL, PICTURE, POSITION = range(5)
+STATE, TURN, NUMBER, PICTURE, POSITION = range(5)
 DIGITS, BASE = 3, 128  # of a position, one column each
 SHIFT = BASE**DIGITS // 2  # added to positions, since some families have negative ones
 
@@ -65,8 +65,8 @@ class Ledger:
         return flat[..., : self.columns].round().long(), projection
 
     def tail(self, tensors: list[torch.Tensor], count: int) -> torch.Tensor:
-        """The last `count` tokens' STATE, TURN and SYMBOL, (batch, count, 3), int64; 0 where there were fewer."""
-        kept = tensors[0][:, 0, :, : SYMBOL + 1]  # (batch, past, 3)
+        """The last `count` tokens' STATE, TURN and NUMBER, (batch, count, 3), int64; 0 where there were fewer."""
+        kept = tensors[0][:, 0, :, : NUMBER + 1]  # (batch, past, 3)
         return nn.functional.pad(kept, (0, 0, count, 0))[:, kept.shape[1] :].round().long()
 
     def digits(self, positions: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ UNJUDGED, JUDGED, ANSWER = range(3)
 
 @dataclass(frozen=True)
 class TemplateTokens:
-    """The tokens that the gate knows, as symbols: token `table[i]` is i + 1, any other is 0."""
+    """The template's and the refusal's tokens, numbered: token `table[i]` has the number i + 1, any other 0."""
 
     table: tuple[int, ...]
     generation_prompt: tuple[int, ...]
@@ -30,21 +30,21 @@ class TemplateTokens:
         """Those of config.sasa."""
         lists = [sasa["generation_prompt_ids"], sasa["turn_token_ids"], sasa["refusal_token_ids"]]
         table = sorted(set().union(*lists))
-        symbol = {token: index + 1 for index, token in enumerate(table)}
-        return cls(tuple(table), *(tuple(symbol[token] for token in tokens) for tokens in lists))
+        number = {token: index + 1 for index, token in enumerate(table)}
+        return cls(tuple(table), *(tuple(number[token] for token in tokens) for tokens in lists))
 
     def in_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """The symbols of token ids (batch, tokens)."""
-        table = torch.tensor(self.table, device=ids.device)  # (symbols,)
-        order = torch.arange(1, len(self.table) + 1, device=ids.device)  # (symbols,)
+        """The numbers of token ids (batch, tokens)."""
+        table = torch.tensor(self.table, device=ids.device)  # (numbers,)
+        order = torch.arange(1, len(self.table) + 1, device=ids.device)  # (numbers,)
         return ((ids[..., None] == table) * order).sum(-1)
 
     def in_embeddings(self, embeddings: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """The symbols of embeddings (batch, tokens, hidden), by the embeddings of the table (symbols, hidden)."""
+        """The numbers of embeddings (batch, tokens, hidden), by the embeddings of the table (numbers, hidden)."""
         found, known = embeddings.float(), known.float()
-        square = (known * known).sum(-1)  # (symbols,)
-        apart = (found * found).sum(-1, keepdim=True) - 2 * found @ known.T + square  # (batch, tokens, symbols)
-        apart = apart / square  # (batch, tokens, symbols), relative
+        square = (known * known).sum(-1)  # (numbers,)
+        apart = (found * found).sum(-1, keepdim=True) - 2 * found @ known.T + square  # (batch, tokens, numbers)
+        apart = apart / square  # (batch, tokens, numbers), relative
         return torch.where(apart.amin(-1) <= 1e-3, apart.argmin(-1) + 1, 0)
 
 
@@ -52,9 +52,9 @@ class TemplateTokens:
 class Call:
     """What one call brings. By hand, `closes` is `several`; `generate` knows better where its prompt ends."""
 
-    symbols: torch.Tensor  # (batch, tokens)
+    numbers: torch.Tensor  # (batch, tokens)
     real: torch.Tensor  # (batch, tokens), bool, False at padding
-    earlier: torch.Tensor  # (batch, count, 3), STATE, TURN and SYMBOL of the tokens before, 0 where there are none
+    earlier: torch.Tensor  # (batch, count, 3), STATE, TURN and NUMBER of the tokens before, 0 where there are none
     several: torch.Tensor  # (), bool: more than one token
     closes: torch.Tensor  # (), bool: text without a generation prompt ends with this call
     prompt: torch.Tensor | None = None  # (tokens,), bool: which tokens are the prompt's, where `generate` says so
@@ -72,10 +72,10 @@ class Due:
 
 def find_due(call: Call, tokens: TemplateTokens) -> Due:
     """The rule above, row by row."""
-    index = torch.arange(call.symbols.shape[1], device=call.symbols.device)  # (tokens,)
+    index = torch.arange(call.numbers.shape[1], device=call.numbers.device)  # (tokens,)
     before = call.earlier[:, -1, 1]  # (batch,), TURN
     prompt = call.real if call.prompt is None else call.real & call.prompt  # (batch, tokens)
-    ending = (call.symbols[..., None] == torch.tensor(tokens.turns, device=index.device)).any(-1)  # (batch, tokens)
+    ending = (call.numbers[..., None] == torch.tensor(tokens.turns, device=index.device)).any(-1)  # (batch, tokens)
     opened = _last(_ends_of(tokens.generation_prompt, call) & prompt, index)  # (batch,), -1 where there is none
     closed = _last(ending & prompt, index)  # (batch,)
     event = torch.maximum(opened, closed)  # (batch,)
@@ -87,7 +87,7 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
 
 def follow(call: Call, due: Due, refused: torch.Tensor, tokens: TemplateTokens) -> tuple[torch.Tensor, torch.Tensor]:
     """STATE and TURN of the call's tokens, (batch, tokens) each, given the verdicts `refused` (batch,), bool."""
-    index = torch.arange(call.symbols.shape[1], device=call.symbols.device)  # (tokens,)
+    index = torch.arange(call.numbers.shape[1], device=call.numbers.device)  # (tokens,)
     state, turn = call.earlier[:, -1, 0], call.earlier[:, -1, 1]  # (batch,), of the token before
     rank = call.real.long().cumsum(-1)  # (batch, tokens), real tokens so far
     going_on = _count(call, state, rank, tokens)  # (batch, tokens)
@@ -105,23 +105,23 @@ def _count(call: Call, start: torch.Tensor, behind: torch.Tensor, tokens: Templa
     several, as of drafts and prefilled answers, one that is not the refusal's begins it anew.
     """
     place = (start[:, None] + behind - 2).clamp(0, len(tokens.refusal) - 1)  # (batch, tokens)
-    wanted = torch.tensor(tokens.refusal, device=behind.device)[place]  # (batch, tokens), symbols
-    strays = call.real & (behind > 0) & (call.symbols != wanted) & call.several  # (batch, tokens)
+    wanted = torch.tensor(tokens.refusal, device=behind.device)[place]  # (batch, tokens), numbers
+    strays = call.real & (behind > 0) & (call.numbers != wanted) & call.several  # (batch, tokens)
     along = strays.long().cumsum(-1) == 0  # (batch, tokens)
     counted = (start[:, None] + behind.clamp_min(0)).clamp_max(len(tokens.refusal))  # (batch, tokens)
     return torch.where(start[:, None] > 0, torch.where(along, counted, 1), 0)
 
 
 def _ends_of(pattern: tuple[int, ...], call: Call) -> torch.Tensor:
-    """(batch, tokens), bool: does the pattern of symbols end at this token?"""
+    """(batch, tokens), bool: does the pattern of numbers end at this token?"""
     if not pattern:
         return torch.zeros_like(call.real)
-    length, tokens = len(pattern) - 1, call.symbols.shape[1]
+    length, tokens = len(pattern) - 1, call.numbers.shape[1]
     earlier = call.earlier[:, call.earlier.shape[1] - length :, 2]  # (batch, length)
-    row = torch.cat([earlier, call.symbols], dim=1)  # (batch, length + tokens)
+    row = torch.cat([earlier, call.numbers], dim=1)  # (batch, length + tokens)
     found = call.real  # (batch, tokens)
-    for place, symbol in enumerate(pattern):
-        found = found & (row[:, place : place + tokens] == symbol)
+    for place, number in enumerate(pattern):
+        found = found & (row[:, place : place + tokens] == number)
     return found
 
 

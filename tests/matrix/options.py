@@ -181,7 +181,7 @@ enter(DRAFTS, RAW, prompts=lambda bench: [bench.raw(REPEATED)])
 
 LOUDLY = "Options that are refused"
 enter(LOUDLY, {"classifier-free guidance": {"guidance_scale": 1.5}}, error="guidance_scale")
-enter(LOUDLY, {"assistant_early_exit": {"assistant_early_exit": 1}}, error="blocks that judge")
-enter(LOUDLY, {"assistant_ensemble_weight": {"assistant_ensemble_weight": 0.5}}, error="unguarded model")
-enter(LOUDLY, {"drafting for another model (is_assistant)": {"is_assistant": True}}, error="does not guard the model")
+enter(LOUDLY, {"assistant_early_exit": {"assistant_early_exit": 1}}, error="past the gate")
+enter(LOUDLY, {"assistant_ensemble_weight": {"assistant_ensemble_weight": 0.5}}, error="past the gate")
+enter(LOUDLY, {"drafting for another model (is_assistant)": {"is_assistant": True}}, error="past the gate")
 enter(LOUDLY, {"paged cache": {"cache_implementation": "paged"}}, error="packed")

@@ -30,6 +30,9 @@ RULES = (
     rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule, rules.transpose_transpose_rule,
     rules.unsqueeze_unsqueeze_rule, rules.collapse_slice_rule, rules.collapse_slice2_rule,
     rules.materialize_reshape_shape_rule, rules.add_0_rule, rules.sub_0_rule, rules.mul_by_1_rule, rules.div_by_1_rule,
+    rules.remove_optional_bias_from_conv_rule, rules.remove_optional_bias_from_gemm_rule,
+    rules.cast_constant_of_shape_rule, rules.cast_constant_of_shape_without_value_rule,
+    rules.no_op_dynamic_scatter_nd_rule, rules.no_op_static_scatter_nd_rule,
 )  # fmt: skip
 IR_VERSION = {20: 9, 21: 10, 22: 10, 23: 11, 24: 11}  # by opset
 
