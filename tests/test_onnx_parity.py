@@ -12,8 +12,9 @@ from sasa_export.writers.onnx.recipes import RECIPES
 
 TOLERANCE = 1e-4
 STEPS = 15  # beyond the end of the refusal
+KINDS = ("llava", "gemma3", "qwen2_5_vl")  # of decoders; those of the other families are llava's
 FAMILIES = [
-    pytest.param(family, marks=pytest.mark.xdist_group(f"onnx-{family}"))
+    pytest.param(family, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family not in KINDS)])
     for family in tiny.FAMILIES
     if family in RECIPES
 ]
@@ -75,6 +76,7 @@ def test_right_padding(family: str, split: Any, exported: Any) -> None:
     assert max(differences) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("onnx-llava")
 def test_old_opset(split: Any, exported: Any) -> None:
     guard = split("llava")

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from sasa_export.runtime.formulas import gate, unsafe_probability
 from sasa_export.runtime.lane import Recording, context_arguments, project_taps, run_lane
-from sasa_export.runtime.ledger import PICTURE, NUMBER, Ledger
+from sasa_export.runtime.ledger import NUMBER, PICTURE, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
 
