@@ -35,7 +35,6 @@ class Sasa{model_class}(GuardedModel, {model_class}):
 
 rename_old_keys("{model_type}", {model_class})
 refuse_guarded_configurations({model_class})
-# So that AutoProcessor and AutoTokenizer, which look at config.json too, know it and need not ask.
 AutoConfig.register("{model_type}", Sasa{config_class}, exist_ok=True)
 """
 

@@ -130,11 +130,8 @@ class Guard(nn.Module):
     def _gate(self, logits: torch.Tensor, states: torch.Tensor, keep: Any) -> torch.Tensor:
         """The logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so."""
         refusal = tuple(self.settings["refusal_token_ids"])
-        if isinstance(keep, torch.Tensor):
-            states = states[:, keep.to(states.device)]
-        elif keep:
-            states = states[:, -keep:]
-        states = states.to(logits.device)  # (batch, kept)
+        kept = keep.to(states.device) if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
+        states = states[:, kept].to(logits.device)  # (batch, kept)
         wanted = torch.tensor(refusal, device=logits.device)[(states - 1).clamp_min(0)]  # (batch, kept)
         return gate(logits, wanted, states > 0, refusal)
 
