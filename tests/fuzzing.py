@@ -16,7 +16,7 @@ def examples(few: int) -> settings:
 
 
 class Tries:
-    """Counts the tries of a fuzz test; `passed`, called behind the last one, notes them for docs/faults.md."""
+    """Counts the tries of a fuzz test; `passed`, called behind the last one, notes them for `make fuzz`."""
 
     def __init__(self, what: str) -> None:
         self.what, self.count = what, 0

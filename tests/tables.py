@@ -1,4 +1,4 @@
-"""Writes docs/artefact.md and docs/faults.md from what the tests measured.
+"""Writes build/artefact.md and build/faults.md from what the tests measured.
 
     SASA_RECORDS=build/records make test ARGS="tests/test_artefact.py ..."
     python tests/tables.py build/records
@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 from records import rows
 
-DOCS = Path(__file__).parents[1] / "docs"
+BUILD = Path(__file__).parents[1] / "build"
 
 ARTEFACT = """\
 # What a guarded directory does in other hands
@@ -85,7 +85,7 @@ def main(directory: Path) -> None:
         if not found:
             sys.exit(f"{directory} holds no records of {name}: run the tests with SASA_RECORDS={directory} first.")
         text = environment.from_string(template).render(found=found)
-        (DOCS / f"{name}.md").write_text(text, encoding="utf-8")
+        (BUILD / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
