@@ -1,5 +1,6 @@
 """Killed at any point, or out of disk at any point: the output is the old one or the new one, and a rerun succeeds."""
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -50,6 +51,15 @@ class Command:
 @pytest.fixture
 def command(llava: Path, patched: Path, probe: Path, calibration: Path, place: Path) -> Callable[[str], Command]:
     """`command(name)`: one of the commands, run once without a fault."""
+    records = [json.loads(line) for line in calibration.read_text().splitlines()]
+    asked = place.parent / "asked.jsonl"  # of other requests than calibration's
+    asked.write_text(
+        "".join(
+            json.dumps({**record, "prompt": f"{record['prompt']} now"}) + "\n"
+            for record in records
+            if not record["image"]
+        )
+    )
     export = ["--model", str(llava), "--verify", "files", "--safety-layer", "2", "--semantic-layer", "4"]
     arguments = {
         "safetensors": [*export, "--probe", str(probe)],
@@ -57,7 +67,7 @@ def command(llava: Path, patched: Path, probe: Path, calibration: Path, place: P
         "calibration": [*export, "--calibration", str(calibration), "--max-false-positive-rate", "0.3"],
         "locate": ["locate", "--model", str(llava), "--calibration", str(calibration), "--pairs", "2:4",
                    "--ablation-prompts", "2", "--blocks", "2"],
-        "evaluate": ["evaluate", "--model", str(patched), "--data", str(calibration), "--calibration",
+        "evaluate": ["evaluate", "--model", str(patched), "--data", str(asked), "--calibration",
                      str(calibration), "--max-new-tokens", "4", "--timing", "0"],
     }  # fmt: skip
 
