@@ -6,7 +6,7 @@ import write_matrix
 from matrix.rows import LLAVA, OTHERS, Row
 
 REPORT = """<testsuites><testsuite>
-<testcase name="test_row[good_llava]"/><testcase name="test_row[good_gemma3]"/>
+<testcase name="test_row[good_llava]@llava"/><testcase name="test_row[good_gemma3]"/>
 <testcase name="test_row[good_qwen2_5_vl]"/>
 <testcase name="test_row[bad_llava]"><failure message="x">y</failure></testcase>
 <testcase name="test_row[left_llava]"><skipped message="no GPU"/></testcase>

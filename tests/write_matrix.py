@@ -38,7 +38,8 @@ def results(report: Path) -> dict[str, str]:
     marks = {}
     for case in ElementTree.parse(report).iter("testcase"):
         found = {child.tag for child in case}
-        marks[str(case.get("name"))] = "✗" if found & {"failure", "error"} else "–" if "skipped" in found else "✓"
+        name = str(case.get("name")).rpartition("]")[0] + "]"  # pytest-xdist puts the test's group behind it
+        marks[name] = "✗" if found & {"failure", "error"} else "–" if "skipped" in found else "✓"
     return marks
 
 
