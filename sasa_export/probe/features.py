@@ -84,12 +84,7 @@ def reading(
             main.float().cpu().numpy(),
             {name: states[end["name"]].float().cpu().numpy() for name, states in found.items()},  # (batch, hidden) each
         )
-        for row, *features in zip(rows, batch.projected, batch.plain, strict=True):
-            if not all(np.isfinite(feature).all() for feature in features):
-                raise CalibrationError(
-                    f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
-                    "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
-                )
+        _check_finite(batch, prompts)
         return batch
 
     handle = norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0]))
@@ -98,6 +93,16 @@ def reading(
             yield read
     finally:
         handle.remove()
+
+
+def _check_finite(batch: Read, prompts: Sequence[Prompt]) -> None:
+    """CalibrationError, which names the prompt, where a state is NaN or infinite."""
+    for row, *features in zip(batch.rows, batch.projected, batch.plain, strict=True):
+        if not all(np.isfinite(feature).all() for feature in features):
+            raise CalibrationError(
+                f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
+                "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
+            )
 
 
 @contextmanager
