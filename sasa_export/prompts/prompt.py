@@ -15,7 +15,8 @@ class Prompt:
     `label` is 1 for harmful, 0 for harmless. Prompts of one `group` stay in one fold of a cross-validation. `channel`
     is "text", or "picture" where there is one: `image` gives it in RGB, and `picture` is its file unless it is drawn.
     `attack` says how the request is carried, `source` names the data set. `question` is what is asked, where the
-    prompt only accompanies a picture.
+    prompt only accompanies a picture. `before` holds the turns that go before it, each a role and its text, and
+    `setting` names what they are; the picture stands in the prompt's own turn, or in the first of the user's.
     """
 
     name: str
@@ -29,13 +30,18 @@ class Prompt:
     source: str = ""
     question: str = ""
     picture: Path | None = None
+    before: tuple[tuple[str, str], ...] = ()
+    setting: str = "alone"
+    picture_first: bool = False
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The prompt as a chat of one message, the picture before the text."""
-        content: list[dict[str, Any]] = [{"type": "text", "text": self.prompt}]
+        """The prompt as a chat, the picture before the text of its turn."""
+        turns = (*self.before, ("user", self.prompt))
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         if self.image is not None:
-            content.insert(0, {"type": "image", "image": self.image()})
-        return [{"role": "user", "content": content}]
+            asking = [message["content"] for message in messages if message["role"] == "user"]
+            asking[0 if self.picture_first else -1].insert(0, {"type": "image", "image": self.image()})
+        return messages
 
 
 def asked(prompt: Prompt) -> str:
