@@ -114,7 +114,7 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
         from sasa_export.prompts import builtin
 
         loaded = load_model(source, dtype="float32", device="cpu")
-        picture = next(prompt for prompt in builtin(None) if prompt.image is not None)
+        picture = next(prompt for prompt in builtin() if prompt.image is not None)
         check_traces(graph, trace_loaded(loaded, load_processor(source), source, picture))
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)

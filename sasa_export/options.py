@@ -81,8 +81,14 @@ class Options:
     )
     max_false_positive_rate: float = probing(
         0.02,
-        "Largest share of harmless calibration prompts that the threshold may refuse.",
+        "Largest share of ordinary harmless calibration prompts that the threshold may refuse.",
         common=True,
+        valid=SHARE,
+    )
+    max_borderline_rate: float | None = probing(
+        None,
+        "Largest share of borderline prompts, harmless but sounding harmful, that the threshold may refuse as well. "
+        "Default: they are reported and not limited.",
         valid=SHARE,
     )
     regularization: float | str = probing(

@@ -14,10 +14,10 @@ from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
 from sasa_export.graph.trace import check_traces, trace_source
 from sasa_export.manifest import write_manifest
-from sasa_export.models import Source, layers_of, open_source
+from sasa_export.models import EMBEDDED, Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
-from sasa_export.options import Options
-from sasa_export.probe import Calibration, calibrate
+from sasa_export.options import AUTO, Options
+from sasa_export.probe import Calibration, Fitted, calibrate, carried, with_threshold
 from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
@@ -156,12 +156,17 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
         settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
     lane = rewrite_lane(plan.graph, settings)
     if plan.given is None:
-        with report.bar(len(prompts), "calibrate") as advance:
-            calibration = calibrate(
-                model, plan.processor, lane, prompts, batch_size=options.batch_size, threshold=options.threshold,
-                max_false_positive_rate=options.max_false_positive_rate, judged=held_out,
-                regularization=options.regularization_value(), advance=advance,
-            )  # fmt: skip
+        fitted = _carried(plan, settings, options)
+        if fitted is None:
+            with report.bar(len(prompts), "calibrate") as advance:
+                fitted = calibrate(
+                    model, plan.processor, lane, prompts, batch_size=options.batch_size,
+                    regularization=options.regularization_value(), advance=advance,
+                )  # fmt: skip
+        calibration = with_threshold(
+            fitted, prompts, max_false_positive_rate=options.max_false_positive_rate,
+            max_borderline_rate=options.max_borderline_rate, threshold=options.threshold, judged=held_out,
+        )  # fmt: skip
         _say_figures(calibration, report)
         scores = calibration.final
     probe = plan.given if calibration is None else calibration.probe
@@ -175,15 +180,22 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
 def _prompts(options: Options, processor: Any) -> list[Prompt]:
     if options.calibration:
         return calibration_prompts(options.calibration)
-    return builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
+    return builtin(processor)
+
+
+def _carried(plan: Plan, settings: LaneSettings, options: Options) -> Fitted | None:
+    """The probe that the embedded model brings along, where everything that it was fitted with is as it was."""
+    as_it_was = plan.source.name == EMBEDDED and not options.calibration and options.regularization == AUTO
+    as_it_was &= (settings.epsilon, settings.probe_block) == (LaneSettings(None, None).epsilon, None)
+    return carried.read(settings.pair) if as_it_was else None
 
 
 def _say_figures(calibration: Calibration, report: Silent) -> None:
-    overall = next(figure for figure in calibration.figures if figure.channel == "all")  # of the probe that was made
+    overall = next(figure for figure in calibration.figures if figure.part == "all")  # of the probe that was made
     report.step(
         "calibrate",
         f"{len(calibration.prompts)} prompts: AUC {overall.auc:.3f}, {overall.recall:.1%} of the harmful caught, "
-        f"{overall.false_positive_rate:.1%} of the harmless over-refused (cross-validated)",
+        f"{overall.false_positive_rate:.1%} of the ordinary ones refused (cross-validated)",
     )
     report.step("", verdict_on_projection(calibration.figures).strip("*"))
 

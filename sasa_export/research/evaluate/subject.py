@@ -126,11 +126,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
     processor = load_processor(source)
-
-    def pieces(word: str) -> int:
-        return len(processor.tokenizer.encode(f" {word}", add_special_tokens=False))
-
-    prompts = load_all(options.data) if options.data else builtin_evaluation(pieces)
+    prompts = load_all(options.data) if options.data else builtin_evaluation(processor)
     for label, (what, measures, example) in MISSING.items():
         if not any(prompt.label == label for prompt in prompts):
             raise EvaluateError(
@@ -138,7 +134,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
                 f"another --data, for example --data {example}."
             )
     specs = options.calibration or made.get("calibration") or ()
-    calibration = calibration_prompts(specs) if specs else builtin(pieces)
+    calibration = calibration_prompts(specs) if specs else builtin(processor)
     check_disjoint(calibration, prompts)
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))

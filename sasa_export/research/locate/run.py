@@ -97,7 +97,7 @@ def _plan(options: LocateOptions) -> Plan:
     if options.calibration:
         prompts = calibration_prompts(options.calibration)
     else:
-        prompts = builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
+        prompts = builtin(processor)
     prompts = limited(prompts, options.limit)
     dtype, device = running(source, options.dtype, workers().device(options.device))
     pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)
