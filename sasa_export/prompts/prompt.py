@@ -37,7 +37,7 @@ class Prompt:
     def conversation(self) -> list[dict[str, Any]]:
         """The prompt as a chat, the picture before the text of its turn."""
         turns = (*self.before, ("user", self.prompt))
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        messages: list[Any] = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         if self.image is not None:
             asking = [message["content"] for message in messages if message["role"] == "user"]
             asking[0 if self.picture_first else -1].insert(0, {"type": "image", "image": self.image()})
