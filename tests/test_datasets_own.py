@@ -111,6 +111,8 @@ def test_tables(tmp_path: Path, kind: str) -> None:
         assert load(f"{path},prompt=goal,label=0")[0].source == "table"
     with pytest.raises(DataError, match=r"has the label 'bad'; .* Say label=COLUMN"):
         load(f"table:{path},prompt=goal,label=kind")
+    with pytest.raises(DataError, match="has the label None"):
+        load(f"table:{path},prompt=goal,label=typo,harmful=bad")
     with pytest.raises(DataError, match="has no 'photo', which image=photo names"):
         load(f"table:{path},prompt=goal,label=1,image=photo")
     path.write_bytes(b"\x89{")
@@ -186,3 +188,13 @@ def test_a_picture_whose_white_nobody_knows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.tiff", "prompt": "What is it?", "label": 0}))
     with pytest.raises(DataError, match=r"line 1 names the image .*a\.tiff, which cannot be read \(its values have no"):
         load(str(tmp_path / "a.jsonl"))
+
+
+def test_one_file_of_a_set_of_several(whole: dict[str, Path], tmp_path: Path) -> None:
+    """It is taken for what its name says, and never for all of them."""
+    file = whole["mm-safetybench"] / "data/processed_questions/06-Fraud.json"
+    prompts = load(f"mm-safetybench:{file},variant=text")
+    assert [prompt.name for prompt in prompts] == ["06-Fraud/0/text", "06-Fraud/1/text"]
+    with pytest.raises(DataError, match=r"other\.json is one file, and mm-safetybench has several"):
+        load(f"mm-safetybench:{shutil.copy(file, tmp_path / 'other.json')},variant=text")
+    assert len(load(f"harmbench:{whole['harmbench'] / 'harmbench_behaviors_text_val.csv'}")) == 1

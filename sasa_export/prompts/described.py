@@ -17,6 +17,7 @@ in the table, `#nth` of its category, and `#none`. Sets without pictures have th
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import tomllib
 from collections import Counter
@@ -33,13 +34,14 @@ from sasa_export.errors import DataError
 from sasa_export.prompts.builtin_sets import CARRIERS, Pieces, drawn
 from sasa_export.prompts.picture import pictured, unmarked
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.prompts.read import Record, entry, hub_records, records
+from sasa_export.prompts.read import entry, records
 from sasa_export.prompts.render import GRID, cells, flow
 from sasa_export.prompts.spec import Chosen, Option
 from sasa_export.report import Silent
 
-DEFAULTS = {"root": ["."], "name": "{#key}", "group": "{#key}", "category": "none", "attack": "none", "where": {}}
-AS = {"default": ["text"], "text": {}, "picture": {"drawn": True}}
+DEFAULTS = {"root": ["."], "file": [], "where": {}}
+DEFAULTS |= {"name": "{#key}", "group": "{#key}", "category": "none", "attack": "none", "question": ""}
+AS = {"default": ["text"], "text": {}, "picture": {"drawn": True, "attack": "typographic"}}
 SAYS = {"1": 1, "true": 1, "harmful": 1, "unsafe": 1, "0": 0, "false": 0, "harmless": 0, "safe": 0}
 
 Way = dict[str, Any]  # a description as the chosen values change it; under "words" what templates know beside columns
@@ -56,12 +58,19 @@ class DataSet:
     def read(self, path: Path, chosen: Chosen, pieces: Pieces, report: Silent) -> Iterator[Prompt]:
         """One prompt a record and way of asking it. `path` is a table, the set's directory, or an id of the hub."""
         tables: dict[Path, list[Way]] = {}
-        for way in self._ways(chosen):
+        ways = list(self._ways(chosen))
+        # Where ways differ in their table, a path that is a file is meant for those that have one of its name.
+        ways = [way for way in ways if path.name in map(os.path.basename, way["file"])] or ways
+        if path.is_file() and len({tuple(way["file"]) for way in ways}) > 1:
+            raise DataError(
+                f"{path} is one file, and {self.name} has several. Name its directory, or fewer by options."
+            )
+        for way in ways:
             way["at"], table = (path, path) if "hub" in way else _table(path, way)
             tables.setdefault(table, []).append(way)
         left_out = 0
         for table, ways in tables.items():
-            for place, key, record in _records(table, ways[0]):
+            for place, key, record in records(table, ways[0]):
                 where, known = f"{table}, {place}", {"#place": place, "#key": key, "#none": "none"}
                 self._check(record, where)
                 for way in ways:
@@ -84,7 +93,7 @@ class DataSet:
                 way |= {**change, "where": way["where"] | change.get("where", {})}
                 if name in way and value and not option.values:
                     way[name] = value if name == "label" and value.casefold() in SAYS else f"{{{value}}}"
-            yield way
+            yield way | {"file": [_filled(file, {}, way["words"], "") for file in way["file"]]}
 
     def _check(self, record: Any, where: str) -> None:
         """DataError for what is no record of this set: other keys, or a column by which no option's value knows it."""
@@ -116,21 +125,14 @@ def _table(path: Path, way: Way) -> tuple[Path, Path]:
     """The root and the table. DataError where there is none."""
     if path.is_file():
         return path.parent, path
-    if "file" not in way:
+    if not way["file"]:
         raise DataError(f"{path} is a directory. Name its data set, as name:{path}, or the table in it.")
     roots = [path / root for root in way["root"] if (path / root).is_dir()]
-    names = [_filled(name, {}, way["words"], "") for name in way["file"]]
-    tables = [(root, root / name) for name in names for root in roots]
+    tables = [(root, root / name) for name in way["file"] for root in roots]
     for root, table in tables:
         if table.is_file():
             return root, table
     raise DataError(f"there is no file {tables[0][1]}. Name the data set's directory as it was published.")
-
-
-def _records(table: Path, way: Way) -> Iterator[Record]:
-    if "hub" in way:
-        return hub_records(str(table), way["words"]["config="], way["words"]["split="])
-    return records(table, way.get("records"), "lines" in way)
 
 
 def _prompt(way: Way, record: Any, known: dict[str, str], where: str) -> Prompt | None:
@@ -156,7 +158,7 @@ def _prompt(way: Way, record: Any, known: dict[str, str], where: str) -> Prompt 
         group=fill(way["group"]),
         category=category,
         attack=fill(way["attack"]),
-        question=fill(way.get("question", "")),
+        question=fill(way["question"]),
         **picture,
     )
 
@@ -179,7 +181,7 @@ def _label(label: Any, record: Any, harmful: str | None, where: str) -> int:
     """A label that the description gives, or the record's, which counts as harmful if it is one of `harmful`."""
     value = entry(record, label.strip("{}")) if isinstance(label, str) and label.startswith("{") else label
     said = str(value).strip().casefold()
-    if harmful:
+    if harmful and value is not None:
         return int(said in harmful.casefold().split("+"))
     if said not in SAYS:
         how = "" if harmful is None else " Say label=COLUMN, label=0 or 1 for all, or harmful=VALUE+VALUE."
@@ -195,8 +197,7 @@ def _drawn(prompt: Prompt, pieces: Pieces) -> Prompt | None:
     except ValueError:
         return None
     image, text = partial(drawn, words, seed, pieces), CARRIERS[seed % len(CARRIERS)]
-    look: dict[str, Any] = {"channel": "picture", "image": image, "attack": "typographic"}
-    return replace(prompt, name=f"{prompt.name}/picture", prompt=text, question=words, **look)
+    return replace(prompt, name=f"{prompt.name}/picture", prompt=text, question=words, channel="picture", image=image)
 
 
 def _matched(record: Any, column: str, pattern: str, where: str) -> re.Match[str] | None:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,18 @@ def _text_of(path: Path) -> str:
         raise DataError(f"{path} cannot be read as text in UTF-8 ({error}).") from None
 
 
-def records(path: Path, inside: str | None = None, lines: bool = False) -> Iterator[Record]:
-    """The records of a table, in the format that its name says, or in `lines` of JSON; of one object those `inside`."""
+def records(path: Path, described: Mapping[str, Any]) -> Iterator[Record]:
+    """The records of a table, in the format that its name says, or else in `lines` or on the `hub` as described."""
     kind = path.suffix.lower()
-    if lines or kind in (".jsonl", ".ndjson"):
+    if "hub" in described:
+        yield from _numbered(_hub(str(path), described["words"]["config="], described["words"]["split="]))
+    elif "lines" in described or kind in (".jsonl", ".ndjson"):
         yield from _lines(path)
-    elif kind == ".csv":
-        yield from _numbered(_rows(path))
-    elif kind == ".parquet":
-        yield from _numbered(_parquet(path))
+    elif kind in (".csv", ".parquet"):
+        yield from _numbered(_rows(path) if kind == ".csv" else _parquet(path))
     else:
         value = _parsed(_text_of(path), str(path)) if kind == ".json" else _yaml(path)
-        yield from _inside(value, inside, path)
+        yield from _inside(value, described.get("records"), path)
 
 
 def _lines(path: Path) -> Iterator[Record]:
@@ -54,8 +54,8 @@ def _parsed(text: str, where: str) -> Any:
         raise DataError(f"{where} is not valid JSON ({error}).") from None
 
 
-def hub_records(name: str, config: str, split: str) -> Iterator[Record]:
-    """The records of a data set of the hub, through `datasets`, which keeps what it downloads."""
+def _hub(name: str, config: str, split: str) -> Any:
+    """The rows of a data set of the hub, through `datasets`, which keeps what it downloads."""
     from datasets import Image, load_dataset
 
     try:
@@ -68,7 +68,7 @@ def hub_records(name: str, config: str, split: str) -> Iterator[Record]:
             f"the data set {name} of the hub cannot be loaded ({' '.join(str(error).split())[:300]}). Check its id, "
             "config= and split=, the connection, and whether it asks for `hf auth login`."
         ) from None
-    yield from _numbered(found)
+    return found
 
 
 def entry(record: Any, name: str) -> Any:
