@@ -16,6 +16,7 @@ from sasa_export.graph.trace import check_traces, trace_source
 from sasa_export.manifest import write_manifest
 from sasa_export.models import EMBEDDED, Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.smol_llava import pieces
 from sasa_export.options import AUTO, Options
 from sasa_export.probe import Calibration, Fitted, calibrate, carried, with_threshold
 from sasa_export.probe.features import trace_loaded
@@ -140,7 +141,7 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     dtype, device = running(plan.source, options.dtype, options.device)
     if plan.given is not None and options.verify == "files":
         return Measured(plan.given, None, (), dtype, device, settings, layers_from)
-    prompts = _prompts(options, plan.processor)  # before the weights are loaded: data may be wrong
+    prompts = _prompts(options, plan.processor, report)  # before the weights are loaded: data may be wrong
     warning = lopsided(prompts)
     if warning is not None:
         report.warn(warning)
@@ -177,9 +178,9 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     return Measured(probe, calibration, cases, dtype, device, settings, layers_from)
 
 
-def _prompts(options: Options, processor: Any) -> list[Prompt]:
+def _prompts(options: Options, processor: Any, report: Silent) -> list[Prompt]:
     if options.calibration:
-        return calibration_prompts(options.calibration)
+        return calibration_prompts(options.calibration, pieces=pieces(processor.tokenizer), report=report)
     return builtin(processor)
 
 

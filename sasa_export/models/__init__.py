@@ -12,6 +12,7 @@ from sasa_export.files import claimed
 from sasa_export.models.contents import check_contents, read_object
 from sasa_export.models.family import Family, aliases, family_of
 from sasa_export.models.shards import Shard, read_shards
+from sasa_export.models.wheels import cache_directory
 
 EMBEDDED = "smol-llava"
 FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*"]
@@ -104,7 +105,7 @@ def _embedded() -> Path:
 
     parts = (smol_llava.VISION, Path(smol_llava.__file__))
     version = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
-    folder = smol_llava.cache_directory() / f"smol-llava-{version}"
+    folder = cache_directory() / f"smol-llava-{version}"
     if not folder.exists():
         with claimed(folder, wait=True):  # another run may be building it
             if not folder.exists():

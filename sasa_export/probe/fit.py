@@ -87,8 +87,8 @@ def _descend(
 ) -> np.ndarray:
     """The weight (features,) of least |weight|^2 / 2 + C * weighted log loss, found from `start`.
 
-    The curvature at the start makes the problem round, which takes L-BFGS straight to the minimum. Newton's method would
-    compute it anew at each of its steps, and a solver without it takes thousands.
+    The curvature at the start makes the problem round, which takes L-BFGS straight to the minimum. Newton's method
+    would compute it anew at each of its steps, and a solver without it takes thousands.
     """
     from scipy.linalg import cholesky, solve_triangular
     from scipy.optimize import minimize

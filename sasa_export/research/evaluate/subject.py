@@ -15,6 +15,7 @@ from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source, read_config
 from sasa_export.models.load import load_processor, read_sizes, running
+from sasa_export.models.smol_llava import pieces
 from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.command import EvaluateOptions
@@ -126,7 +127,8 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
     processor = load_processor(source)
-    prompts = load_all(options.data) if options.data else builtin_evaluation(processor)
+    count = pieces(processor.tokenizer)
+    prompts = load_all(options.data, pieces=count, report=report) if options.data else builtin_evaluation(processor)
     for label, (what, measures, example) in MISSING.items():
         if not any(prompt.label == label for prompt in prompts):
             raise EvaluateError(
@@ -134,7 +136,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
                 f"another --data, for example --data {example}."
             )
     specs = options.calibration or made.get("calibration") or ()
-    calibration = calibration_prompts(specs) if specs else builtin(processor)
+    calibration = calibration_prompts(specs, pieces=count, report=report) if specs else builtin(processor)
     check_disjoint(calibration, prompts)
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))

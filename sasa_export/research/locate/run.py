@@ -13,6 +13,7 @@ from sasa_export.graph.trace import check_traces, trace_source
 from sasa_export.models import Source, open_source
 from sasa_export.models.family import KnownLayers
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.smol_llava import pieces
 from sasa_export.probe.features import trace_loaded
 from sasa_export.prompts import Prompt, builtin, calibration_prompts
 from sasa_export.report import Silent
@@ -65,7 +66,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force) as work:
-        plan = _plan(options)
+        plan = _plan(options, report)
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
         if processes.leads:
             work.open(_fingerprint(plan, options), discard=options.force, report=report)
@@ -84,7 +85,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     return located
 
 
-def _plan(options: LocateOptions) -> Plan:
+def _plan(options: LocateOptions, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
     source = open_source(options.model)
     check_apart(options.out, source.directory)
@@ -94,8 +95,9 @@ def _plan(options: LocateOptions) -> Plan:
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
     processor = load_processor(source)
+    count = pieces(processor.tokenizer)
     if options.calibration:
-        prompts = calibration_prompts(options.calibration)
+        prompts = calibration_prompts(options.calibration, pieces=count, report=report)
     else:
         prompts = builtin(processor)
     prompts = limited(prompts, options.limit)
