@@ -23,10 +23,12 @@ import numpy as np
 import pandas as pd
 
 from sasa_export.errors import EvaluateError, SasaExportError
+from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models.smol_llava import pieces
 from sasa_export.models.wheels import Wheel, fetch
+from sasa_export.probe import Fitted, calibrate, carried
 from sasa_export.probe.features import batches, collect
-from sasa_export.probe.fit import head_metric, in_metric, probability
+from sasa_export.probe.fit import probability, threshold_of
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe
 from sasa_export.prompts import Prompt, check_disjoint, load
 from sasa_export.prompts.picture import open_picture
@@ -124,14 +126,9 @@ def in_settings(prompt: Prompt) -> list[Prompt]:
 
 
 def photographs(folder: Path) -> list[Prompt]:
-    """Each photograph of the three packages with each question."""
-    import matplotlib
-    import sklearn
-
+    """Each photograph of scikit-image, of which the calibration set has none, with each question."""
     with zipfile.ZipFile(fetch(SCIKIT_IMAGE)) as archive:
         files = [Path(archive.extract(f"skimage/data/{name}", folder)) for name in PHOTOGRAPHS]
-    files += [Path(sklearn.__file__).parent / "datasets/images" / name for name in ("china.jpg", "flower.jpg")]
-    files.append(Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg")
     return [
         Prompt(
             f"{file.stem}/{number}", question, 0, file.stem, "picture", source="photographs", picture=file,
@@ -145,27 +142,23 @@ def photographs(folder: Path) -> list[Prompt]:
 
 
 def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tuple[pd.DataFrame, dict[str, float]]:
-    """A row a prompt with P(unsafe) of each arm, and the arms' thresholds. The only place where something is fitted:
-    what stands beside the patched model, on the calibration set that the patched model had, by the same rule."""
-    from sasa_export.models.load import head_weight, load_model
-    from sasa_export.research.evaluate.fitted import probe, words
+    """A row a prompt with P(unsafe) of each arm, and the arms' thresholds.
+
+    The arms beside the patched model are fitted on the calibration set that it had, by the same rule.
+    """
+    from sasa_export.models.load import load_model
+    from sasa_export.research.evaluate.fitted import words
 
     model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
-    read = partial(collect, model, subject.processor, subject.lane, batch_size=BATCH)
-    with report.bar(len(subject.calibration), "calibration") as advance:
-        before = read(subject.calibration, advance=advance)
+    probes = fitted_for(subject, model, report)
     with report.bar(len(prompts), "prompts") as advance:
-        after = read(prompts, advance=advance)
-    metric = None if subject.lane.of("lane_head") else head_metric(head_weight(model))
-    plain = in_metric(before.plain, metric), in_metric(after.plain, metric)
+        features = collect(model, subject.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
     own = read_probe(_probe_file(subject.options.model), None)
-    lane = after.plain if subject.sasa["safety_layer"] is None else after.projected  # (prompts, features)
+    lane = features.plain if subject.sasa["safety_layer"] is None else features.projected  # (prompts, features)
+    limit = threshold_of(probes.scores["plain"], subject.calibration, subject.rate)
     arms = {
-        "patched model": (
-            probability(lane.astype(float), own.weight.astype(float), own.bias),
-            subject.sasa["threshold"],
-        ),
-        "without projection": probe(*plain, subject.calibration, subject.rate, subject.regularization),
+        "patched model": (_read(lane, own.weight, own.bias), subject.sasa["threshold"]),
+        "without projection": (_read(features.plain, *probes.probes["plain"]), limit),
         "bag of words": words(subject.calibration, prompts, subject.rate),
     }
     table = pd.DataFrame(
@@ -179,6 +172,24 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
         }
     )
     return table, {name: np.inf if threshold is None else float(threshold) for name, (_, threshold) in arms.items()}
+
+
+def fitted_for(subject: Subject, model: Any, report: Console) -> Fitted:
+    """Probes on the calibration set of the patched model: carried ones, or fitted here."""
+    made, settings = subject.made, LaneSettings(*(subject.sasa[f"{of}_layer"] for of in ("safety", "semantic")))
+    settings = replace(settings, epsilon=subject.sasa["epsilon"], probe_block=subject.sasa.get("probe_block"))
+    found = carried.read(made["model"], settings, made["calibration"], made["regularization"])
+    if found is not None:
+        return found
+    with report.bar(len(subject.calibration), "calibration") as advance:
+        return calibrate(
+            model, subject.processor, subject.lane, subject.calibration, batch_size=BATCH,
+            regularization=subject.regularization, advance=advance,
+        )  # fmt: skip
+
+
+def _read(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
+    return probability(features.astype(float), weight.astype(float), bias)
 
 
 def _probe_file(directory: Path) -> Path:

@@ -14,11 +14,11 @@ from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
 from sasa_export.graph.trace import check_traces, trace_source
 from sasa_export.manifest import write_manifest
-from sasa_export.models import EMBEDDED, Source, layers_of, open_source
+from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
 from sasa_export.models.smol_llava import pieces
-from sasa_export.options import AUTO, Options
-from sasa_export.probe import Calibration, Fitted, calibrate, carried, with_threshold
+from sasa_export.options import Options
+from sasa_export.probe import Calibration, calibrate, carried, with_threshold
 from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
@@ -157,7 +157,7 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
         settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
     lane = rewrite_lane(plan.graph, settings)
     if plan.given is None:
-        fitted = _carried(plan, settings, options)
+        fitted = carried.read(plan.source.name, settings, options.calibration, options.regularization)
         if fitted is None:
             with report.bar(len(prompts), "calibrate") as advance:
                 fitted = calibrate(
@@ -182,13 +182,6 @@ def _prompts(options: Options, processor: Any, report: Silent) -> list[Prompt]:
     if options.calibration:
         return calibration_prompts(options.calibration, pieces=pieces(processor.tokenizer), report=report)
     return builtin(processor)
-
-
-def _carried(plan: Plan, settings: LaneSettings, options: Options) -> Fitted | None:
-    """The probe that the embedded model brings along, where everything that it was fitted with is as it was."""
-    as_it_was = plan.source.name == EMBEDDED and not options.calibration and options.regularization == AUTO
-    as_it_was &= (settings.epsilon, settings.probe_block) == (LaneSettings(None, None).epsilon, None)
-    return carried.read(settings.pair) if as_it_was else None
 
 
 def _say_figures(calibration: Calibration, report: Silent) -> None:

@@ -287,7 +287,7 @@ def test_auto_layers(
     assert config["layers_from"] in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     # The figures are of the half that took no part; the scores are of all.
     assert patched.calibration is not None
-    figure = next(found for found in patched.calibration.figures if found.channel in ("all", "text"))
+    figure = next(found for found in patched.calibration.figures if found.part in ("all", "text"))
     assert figure.prompts == 48 and len(patched.calibration.prompts) == 96 and figure.auc > 0.95
 
 

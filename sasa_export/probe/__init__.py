@@ -32,14 +32,13 @@ LEAST_AUC = 0.6  # a probe that ranks hardly better than chance would refuse at 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A probe before a threshold is chosen for it.
+    """Probes before a threshold is chosen: of the "projected" lane, where there is one, and of the "plain" main lane.
 
-    `scores` holds cross-validated P(unsafe), (prompts,) each: of the "projected" lane, where there is one, of the
-    "plain" main lane, and of "words", where kinds were left out. The probe reads the first. `final` is its own.
+    The first is the one that is made. `scores` holds cross-validated P(unsafe) of each, (prompts,), and of "words",
+    where kinds were left out; `final` (prompts,) is that of the first probe itself.
     """
 
-    weight: np.ndarray  # (features,), float32
-    bias: float
+    probes: dict[str, tuple[np.ndarray, float]]  # weight (features,), float32, and bias
     regularization: float
     scores: dict[str, np.ndarray]
     final: np.ndarray
@@ -82,20 +81,34 @@ def calibrate(
         advance: called with the number of prompts done since the last call.
     """
     features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
+    lanes = {"plain": features.projected}  # without a projection, what the probe reads is the main lane's end
+    if graph.of("projection"):
+        lanes = {"projected": features.projected, "plain": features.plain}
     metric = None if graph.of("lane_head") else head_metric(head_weight(model))
-    lanes = {"projected": features.projected} if graph.of("projection") else {}
-    lanes = {name: in_metric(states, metric) for name, states in (lanes | {"plain": features.plain}).items()}
+    return fit_probes(lanes, prompts, metric, regularization)
+
+
+def fit_probes(
+    features: dict[str, np.ndarray],
+    prompts: Sequence[Prompt],
+    metric: np.ndarray | None,
+    regularization: float | None = None,
+) -> Fitted:
+    """Probes on features (prompts, features), by lane, in the head's metric (`head_metric`)."""
+    lanes = {name: in_metric(states, metric) for name, states in features.items()}
     labels, folds = np.array([prompt.label for prompt in prompts]), folds_of(prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
     chosen = {name: best_regularization(states, labels, folds, candidates) for name, states in lanes.items()}
     scores = {name: found for name, (_, found) in chosen.items()}
     if kinds_of(prompts) is not None:
         scores["words"] = best_words(prompts, folds)[1]
-    read = next(iter(lanes))
-    weight, bias = fit(lanes[read], labels, chosen[read][0])
-    # The fitted weight v reads features in the metric R, and the probe reads them as they are: w . h = (R^T v) . h.
-    folded = (weight if metric is None else weight @ metric).astype(np.float32)
-    return Fitted(folded, bias, chosen[read][0], scores, probability(lanes[read], weight, bias))
+    probes, final, read = {}, {}, next(iter(lanes))
+    for name, states in lanes.items():
+        weight, bias = fit(states, labels, chosen[name][0])
+        # The fitted weight v reads features in the metric R, the probe reads them as they are: w . h = (R^T v) . h.
+        probes[name] = ((weight if metric is None else weight @ metric).astype(np.float32), bias)
+        final[name] = probability(states, weight, bias)
+    return Fitted(probes, chosen[read][0], scores, final[read])
 
 
 def with_threshold(
@@ -129,7 +142,7 @@ def with_threshold(
     if kinds is not None:
         by_kind = kind_figures(shown, kinds[rows], {name: values[rows] for name, values in fitted.scores.items()})
     return Calibration(
-        Probe(fitted.weight, fitted.bias, limits[read]), tuple(found), tuple(by_kind), tuple(prompts),
+        Probe(*fitted.probes[read], limits[read]), tuple(found), tuple(by_kind), tuple(prompts),
         fitted.scores[read], fitted.final, max_false_positive_rate if threshold is None else None,
         fitted.regularization,
     )  # fmt: skip

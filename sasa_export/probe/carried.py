@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.models import EMBEDDED
 from sasa_export.models.smol_llava import VISION
+from sasa_export.options import AUTO
 from sasa_export.prompts.builtin_sets import DATA
 
 if TYPE_CHECKING:
@@ -16,7 +21,7 @@ if TYPE_CHECKING:
 FILE = Path(__file__).with_name("smol_llava_probe.safetensors")
 
 
-def made_from(layers: tuple[int, int]) -> str:
+def made_from(layers: tuple[int, int] | None) -> str:
     """What the probe depends on, as one digest: vision tower, calibration set, and layers."""
     parts = [path.read_bytes() for path in (VISION, *DATA)]
     return hashlib.sha256(b"".join([*parts, repr(layers).encode()])).hexdigest()
@@ -27,25 +32,31 @@ def write(fitted: Fitted, layers: tuple[int, int], file: Path = FILE) -> None:
     from safetensors.numpy import save_file
 
     arrays = {f"scores.{name}": scores.astype("float32") for name, scores in fitted.scores.items()}
-    arrays |= {"weight": fitted.weight, "final": fitted.final.astype("float32")}
-    said = {"bias": fitted.bias, "regularization": fitted.regularization, "made_from": made_from(layers)}
+    arrays |= {f"weight.{name}": weight for name, (weight, _) in fitted.probes.items()}
+    arrays |= {"final": fitted.final.astype("float32")}
+    biases = {name: bias for name, (_, bias) in fitted.probes.items()}
+    said = {"biases": biases, "regularization": fitted.regularization, "made_from": made_from(layers)}
     save_file(arrays, file, metadata={"sasa": json.dumps(said)})
 
 
-def read(layers: tuple[int, int] | None) -> Fitted | None:
-    """The carried probe; None where it was made from something else, or there is none."""
+def read(model: str, settings: LaneSettings, calibration: Sequence[str] | None, regularization: Any) -> Fitted | None:
+    """The carried probe, where all that it was fitted with is as it was; else None.
+
+    Args: model: its name; calibration and regularization: as `Options` have them.
+    """
     from safetensors import safe_open
 
     from sasa_export.probe import Fitted
 
-    if layers is None or not FILE.exists():
+    layers = settings.pair
+    usual = layers is not None and replace(settings, softcap=None) == LaneSettings(*layers)
+    if model != EMBEDDED or not usual or calibration or regularization != AUTO or not FILE.exists():
         return None
     with safe_open(FILE, framework="np") as file:
         said = json.loads(file.metadata()["sasa"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}
     if said["made_from"] != made_from(layers):
         return None
-    scores = {name.removeprefix("scores."): values for name, values in arrays.items() if name.startswith("scores.")}
-    ordered = {name: scores[name].astype("float64") for name in ("projected", "plain", "words") if name in scores}
-    final = arrays["final"].astype("float64")
-    return Fitted(arrays["weight"], said["bias"], said["regularization"], ordered, final)
+    probes = {name: (arrays[f"weight.{name}"], bias) for name, bias in said["biases"].items()}
+    scores = {name: arrays[f"scores.{name}"].astype("float64") for name in (*probes, "words")}
+    return Fitted(probes, said["regularization"], scores, arrays["final"].astype("float64"))

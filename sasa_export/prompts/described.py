@@ -38,7 +38,7 @@ from sasa_export.prompts.render import GRID, fits
 from sasa_export.prompts.spec import Chosen, Option
 from sasa_export.report import Silent
 
-DEFAULTS = {"root": ["."], "file": [], "where": {}}
+DEFAULTS: dict[str, Any] = {"root": ["."], "file": [], "where": {}}
 DEFAULTS |= {"name": "{#key}", "group": "{#key}", "category": "none", "attack": "none", "question": ""}
 DEFAULTS |= {"kind": "", "borderline": False}
 AS = {"default": ["text"], "text": {}, "picture": {"drawn": True, "attack": "typographic"}}
