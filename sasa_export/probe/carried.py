@@ -27,7 +27,7 @@ def made_from(layers: tuple[int, int] | None) -> str:
     return hashlib.sha256(b"".join([*parts, repr(layers).encode()])).hexdigest()
 
 
-def write(fitted: Fitted, layers: tuple[int, int], file: Path = FILE) -> None:
+def write(fitted: Fitted, layers: tuple[int, int] | None, file: Path = FILE) -> None:
     """Write a probe on the built-in set, with the scores of all of its prompts."""
     from safetensors.numpy import save_file
 

@@ -2,8 +2,8 @@
 
 builtin.jsonl has a request a line, with its label and its kind: a style of request (`order`, `role-play`, ...), `twin`
 (a harmful and a harmless request worded alike are one group), `borderline` (harmless, but sounds harmful), `photo`
-(asked about any photograph) and `text-in-picture`. Each is asked as text and with a picture; most stand in a setting
-(settings.toml).
+(asked about any photograph) and `text-in-picture`. Each is asked as text, as text in a setting (settings.toml), and with a
+picture.
 
 evaluation.jsonl has a request a line, of four kinds: `harmful`, its `harmless` twin (one group), `borderline` and
 `split`. A split group is two texts and two pictures in all four combinations, two of them harmful: each text and each
@@ -46,7 +46,7 @@ SPLIT_CARRIERS = (  # the request begins in the text and ends in the picture
 ATTACKS = {"harmful": "everyday", "harmless": "everyday", "borderline": "borderline", "split": "split"}
 BORDERLINE = ("twin", "borderline")  # kinds whose harmless requests are not ordinary ones
 ITEMS = 3  # empty points of a list
-IN_SETTING = 0.5  # the share of prompts that have something before or around them
+IN_SETTING = 0.5  # the share of prompts with a picture that have something before or around them
 
 DATA = tuple(Path(__file__).with_name(name) for name in ("builtin.jsonl", "settings.toml"))
 
@@ -54,7 +54,7 @@ Pieces = Callable[[str], int] | None  # the number of tokens of a word, see `ren
 
 
 def builtin(processor: Any = None) -> list[Prompt]:
-    """The calibration set: each request as text, every second one in a setting, and with a picture.
+    """The calibration set: each request as text, as text in a setting, and with a picture, alone or in a setting.
 
     Args: processor: of the model that is asked; its chat template may have no place for some settings, which are left
     out then.
@@ -72,8 +72,7 @@ def builtin(processor: Any = None) -> list[Prompt]:
             prompts += _about_pictures(base, line.get("picture"), rng, pieces)
             continue
         text = replace(base, name=f"{name}/text", attack="text")
-        prompts.append(in_setting(text, rng) if rng.random() < IN_SETTING else text)
-        prompts.append(_pictured(base, rng, pieces))
+        prompts += [text, in_setting(replace(text, name=f"{name}/setting"), rng), _pictured(base, rng, pieces)]
     return prompts if processor is None else askable(processor, prompts)
 
 
