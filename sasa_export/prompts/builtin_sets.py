@@ -2,8 +2,8 @@
 
 builtin.jsonl has a request a line, with its label and its kind: a style of request (`order`, `role-play`, ...), `twin`
 (a harmful and a harmless request worded alike are one group), `borderline` (harmless, but sounds harmful), `photo`
-(asked about any photograph) and `text-in-picture`. Each is asked as text, as text in a setting (settings.toml), and with a
-picture.
+(asked about any photograph) and `text-in-picture`. Each is asked as text, as text in a setting (settings.toml), and
+with a picture.
 
 evaluation.jsonl has a request a line, of four kinds: `harmful`, its `harmless` twin (one group), `borderline` and
 `split`. A split group is two texts and two pictures in all four combinations, two of them harmful: each text and each
