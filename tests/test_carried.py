@@ -23,7 +23,7 @@ SMOL = "smol-llava"
 
 
 def usual() -> LaneSettings:
-    return LaneSettings(*layers_of(open_source(SMOL), 30, 576)[:2])
+    return LaneSettings(*layers_of(open_source(SMOL), 30, 576, None, None)[:2])
 
 
 def read(settings: LaneSettings | None = None, model: str = SMOL, data: Sequence[str] = (), c: Any = "auto") -> Any:

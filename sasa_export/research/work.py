@@ -184,7 +184,7 @@ def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> di
             model.update(file.read(1 << 20))
     asked = hashlib.sha256()
     for prompt in prompts:
-        asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.channel)).encode())
+        asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.before)).encode())
         if prompt.image is not None:
             picture = prompt.image()
             asked.update(repr(picture.size).encode() + picture.tobytes())

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import sasa_export.probe as probes
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 from sasa_export.probe.fit import CANDIDATES, best_regularization, fit, probability, threshold_of
@@ -45,6 +46,16 @@ def probe(
     chosen, held_out = best_regularization(calibration, labels, folds_of(prompts), candidates)
     weight, bias = fit(calibration, labels, chosen)
     return probability(evaluation, weight, bias), _threshold(held_out, prompts, rate)
+
+
+def carried_probe(
+    carried: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float
+) -> Fitted:
+    """A carried probe, applied to features (evaluation prompts, features) as they are. Args: prompts: calibration's."""
+    weight, bias = carried.probes[lane]
+    return probability(evaluation.astype(float), weight.astype(float), bias), _threshold(
+        carried.scores[lane], prompts, rate
+    )
 
 
 def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Fitted:

@@ -86,7 +86,10 @@ def _patched(subject: Subject) -> TorchModel | OnnxModel:
 
 
 def _features(subject: Subject, plain: Model, work: Work, report: Silent) -> dict[str, Features]:
-    """What probes read of the original, for the calibration and the evaluation prompts, in the head's metric."""
+    """What probes read of the original, for the calibration and the evaluation prompts, in the head's metric.
+
+    Where probes are carried, for the evaluation prompts alone, as the probes read it.
+    """
     nodes = list(depths_of(subject.lane).values()) if subject.options.depth_curve else []
 
     def compute(prompts: list[Prompt], missing: list[str]) -> Arrays:
@@ -96,14 +99,17 @@ def _features(subject: Subject, plain: Model, work: Work, report: Silent) -> dic
         yield from ((name, arrays[name]) for name in missing)
 
     names, size = ["plain", "projected", *nodes], subject.options.batch_size
-    asked = {"calibration": subject.calibration, "evaluation": subject.evaluation}
+    asked = {"evaluation": subject.evaluation}
+    if subject.carried is None or nodes:
+        asked["calibration"] = subject.calibration
     sets = {kind: Results(work, kind, prompts, size) for kind, prompts in asked.items()}
     for results in sets.values():
         results.fill(names, compute, report)
     if not workers().leads:
         return {}
     # Where something non-linear follows the head, probes see logits, which are measured as they are.
-    metric = None if subject.lane.of("lane_head") else head_metric(head_weight(plain().model))
+    as_it_is = subject.lane.of("lane_head") or "calibration" not in sets
+    metric = None if as_it_is else head_metric(head_weight(plain().model))
     return {kind: {name: in_metric(results.read(name), metric) for name in names} for kind, results in sets.items()}
 
 

@@ -16,6 +16,8 @@ from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source, read_config
 from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.models.smol_llava import pieces
+from sasa_export.options import AUTO
+from sasa_export.probe import Fitted, carried
 from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.command import EvaluateOptions
@@ -43,6 +45,7 @@ class Subject:
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
         lane: the second lane, from which the fitted arms read their features.
+        carried: the probes that the embedded model brings along, where these are what would be fitted.
     """
 
     options: EvaluateOptions
@@ -56,6 +59,7 @@ class Subject:
     calibration: list[Prompt]
     calibrated_on: str
     lane: LayerGraph
+    carried: Fitted | None
     dtype: str
     device: str
 
@@ -84,7 +88,7 @@ class Subject:
         """What finished work depends on."""
         return fingerprint(
             self.source,
-            [*self.evaluation, *self.calibration],
+            [*self.evaluation, *(self.calibration if self.carried is None else [])],
             patched=digest(self.options.model / MANIFEST),
             dtype=self.dtype,
             device=self.device.partition(":")[0],
@@ -143,9 +147,11 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     found = counts(evaluation)
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     dtype, device = running(source, options.dtype, workers().device(options.device))
+    lane = _lane(sasa, source)
     return Subject(
         options, dtype_of(options.model), sasa, made, source, processor, evaluation, len(prompts) - len(evaluation),
-        calibration, ", ".join(specs) or "the built-in calibration set", _lane(sasa, source), dtype, device,
+        calibration, ", ".join(specs) or "the built-in calibration set", rewrite_lane(trace_source(source), lane),
+        carried.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
     )  # fmt: skip
 
 
@@ -199,9 +205,8 @@ def _blocks(sasa: dict[str, Any]) -> int:
     return sum(node["op"] == "block" for node in sasa["graph"])
 
 
-def _lane(sasa: dict[str, Any], source: Source) -> LayerGraph:
+def _lane(sasa: dict[str, Any], source: Source) -> LaneSettings:
     """The patched model's second lane; where it has none, what the family's layers would give, to compare it with."""
     sizes = read_sizes(source)
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    settings = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, sasa.get("probe_block"))
-    return rewrite_lane(trace_source(source), settings)
+    return LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, sasa.get("probe_block"))
