@@ -14,6 +14,7 @@ AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
+GATES = ("enforce", "observe")
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
 # The headings in --help-all.
@@ -103,6 +104,13 @@ class Options:
         "What the model says when it refuses.",
         common=True,
         valid=("a sentence", lambda value: bool(value.strip())),
+    )
+    gate: str = probing(
+        "enforce",
+        "enforce: refuse. observe: judge, report P(unsafe) and refuse nothing. config.json changes it later; graphs "
+        "of ONNX are exported again.",
+        common=True,
+        choices=GATES,
     )
 
     format: str = onnx(

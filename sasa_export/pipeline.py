@@ -24,6 +24,7 @@ from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
 from sasa_export.prompts import Prompt, builtin, calibration_prompts, lopsided
 from sasa_export.report import Check, Silent
+from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
@@ -195,7 +196,7 @@ def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options:
     report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
     sasa = sasa_settings(
         plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
-        refusal=options.refusal,
+        refusal=options.refusal, gate=options.gate,
     )  # fmt: skip
     result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
     device = "auto" if measured.device == SPREAD else measured.device  # as transformers calls it
@@ -217,7 +218,7 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, device: 
     checks, _ = check_written(directory, device=device, only_files=not patch.cases)
     _all_passed(checks, report)
     write_card(patch, checks, options.verify, directory)
-    operator = {name: patch.sasa[name] for name in ("threshold", "refusal")}  # who may edit these
+    operator = {name: patch.sasa[name] for name in OPERATOR}  # who may edit these
     write_manifest(
         directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"], operator=operator
     )

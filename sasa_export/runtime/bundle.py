@@ -20,6 +20,7 @@ the second lane, the gate, and the classes. `config.sasa["graph"]` lists the ste
 
 FOOTER = """
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from {config_module} import {config_class}
 from {model_module} import {model_class}
 
@@ -36,6 +37,7 @@ class Sasa{model_class}(GuardedModel, {model_class}):
 rename_old_keys("{model_type}", {model_class})
 refuse_guarded_configurations({model_class})
 AutoConfig.register("{model_type}", Sasa{config_class}, exist_ok=True)
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["{model_type}"] = "Sasa{model_class}"  # where `transformers serve` looks
 """
 
 

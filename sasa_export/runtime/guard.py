@@ -1,7 +1,9 @@
 """What runs around the family's forward: ledger, verdict, second lane, probe and gate."""
 
 import contextvars
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +16,27 @@ from sasa_export.runtime.ledger import NUMBER, PICTURE, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
 
-# Where the prompt that `generate` was given ends, in tokens; None for whoever calls the model by hand.
-prompt_end: contextvars.ContextVar[int | None] = contextvars.ContextVar("prompt_end", default=None)
+logger = logging.getLogger("sasa")  # a warning for each refusal, an info for each other verdict
+
+
+@dataclass
+class Asked:
+    """A batch of prompts that `generate` was given: where they end, in tokens, and what became of them.
+
+    `verdicts` (3, rows), a row for each beam of a prompt: was one due, P(unsafe), was it refused.
+    """
+
+    end: int | None = None
+    silent: bool = False
+    verdicts: torch.Tensor | None = None
+
+    def told(self, rows: int) -> torch.Tensor:
+        """The verdicts of so many rows, (3, rows)."""
+        return self.verdicts[:, torch.arange(rows) * self.verdicts.shape[1] // rows]
+
+
+# None for whoever calls the model by hand.
+asked: contextvars.ContextVar[Asked | None] = contextvars.ContextVar("asked", default=None)
 
 
 class Probe(nn.Module):
@@ -67,20 +88,43 @@ class Guard(nn.Module):
         due = find_due(call, tokens)
 
         probability = torch.full(due.at.shape, float("nan"), device=due.at.device)  # (batch,)
-        if torch.compiler.is_exporting() or due.rows.any():  # what an exported graph keeps in a branch
+        exporting, observing = torch.compiler.is_exporting(), self.settings.get("gate") == "observe"
+        if exporting or due.rows.any():  # what an exported graph keeps in a branch
             found = self._run_lane(model, {entry: projection}, kept, columns, real, due.at)  # (batch,)
             probability = found.to(due.at.device).masked_fill(~due.rows, float("nan"))
         refused = due.rows & ~(probability < self.settings["threshold"])  # (batch,); NaN could not be judged
+        refused = torch.zeros_like(refused) if observing else refused
         states, turns = follow(call, due, refused, tokens)  # (batch, tokens)
 
         columns = torch.cat([torch.stack([states, turns], dim=-1), columns[..., NUMBER:]], dim=-1)
         self._keep(output.past_key_values, columns, projection)
-        if torch.compiler.is_exporting() or states.any():
+        if not observing and (exporting or states.any()):
             output.logits = self._gate(output.logits, states, kwargs.get("logits_to_keep", 0))
         output["unsafe_probability"] = probability
-        if torch.compiler.is_exporting():
+        if exporting:
             output["is_due"] = due.rows.any()
+        else:
+            self._tell(torch.stack([due.rows.float(), probability, ((states[:, -1] > 0) & (not observing)).float()]))
         return output
+
+    @torch.compiler.disable
+    def _tell(self, verdicts: torch.Tensor) -> None:
+        """Leave a call's verdicts (3, batch) for `generate`, or log them where the model was called by hand."""
+        call = asked.get()
+        if call is None:
+            self.log(verdicts)
+        elif call.verdicts is None:
+            call.verdicts = verdicts
+        elif verdicts[0].any():  # of a later piece of the prompt, or the same one again where there is no cache
+            call.verdicts = torch.where(verdicts[0] > 0, verdicts, call.verdicts)
+
+    def log(self, verdicts: torch.Tensor) -> None:
+        """A line for each verdict (3, batch) that was due; no word of the prompt."""
+        limit, would = self.settings["threshold"], "would be " * (self.settings.get("gate") == "observe")
+        for due, found, _ in verdicts.T.tolist():
+            level, what = (logging.INFO, "allowed") if found < limit else (logging.WARNING, f"{would}refused")
+            if due:
+                logger.log(level, "%s: P(unsafe) %.4f, threshold %.4f", what, found, limit)
 
     def _read(
         self, model: Any, kwargs: dict[str, Any], kept: list[torch.Tensor], positions: Any, tokens: TemplateTokens
@@ -93,7 +137,7 @@ class Guard(nn.Module):
         else:
             table = torch.tensor(tokens.table, device=embeddings.device)  # (numbers,)
             numbers = tokens.in_embeddings(embeddings, model.get_input_embeddings()(table))  # (batch, tokens)
-        (batch, count), past, device, end = numbers.shape, kept[0].shape[2], numbers.device, prompt_end.get()
+        (batch, count), past, device, end = numbers.shape, kept[0].shape[2], numbers.device, getattr(asked.get(), "end", None)
         real = real_tokens(kwargs.get("attention_mask"), past + count, numbers)  # (batch, context)
         earlier = self.ledger.tail(kept, max(1, len(tokens.generation_prompt))).to(device)  # (batch, length, 3)
         # Lengths as tensors: as numbers they would be frozen into an exported graph.

@@ -16,7 +16,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from sasa_export.runtime.guard import Guard, prompt_end
+from sasa_export.runtime.guard import Asked, Guard, asked
 from sasa_export.runtime.lane import recording, watch
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
@@ -76,7 +76,8 @@ class GuardedModel:
                     f"{' ...' if len(names) > 5 else ''} ({len(names)} in all). {HOW_TO_LOAD}"
                 )
         model.sasa.probe.check()
-        follow_refusal(model.config.sasa, directory)
+        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
+        follow_refusal(model.config, directory, **hub)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -93,12 +94,29 @@ class GuardedModel:
         if "paged" in str(settings.get("cache_implementation")):
             raise NotImplementedError(f"cache_implementation='paged': {PACKED}")
         prompt = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
-        lengths = [value.shape[1] for value in prompt if isinstance(value, torch.Tensor) and value.dim() > 1]
-        token = prompt_end.set(max(lengths, default=None))
+        shapes = [value.shape for value in prompt if isinstance(value, torch.Tensor) and value.dim() > 1]
+        call = asked.get() or Asked()
+        call.end = max((shape[1] for shape in shapes), default=None)
+        token = asked.set(call)
         try:
-            return super().generate(inputs, *args, **kwargs)
+            output = super().generate(inputs, *args, **kwargs)
         finally:
-            prompt_end.reset(token)
+            asked.reset(token)
+            if call.verdicts is not None and not call.silent:
+                self.sasa.log(call.told(max((shape[0] for shape in shapes), default=1)))
+        if isinstance(output, dict) and call.verdicts is not None:  # with return_dict_in_generate
+            _, output["unsafe_probability"], refused = call.told(len(output["sequences"]))
+            output["refused"] = refused > 0
+        return output
+
+    def judge(self, **inputs: Any) -> torch.Tensor:
+        """P(unsafe) of each prompt (batch,) that `generate` would take, at the price of running it; nothing is logged."""
+        token = asked.set(Asked(silent=True))
+        try:
+            alone = {"max_new_tokens": 1, "num_beams": 1, "do_sample": False, "return_dict_in_generate": True}
+            return self.generate(**inputs, **alone)["unsafe_probability"]
+        finally:
+            asked.reset(token)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:

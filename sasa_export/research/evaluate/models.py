@@ -117,6 +117,7 @@ def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
             device_map="auto" if device == SPREAD else device,
             trust_remote_code=True,
             use_safetensors=True,
+            sasa={"gate": "enforce"},  # what it would refuse is measured where it only observes, too
         )
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"
