@@ -66,7 +66,6 @@ def test_fetch(tiny_model: Tiny, place: Path) -> None:
     succeeds("fetch", *flags(source, place / "base"))
     assert contents(place / "base") == contents(source)
     assert "is not empty" in fails("fetch", *flags(source, place / "base"))
-    succeeds("fetch", *flags(source, place / "base", "--force"))
     assert [path.name for path in place.iterdir()] == ["base"]
     assert "there is no model" in fails("fetch", *flags("no-such-model", place / "other"))
 

@@ -260,7 +260,7 @@ def test_errors_are_one_line(planted_model: Path, tmp_path: Path, arguments: tup
 
 
 def test_the_model_itself_is_not_replaced(planted_model: Path) -> None:
-    with pytest.raises(EmitError, match="source model"):
+    with pytest.raises(EmitError, match="did not write"):
         locate(LocateOptions(str(planted_model), planted_model, force=True))
     assert (planted_model / "config.json").is_file()
 

@@ -34,8 +34,6 @@ def said(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     return [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "sasa"]
 
 
-
-
 def test_observe_first_and_enforce_by_config_alone(
     split: Callable[[str], Guard], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -112,9 +110,7 @@ def test_a_model_called_by_hand_logs_each_verdict_once(
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_judge_scores_a_batch_without_answering(
-    guard: Guards, family: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_judge_scores_a_batch_without_answering(guard: Guards, family: str, caplog: pytest.LogCaptureFixture) -> None:
     """As `generate` would judge it, at the price of one forward pass."""
     guarded = guard(family)
     inputs = guarded.batch(count=6)

@@ -13,8 +13,8 @@ PARTS = ("version", "formulas", "settings", "ledger", "verdict", "lane", "guard"
 HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637), and judges every prompt with it.
 
-From top to bottom: the formulas, the settings in config.json, what the cache keeps for the gate, when a verdict is due,
-the second lane, the gate, and the classes. `config.sasa["graph"]` lists the steps; this file knows no model family.
+From top to bottom: formulas, settings, what the cache keeps for the gate, when a verdict is due, the second lane, the
+gate, the classes. `config.sasa["graph"]` lists the steps; this file knows no model family.
 """
 '''
 

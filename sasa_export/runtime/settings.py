@@ -31,13 +31,11 @@ def check_settings(sasa: Any) -> dict[str, Any]:
 
 
 def refusal_tokens(tokenizer: Any, refusal: str, end: int, image: Any = None) -> list[int]:
-    """The refusal as token ids, the `end` of sequence last. ValueError for tokens that are no text, like the `image`."""
+    """The refusal as token ids, the `end` of sequence last. ValueError where one is no text, like the `image`."""
     ids = tokenizer.encode(refusal, add_special_tokens=False)
     marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     if {*marks, *tokenizer.all_special_ids, image} & set(ids):
         raise ValueError(f"the refusal {refusal!r} holds a special token of this model. Set a plain sentence.")
-    if not 0 < len(ids) < LONGEST_REFUSAL:
-        raise ValueError(f"the refusal has {len(ids)} tokens; 1 to {LONGEST_REFUSAL - 1} fit. Set another one.")
     return [*ids, end]
 
 
@@ -52,6 +50,7 @@ def follow_refusal(config: Any, directory: Any, **hub: Any) -> None:
     image = getattr(config, "image_token_id", None)
     ids = refusal_tokens(tokenizer, sasa["refusal"], sasa["refusal_token_ids"][-1], image)
     sasa |= {"refusal_token_ids": ids, "tokenized_refusal": sasa["refusal"]}
+    check_settings(sasa)
 
 
 class GuardedConfig:
@@ -59,8 +58,8 @@ class GuardedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        config_dict = {key: _opened(value) for key, value in config_dict.items()}
-        config_dict = {key: value for key, value in config_dict.items() if value != {}}
+        opened = {key: _opened(value) for key, value in config_dict.items()}
+        config_dict = {key: value for key, value in opened.items() if value != {}}
         sasa, changes = check_settings(config_dict.get("sasa")), kwargs.pop("sasa", {})
         if set(changes) - set(OPERATOR):
             raise ValueError(f"sasa={changes!r}: only {', '.join(OPERATOR)} can be changed at load.")

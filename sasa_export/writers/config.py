@@ -11,7 +11,7 @@ from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import Source
 from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
-from sasa_export.runtime.settings import FORMAT, refusal_tokens
+from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL, refusal_tokens
 
 
 def sasa_settings(
@@ -78,9 +78,12 @@ def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
     ends = _end_tokens(directory) or [tokenizer.eos_token_id]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     try:
-        return refusal_tokens(tokenizer, refusal, int(end), getattr(processor, "image_token_id", None))
+        ids = refusal_tokens(tokenizer, refusal, int(end), getattr(processor, "image_token_id", None))
     except ValueError as error:
         raise EmitError(f"--refusal: {error}") from None
+    if len(ids) > LONGEST_REFUSAL:
+        raise EmitError(f"the refusal has {len(ids)} tokens, and {LONGEST_REFUSAL} fit. Shorten --refusal.")
+    return ids
 
 
 def generation_prompt_ids(processor: Any) -> list[int]:

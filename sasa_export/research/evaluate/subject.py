@@ -128,7 +128,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     """Open all that is evaluated. Raises SasaExportError where something is missing or does not belong together."""
     sasa, manifest = _read_patched(options.model)
     made = manifest.get("options") or {}
-    source = _open_baseline(options, sasa, made, manifest)
+    source = _open_baseline(options, sasa, made, manifest, report)
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
     processor = load_processor(source)
@@ -181,7 +181,7 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _open_baseline(
-    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
+    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any], report: Silent
 ) -> Source:
     """The model that the patched one was made from: --baseline, or what the manifest names.
 
@@ -191,7 +191,7 @@ def _open_baseline(
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
-        source = open_source(name)
+        source = open_source(name, None if options.baseline else manifest.get("commit"), report)
     except OpenError as error:
         if options.baseline:
             raise
