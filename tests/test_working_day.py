@@ -7,11 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from cli_steps import fails, flags, succeeds
 from conftest import Guard
+from labelled import write_set
+from onnx_runner import Runner, image_token, positions
 from transformers import AutoModelForImageTextToText
+
+from sasa_export.verify import answers
 
 Guards = Callable[..., Guard]
 NEW = 6
@@ -148,9 +154,9 @@ def test_settings_at_load(guard: Guards, tmp_path: Path) -> None:
     lowest = float(guarded.expected(inputs).min()) / 2
     refusal = "Dabei kann ich nicht helfen."
     model = load(guarded.directory, sasa={"threshold": lowest, "refusal": refusal})
-    answers = model.generate(**inputs, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]
+    said = model.generate(**inputs, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]
     tokenizer: Any = guarded.processor.tokenizer
-    assert tokenizer.batch_decode(answers, skip_special_tokens=True) == [refusal] * 4
+    assert tokenizer.batch_decode(said, skip_special_tokens=True) == [refusal] * 4
     assert load(guarded.directory).config.sasa["threshold"] != lowest, "the directory stays as it is"
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())["sasa"]
@@ -178,3 +184,88 @@ def test_settings_at_load(guard: Guards, tmp_path: Path) -> None:
 def test_settings_that_no_gate_could_run_on(guard: Guards, changes: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         load(guard("llava").directory, sasa=changes)
+
+
+# -------------------------------------------------------------------------------------------------- graphs
+
+
+@pytest.mark.xdist_group("onnx-llava")
+def test_graphs_observe_too(split: Callable[[str], Guard], exported: Callable[..., Path], tmp_path: Path) -> None:
+    """The decoder's P(unsafe) is there, its logits are the original's, and nothing of its state says a refusal."""
+    guarded = split("llava")
+    runner = Runner(exported(edited(guarded.directory, tmp_path / "observing", gate="observe")))
+    inputs = guarded.batch(count=6)
+    ids, _ = positions(guarded, inputs)
+    runner.prompt({name: value.numpy() for name, value in inputs.items()}, image_token(guarded), ids.numpy())
+    expected = guarded.expected(inputs)
+    assert runner.probability is not None
+    assert np.abs(runner.probability - expected.numpy()).max() < 1e-4
+    assert 0 < (expected >= guarded.model.config.sasa["threshold"]).sum() < 6
+    with torch.no_grad():
+        original = guarded.stock(**inputs, position_ids=ids).logits[:, -1].numpy()
+    assert np.abs(runner.logits - original).max() < 1e-4
+    assert not runner.cache[f"past_key_values.{tiny.LAYERS}.key"][:, 0, :, 0].any()
+
+
+# ------------------------------------------------------------------------------------------------- the tool
+
+
+def test_a_patch_that_observes_is_verified_and_its_card_says_so(llava: Path, calibration: Path, place: Path) -> None:
+    out = place / "out"
+    fitted = {"calibration": calibration, "max_false_positive_rate": 0.1, "gate": "observe"}
+    said = succeeds(*flags(llava, out, **fitted)).stderr
+    assert "none is refused, since the gate observes" in said and "✗" not in said
+    card = " ".join((out / "README.md").read_text().split())
+    assert "**The gate only observes** (`--gate observe`)" in card and "Set `gate` to `enforce`" in card
+    again = edited(out, place / "enforcing", gate="enforce")
+    said = succeeds("verify", str(again)).stderr
+    assert "with settings as the operator changed them" in said
+    assert "refused prompts say the refusal" in said and "the gate observes" not in said
+
+
+@pytest.fixture
+def saved(guard: Guards, tmp_path: Path) -> Path:
+    """A patched model as `save_pretrained` writes it, without a manifest."""
+    guarded = guard("llava")
+    guarded.model.save_pretrained(tmp_path / "saved")
+    guarded.processor.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_verify_of_a_saved_model_says_what_it_cannot_check(saved: Path) -> None:
+    said = succeeds("verify", str(saved)).stderr
+    assert "– files are those that were exported: not checked" in said
+    assert "– answers are the original's: not checked" in said and "✗" not in said
+
+
+def test_evaluate_of_a_saved_model(saved: Path, llava: Path, tmp_path: Path) -> None:
+    """It does not know what it was made from, and says so; with that, it is evaluated."""
+    data, other = (str(write_set(tmp_path, name, seed, 6)) for name, seed in (("evaluation", 1), ("calibration", 2)))
+    given = {"data": data, "calibration": other, "max-new-tokens": 2, "timing": 0}
+    assert "Give it as --baseline" in fails("evaluate", *flags(saved, tmp_path / "report", **given))
+    succeeds("evaluate", *flags(saved, tmp_path / "report", baseline=llava, **given))
+    arguments = flags(saved, tmp_path / "report", "--force", baseline=llava, **given)
+    succeeds("evaluate", *arguments)  # over the report that is there, which is ours
+
+
+def test_graphs_that_observe_are_not_evaluated(saved: Path, tmp_path: Path) -> None:
+    directory = edited(saved, tmp_path / "graphs", gate="observe")
+    (directory / "onnx").mkdir()
+    (directory / "onnx" / "decoder_model_merged.onnx").touch()
+    message = fails("evaluate", *flags(directory, tmp_path / "report"))
+    assert "only observe. Export them again with --gate enforce" in message
+
+
+def test_verification_has_the_packages_of_its_caller(
+    tmp_path: Path, patched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever they come: PYTHONPATH, the user's own packages, or a path that a notebook has added."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "only_here.py").write_text("WHERE = 'found'")
+    (tmp_path / "fresh").mkdir()
+    program = "import json, only_here; print(json.dumps({'where': only_here.WHERE}))"
+    (tmp_path / "fresh" / "__main__.py").write_text(program)
+    monkeypatch.setattr(answers, "FRESH", tmp_path / "fresh")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("packages")
+    assert answers.run_fresh(patched, None, "float32", "cpu", []) == {"where": "found"}
