@@ -91,7 +91,9 @@ def test_it_answers_and_refuses(served: tuple[Any, Path], split: Callable[[str],
             pieces = list(client.chat.completions.create(**request, stream=True))
             streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
             assert whole.strip() == expected.strip()
-            assert streamed.strip(" \ufffd") == expected.strip(" \ufffd")  # a stream leaves out half a letter at its end
+            assert streamed.strip(" \ufffd") == expected.strip(
+                " \ufffd"
+            )  # a stream leaves out half a letter at its end
             assert len(pieces) > 3, "the answer did not come in pieces"
     assert {refused for refused, _ in outcomes} == {True, False}
     said = [line for line in log.read_text().splitlines() if line.startswith("refused: P(unsafe)")]
