@@ -245,7 +245,7 @@ def both_formats(out: Path) -> Path:
     [
         (lambda o, tmp, tiny: {"timing": -1}, "--timing is -1"),
         (lambda o, tmp, tiny: {"judge": "json:absent"}, "--judge json:absent cannot be imported"),
-        (lambda o, tmp, tiny: {"out": o.model.parent, "force": True}, "would remove that"),
+        (lambda o, tmp, tiny: {"out": o.model.parent, "force": True}, "did not write"),
         (lambda o, tmp, tiny: {"model": both_formats(tmp / "both")}, "holds two patched models"),
         (lambda o, tmp, tiny: {"model": tiny("llava")}, "has no gate"),
         (lambda o, tmp, tiny: {"model": damaged(o.model, tmp / "code")}, "1 differ"),

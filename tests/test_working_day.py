@@ -171,6 +171,7 @@ def test_settings_at_load(guard: Guards, tmp_path: Path) -> None:
     ("changes", "error"),
     [
         ({"treshold": 0.3}, "only threshold, refusal, gate can be changed"),
+        (0.3, "only threshold, refusal, gate can be changed"),
         ({"refusal_token_ids": [5]}, "only threshold, refusal, gate can be changed"),
         ({"threshold": 1}, "threshold 1"),
         ({"gate": "off"}, "gate 'off'"),
@@ -181,7 +182,7 @@ def test_settings_at_load(guard: Guards, tmp_path: Path) -> None:
         ({"refusal": "</s>"}, "special token"),
     ],
 )
-def test_settings_that_no_gate_could_run_on(guard: Guards, changes: dict[str, Any], error: str) -> None:
+def test_settings_that_no_gate_could_run_on(guard: Guards, changes: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         load(guard("llava").directory, sasa=changes)
 
@@ -242,6 +243,8 @@ def test_evaluate_of_a_saved_model(saved: Path, llava: Path, tmp_path: Path) -> 
     """It does not know what it was made from, and says so; with that, it is evaluated."""
     data, other = (str(write_set(tmp_path, name, seed, 6)) for name, seed in (("evaluation", 1), ("calibration", 2)))
     given = {"data": data, "calibration": other, "max-new-tokens": 2, "timing": 0}
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "sasa": {**config["sasa"], "gate": "observe"}}))
     assert "Give it as --baseline" in fails("evaluate", *flags(saved, tmp_path / "report", **given))
     succeeds("evaluate", *flags(saved, tmp_path / "report", baseline=llava, **given))
     arguments = flags(saved, tmp_path / "report", "--force", baseline=llava, **given)

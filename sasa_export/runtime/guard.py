@@ -169,7 +169,7 @@ class Guard(nn.Module):
         layers = cache.layers[self.ledger.first :]
         if len(layers) != self.ledger.layers:
             raise ValueError(
-                "past_key_values holds tokens that were never judged. Start from the whole prompt without it."
+                "past_key_values holds tokens that this guarded model has not judged. Start from the whole prompt."
             )
         return [tensor[:, :, :past] for layer in layers for tensor in (layer.keys, layer.values)]
 

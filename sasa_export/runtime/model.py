@@ -19,6 +19,7 @@ from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
+HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # where a directory is, and as whose
 # Options of `generate` that answer past the gate: they leave out blocks, or mix in what another model or prompt says.
 UNGUARDED = ("assistant_early_exit", "assistant_ensemble_weight", "guidance_scale", "is_assistant")
 
@@ -70,8 +71,7 @@ class GuardedModel:
                 what = f"{problem.replace('_', ' ')}: {', '.join(names[:5])} ({len(names)} in all)"
                 raise ValueError(f"the guarded model has {what}. {HOW_TO_LOAD}")
         model.sasa.probe.check()
-        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
-        follow_refusal(model.config, directory, **hub)
+        follow_refusal(model.config, directory, **{name: kwargs[name] for name in HUB if name in kwargs})
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

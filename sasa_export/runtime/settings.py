@@ -61,7 +61,7 @@ class GuardedConfig:
         opened = {key: _opened(value) for key, value in config_dict.items()}
         config_dict = {key: value for key, value in opened.items() if value != {}}
         sasa, changes = check_settings(config_dict.get("sasa")), kwargs.pop("sasa", {})
-        if set(changes) - set(OPERATOR):
+        if not isinstance(changes, dict) or set(changes) - set(OPERATOR):
             raise ValueError(f"sasa={changes!r}: only {', '.join(OPERATOR)} can be changed at load.")
         config_dict["sasa"] = check_settings({**sasa, **changes})
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]

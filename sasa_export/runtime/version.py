@@ -3,5 +3,5 @@
 import transformers
 
 if int(transformers.__version__.split(".")[0]) != 5:
-    what = f"transformers {transformers.__version__} is installed, and this guarded model needs transformers 5"
+    what = f"this guarded model needs transformers 5, and {transformers.__version__} is installed"
     raise ImportError(f"{what}. Install it with: pip install 'transformers>=5,<6'")
