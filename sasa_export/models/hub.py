@@ -39,7 +39,8 @@ def _fetch_weights(repository: str, revision: str | None, report: Silent) -> Non
 
     info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     siblings: Any = [file for file in info.siblings or () if "/" not in file.rfilename and file.lfs is not None]
-    shards = {file.lfs.sha256: file for file in siblings if file.rfilename.endswith(".safetensors")}
+    weights = [file for file in siblings if file.rfilename.endswith(".safetensors") and file.lfs.sha256.isalnum()]
+    shards = {file.lfs.sha256: file for file in weights}
     blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
     missing = {blobs / name: file for name, file in shards.items() if not (blobs / name).exists()}
     with report.bar(sum(file.size for file in missing.values()), "fetch") as advance:
@@ -63,11 +64,11 @@ def _fetch_file(url: str, blob: Path, size: int, advance: Callable[[int], None])
     os.replace(partial, blob)
 
 
-class _Counted(io.FileIO):
+class _Counted(io.BufferedWriter):
     """A file that is written on at its end, and tells how many bytes it has."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
-        super().__init__(path, "ab")
+        super().__init__(io.FileIO(path, "ab"))
         self.advance = advance
         advance(self.tell())
 

@@ -79,8 +79,8 @@ class Guard(nn.Module):
         probability = torch.full(due.at.shape, float("nan"), device=due.at.device)  # (batch,)
         judging = exporting or bool(due.rows.any())  # what an exported graph keeps in a branch
         if judging:
-            found = self._run_lane(model, entry, projection, kept, columns, real, due.at)  # (batch,)
-            probability = found.to(due.at.device).masked_fill(~due.rows, float("nan"))
+            found = self._run_lane(model, entry, projection, kept, columns, real, due.at).to(due.at.device)  # (batch,)
+            probability = found.masked_fill(~due.rows, float("nan"))
         refused = due.rows & ~(probability < self.settings["threshold"])  # (batch,); NaN could not be judged
         refused = torch.zeros_like(refused) if observing else refused
         states, turns = follow(call, due, refused, tokens)  # (batch, tokens)
@@ -101,14 +101,14 @@ class Guard(nn.Module):
         """Log a call's verdicts (3, batch), and no word of the prompt; `generate` takes them, and logs the `last`."""
         if told is not None:
             earlier = verdicts if told.verdicts is None else told.verdicts
-            told.verdicts = torch.where(verdicts[0] > 0, verdicts, earlier)
-            verdicts = told.verdicts[:, : None if last and not told.logged else 0 : earlier.shape[1] // told.prompts]
+            told.verdicts = torch.where(verdicts[0] > 0, verdicts, earlier)  # of a later piece, or without cache anew
+            beams = max(1, earlier.shape[1] // told.prompts)
+            verdicts = told.verdicts[:, ::beams] if last and not told.logged else verdicts[:, :0]
             told.logged |= last
         limit, would = self.settings["threshold"], "would be " * (self.settings.get("gate") == "observe")
-        for due, found, _ in verdicts.T.tolist():
+        for found in verdicts[1, verdicts[0] > 0].tolist():  # those that were due
             level, what = (logging.INFO, "allowed") if found < limit else (logging.WARNING, f"{would}refused")
-            if due:
-                logger.log(level, "%s: P(unsafe) %.4f, threshold %.4f", what, found, limit)
+            logger.log(level, "%s: P(unsafe) %.4f, threshold %.4f", what, found, limit)
 
     def _read(
         self, model: Any, kwargs: dict[str, Any], kept: list[Tensor], positions: Any, tokens: TemplateTokens
