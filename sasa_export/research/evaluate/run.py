@@ -11,6 +11,7 @@ import numpy as np
 from sasa_export.errors import EvaluateError
 from sasa_export.files import staged
 from sasa_export.flags import check_values
+from sasa_export.manifest import write_manifest
 from sasa_export.models.load import head_weight, load_model
 from sasa_export.probe.features import reading
 from sasa_export.probe.fit import head_metric, in_metric
@@ -67,6 +68,7 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
         found = measure(subject, answers, features, timing, judge)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(found, staging)
+            write_manifest(staging, {})
     for target in found.targets:
         report.check(target.met, target.name, str(target))
     report.step("done", f"{options.out / 'report.html'}")

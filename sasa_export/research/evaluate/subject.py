@@ -89,12 +89,18 @@ class Subject:
         return fingerprint(
             self.source,
             [*self.evaluation, *(self.calibration if self.carried is None else [])],
-            patched=digest(self.options.model / MANIFEST),
+            patched=[digest(path) for path in self._told()],
             dtype=self.dtype,
             device=self.device.partition(":")[0],
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
         )
+
+    def _told(self) -> list[Path]:
+        """The files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
+        manifest = self.options.model / MANIFEST
+        weights = sorted(self.options.model.glob("*.safetensors"))
+        return [manifest] if manifest.exists() else [self.options.model / "config.json", *weights]
 
     def described(self) -> dict[str, Any]:
         """What was evaluated, on what, and how it ran; `command` makes the report again."""
@@ -127,7 +133,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     """Open all that is evaluated. Raises SasaExportError where something is missing or does not belong together."""
     sasa, manifest = _read_patched(options.model)
     made = manifest.get("options") or {}
-    source = _open_baseline(options, sasa, made, manifest)
+    source = _open_baseline(options, sasa, made, manifest, report)
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
     processor = load_processor(source)
@@ -166,17 +172,20 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{directory} is no patched model: its config.json has no gate. Patch it first: sasa-export --model "
             f"{directory} --out patched/."
         )
+    if sasa.get("gate") == "observe" and dtype_of(directory) is not None:
+        raise EvaluateError(f"the graphs in {directory} only observe. Export them again with --gate enforce.")
     check = check_manifest(directory)
-    if not check.passed:
+    if check.passed is False:
         raise EvaluateError(
             f"{directory} is not what was exported ({check.detail}), so its figures would be of something else. "
             "Export the model again."
         )
-    return sasa, json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    # A model that was saved again has no manifest; --baseline then says what it was made from.
+    return sasa, {} if check.passed is None else json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _open_baseline(
-    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
+    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any], report: Silent
 ) -> Source:
     """The model that the patched one was made from: --baseline, or what the manifest names.
 
@@ -186,13 +195,14 @@ def _open_baseline(
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
-        source = open_source(name)
+        source = open_source(name, None if options.baseline else manifest.get("commit"), report)
     except OpenError as error:
         if options.baseline:
             raise
         raise EvaluateError(f"the original of {options.model} is not there: {error} Or give --baseline.") from None
-    copied = set(manifest["files"].values())  # shards are copied byte for byte
-    other_weights = dtype_of(options.model) is None and not all(digest(shard.path) in copied for shard in source.shards)
+    copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte
+    compared = copied and dtype_of(options.model) is None
+    other_weights = compared and not all(digest(shard.path) in copied for shard in source.shards)
     if other_weights or read_sizes(source).blocks != _blocks(sasa):
         raise EvaluateError(
             f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "

@@ -10,6 +10,7 @@ from sasa_export.files import check_apart, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import check_traces, trace_source
+from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.family import KnownLayers
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
@@ -77,6 +78,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
         located = _conclude(plan, evidence, heads, command_line("locate", options), report)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(located, staging)
+            write_manifest(staging, {})
         if options.write_family is not None:
             write_family(options.write_family, plan.source, _entry(plan, located))
     safety, semantic = located.proposal.pair
@@ -87,7 +89,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
 
 def _plan(options: LocateOptions, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
-    source = open_source(options.model)
+    source = open_source(options.model, options.revision, report)
     check_apart(options.out, source.directory)
     if options.write_family is not None:
         check_family(options.write_family, source)

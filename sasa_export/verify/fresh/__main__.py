@@ -1,6 +1,6 @@
 """Load a written directory as a user would, and say what it answers to its cases and to further prompts.
 
-Usage: python -I fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS [PROMPTS]
+Usage: python fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS [PROMPTS]
 
 MODULE is `torch_model` or `onnx_model`: files beside this one, whose `Model` loads the directory. PROMPTS is a folder
 with prompts.json and pictures: these prompts are judged, and not answered. The last line printed is a JSON object:
