@@ -49,8 +49,8 @@ class Calibration:
     """The probe, the figures, and the scores of every prompt.
 
     `cross_validated` and `final` (prompts,) hold P(unsafe) by a probe that saw nothing of the prompt's kind (or group:
-    `folds_of`), and by the probe itself. `kinds` are the figures by kind, where kinds were left out. `regularization`
-    is the probe's C. `max_false_positive_rate` is what chose the threshold; None where it was given.
+    `folds_of`), and by the probe itself. `kinds` are the figures of text by kind, where kinds were left out.
+    `regularization` is the probe's C. `max_false_positive_rate` is what chose the threshold; None where it was given.
     """
 
     probe: Probe
@@ -140,7 +140,9 @@ def with_threshold(
     _check_usable(found[0], threshold, float(fitted.scores[read][harmful].max()))
     by_kind: Sequence[KindFigure] = ()
     if kinds is not None:
-        by_kind = kind_figures(shown, kinds[rows], {name: values[rows] for name, values in fitted.scores.items()})
+        text = [row for row in rows if prompts[row].channel == "text"]  # words would be read in pictures without error
+        scores_of = {name: values[text] for name, values in fitted.scores.items()}
+        by_kind = kind_figures([prompts[row] for row in text], kinds[text], scores_of)
     return Calibration(
         Probe(*fitted.probes[read], limits[read]), tuple(found), tuple(by_kind), tuple(prompts),
         fitted.scores[read], fitted.final, max_false_positive_rate if threshold is None else None,
