@@ -255,7 +255,7 @@ def test_twins_stand_in_the_same_setting() -> None:
     groups = defaultdict(set)
     for prompt in builtin():
         if prompt.kind == "twin":
-            groups[prompt.group, prompt.channel].add((prompt.setting, prompt.before, prompt.attack))
+            groups[prompt.group, prompt.name.rsplit("/")[-1]].add((prompt.setting, prompt.before, prompt.attack))
     assert {len(found) for found in groups.values()} == {1}
 
 

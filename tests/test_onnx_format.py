@@ -119,11 +119,15 @@ def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
     directory = both[0] / "onnx"
     written = json.loads((directory / "sasa-verify" / "cases.json").read_text())
     threshold = json.loads((directory / "config.json").read_text())["sasa"]["threshold"]
-    case = next(c for c in written["cases"] if c["image"] and c["unsafe_probability"] > threshold + 0.05)
+    case = next(
+        c
+        for c in written["cases"]
+        if c["image"] and len(c["messages"]) == 1 and c["unsafe_probability"] > threshold + 0.05
+    )
     shutil.copyfile(directory / "sasa-verify" / case["image"], tmp_path / "picture.png")
     code = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)[0]
     code = code.replace("<this directory>", str(directory))
-    code = code.replace("Follow the instruction shown in the image.", case["prompt"])
+    code = code.replace("Follow the instruction shown in the image.", case["messages"][-1]["content"][-1]["text"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-I", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

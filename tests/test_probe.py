@@ -135,7 +135,7 @@ def test_too_few_kinds_leave_out_groups(kinds: list[str]) -> None:
     assert kinds_of(prompts) is None and len(folds_of(prompts)) == 5
 
 
-def test_the_best_regularization_is_the_one_of_highest_auc() -> None:
+def test_the_best_regularization_is_the_one_of_least_loss() -> None:
     """More features than prompts, and little to see: the strongest regularization wins, whatever the order."""
     features, labels = samples(80, 200, gap=1.5)
     folds = folds_of(grouped_prompts(labels, [n // 2 for n in range(80)]))

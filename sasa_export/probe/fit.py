@@ -135,11 +135,11 @@ def cross_validated(
 def best_regularization(
     features: np.ndarray, labels: np.ndarray, folds: Sequence[Fold], candidates: Sequence[float] = CANDIDATES
 ) -> tuple[float, np.ndarray]:
-    """The candidate with the highest cross-validated AUC, of equals the strongest, and its cross-validated scores."""
-    from sklearn.metrics import roc_auc_score
+    """The candidate with the least cross-validated log loss, and its cross-validated scores."""
+    from sklearn.metrics import log_loss
 
     scores = cross_validated(features, labels, folds, candidates)
-    best = max(sorted(candidates), key=lambda value: roc_auc_score(labels, scores[value]))
+    best = min(candidates, key=lambda value: log_loss(labels, scores[value], labels=[0, 1]))
     return best, scores[best]
 
 

@@ -41,11 +41,12 @@ class Case:
 
 
 def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Prompt]:
-    """A few prompts of each label and channel: spread over the scores where there are some, else over the set."""
+    """A few prompts of one turn of each label and channel: spread over the scores where there are some, or the set."""
     chosen: list[Prompt] = []
     for label in (1, 0):
         for channel in ("text", "picture"):
-            rows = [row for row, prompt in enumerate(prompts) if (prompt.label, prompt.channel) == (label, channel)]
+            kind = (label, channel, ())
+            rows = [row for row, it in enumerate(prompts) if (it.label, it.channel, it.before) == kind]
             if scores is not None:
                 rows.sort(key=lambda row: (scores[row], row))
             step = max(1, (len(rows) - 1) // max(1, per_kind - 1))

@@ -18,9 +18,10 @@ from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.options import AUTO, Options
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
+from sasa_export.research.locate.command import LIMIT
 from sasa_export.research.locate.lane import watched
 from sasa_export.research.locate.pairs import with_layer
-from sasa_export.research.locate.prompts import LIMIT, halves, limited
+from sasa_export.research.locate.prompts import halves, limited
 from sasa_export.research.locate.propose import Proposal, propose
 from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.research.work import Work

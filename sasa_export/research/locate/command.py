@@ -12,7 +12,8 @@ from sasa_export.errors import LocateError
 from sasa_export.flags import Settings, check_values, flags, option
 from sasa_export.options import ABOVE_ZERO, AT_LEAST_ONE, DTYPES
 from sasa_export.report import Console, quiet
-from sasa_export.research.locate.prompts import LIMIT
+
+LIMIT = 400  # groups that layers are chosen on; the states of all blocks are kept for each of their prompts
 
 
 @dataclass(frozen=True)

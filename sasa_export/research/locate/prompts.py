@@ -14,7 +14,6 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.prompts import kinds_of_groups, share_of, spaced
 
 LEAST = 10  # groups of either label, below which nothing can be cross-validated
-LIMIT = 400  # groups that layers are chosen on; the states of all blocks are kept for each of their prompts
 CONTROLS = 120  # pictures that are compared with their controls
 
 
