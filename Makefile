@@ -61,7 +61,7 @@ bench: setup
 MODEL ?= build/patched
 bench-published: setup
 	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
-	@$(BIN)/python benchmarks/published.py --model $(MODEL) --out docs/published.md
+	@$(BIN)/python benchmarks/published.py --model $(MODEL) --dtype bfloat16 --out docs/published.md
 
 bench-gate: setup
 	@$(BIN)/python benchmarks/gate_cost.py --out docs/gate-cost.md

@@ -302,7 +302,7 @@ def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: C
     row = {id(prompt): place for place, prompt in enumerate(prompts)}
     read = judgements["patched model"].to_numpy()[[row[id(prompt)] for prompt in asked]]  # (asked,)
     return Template(TEMPLATE.read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True).render(
-        command="make bench-published" if limit is None else f"python benchmarks/published.py --limit {limit}",
+        command=f"python benchmarks/published.py --dtype {dtype}" + ("" if limit is None else f" --limit {limit}"),
         model=model.resolve().name,
         baseline=last_name(subject.source.name),
         calibrated_on=subject.calibrated_on,
