@@ -25,9 +25,9 @@ import pandas as pd
 from sasa_export.errors import EvaluateError, SasaExportError
 from sasa_export.models.smol_llava import pieces
 from sasa_export.models.wheels import Wheel, fetch
-from sasa_export.probe import Fitted, calibrate
+from sasa_export.probe import Fitted, calibrate, settled
 from sasa_export.probe.features import batches, collect
-from sasa_export.probe.fit import probability, threshold_of
+from sasa_export.probe.fit import probability
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe
 from sasa_export.prompts import Prompt, check_disjoint, load
 from sasa_export.prompts.picture import open_picture
@@ -154,10 +154,10 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
         features = collect(model, subject.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
     own = read_probe(_probe_file(subject.options.model), None)
     lane = features.plain if subject.sasa["safety_layer"] is None else features.projected  # (prompts, features)
-    limit = threshold_of(probes.scores["plain"], subject.calibration, subject.rate)
+    other = settled(probes, "plain", subject.calibration, subject.rate, None, None)[0]
     arms = {
         "patched model": (_read(lane, own.weight, own.bias), subject.sasa["threshold"]),
-        "without projection": (_read(features.plain, *probes.probes["plain"]), limit),
+        "without projection": (_read(features.plain, other.weight, other.bias), other.threshold),
         "bag of words": words(subject.calibration, prompts, subject.rate),
     }
     table = pd.DataFrame(

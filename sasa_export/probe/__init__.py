@@ -11,6 +11,7 @@ import numpy as np
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 from sasa_export.models.load import head_weight
+from sasa_export.probe.channels import Linear, difference, lowered, presence
 from sasa_export.probe.features import collect
 from sasa_export.probe.figures import Figure, KindFigure, figures, kind_figures
 from sasa_export.probe.fit import (
@@ -35,10 +36,13 @@ class Fitted:
     """Probes before a threshold is chosen: of the "projected" lane, where there is one, and of the "plain" main lane.
 
     The first is the one that is made. `scores` holds cross-validated P(unsafe) of each, (prompts,), and of "words",
-    where kinds were left out; `final` (prompts,) is that of the first probe itself.
+    where kinds were left out; `final` (prompts,) is that of the first probe itself. `presence` tells pictures from text
+    on the same features, and `present` holds what it puts out for the prompts, (prompts,) each (`channels`).
     """
 
-    probes: dict[str, tuple[np.ndarray, float]]  # weight (features,), float32, and bias
+    probes: dict[str, Linear]
+    presence: dict[str, Linear]
+    present: dict[str, np.ndarray]
     regularization: float
     scores: dict[str, np.ndarray]
     final: np.ndarray
@@ -102,13 +106,38 @@ def fit_probes(
     scores = {name: found for name, (_, found) in chosen.items()}
     if kinds_of(prompts) is not None:
         scores["words"] = best_words(prompts, folds)[1]
-    probes, final, read = {}, {}, next(iter(lanes))
-    for name, states in lanes.items():
-        weight, bias = fit(states, labels, chosen[name][0])
+
+    def folded(found: Linear) -> Linear:
         # The fitted weight v reads features in the metric R, the probe reads them as they are: w . h = (R^T v) . h.
-        probes[name] = ((weight if metric is None else weight @ metric).astype(np.float32), bias)
-        final[name] = probability(states, weight, bias)
-    return Fitted(probes, chosen[read][0], scores, final[read])
+        return found[0] if metric is None else found[0] @ metric, found[1]
+
+    probes = {name: fit(states, labels, chosen[name][0]) for name, states in lanes.items()}
+    marks = {name: presence(states, prompts) for name, states in lanes.items()}
+    read = next(iter(lanes))
+    return Fitted(
+        {name: folded(found) for name, found in probes.items()},
+        {name: folded(found) for name, found in marks.items()},
+        {name: lanes[name] @ weight + bias for name, (weight, bias) in marks.items()},
+        chosen[read][0],
+        scores,
+        probability(lanes[read], *probes[read]),
+    )
+
+
+def settled(
+    fitted: Fitted, lane: str, prompts: Sequence[Prompt], rate: float, borderline_rate: float | None, at: float | None
+) -> tuple[Probe, np.ndarray, float]:
+    """The probe of a lane with its threshold, its cross-validated scores (prompts,), and what pictures were lowered by.
+
+    Args: as of `with_threshold`; at: the threshold, where it is given.
+    """
+    scores, by = fitted.scores[lane], 0.0
+    if at is None:
+        by = difference(scores, prompts, rate, borderline_rate)
+        scores = lowered(scores, fitted.present[lane], by) if by else scores
+    limit = threshold_of(scores, prompts, rate, borderline_rate) if at is None else at
+    (weight, bias), (mark, offset) = fitted.probes[lane], fitted.presence[lane]
+    return Probe((weight - by * mark).astype(np.float32), bias - by * offset, limit), scores, by
 
 
 def with_threshold(
@@ -128,25 +157,24 @@ def with_threshold(
     """
     rows = list(range(len(prompts)) if judged is None else judged)
     shown, kinds = [prompts[row] for row in rows], kinds_of(prompts)
-    limits: dict[str, float] = {}
     found: list[Figure] = []
-    for name in ("projected", "plain"):
-        if name in fitted.scores:
-            scores = fitted.scores[name]
-            limits[name] = threshold or threshold_of(scores, prompts, max_false_positive_rate, max_borderline_rate)
-            found += figures(name, scores[rows], shown, limits[name])
-    read = next(iter(limits))
+    lanes = {}
+    for name in fitted.probes:
+        lanes[name] = settled(fitted, name, prompts, max_false_positive_rate, max_borderline_rate, threshold)
+        found += figures(name, lanes[name][1][rows], shown, lanes[name][0].threshold)
+    read = next(iter(lanes))
+    probe, judged_scores, by = lanes[read]
     harmful = [row for row in rows if prompts[row].label == 1]
-    _check_usable(found[0], threshold, float(fitted.scores[read][harmful].max()))
+    _check_usable(found[0], threshold, float(judged_scores[harmful].max()))
     by_kind: Sequence[KindFigure] = ()
     if kinds is not None:
         text = [row for row in rows if prompts[row].channel == "text"]  # words would be read in pictures without error
         scores_of = {name: values[text] for name, values in fitted.scores.items()}
         by_kind = kind_figures([prompts[row] for row in text], kinds[text], scores_of)
     return Calibration(
-        Probe(*fitted.probes[read], limits[read]), tuple(found), tuple(by_kind), tuple(prompts),
-        fitted.scores[read], fitted.final, max_false_positive_rate if threshold is None else None,
-        fitted.regularization,
+        probe, tuple(found), tuple(by_kind), tuple(prompts), judged_scores,
+        lowered(fitted.final, fitted.present[read], by) if by else fitted.final,
+        max_false_positive_rate if threshold is None else None, fitted.regularization,
     )  # fmt: skip
 
 

@@ -32,10 +32,13 @@ def write(fitted: Fitted, layers: tuple[int, int] | None, file: Path = FILE) -> 
     from safetensors.numpy import save_file
 
     arrays = {f"scores.{name}": scores.astype("float32") for name, scores in fitted.scores.items()}
-    arrays |= {f"weight.{name}": weight for name, (weight, _) in fitted.probes.items()}
+    arrays |= {f"present.{name}": values.astype("float32") for name, values in fitted.present.items()}
     arrays |= {"final": fitted.final.astype("float32")}
-    biases = {name: bias for name, (_, bias) in fitted.probes.items()}
-    said = {"biases": biases, "regularization": fitted.regularization, "made_from": made_from(layers)}
+    said: dict[str, Any] = {"regularization": fitted.regularization, "made_from": made_from(layers)}
+    for kind in ("probes", "presence"):
+        found = getattr(fitted, kind)
+        arrays |= {f"{kind}.{name}": weight.astype("float32") for name, (weight, _) in found.items()}
+        said[kind] = {name: bias for name, (_, bias) in found.items()}
     save_file(arrays, file, metadata={"sasa": json.dumps(said)})
 
 
@@ -57,6 +60,10 @@ def read(model: str, settings: LaneSettings, calibration: Sequence[str] | None, 
         arrays = {name: file.get_tensor(name) for name in file.keys()}
     if said["made_from"] != made_from(layers):
         return None
-    probes = {name: (arrays[f"weight.{name}"], bias) for name, bias in said["biases"].items()}
-    scores = {name: arrays[f"scores.{name}"].astype("float64") for name in (*probes, "words")}
-    return Fitted(probes, said["regularization"], scores, arrays["final"].astype("float64"))
+    wide = {name: values.astype("float64") for name, values in arrays.items()}
+    probes, presence = (
+        {name: (wide[f"{kind}.{name}"], bias) for name, bias in said[kind].items()} for kind in ("probes", "presence")
+    )
+    present = {name: wide[f"present.{name}"] for name in probes}
+    scores = {name: wide[f"scores.{name}"] for name in (*probes, "words")}
+    return Fitted(probes, presence, present, said["regularization"], scores, wide["final"])

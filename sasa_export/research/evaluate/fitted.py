@@ -52,10 +52,8 @@ def carried_probe(
     carried: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float
 ) -> Fitted:
     """A carried probe, applied to features (evaluation prompts, features) as they are. Args: prompts: calibration's."""
-    weight, bias = carried.probes[lane]
-    return probability(evaluation.astype(float), weight.astype(float), bias), _threshold(
-        carried.scores[lane], prompts, rate
-    )
+    found, _, _ = probes.settled(carried, lane, prompts, rate, None, None)
+    return probability(evaluation.astype(float), found.weight.astype(float), found.bias), found.threshold
 
 
 def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Fitted:
