@@ -79,7 +79,7 @@ class Gate:
         request.refused = not probability < self.sasa["threshold"]  # NaN could not be judged
         self.metrics.count(probability, request.refused)
         verdict = "refused" if request.refused else "allowed"
-        logger.debug("%s %s: P(unsafe) = %.4f, threshold %.4f", verdict, name, probability, self.sasa["threshold"])
+        logger.debug("%s %s: P(unsafe) = %.6f, threshold %.4f", verdict, name, probability, self.sasa["threshold"])
 
 
 class GatedSampler:

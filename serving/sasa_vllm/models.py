@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.gemma3 import Gemma3Model
 from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration
@@ -23,10 +24,13 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.smolvlm import SmolVLMForConditionalGeneration
+from vllm.platforms import current_platform
 
 from sasa_vllm.config import WORKER, check_engine, check_gate, check_version
 from sasa_vllm.formulas import project, unsafe_probability
 from sasa_vllm.settings import HOW_TO_LOAD, check_settings, follow_refusal
+
+logger = init_logger("vllm.sasa")
 
 # Decoders whose forward is the loop over blocks that `GuardedDecoder.forward` writes out.
 DECODERS = (LlamaModel, Qwen2Model, Gemma3Model)
@@ -38,6 +42,7 @@ class GuardedModel:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_version()
         check_engine(vllm_config)
+        warn_of_causal_pictures(vllm_config)
         sasa = dict(check_settings(getattr(vllm_config.model_config.hf_config, "sasa", None)))
         check_gate(sasa)
         if vllm_config.parallel_config.worker_cls != WORKER:
@@ -126,6 +131,15 @@ def guard_decoder(language_model: Any, graph: list[dict[str, Any]]) -> Any:
         decoder.cleanup()
         TorchCompileWithNoGuardsWrapper.__init__(decoder)
     return decoder
+
+
+def warn_of_causal_pictures(vllm_config: Any) -> None:
+    """vLLM's attention on CPUs reads the pictures of Gemma 3 in one direction, guarded or not."""
+    if vllm_config.model_config.is_mm_prefix_lm and current_platform.is_cpu():
+        logger.warning(
+            "this model reads a picture in both directions, and vLLM on a CPU does not: answers to pictures, and their "
+            "verdicts, are not those of transformers. Serve it on a GPU, or text alone (--limit-mm-per-prompt)."
+        )
 
 
 def block_index(node: dict[str, Any]) -> int:

@@ -21,9 +21,10 @@ import numpy as np  # noqa: E402
 import oracle  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer  # noqa: E402
 
 import sasa_export  # noqa: E402
 from sasa_export.models import smol_llava  # noqa: E402
@@ -39,6 +40,9 @@ REQUESTS = (  # for smol-llava: harmful and harmless in turn
 # vLLM's attention on CPUs knows no heads of 16.
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 ROPE = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [4, 6, 6]}
+# Resizing differs a little between the libraries of the two environments. LLaVA's and Qwen's processors take pictures of
+# such sizes as they are; for the others a picture is a plain colour, which stays the same.
+SIZES = {"llava": (32, 32), "llava_next": (32, 32), "qwen2_5_vl": (48, 32)}
 VARIANTS: dict[str, dict[str, Any]] = {
     **{family: {} for family in tiny.FAMILIES},
     "none": {"family": "llava", "projection": "none"},
@@ -81,12 +85,21 @@ def small(folder: Path, family: str | None = None, **options: Any) -> tuple[Load
     family = family or folder.name
     tiny.build(family, folder / "stock", **HEADS, **({"rope_parameters": ROPE} if family == "qwen2_5_vl" else {}))
     publish_names(folder / "stock" / "model.safetensors")
+    if family == "gemma3":  # vLLM looks for tokens of line breaks in Gemma's vocabulary
+        tokenizer = AutoTokenizer.from_pretrained(folder / "stock")
+        tokenizer.add_tokens(["\n" * count for count in range(1, 5)])
+        tokenizer.save_pretrained(folder / "stock")
     stock = AutoModelForImageTextToText.from_pretrained(folder / "stock").eval()
     weight = torch.randn(stock.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(7)) / 20
     save_probe(folder, oracle.folded(stock, weight), 0.1)
     layers = {} if "projection" in options else {"safety_layer": 2, "semantic_layer": 4}
     loaded = patch(folder, stock, refusal="I will not help.", **layers, **options)
-    return loaded, tiny.conversations(images=True, count=8, seed=1)
+    chats = tiny.conversations(images=True, count=8, seed=1)
+    for part in (part for chat in chats for part in chat[0]["content"] if part["type"] == "image"):
+        picture = part["image"]
+        plain = Image.new("RGB", picture.size, picture.getpixel((0, 0)))
+        part["image"] = picture.resize(SIZES[family]) if family in SIZES else plain
+    return loaded, chats
 
 
 def smol(folder: Path) -> tuple[Loaded, list[Any]]:
@@ -141,9 +154,12 @@ def ask(loaded: Loaded, number: int, chat: Any) -> dict[str, Any]:
     if picture is not None:
         picture.save(loaded.folder / path)
     inputs = tiny.encode(loaded.processor, [chat])
+    if "token_type_ids" in inputs:  # vLLM on CPUs reads the pictures of Gemma 3 in one direction, as this does
+        inputs["token_type_ids"].zero_()
     with torch.no_grad():
         probability = float(loaded.patched(**inputs).unsafe_probability)
     text = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    text = text.removeprefix(loaded.processor.tokenizer.bos_token or "")  # vLLM adds it, where the tokenizer does
     ids = inputs["input_ids"][0].tolist()
     return {"text": text, "picture": path, "ids": ids, "probability": probability, "inputs": inputs}
 
