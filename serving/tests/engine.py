@@ -87,12 +87,12 @@ def inputs(folder: Path, prompt: dict[str, Any]) -> dict[str, Any]:
 
 def parameters(prompt: dict[str, Any]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     given = {"temperature": 0.0, "max_tokens": 16, **prompt.get("params", {})}
     if "structured_outputs" in given:
         given["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
-    return SamplingParams(**given)
+    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **given)
 
 
 def told(output: Any) -> dict[str, Any]:

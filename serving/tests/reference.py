@@ -161,7 +161,8 @@ def ask(loaded: Loaded, number: int, chat: Any) -> dict[str, Any]:
     text = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     text = text.removeprefix(loaded.processor.tokenizer.bos_token or "")  # vLLM adds it, where the tokenizer does
     ids = inputs["input_ids"][0].tolist()
-    return {"text": text, "picture": path, "ids": ids, "probability": probability, "inputs": inputs}
+    words = chat[0]["content"][-1]["text"]
+    return {"text": text, "words": words, "picture": path, "ids": ids, "probability": probability, "inputs": inputs}
 
 
 def answered(loaded: Loaded, prompt: dict[str, Any]) -> dict[str, Any]:
