@@ -48,7 +48,7 @@ def guarded_config(stock: Any) -> Any:
         return read
 
     guarded = type(f"Sasa{stock.__name__}", (GuardedConfig, stock), {"model_type": f"sasa_{stock.model_type}"})
-    guarded.from_dict = classmethod(from_dict)  # type: ignore[attr-defined]
+    guarded.from_dict = classmethod(from_dict)
     return guarded
 
 

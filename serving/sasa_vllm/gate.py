@@ -40,7 +40,8 @@ class Gate:
         """Follow the requests of a step (vLLM's SchedulerOutput)."""
         for name in step.finished_req_ids:
             self.requests.pop(name, None)
-        computed = dict(zip(step.scheduled_cached_reqs.req_ids, step.scheduled_cached_reqs.num_computed_tokens))
+        going_on = step.scheduled_cached_reqs
+        computed = dict(zip(going_on.req_ids, going_on.num_computed_tokens, strict=True))
         for new in step.scheduled_new_reqs:
             computed[new.req_id] = new.num_computed_tokens
             known = self.requests.get(new.req_id)
@@ -65,7 +66,7 @@ class Gate:
         if due:
             # From the first worker, so that all of them say the same where rounding differs.
             probability = get_tp_group().broadcast(probability.contiguous(), src=0)
-            for row, value in zip(due, probability[due].tolist()):
+            for row, value in zip(due, probability[due].tolist(), strict=True):
                 self._judge(names[row], rows[row], value)
         tokens = self.sasa["refusal_token_ids"]
         wanted = {}

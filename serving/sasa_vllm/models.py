@@ -69,7 +69,7 @@ class GuardedModel:
                 else:
                     yield name, tensor
 
-        loaded = super().load_weights(others())  # type: ignore[misc]
+        loaded = super().load_weights(others())
         weight, bias = probe.get("weight"), probe.get("bias")
         if weight is None or bias is None or not (weight.isfinite().all() and bias.isfinite() and weight.any()):
             raise ValueError(f"sasa.probe is missing, zero, NaN or infinite, so the gate cannot judge. {HOW_TO_LOAD}")
@@ -84,7 +84,7 @@ class GuardedModel:
         state = lane[0] if lane else main  # (rows, hidden)
         weight, bias = (tensor.to(state.device) for tensor in self.probe)
         self.gate.probability = unsafe_probability(state, weight, bias)  # (rows,)
-        return super().compute_logits(main.contiguous())  # type: ignore[misc]
+        return super().compute_logits(main.contiguous())
 
 
 class GuardedDecoder:
@@ -119,7 +119,9 @@ def guard_decoder(language_model: Any, graph: list[dict[str, Any]]) -> Any:
     if indices["block"] != list(range(len(decoder.layers))):
         raise ValueError(f"config.sasa's graph has not the blocks of the decoder. {HOW_TO_LOAD}")
     if any(node["op"] == "lane_head" for node in graph):
-        raise ValueError("the probe of this model reads logits (lane_head), which sasa-vllm does not. Use transformers.")
+        raise ValueError(
+            "the probe of this model reads logits (lane_head), which sasa-vllm does not. Use transformers."
+        )
     projections = [node for node in graph if node["op"] == "projection"]
     decoder.lanes = 1 + len(projections)
     decoder.tapped = tuple(indices["tap"]) if projections else ()  # the safety layer, then the semantic one

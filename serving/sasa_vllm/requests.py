@@ -21,7 +21,7 @@ def register() -> None:
             check_request(sasa, request)
         return request
 
-    process_inputs.checked_by_sasa = True  # type: ignore[attr-defined]
+    process_inputs.checked_by_sasa = True
     InputProcessor.process_inputs = process_inputs
 
 
@@ -33,7 +33,9 @@ def check_request(sasa: dict[str, Any], request: Any) -> None:
     elif params is None:
         reason = "this guarded model generates text and nothing else. Send sampling parameters"
     elif params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
-        reason = "prompt_logprobs (and echo with logprobs) tell what the model would answer before it is judged. Send none"
+        reason = (
+            "prompt_logprobs (and echo with logprobs) tell what the model would answer before it is judged. Send none"
+        )
     elif begins_answer(sasa, request.prompt_token_ids):
         reason = (
             "the prompt begins the answer (continue_final_message, or beam search), and the verdict is due before "

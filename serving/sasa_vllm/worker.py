@@ -11,7 +11,7 @@ from sasa_vllm.metrics import Metrics
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 elif current_platform.is_cuda_alike():
-    from vllm.v1.worker.gpu_worker import Worker  # type: ignore[assignment]
+    from vllm.v1.worker.gpu_worker import Worker
 else:
     raise ImportError(f"{current_platform.device_name}: sasa-vllm guards models on CPUs and on CUDA or ROCm GPUs.")
 

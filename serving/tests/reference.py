@@ -17,18 +17,18 @@ from typing import Any
 os.environ["HF_MODULES_CACHE"] = str(Path(sys.argv[1]).resolve() / "modules")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-import numpy as np  # noqa: E402
-import oracle  # noqa: E402
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from sklearn.linear_model import LogisticRegression  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer  # noqa: E402
+import numpy as np
+import oracle
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-import sasa_export  # noqa: E402
-from sasa_export.models import smol_llava  # noqa: E402
-from sasa_export.prompts.render import render  # noqa: E402
+import sasa_export
+from sasa_export.models import smol_llava
+from sasa_export.prompts.render import render
 
 TOKENS = 16  # of each answer
 REQUESTS = (  # for smol-llava: harmful and harmless in turn
@@ -40,8 +40,8 @@ REQUESTS = (  # for smol-llava: harmful and harmless in turn
 # vLLM's attention on CPUs knows no heads of 16.
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 ROPE = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [4, 6, 6]}
-# Resizing differs a little between the libraries of the two environments. LLaVA's and Qwen's processors take pictures of
-# such sizes as they are; for the others a picture is a plain colour, which stays the same.
+# Resizing differs a little between the libraries of the two environments. LLaVA's and Qwen's processors take pictures
+# of such sizes as they are; for the others a picture is a plain colour, which stays the same.
 SIZES = {"llava": (32, 32), "llava_next": (32, 32), "qwen2_5_vl": (48, 32)}
 VARIANTS: dict[str, dict[str, Any]] = {
     **{family: {} for family in tiny.FAMILIES},
@@ -121,7 +121,9 @@ def smol(folder: Path) -> tuple[Loaded, list[Any]]:
     for chat in chats:
         inputs = tiny.encode(processor, [chat])
         logits = oracle.oracle_logits(stock, inputs, safety, semantic)  # (1, vocabulary)
-        states.append((logits.float() @ torch.linalg.pinv(stock.lm_head.weight.float()).T)[0].detach().numpy())  # (hidden,)
+        states.append(
+            (logits.float() @ torch.linalg.pinv(stock.lm_head.weight.float()).T)[0].detach().numpy()
+        )  # (hidden,)
     fitted = LogisticRegression(C=1.0).fit(np.stack(states), [1, 0] * (len(chats) // 2))
     save_probe(folder, torch.tensor(fitted.coef_[0]), float(fitted.intercept_[0]))
     return patch(folder, stock, safety_layer=safety, semantic_layer=semantic), chats

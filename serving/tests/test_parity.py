@@ -29,7 +29,9 @@ def test_as_in_transformers(model: Callable[[str], Model], name: str) -> None:
     assert counters["vllm:prefix_cache_hits"] > 0
 
 
-@pytest.mark.parametrize("name, budget", [("smol", 16), ("smol", 40), ("llava", 16), ("qwen2_5_vl", 16), ("gemma3", 40)])
+@pytest.mark.parametrize(
+    "name, budget", [("smol", 16), ("smol", 40), ("llava", 16), ("qwen2_5_vl", 16), ("gemma3", 40)]
+)
 def test_chunks(model: Callable[[str], Model], name: str, budget: int) -> None:
     """So many tokens a step: prompts are cut into pieces, and mixed with answers that go on."""
     guarded = model(name)
