@@ -58,13 +58,15 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 def run(llm: Any, folder: Path, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A batch at once; its requests are aborted after as many steps as `abort` says, where a prompt says so."""
+    from vllm.exceptions import VLLMValidationError
+
     engine = llm.llm_engine
     numbers = [str(next(llm.request_counter)) for _ in batch]
     outcomes = {number: {"id": number, "answers": [], "error": None} for number in numbers}
     for number, prompt in zip(numbers, batch, strict=True):
         try:
             engine.add_request(number, inputs(folder, prompt), parameters(prompt))
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             outcomes[number]["error"] = str(error)
     steps = 0
     while engine.has_unfinished_requests():
@@ -92,6 +94,8 @@ def parameters(prompt: dict[str, Any]) -> Any:
     given = {"temperature": 0.0, "max_tokens": 16, **prompt.get("params", {})}
     if "structured_outputs" in given:
         given["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
+    if "logit_bias" in given:  # JSON made texts of its keys
+        given["logit_bias"] = {int(token): value for token, value in given["logit_bias"].items()}
     return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **given)
 
 
