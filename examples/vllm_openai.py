@@ -3,13 +3,14 @@
 Usage: python examples/vllm_openai.py --model patched/ --picture picture.png
        python examples/vllm_openai.py --server http://127.0.0.1:8000/v1 --picture picture.png
 
-The first starts `vllm serve` and stops it again; it needs vLLM and sasa-vllm (docs/serving.md).
+The first starts a server and stops it again; it needs vLLM and sasa-vllm (docs/serving.md).
 """
 
 import argparse
 import base64
 import contextlib
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,9 @@ from openai import APIConnectionError, OpenAI
 @contextlib.contextmanager
 def serving(model: str, port: int = 8000) -> Iterator[str]:
     """The address of a server of its own, for the length of a `with` block."""
-    command = ["vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"]
-    process = subprocess.Popen(command)
+    # What `vllm serve` runs; that command itself does not find its version in the package for CPUs.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--max-model-len", "2048"]
+    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)])
     try:
         yield f"http://127.0.0.1:{port}/v1"
     finally:

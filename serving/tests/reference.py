@@ -161,7 +161,9 @@ def ask(loaded: Loaded, number: int, chat: Any) -> dict[str, Any]:
     with torch.no_grad():
         probability = float(loaded.patched(**inputs).unsafe_probability)
     text = loaded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    text = text.removeprefix(loaded.processor.tokenizer.bos_token or "")  # vLLM adds it, where the tokenizer does
+    tokenizer = loaded.processor.tokenizer
+    if tokenizer.encode("a")[0] == tokenizer.bos_token_id:  # then vLLM's tokenizer adds it too
+        text = text.removeprefix(tokenizer.bos_token)
     ids = inputs["input_ids"][0].tolist()
     words = chat[0]["content"][-1]["text"]
     return {"text": text, "words": words, "picture": path, "ids": ids, "probability": probability, "inputs": inputs}

