@@ -55,6 +55,10 @@ class GuardedModel:
 
     def guard(self, gate: Any) -> None:
         """Run the lane from now on, and show P(unsafe) to a gate. The worker calls this when all weights are loaded."""
+        if self.probe is None:
+            raise RuntimeError(f"no weights were loaded, and no probe, so this model must not answer. {HOW_TO_LOAD}")
+        device = next(self.parameters()).device
+        self.probe = self.probe[0].to(device), self.probe[1].to(device)
         # Not as a submodule: the decoder is one already.
         self.__dict__["decoder"] = guard_decoder(self.get_language_model(), self.sasa["graph"])
         self.gate = gate
@@ -79,11 +83,10 @@ class GuardedModel:
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The logits (rows, vocabulary) of states (rows, lanes * hidden); P(unsafe) of the rows goes to the gate."""
         if self.probe is None or self.gate is None:
-            raise RuntimeError(f"this model has no probe or no gate, so it must not answer. {HOW_TO_LOAD}")
+            raise RuntimeError("this model has no gate, so it must not answer. Serve it as docs/serving.md says.")
         main, *lane = hidden_states.chunk(self.decoder.lanes, dim=-1)  # (rows, hidden) each
         state = lane[0] if lane else main  # (rows, hidden)
-        weight, bias = (tensor.to(state.device) for tensor in self.probe)
-        self.gate.probability = unsafe_probability(state, weight, bias)  # (rows,)
+        self.gate.probability = unsafe_probability(state, *self.probe)  # (rows,)
         return super().compute_logits(main.contiguous())
 
 

@@ -28,7 +28,7 @@ def serve(model: Path, *batches: list[dict[str, Any]], **options: Any) -> tuple[
         job, out = Path(scratch, "job.json"), Path(scratch, "out.json")
         job.write_text(json.dumps({"model": str(model), "batches": batches, "options": options}))
         done = subprocess.run(
-            [sys.executable, __file__, job, out], capture_output=True, text=True, env=environment(), timeout=500
+            [sys.executable, __file__, job, out], capture_output=True, text=True, env=environment(), timeout=1500
         )
         assert out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
         found = json.loads(out.read_text())

@@ -36,7 +36,7 @@ def configured(directory: Path, options: dict[str, dict[str, Any]], plugins: str
     settings = environment(**({} if plugins is None else {"VLLM_PLUGINS": plugins}))
     job |= {"model": str(directory), "options": options}
     command = [sys.executable, "-c", SCRIPT, json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -71,7 +71,7 @@ llm.generate(["hello"], SamplingParams(max_tokens=2))
 """
     settings = environment(**({} if plugins is None else {"VLLM_PLUGINS": plugins}))
     command = [sys.executable, "-c", script, json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=900)
     return 0 if done.returncode == 0 else done.stderr[-6000:]
 
 
