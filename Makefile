@@ -12,7 +12,7 @@ PYTEST := -m pytest -n 2 --dist loadgroup
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow matrix fuzz lint bench bench-gate bench-onnx bench-memory bench-gpu test-vllm soak-vllm bench-vllm clean
+.PHONY: setup demo test test-slow matrix fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm clean
 
 setup: $(STAMP)
 
@@ -79,6 +79,12 @@ lint: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/torch_cost.py --out docs/cost.md
+
+# Judges a patched directory, one of smol-llava unless another is given: make bench-published MODEL=patched/
+MODEL ?= build/patched
+bench-published: setup
+	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
+	@$(BIN)/python benchmarks/published.py --model $(MODEL) --out docs/published.md
 
 bench-gate: setup
 	@$(BIN)/python benchmarks/gate_cost.py --out docs/gate-cost.md

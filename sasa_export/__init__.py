@@ -1,6 +1,9 @@
 """sasa-export: bake SASA, a safety gate, into open vision-language models.
 
 from sasa_export import Options, patch, verify_directory
+
+patch(Options(model="llava", out="patched"))
+checks = verify_directory("patched")
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ if TYPE_CHECKING:
     from sasa_export.pipeline import patch
     from sasa_export.verify import verify_directory
 
-__all__ = ["Options", "SasaExportError", "patch", "verify_directory"]
+    __version__: str
+
+__all__ = ["Options", "SasaExportError", "__version__", "patch", "verify_directory"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from sasa_export.verify import verify_directory
 
         return verify_directory
+    if name == "__version__":
+        from sasa_export.manifest import version_of
+
+        return version_of("sasa-export")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

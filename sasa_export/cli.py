@@ -94,11 +94,14 @@ def main(context: click.Context, /, **values: Any) -> None:
 
 @main.command()
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub. Default: its main branch.")
 @click.option("--safety-layer", type=int, help="Zero-based. Default: what the family's file says.")
 @click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
 @click.option("--check", is_flag=True, help="Only say whether the model is what its family's file describes.")
 @click.option("--load", is_flag=True, help="Load the weights, and trace a picture too.")
-def trace(model: str, safety_layer: int | None, semantic_layer: int | None, check: bool, load: bool) -> None:
+def trace(
+    model: str, revision: str | None, safety_layer: int | None, semantic_layer: int | None, check: bool, load: bool
+) -> None:
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
     quiet()
     from sasa_export.graph.diagram import mermaid
@@ -108,13 +111,13 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
     from sasa_export.models.load import load_model, load_processor, read_sizes
     from sasa_export.probe.features import trace_loaded
 
-    source = open_source(model)
+    source = open_source(model, revision, Console())
     graph = trace_source(source)
     if load:
         from sasa_export.prompts import builtin
 
         loaded = load_model(source, dtype="float32", device="cpu")
-        picture = next(prompt for prompt in builtin(None) if prompt.image is not None)
+        picture = next(prompt for prompt in builtin() if prompt.image is not None)
         check_traces(graph, trace_loaded(loaded, load_processor(source), source, picture))
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
@@ -131,17 +134,17 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, chec
 
 @main.command()
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub. Default: its main branch.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write to.")
-@click.option("--force", is_flag=True, help="Replace the output directory if it is there and not empty.")
-def fetch(model: str, out: Path, force: bool) -> None:
+def fetch(model: str, revision: str | None, out: Path) -> None:
     """Write the unpatched source model as a plain directory."""
     quiet()
     from sasa_export.files import check_apart, staged
     from sasa_export.models import open_source
 
-    source = open_source(model)
+    source = open_source(model, revision, Console())
     check_apart(out, source.directory)
-    with staged(out, force=force, needed_bytes=source.weight_bytes()) as staging:
+    with staged(out, force=False, needed_bytes=source.weight_bytes()) as staging:
         for path in source.directory.iterdir():
             if path.is_file():
                 shutil.copyfile(path, staging / path.name)

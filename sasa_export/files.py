@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,10 @@ def claimed(out: Path, *, wait: bool = False) -> Iterator[None]:
     lock = FileLock(_beside(out, "lock"), is_singleton=True)  # which may be taken again
     with _explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(
+            dir=out.parent
+        ):  # the lock would take a place that cannot be written for a taken one
+            pass
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
@@ -91,8 +96,8 @@ def check_free(out: Path, *, force: bool) -> None:
     """Raise EmitError where `out` is a file, not empty (unless `force`), the user's own, or cannot be replaced."""
     out = out.resolve()
     with _explained(out):
-        if out.is_file():
-            raise EmitError(f"{out} is a file. Give a directory as --out.")
+        if out.exists() and not out.is_dir():
+            raise EmitError(f"{out} is no directory. Give a directory as --out.")
         if os.path.ismount(out):
             raise EmitError(f"{out} is a mount point, which cannot be replaced whole. Give a directory below it.")
         if not out.is_dir() or not any(out.iterdir()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
@@ -26,6 +27,21 @@ def option(default: Any, help: str, *, group: str = "Options", common: bool = Fa
 def flag(name: str) -> str:
     """The flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+class Settings:
+    """A base of settings dataclasses: paths may be given as text, text as paths, and one value in place of several."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            kind, value = str(entry.type), getattr(self, entry.name)
+            if "tuple" in kind:
+                value = tuple(map(str, (value,) if isinstance(value, str | os.PathLike) else value))
+            elif isinstance(value, str) and "Path" in kind:
+                value = Path(value)
+            elif isinstance(value, os.PathLike) and "Path" not in kind:
+                value = os.path.join(".", value)  # "llava" may be an alias, and "./llava" is none
+            object.__setattr__(self, entry.name, value)
 
 
 def check_values(settings: Any) -> None:

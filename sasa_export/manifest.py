@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from sasa_export.errors import EmitError
 
 MANIFEST = "sasa-export.json"
 PACKAGES = ("torch", "transformers", "safetensors", "scikit-learn", "numpy", "pillow")
@@ -27,12 +30,28 @@ def write_manifest(directory: Path, known: dict[str, str], *, packages: Sequence
         if name != MANIFEST:
             files[name] = known.get(name) or digest(path)
     data = {
-        "tool": f"sasa-export {_version('sasa-export')}",
+        "tool": f"sasa-export {version_of('sasa-export')}",
         **entries,
-        "versions": {name: _version(name) for name in (*PACKAGES, *packages)},
+        "versions": {name: version_of(name) for name in (*PACKAGES, *packages)},
         "files": files,
     }
     (directory / MANIFEST).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_ours(out: Path) -> None:
+    """Raise EmitError where `out` holds a file that no manifest in it lists: --force would remove what is not ours."""
+    ours: set[str] = set()
+    for path in out.rglob(MANIFEST):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one lists nothing
+            folder = path.parent.relative_to(out)
+            ours |= {(folder / name).as_posix() for name in (MANIFEST, *json.loads(path.read_text("utf-8"))["files"])}
+    others = sorted({path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} - ours)
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise EmitError(
+            f"{out} holds {others[0]}{more}, which sasa-export did not write, so --force does not replace it. Give "
+            "another --out, or move those files away."
+        )
 
 
 def digest(path: Path) -> str:
@@ -41,7 +60,8 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, or "unknown"."""
     try:
         return version(package)
     except PackageNotFoundError:  # run from its source, or installed under another name

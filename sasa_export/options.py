@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import SasaExportError
-from sasa_export.flags import check_values, option
+from sasa_export.flags import Settings, check_values, flag, option
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
+GATES = ("enforce", "observe")
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
 # The headings in --help-all.
@@ -30,17 +31,18 @@ ABOVE_ZERO = ("a number above 0", lambda value: 0.0 < value < float("inf"))
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Settings):
     """What `sasa-export --model ... --out ...` does, and with what."""
 
     model: str = what("", "Alias, hub id (owner/name) or local directory.", common=True, required=True)
     out: Path = what(Path(), "Directory to write the patched model to.", common=True, required=True)
-    force: bool = what(False, "Replace the output directory if it is there and not empty.", common=True)
+    force: bool = what(False, "Replace what an earlier export wrote to --out.", common=True)
     link: bool = what(
         False,
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
         "one of the two directories in place then changes both.",
     )
+    revision: str | None = what(None, "Branch, tag or commit of a model on the hub. Default: its main branch.")
 
     safety_layer: int | str | None = layers(
         None,
@@ -81,8 +83,14 @@ class Options:
     )
     max_false_positive_rate: float = probing(
         0.02,
-        "Largest share of harmless calibration prompts that the threshold may refuse.",
+        "Largest share of ordinary harmless calibration prompts that the threshold may refuse.",
         common=True,
+        valid=SHARE,
+    )
+    max_borderline_rate: float | None = probing(
+        None,
+        "Largest share of borderline prompts, harmless but sounding harmful, that the threshold may refuse as well. "
+        "Default: they are reported and not limited.",
         valid=SHARE,
     )
     regularization: float | str = probing(
@@ -103,6 +111,13 @@ class Options:
         "What the model says when it refuses.",
         common=True,
         valid=("a sentence", lambda value: bool(value.strip())),
+    )
+    gate: str = probing(
+        "enforce",
+        "enforce: refuse. observe: judge, report P(unsafe) and refuse nothing. config.json changes it later; graphs "
+        "of ONNX are exported again.",
+        common=True,
+        choices=GATES,
     )
 
     format: str = onnx(
@@ -192,6 +207,33 @@ class Options:
         for contradict, message in contradictions:
             if contradict:
                 raise SasaExportError(message)
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Raise SasaExportError where something is set that would change nothing."""
+        without_effect = (
+            (
+                self.format == "safetensors",
+                ("opset", "onnx_dtype", "max_changed_verdicts", "verdict_prompts"),
+                "without --format onnx or both",
+            ),
+            (
+                self.probe is not None,
+                ("regularization", "max_false_positive_rate", "max_changed_verdicts", "verdict_prompts", "batch_size"),
+                "with --probe, since nothing is calibrated",
+            ),
+            (
+                self.threshold is not None and not self.finds_layers(),
+                ("max_false_positive_rate",),
+                "with --threshold, which it would choose",
+            ),
+            (self.verify == "files", ("max_changed_verdicts", "verdict_prompts"), "with --verify files"),
+            (self.projection == "none", ("epsilon",), "with --projection none"),
+        )
+        for given, names, why in without_effect:
+            for entry in fields(self):
+                if given and entry.name in names and getattr(self, entry.name) != entry.default:
+                    raise SasaExportError(f"{flag(entry.name)} has no effect {why}. Leave it out.")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that shapes the result; where it is written, and with what load, does not."""

@@ -13,22 +13,24 @@ from sasa_export.files import check_apart, check_disk, check_free, claimed, stag
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
 from sasa_export.graph.trace import check_traces, trace_source
-from sasa_export.manifest import write_manifest
+from sasa_export.manifest import check_ours, write_manifest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.smol_llava import pieces
 from sasa_export.options import Options
-from sasa_export.probe import Calibration, calibrate
+from sasa_export.probe import Calibration, calibrate, carried, with_threshold
 from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
 from sasa_export.prompts import Prompt, builtin, calibration_prompts, lopsided
 from sasa_export.report import Check, Silent
+from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Case, expect
-from sasa_export.writers.config import sasa_settings
+from sasa_export.writers.config import refusal_ids, sasa_settings
 from sasa_export.writers.directory import Patch, write_directory
 from sasa_export.writers.onnx.card import write_onnx_card
 from sasa_export.writers.onnx.directory import check_possible, write_onnx_directory, write_onnx_manifest
@@ -88,6 +90,7 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
     # The second of two runs on one output is told at once, and not after its calibration.
     with claimed(options.out) if team.leads else nullcontext():
         check_free(options.out, force=options.force)
+        check_ours(options.out)
         team.wait()  # nobody writes while another still looks
         plan = open_and_trace(options, report)
         measured = measure(plan, options, report)
@@ -101,19 +104,21 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
 def open_and_trace(options: Options, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
     given = read_probe(options.probe, options.threshold) if options.probe else None
-    source = open_source(options.model)
+    source = open_source(options.model, options.revision, report)
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
     if options.format != "safetensors":
         check_possible(source, options)
     check_disk(options.out, _needed_disk(source, options))
     report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
     sizes = read_sizes(source)
+    processor = load_processor(source)
+    refusal_ids(processor, source.directory, options.refusal)  # here already, like the layers below
     settings, layers_from = _layers(source, sizes, options, report)
     graph = trace_source(source)
     full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
     check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
-    return Plan(source, sizes, load_processor(source), graph, settings, layers_from, given)
+    return Plan(source, sizes, processor, graph, settings, layers_from, given)
 
 
 def _layers(source: Source, sizes: Sizes, options: Options, report: Silent) -> tuple[LaneSettings, str]:
@@ -140,7 +145,7 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     dtype, device = running(plan.source, options.dtype, options.device)
     if plan.given is not None and options.verify == "files":
         return Measured(plan.given, None, (), dtype, device, settings, layers_from)
-    prompts = _prompts(options, plan.processor)  # before the weights are loaded: data may be wrong
+    prompts = _prompts(options, plan.processor, report)  # before the weights are loaded: data may be wrong
     warning = lopsided(prompts)
     if warning is not None:
         report.warn(warning)
@@ -156,12 +161,17 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
         settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
     lane = rewrite_lane(plan.graph, settings)
     if plan.given is None:
-        with report.bar(len(prompts), "calibrate") as advance:
-            calibration = calibrate(
-                model, plan.processor, lane, prompts, batch_size=options.batch_size, threshold=options.threshold,
-                max_false_positive_rate=options.max_false_positive_rate, judged=held_out,
-                regularization=options.regularization_value(), advance=advance,
-            )  # fmt: skip
+        fitted = carried.read(plan.source.name, settings, options.calibration, options.regularization)
+        if fitted is None:
+            with report.bar(len(prompts), "calibrate") as advance:
+                fitted = calibrate(
+                    model, plan.processor, lane, prompts, batch_size=options.batch_size,
+                    regularization=options.regularization_value(), advance=advance,
+                )  # fmt: skip
+        calibration = with_threshold(
+            fitted, prompts, max_false_positive_rate=options.max_false_positive_rate,
+            max_borderline_rate=options.max_borderline_rate, threshold=options.threshold, judged=held_out,
+        )  # fmt: skip
         _say_figures(calibration, report)
         scores = calibration.final
     probe = plan.given if calibration is None else calibration.probe
@@ -172,18 +182,18 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     return Measured(probe, calibration, cases, dtype, device, settings, layers_from)
 
 
-def _prompts(options: Options, processor: Any) -> list[Prompt]:
+def _prompts(options: Options, processor: Any, report: Silent) -> list[Prompt]:
     if options.calibration:
-        return calibration_prompts(options.calibration)
-    return builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
+        return calibration_prompts(options.calibration, pieces=pieces(processor.tokenizer), report=report)
+    return builtin(processor)
 
 
 def _say_figures(calibration: Calibration, report: Silent) -> None:
-    overall = next(figure for figure in calibration.figures if figure.channel == "all")  # of the probe that was made
+    overall = next(figure for figure in calibration.figures if figure.part == "all")  # of the probe that was made
     report.step(
         "calibrate",
         f"{len(calibration.prompts)} prompts: AUC {overall.auc:.3f}, {overall.recall:.1%} of the harmful caught, "
-        f"{overall.false_positive_rate:.1%} of the harmless over-refused (cross-validated)",
+        f"{overall.false_positive_rate:.1%} of the ordinary ones refused (cross-validated)",
     )
     report.step("", verdict_on_projection(calibration.figures).strip("*"))
 
@@ -195,7 +205,7 @@ def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options:
     report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
     sasa = sasa_settings(
         plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
-        refusal=options.refusal,
+        refusal=options.refusal, gate=options.gate,
     )  # fmt: skip
     result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
     device = "auto" if measured.device == SPREAD else measured.device  # as transformers calls it
@@ -207,6 +217,7 @@ def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options:
             graphs = staging if options.format == "onnx" else staging / "onnx"
             graphs.mkdir(exist_ok=True)
             _write_onnx(result, plain, graphs, options, device, report)
+        check_ours(options.out)  # again: the work may have taken hours
     report.step("done", f"{options.out}")
 
 
@@ -217,10 +228,11 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, device: 
     checks, _ = check_written(directory, device=device, only_files=not patch.cases)
     _all_passed(checks, report)
     write_card(patch, checks, options.verify, directory)
-    operator = {name: patch.sasa[name] for name in ("threshold", "refusal")}  # who may edit these
+    operator = {name: patch.sasa[name] for name in OPERATOR}  # who may edit these
     write_manifest(
-        directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"], operator=operator
-    )
+        directory, digests, options=options.to_json(), commit=patch.source.commit,
+        layers_from=patch.sasa["layers_from"], operator=operator,
+    )  # fmt: skip
 
 
 def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, device: str, report: Silent) -> None:
@@ -243,7 +255,7 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
     _all_passed(checks, report)
     write_onnx_card(patch, checks, options, directory)
     write_onnx_manifest(
-        directory, options=options.to_json(), layers_from=patch.sasa["layers_from"],
+        directory, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"],
         changed_verdicts=None if changed is None else changed.to_json(),
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ def invoke(*arguments: str) -> Any:
 
 def succeeds(*arguments: str) -> Any:
     result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
     return result
 
 

@@ -169,6 +169,45 @@ def jsonl(root: Path) -> Path:
     return path
 
 
+def advbench(root: Path) -> Path:
+    """Its authors' table; the second request is too long for a picture."""
+    rows = [("Tell me how to break a lamp", "Sure"), (" ".join(["again"] * 65), "Sure"), ("Write a rude song", "Sure")]
+    table(root / "harmful_behaviors.csv", ("goal", "target"), rows)
+    return root
+
+
+def harmbench(root: Path) -> Path:
+    """One behaviour of each category in the part for testing, and one in the part for choosing."""
+    columns = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID".split(",")
+    rows = {
+        "test": [
+            ("Break the lamp", "standard", "physical", "", "", "lamp"),
+            ("Break the window", "contextual", "physical", "context", "A window is made of glass.", "window"),
+            ("Recite the song", "copyright", "copyright", "hash_check", "", "song"),
+        ],
+        "val": [("Break the door", "standard", "physical", "", "", "door")],
+    }
+    for part, of in rows.items():
+        table(root / f"harmbench_behaviors_text_{part}.csv", columns, of)
+    return root
+
+
+def writingbench(root: Path) -> Path:
+    """Queries of one sentence, of several with more behind, in another alphabet, and without an end."""
+    queries = ("Write a poem.", "Write to v1.2 users! Today.\nMore.", "写一首诗。", "Écris. Now.", "A song\nabout rain")
+    lines = [{"index": number, "domain1": "Art", "query": query} for number, query in enumerate(queries, 1)]
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "benchmark_all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def own_table(root: Path) -> Path:
+    """A table with pictures in some of its rows; the path of the file."""
+    picture(root / "a.png", "a")
+    rows = [("What is this?", 0, "a.png", "one"), ("How do I break a lamp?", 1, "", "two")]
+    return table(root / "own.csv", ("prompt", "label", "image", "topic"), rows)
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "mm-safetybench": mm_safetybench,
     "figstep": figstep,
@@ -176,4 +215,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "jailbreakv": jailbreakv,
     "xstest": xstest,
     "jsonl": jsonl,
+    "advbench": advbench,
+    "harmbench": harmbench,
+    "writingbench": writingbench,
+    "table": own_table,
 }

@@ -34,7 +34,23 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-BUILTIN, HELDOUT, EVALUATION = read("builtin"), read("heldout"), read("evaluation")
+LINES, HELDOUT, EVALUATION = read("builtin"), read("heldout"), read("evaluation")
+STYLES = {
+    "question", "order", "role-play", "fiction", "reasoned", "polite", "long", "specific", "code", "terse", "document",
+}  # fmt: skip
+
+
+def pairs() -> list[dict[str, Any]]:
+    """The twins of the calibration set, a pair a row."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in LINES:
+        if line["kind"] == "twin":
+            row = found.setdefault(line["group"], {"pair": line["group"], "category": line["category"]})
+            row[SIDES[1 - line["label"]]] = line["text"]
+    return list(found.values())
+
+
+BUILTIN = pairs()
 EVERYDAY = [row for row in BUILTIN if "-everyday-" in row["pair"]]
 BORDERLINE = [row for row in BUILTIN if "-everyday-" not in row["pair"]]
 
@@ -94,7 +110,7 @@ def test_nothing_occurs_twice_or_reworded() -> None:
         [row["pair"] for row in [*BUILTIN, *HELDOUT]],
         [row["id"] for row in EVALUATION],
         [normalised(words(row)) for row in EVALUATION],
-        [prompt.name for prompt in [*builtin(None), *builtin_evaluation(None)]],
+        [prompt.name for prompt in [*builtin(), *builtin_evaluation()]],
     ):
         assert [value for value, count in Counter(values).items() if count > 1] == []
     asked_for = {part for row in EVALUATION for part in (words(row), row.get("picture", words(row)))}
@@ -105,7 +121,7 @@ def test_nothing_occurs_twice_or_reworded() -> None:
     for row, other in combinations(kinds("harmful", "harmless", "borderline"), 2):
         if row["group"] != other["group"]:  # twins are meant to differ in little
             assert similarity(words(row), words(other)) < NEAR, (words(row), words(other))
-    check_disjoint(builtin(None), builtin_evaluation(None))
+    check_disjoint(builtin(), builtin_evaluation())
 
 
 def test_harmful_and_harmless_twins_ask_alike_on_one_topic() -> None:
@@ -182,25 +198,82 @@ def test_what_a_bag_of_words_tells(name: str, low: float, high: float) -> None:
 # ------------------------------------------------------------------------------------------------ the prompts
 
 
-def test_calibration_prompts_carry_each_request_in_both_channels() -> None:
-    prompts = builtin(None)
-    assert [asked(prompt) for prompt in prompts] == [text for text in requests(BUILTIN) for _ in range(2)]
-    assert [(prompt.channel, prompt.label) for prompt in prompts[:4]] == [
-        ("text", 1), ("picture", 1), ("text", 0), ("picture", 0),
-    ]  # fmt: skip
-    assert {(prompt.group, prompt.category) for prompt in prompts} == {
-        (row["pair"], row["category"]) for row in BUILTIN
+def test_every_line_of_the_calibration_set_has_a_label_and_a_kind() -> None:
+    for line in LINES:
+        assert (
+            {"label", "kind", "category", "text"}
+            <= set(line)
+            <= {"label", "kind", "category", "text", "group", "picture"}
+        )
+        assert line["label"] in (0, 1) and 3 <= len(line["text"].split()) <= 90 and "\n" not in line["text"]
+        assert (line["text"] + line.get("picture", "")).isascii()
+    assert [text for text, count in Counter(map(asked_in, LINES)).items() if count > 1] == []
+    found = Counter((line["kind"], line["label"]) for line in LINES)
+    assert {kind for kind, _ in found} == STYLES | {"twin", "borderline", "photo", "text-in-picture"}
+    # A style tells nothing: there are about as many harmful as ordinary requests of each.
+    assert all(0.7 < found[style, 0] / found[style, 1] < 1.4 and found[style, 1] >= 100 for style in STYLES)
+
+
+def asked_in(line: dict[str, Any]) -> str:
+    return normalised(f"{line['text']} {line.get('picture', '')}")
+
+
+def test_calibration_and_evaluation_set_share_no_request_reworded() -> None:
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectors = CountVectorizer(binary=True, token_pattern=r"[a-z']+")
+    ours = vectors.fit_transform(asked_in(line) for line in LINES)
+    theirs = vectors.transform(normalised(words(row)) for row in EVALUATION)
+    unknown = np.array([len(set(re.findall(r"[a-z']+", normalised(words(row))))) for row in EVALUATION])
+    shared = (theirs @ ours.T).toarray()  # (evaluation, calibration), words
+    either = unknown[:, None] + np.asarray(ours.sum(1)).ravel()[None, :] - shared
+    assert (shared / either).max() < NEAR
+
+
+def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> None:
+    prompts = builtin()
+    by_kind = Counter((prompt.kind, prompt.channel) for prompt in prompts)
+    assert all(by_kind[style, "text"] == 2 * by_kind[style, "picture"] for style in {*STYLES, "twin", "borderline"})
+    assert by_kind["photo", "picture"] == 320 and by_kind["text-in-picture", "picture"] == 140
+    assert {prompt.attack for prompt in prompts} == {"text", "typographic", "list", "split", "photo", "text-in-picture"}
+    assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in ("twin", "borderline")) for prompt in prompts)
+    assert {asked(prompt) for prompt in prompts if prompt.channel == "text"} == {
+        line["text"] for line in LINES if line["kind"] not in ("photo", "text-in-picture")
     }
-    # The words beside a picture do not tell what is in it.
-    labels = defaultdict(list)
-    for prompt in prompts[1::2]:
-        assert prompt.image is not None and prompt.image.args[0] == prompt.question  # type: ignore[attr-defined]
-        labels[prompt.prompt].append(prompt.label)
-    assert set(labels) == set(CARRIERS) and all(0.4 < np.mean(found) < 0.6 for found in labels.values())
+    # Neither the setting nor what accompanies a picture tells the label.
+    styled = [prompt for prompt in prompts if prompt.kind in STYLES]
+    for value in ("setting", "attack"):
+        labels = defaultdict(list)
+        for prompt in styled:
+            labels[getattr(prompt, value)].append(prompt.label)
+        assert all(0.42 < np.mean(found) < 0.64 for found in labels.values()), {
+            k: np.mean(v) for k, v in labels.items()
+        }
+
+
+def test_twins_stand_in_the_same_setting() -> None:
+    groups = defaultdict(set)
+    for prompt in builtin():
+        if prompt.kind == "twin":
+            groups[prompt.group, prompt.channel].add((prompt.setting, prompt.before, prompt.attack))
+    assert {len(found) for found in groups.values()} == {1}
+
+
+def test_a_template_without_a_place_for_system_prompts_leaves_those_out() -> None:
+    class Processor:
+        tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: [text])})()
+
+        def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+            if messages[0]["role"] == "system":
+                raise ValueError("Conversation roles must alternate user/assistant/...")
+            return " ".join(part["text"] for message in messages for part in message["content"])
+
+    found = Counter(prompt.setting for prompt in builtin(Processor()))
+    assert not found["system prompt"] and not found["mixed"] and found["greeting"] > 400
 
 
 def test_evaluation_prompts_carry_each_request_in_both_channels() -> None:
-    prompts = builtin_evaluation(None)
+    prompts = builtin_evaluation()
     assert Counter((prompt.attack, prompt.channel, prompt.label) for prompt in prompts) == {
         **{("everyday", channel, label): 150 for channel in ("text", "picture") for label in (0, 1)},
         **{("borderline", channel, 0): 120 for channel in ("text", "picture")},
@@ -228,7 +301,7 @@ def pixels(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def test_the_pixels_of_a_split_picture_tell_nothing() -> None:
-    prompts = [prompt for prompt in builtin_evaluation(None) if prompt.attack == "split"]
+    prompts = [prompt for prompt in builtin_evaluation() if prompt.attack == "split"]
     labels = defaultdict(list)
     for digest, prompt in zip(pixels(prompts), prompts, strict=True):
         labels[digest].append(prompt.label)
@@ -238,10 +311,11 @@ def test_the_pixels_of_a_split_picture_tell_nothing() -> None:
 def test_a_picture_is_drawn_alike_in_every_process() -> None:
     code = (
         "import hashlib\nfrom sasa_export.prompts import builtin\n"
-        "for prompt in builtin(None)[1:400:14]: print(hashlib.sha256(prompt.image().tobytes()).hexdigest())"
+        "for prompt in filter(lambda prompt: prompt.image, builtin()[1::290]):\n"
+        "    print(hashlib.sha256(prompt.image().tobytes()).hexdigest())"
     )
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert fresh.stdout.split() == pixels(builtin(None)[1:400:14])
+    assert fresh.stdout.split() == pixels(builtin()[1::290])
 
 
 @pytest.mark.parametrize("pieces", [None, lambda word: 9], ids=["fitting", "too many pieces for a line"])
@@ -253,6 +327,13 @@ def test_a_tokenizer_of_too_short_pieces_is_left_aside(pieces: Any) -> None:
 @pytest.mark.parametrize("pieces", [lambda word: (len(word) + 1) // 2, len], ids=["pairs of letters", "letters"])
 def test_every_request_fits_its_picture(pieces: Any) -> None:
     """Whatever a tokenizer makes of the words: one that knows no English makes a token of each letter."""
-    for prompt in [*builtin(pieces), *builtin_evaluation(pieces)]:
+
+    class Processor:
+        tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: "x" * pieces(text[1:]))})()
+
+        def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+            return " ".join(part["text"] for message in messages for part in message["content"])
+
+    for prompt in [*builtin(Processor()), *builtin_evaluation(Processor())]:
         if prompt.image is not None:
             prompt.image()

@@ -27,7 +27,7 @@ from sasa_export.graph import LayerGraph, Node
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
-from sasa_export.probe import Calibration, calibrate
+from sasa_export.probe import Calibration, calibrate, with_threshold
 from sasa_export.probe.features import Features, batches, collect
 from sasa_export.probe.fit import probability, threshold_for
 from sasa_export.prompts.prompt import Prompt, encode
@@ -57,8 +57,10 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibration]:
         channels = "tp" * (len(labels) // 4) + "pt" * (len(labels) // 4)
         torch.manual_seed(0)
         head = Head(5 if "lane_head" in operations else projected.shape[1], 200, bias=False)  # logits are no states
-        settings = {"batch_size": 4, "max_false_positive_rate": 0.05, **options}
-        return calibrate(head, None, graph, prompts_of(labels, channels), **settings)
+        prompts = prompts_of(labels, channels)
+        strength = options.pop("regularization", None)
+        fitted = calibrate(head, None, graph, prompts, batch_size=4, regularization=strength)
+        return with_threshold(fitted, prompts, **{"max_false_positive_rate": 0.05, **options})
 
     return run
 
@@ -68,9 +70,9 @@ def test_a_calibration_of_separable_states(calibrated: Callable[..., Calibration
     """A lane that ends in the head gives logits, which need no metric; without projection there is no second lane."""
     projected, labels = samples(80, 8, gap=6.0)
     found = calibrated(projected, samples(80, 8, gap=0.0, seed=5)[0], labels, operations)
-    by_name = {(figure.feature, figure.channel): figure for figure in found.figures}
+    by_name = {(figure.feature, figure.part): figure for figure in found.figures}
     features = ("projected", "plain") if operations else ("plain",)
-    assert list(by_name) == [(feature, channel) for feature in features for channel in ("text", "picture", "all")]
+    assert list(by_name) == [(feature, channel) for feature in features for channel in ("all", "text", "picture")]
     overall = by_name[features[0], "all"]
     assert overall.auc > 0.95 and overall.false_positive_rate <= 0.05
     assert not operations or by_name["plain", "all"].auc < 0.75
@@ -91,7 +93,7 @@ def test_figures_are_of_the_threshold_that_is_given(calibrated: Callable[..., Ca
     assert found.probe.threshold == 0.3 < chosen.probe.threshold
     assert (found.cross_validated == chosen.cross_validated).all() and (found.final == chosen.final).all()
     for figure in found.figures:
-        if figure.channel == "all":
+        if figure.part == "all":
             assert figure.recall == (found.cross_validated[labels == 1] >= 0.3).mean()
             assert figure.false_positive_rate == (found.cross_validated[labels == 0] >= 0.3).mean() > 0.05
 
@@ -102,10 +104,9 @@ def test_figures_are_of_the_judged_prompts_alone(calibrated: Callable[..., Calib
     rows = list(range(50, 150))
     whole, held_out = calibrated(states, states, labels), calibrated(states, states, labels, judged=rows)
     assert held_out.probe.threshold == whole.probe.threshold and len(held_out.final) == 200
-    overall = held_out.figures[2]
+    overall = held_out.figures[0]
     caught = held_out.cross_validated[rows][labels[rows] == 1] >= held_out.probe.threshold
-    assert (overall.channel, overall.prompts, overall.recall) == ("all", 100, caught.mean())
-    assert held_out.paper[-1].prompts == 100
+    assert (overall.part, overall.prompts, overall.recall) == ("all", 100, caught.mean())
 
 
 def test_the_regularization_is_chosen_or_given(calibrated: Callable[..., Calibration]) -> None:
@@ -113,7 +114,6 @@ def test_the_regularization_is_chosen_or_given(calibrated: Callable[..., Calibra
     states = 20 * states
     found, given = calibrated(states, states, labels), calibrated(states, states, labels, regularization=1.0)
     assert found.regularization < given.regularization == 1.0
-    assert given.paper[-1].auc == given.figures[2].auc == found.paper[-1].auc
 
 
 def one_above_all(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +175,9 @@ def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_pa
     assert result.exit_code == 0, result.output
     assert "48 prompts: AUC" in result.stderr
     figures = json.loads((tmp_path / "out" / "sasa-calibration.json").read_text())["figures"]
-    assert [figure["feature"] for figure in figures[::2]] == ["projected", "plain"][projection == "none" :]
+    assert [figure["feature"] for figure in figures if figure["part"] == "all"] == ["projected", "plain"][
+        projection == "none" :
+    ]
 
 
 # ------------------------------------------------------------------------------------- features of a model

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def test_an_index_that_does_not_fit_its_shards(
     path.write_text(json.dumps(index))
     assert said in fails(*flags(model, place / "out", probe=probe, verify="files"))
     assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "processor"), [("smolvlm", "SmolVLMProcessor"), ("qwen2_5_vl", "Qwen2_5_VLProcessor")]
+)
+def test_a_processor_that_wants_torchvision(
+    tiny_model: Tiny, tmp_path: Path, place: Path, family: str, processor: str
+) -> None:
+    """The error names the extra that brings it."""
+    if find_spec("torchvision"):
+        pytest.skip("torchvision is installed")
+    model = copied(tiny_model(family), tmp_path)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        described = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({**described, "processor_class": processor}))
+    message = fails(*flags(model, place / "out"))
+    assert "requires the Torchvision library. Install it with: pip install 'sasa-export[video]'" in message
 
 
 def test_no_weights(llava: Path, tmp_path: Path, place: Path) -> None:

@@ -1,5 +1,6 @@
 """The place that a command writes to: what is there, no space, interruption."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,53 @@ def test_an_output_that_is_not_empty(llava: Path, probe: Path, place: Path) -> N
     (out / "precious.txt").write_text("mine")
     arguments = flags(llava, out, probe=probe, verify="files")
     assert f"{out} is not empty. Give another --out, or --force to replace it" in fails(*arguments)
+    message = fails(*arguments, "--force")
+    assert "holds precious.txt, which sasa-export did not write, so --force does not replace it" in message
     assert contents(place) == {"out/precious.txt": b"mine"}
-    succeeds(*arguments, "--force")
+
+
+def test_force_replaces_what_an_export_wrote(llava: Path, probe: Path, place: Path) -> None:
+    """And nothing that was put beside it, nor a directory with a manifest that cannot be read."""
+    out = place / "out"
+    arguments = flags(llava, out, "--force", probe=probe, verify="files")
+    succeeds(*arguments)
+    succeeds(*arguments, "--threshold", "0.25")
     assert [path.name for path in place.iterdir()] == ["out"]
-    assert (out / "sasa-export.json").exists() and not (out / "precious.txt").exists()
+    assert json.loads((out / "config.json").read_text())["sasa"]["threshold"] == 0.25
+    before = contents(out)
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("mine")
+    (out / "answers.txt").write_text("mine")
+    assert "holds answers.txt and 1 more, which sasa-export did not write" in fails(*arguments)
+    (out / "answers.txt").unlink()
+    (out / "notes" / "mine.txt").unlink()
+    (out / "sasa-export.json").write_text("{")
+    assert "did not write" in fails(*arguments)
+    assert contents(out) == {**before, "sasa-export.json": b"{"}
+
+
+@pytest.mark.parametrize("name", ["evaluate", "locate"])
+def test_force_replaces_no_report_that_is_none(llava: Path, patched: Path, place: Path, name: str) -> None:
+    (place / "out").mkdir()
+    (place / "out" / "report.html").write_text("mine")
+    message = fails(name, *flags(patched if name == "evaluate" else llava, place / "out", "--force"))
+    assert "holds report.html, which sasa-export did not write" in message
+    assert contents(place) == {"out/report.html": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("/dev/null", "/dev/null is no directory. Give a directory as --out."),
+        ("/proc/patched", "/proc/patched could not be written"),
+        ("/dev/null/patched", "/dev/null/patched could not be written"),
+    ],
+)
+def test_places_that_nothing_can_be_written_to(llava: Path, out: str, said: str) -> None:
+    """They are told at once, before anything is opened."""
+    for command in ([], ["fetch"]):
+        message = fails(*command, *flags(llava, Path(out)))
+        assert said in message
 
 
 def test_an_empty_output_and_missing_parents(llava: Path, probe: Path, place: Path) -> None:
@@ -44,7 +88,7 @@ def test_an_output_that_would_remove_its_source(llava: Path, probe: Path, tmp_pa
     before = contents(source)
     for out in (source, tmp_path):
         message = fails(*flags(source, out, "--force", probe=probe, verify="files"))
-        assert "the source model itself" in message
+        assert "which sasa-export did not write" in message
     assert contents(source) == before
 
 
@@ -105,10 +149,10 @@ main(prog_name="sasa-export")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interrupted_run(llava: Path, probe: Path, place: Path, number: signal.Signals) -> None:
+def test_an_interrupted_run(llava: Path, patched: Path, probe: Path, place: Path, number: signal.Signals) -> None:
     """Nothing appears at --out, and what was there stays; nothing is left beside it."""
-    (place / "out").mkdir()
-    (place / "out" / "precious.txt").write_text("mine")
+    shutil.copytree(patched, place / "out")
+    before = contents(place)
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *flags(llava, place / "out", "--force", probe=probe, verify="files")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=offline(), preexec_fn=heeding_ctrl_c,
@@ -118,4 +162,4 @@ def test_an_interrupted_run(llava: Path, probe: Path, place: Path, number: signa
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0 and "Traceback" not in stderr
-    assert contents(place) == {"out/precious.txt": b"mine"}
+    assert contents(place) == before

@@ -2,17 +2,21 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cli_steps import Tiny, fails, flags, write_probe
+from cli_steps import Tiny, fails, flags, invoke, message_of, write_probe
 from safetensors.numpy import save_file
 
+import sasa_export
+from sasa_export import patch
 from sasa_export.errors import SasaExportError
 from sasa_export.options import Options
+from sasa_export.research.evaluate.command import EvaluateOptions
 
 
 def record(label: int, number: int, **fields: Any) -> str:
@@ -134,6 +138,19 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ({"semantic_layer": "auto", "probe_block": 3}, "--probe-block and layers left to auto exclude each other"),
         ({"projection": "none", "safety_layer": 2}, "--projection none has no safety and no semantic layer"),
         ({"projection": "none", "probe_block": 2}, "--projection none has no second lane"),
+        ({"gate": "off"}, "--gate is 'off'; it must be one of enforce, observe."),
+        ({"onnx_dtype": "int8"}, "--onnx-dtype has no effect without --format onnx or both. Leave it out."),
+        ({"opset": 20}, "--opset has no effect without --format onnx"),
+        ({"verdict_prompts": 5}, "--verdict-prompts has no effect without --format onnx"),
+        ({"verdict_prompts": 5, "format": "onnx", "verify": "files"}, "--verdict-prompts has no effect with --verify"),
+        ({"max_changed_verdicts": 0.1, "format": "onnx", **GIVEN}, "--max-changed-verdicts has no effect with --probe"),
+        ({"regularization": 1.0, **GIVEN}, "--regularization has no effect with --probe, since nothing is calibrated"),
+        ({"max_false_positive_rate": 0.1, **GIVEN}, "--max-false-positive-rate has no effect with --probe"),
+        (
+            {"max_false_positive_rate": 0.1, "threshold": 0.5},
+            "--max-false-positive-rate has no effect with --threshold",
+        ),
+        ({"projection": "none", "epsilon": 0.1}, "--epsilon has no effect with --projection none"),
     ],
 )
 def test_settings_out_of_range_or_at_odds(options: dict[str, Any], said: str) -> None:
@@ -141,6 +158,33 @@ def test_settings_out_of_range_or_at_odds(options: dict[str, Any], said: str) ->
     with pytest.raises(SasaExportError) as caught:
         Options(**options).check()
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("refusal", ["</s>", "No. </s> Sure:", "<image>", "See <image> here."])
+def test_a_refusal_that_is_no_sentence(llava: Path, calibration: Path, place: Path, refusal: str) -> None:
+    """Before the work, since that takes hours for a large model."""
+    result = invoke(*flags(llava, place / "out", calibration=calibration, refusal=refusal))
+    message = message_of(result.exit_code, result.stderr)
+    assert "--refusal" in message and "holds a special token" in message
+    assert "calibrate" not in result.stderr and not list(place.iterdir())
+
+
+def test_paths_as_text_and_text_as_paths(llava: Path, calibration: Path, place: Path) -> None:
+    """In Python, a path may be given where the command line has a name, and the other way round."""
+    options = Options(model=llava, out=str(place / "out"), calibration=str(calibration))  # type: ignore[arg-type]
+    assert (options.model, options.out, options.calibration) == (str(llava), place / "out", (str(calibration),))
+    given = Options(model="x", out=place, probe="p.safetensors", calibration=[calibration])  # type: ignore[arg-type]
+    assert (given.probe, given.calibration) == (Path("p.safetensors"), (str(calibration),))
+    report = EvaluateOptions(model=str(llava), out="report", data=calibration)  # type: ignore[arg-type]
+    assert (report.model, report.out, report.data) == (llava, Path("report"), (str(calibration),))
+    found = patch(replace(options, max_false_positive_rate=0.1, verify="files"))
+    assert found.directory == place / "out" and found.calibration is not None
+
+
+def test_the_package_says_its_version() -> None:
+    from importlib.metadata import version
+
+    assert sasa_export.__version__ == version("sasa-export")
 
 
 def test_the_command_line_checks_its_options(llava: Path, place: Path) -> None:

@@ -16,7 +16,7 @@ from sasa_export.prompts import calibration_prompts, load, load_all, lopsided
 @pytest.mark.parametrize(
     "spec, said",
     [
-        ("cheese:DIR", "there is no data set 'cheese'. Known are mm-safetybench, figstep"),
+        ("cheese:DIR", "there is no data set 'cheese'. Known are advbench, figstep"),
         ("https://example.org/x.jsonl", "there is no data set 'https'"),
         ("figstep:", "names no path"),
         ("", "names no path"),
@@ -27,7 +27,7 @@ from sasa_export.prompts import calibration_prompts, load, load_all, lopsided
         ("figstep:{root},part=small", "part 'small' must be one of full, tiny"),
         ("figstep:{root},variant=", "variant '' must be one of figstep, text"),
         ("jsonl:my.jsonl,part=tiny", "jsonl has no option 'part'; it has none"),
-        ("{root}", "is a directory. Name its data set, as --data name:"),
+        ("{root}", "is a directory. Name its data set, as name:"),
     ],
 )
 def test_a_spec_that_names_nothing(whole: dict[str, Path], spec: str, said: str) -> None:

@@ -11,13 +11,13 @@ import miniature
 import pytest
 from PIL import Image
 
-from sasa_export.prompts import READERS, load
+from sasa_export.prompts import DATA_SETS, load
 
 
 @pytest.mark.parametrize("name", miniature.MAKERS)
 def test_what_all_prompts_have_in_common(whole: dict[str, Path], name: str) -> None:
     prompts = load(f"{name}:{whole[name]}")
-    assert set(READERS) == set(miniature.MAKERS)
+    assert set(DATA_SETS) == set(miniature.MAKERS) | {"hub"}
     assert len({prompt.name for prompt in prompts}) == len(prompts) > 0
     for prompt in prompts:
         assert prompt.source == name and prompt.label in (0, 1) and prompt.group and prompt.category
@@ -139,7 +139,7 @@ def test_jsonl(tmp_path: Path) -> None:
     miniature.picture(tmp_path / "pictures/a.png", 1)
     lines = [
         {"image": "pictures/a.png", "prompt": "", "label": 1, "group": "g", "category": "c", "attack": "a", "id": 7},
-        {"prompt": "no\u2028image", "label": 0, "question": "What?", "extra": [1]},
+        {"prompt": "no\u2028image", "label": 0, "question": "What?", "category": None},
     ]
     path = tmp_path / "prompts.jsonl"
     text = "\r\n\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)

@@ -22,6 +22,10 @@ GUARD = "test.json"
 BREAK_V = "JailBreakV_28K/JailBreakV_28K.csv"
 XSTEST = "xstest_prompts.csv"
 LINES = "prompts.jsonl"
+GOALS = "harmful_behaviors.csv"
+TEST = "harmbench_behaviors_text_test.csv"
+WRITING = "benchmark_all.jsonl"
+FILES = {"jsonl": LINES, "table": "own.csv"}  # data sets that are named by a file
 PICTURES = {  # one of each data set
     "mm-safetybench": "data/imgs/06-Fraud/SD_TYPO/1.jpg",
     "figstep": "data/images/SafeBench/query_ForbidQI_9_1_6.png",
@@ -71,11 +75,11 @@ def entry(name: str, key: Any, field: str, *value: Any) -> Break:
 
 def complaint(whole: dict[str, Path], tmp_path: Path, name: str, apply: Break) -> tuple[str, Path]:
     """What loading a broken copy complains about, and where the copy lies."""
-    source = whole[name].parent if name == "jsonl" else whole[name]
+    source = whole[name].parent if name in FILES else whole[name]
     root = shutil.copytree(source, tmp_path / name)
     apply(root)
     with pytest.raises(DataError) as caught:
-        load(f"{name}:{root / LINES if name == 'jsonl' else root}")
+        load(f"{name}:{root / FILES.get(name, '')}")
     said = str(caught.value)
     assert said.isprintable()
     return said, root
@@ -86,13 +90,17 @@ def complaint(whole: dict[str, Path], tmp_path: Path, name: str, apply: Break) -
     [
         ("mm-safetybench", remove(FRAUD), f"there is no file {{root}}/{FRAUD}"),
         ("mm-safetybench", cut(FRAUD), f"{{root}}/{FRAUD} is not valid JSON"),
-        ("mm-safetybench", put(FRAUD, b"[1, 2]"), f"{{root}}/{FRAUD} is not a JSON object"),
+        ("mm-safetybench", put(FRAUD, b"[1, 2]"), f"{{root}}/{FRAUD}, record 1 is no record with names"),
         ("mm-safetybench", put(FRAUD, b"[" * 100_000), f"{{root}}/{FRAUD} is not valid JSON"),
         ("mm-safetybench", put(FRAUD, '{"0": "é"}'.encode("latin-1")), f"{{root}}/{FRAUD} cannot be read as text"),
-        ("mm-safetybench", put(FRAUD, b'{"1": 3}'), f"{FRAUD}, record '1' has no text 'Rephrased Question'"),
+        ("mm-safetybench", put(FRAUD, b'{"1": 3}'), f"{FRAUD}, record '1' is no record with names"),
         ("mm-safetybench", entry(FRAUD, "1", "Question"), "record '1' has no text 'Question'"),
         ("mm-safetybench", entry(FRAUD, "1", "Question", " \n"), "record '1' has no text 'Question'"),
-        ("mm-safetybench", entry(FRAUD, "1", "Rephrased Question", 5), "record '1' has no text 'Rephrased Question'"),
+        (
+            "mm-safetybench",
+            entry(FRAUD, "1", "Rephrased Question", []),
+            "record '1' has a 'Rephrased Question' that is not",
+        ),
         ("figstep", remove(FULL), f"there is no file {{root}}/{FULL}"),
         ("figstep", put(FULL, b""), "{root} has no prompts"),
         ("figstep", put(FULL, b"dataset,question\n"), "{root} has no prompts"),
@@ -103,18 +111,30 @@ def complaint(whole: dict[str, Path], tmp_path: Path, name: str, apply: Break) -
         ("figstep", swap(FULL, "ForbidQI,9,2,", "ForbidQI,9,2\n"), f"{FULL}, record 4 has more or fewer fields"),
         ("figstep", swap(FULL, "ForbidQI,9,2", '"ForbidQI,9,2'), f"{{root}}/{FULL} is not valid CSV"),
         ("vlguard", cut(GUARD), f"{{root}}/{GUARD} is not valid JSON"),
-        ("vlguard", put(GUARD, b"{}"), f"{{root}}/{GUARD} is not a JSON list"),
+        ("vlguard", put(GUARD, b"7"), f"{{root}}/{GUARD} holds neither a list of records nor"),
         ("vlguard", put(GUARD, b"[]"), "{root} has no prompts"),
-        ("vlguard", put(GUARD, b'["x"]'), f"{GUARD}, record 1 has no text 'id'"),
+        ("vlguard", put(GUARD, b'["x"]'), f"{GUARD}, record 1 is no record with names"),
         ("vlguard", entry(GUARD, 2, "id", "Ads_1"), "has the id 'test/Ads_1/safe_safes' twice"),
-        ("vlguard", entry(GUARD, 1, "safe", "yes"), f"{GUARD}, record 2 ('Ads_1') has 'yes' as \"safe\""),
+        (
+            "vlguard",
+            entry(GUARD, 1, "safe", "yes"),
+            f"{GUARD}, record 2 ('Ads_1') has 'yes' as 'safe'; it must be one of false",
+        ),
         ("vlguard", entry(GUARD, 0, "harmful_category"), "('PrivacyAlert_test_1') has no text 'harmful_category'"),
-        ("vlguard", entry(GUARD, 1, "instr-resp"), f"{GUARD}, record 2 ('Ads_1') has no text 'safe_instruction'"),
+        (
+            "vlguard",
+            entry(GUARD, 1, "instr-resp"),
+            f"{GUARD}, record 2 ('Ads_1') has no text 'instr-resp.safe_instruction'",
+        ),
         ("vlguard", entry(GUARD, 1, "image"), f"{GUARD}, record 2 ('Ads_1') has no text 'image'"),
         ("vlguard", entry(GUARD, 1, "image", "a\n\0" + "b" * 300), "('Ads_1') names the image"),
         ("jailbreakv", remove(BREAK_V), "there is no file {root}/JailBreakV_28K/JailBreakV_28K.csv"),
         ("jailbreakv", swap(BREAK_V, "redteam_query", "query"), f"{BREAK_V}, record 1 has no text 'redteam_query'"),
-        ("jailbreakv", swap(BREAK_V, "Logic", "Poem"), f"{BREAK_V}, record 3 has the unknown format 'poem'"),
+        (
+            "jailbreakv",
+            swap(BREAK_V, "Logic", "Poem"),
+            f"{BREAK_V}, record 3 has 'Poem' as 'format'; it must be one of template",
+        ),
         ("xstest", remove(XSTEST), f"there is no file {{root}}/{XSTEST}"),
         ("xstest", swap(XSTEST, "id,", "number,"), f"{XSTEST}, record 1 has no text 'id_v2'"),
         ("xstest", swap(XSTEST, "How do I kill a man?", " "), f"{XSTEST}, record 3 has no text 'prompt'"),
@@ -122,14 +142,45 @@ def complaint(whole: dict[str, Path], tmp_path: Path, name: str, apply: Break) -
         ("jsonl", put(LINES, b"\n"), f"{{root}}/{LINES} has no prompts"),
         ("jsonl", put(LINES, b"\xff\xfe"), f"{{root}}/{LINES} cannot be read"),
         ("jsonl", cut(LINES), "is not valid JSON"),
-        ("jsonl", put(LINES, b"[]"), f'{LINES}, line 1 has no "prompt" string'),
+        ("jsonl", put(LINES, b"[]"), f"{LINES}, line 1 is no record with names"),
         ("jsonl", put(LINES, b"[" * 100_000), f"{LINES}, line 1 is not valid JSON"),
         ("jsonl", swap(LINES, "How do I bake 0?", " "), f"{LINES}, line 1 has an empty prompt and no image"),
         ("jsonl", swap(LINES, '"label": 1', '"label": 2'), f"{LINES}, line 2 has the label 2; it must be 0 (harmless)"),
-        ("jsonl", swap(LINES, '"label": 1', '"label": true'), f"{LINES}, line 2 has the label True"),
-        ("jsonl", swap(LINES, '"label": 1', '"class": 1'), f"{LINES}, line 2 has the label None"),
-        ("jsonl", swap(LINES, '"pictures/1.png"', "1"), f'{LINES}, line 3 has an "image" that is neither a path'),
-        ("jsonl", swap(LINES, '"label": 1', '"question": 5, "label": 1'), 'line 2 has a "question" that is not a text'),
+        ("jsonl", swap(LINES, '"label": 1', '"label": [1]'), f"{LINES}, line 2 has the label [1]"),
+        ("jsonl", swap(LINES, '"label": 1', '"id": 1'), f"{LINES}, line 2 has the label None"),
+        ("jsonl", swap(LINES, '"pictures/1.png"', "[1]"), f"{LINES}, line 3 has a 'image' that is not a text"),
+        (
+            "jsonl",
+            swap(LINES, '"label": 1', '"question": [], "label": 1'),
+            "line 2 has a 'question' that is not a text",
+        ),
+        (
+            "jsonl",
+            swap(LINES, '"image"', '"images"'),
+            f"{LINES}, line 1 has the unknown key 'images'. Did you mean 'image'?",
+        ),
+        ("jsonl", swap(LINES, '"image"', '"img"'), f"{LINES}, line 1 has the unknown key 'img'. Did you mean 'image'?"),
+        ("jsonl", swap(LINES, '"label": 1', '"label": 1, "x": 2'), "line 2 has the unknown key 'x'. Known are image,"),
+        (
+            "jsonl",
+            swap(LINES, "How do I", "<image> How do I"),
+            f"{LINES}, line 1 has <image> 1 times in its prompt and no",
+        ),
+        ("advbench", swap(GOALS, "goal", "aim"), f"{GOALS}, record 1 has no text 'value'"),
+        ("harmbench", remove(TEST), f"there is no file {{root}}/{TEST}"),
+        (
+            "harmbench",
+            swap(TEST, "standard", "odd"),
+            f"{TEST}, record 1 has 'odd' as 'FunctionalCategory'; it must be one",
+        ),
+        ("writingbench", cut(WRITING), f"{WRITING}, line 3 is not valid JSON"),
+        ("writingbench", swap(WRITING, '"query": "W', '"q": "W'), f"{WRITING}, line 1 has no text 'query'"),
+        (
+            "table",
+            swap("own.csv", ",1,", ",maybe,"),
+            "own.csv, record 2 has the label 'maybe'; it must be 0 (harmless)",
+        ),
+        ("table", swap("own.csv", "How do I break a lamp?", ""), "own.csv, record 2 has an empty prompt and no image"),
         ("jsonl", swap(LINES, '"label": 1', '"id": "line 1", "label": 1'), f"{LINES} has the id 'line 1' twice"),
     ],
 )

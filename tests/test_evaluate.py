@@ -86,7 +86,7 @@ def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path
     found, out = run
     pictures = {"answers.png", "roc.png", "scores.png", "reliability.png", "depth.png"}
     texts = {"report.html", "report.md", "card_section.md", "evaluate.json", "answers.jsonl"}
-    assert {path.name for path in out.iterdir()} == texts | pictures
+    assert {path.name for path in out.iterdir()} == texts | pictures | {"sasa-export.json"}
     report, card = (out / "report.md").read_text(), (out / "card_section.md").read_text()
     for name in pictures:
         assert (out / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in report
@@ -245,7 +245,7 @@ def both_formats(out: Path) -> Path:
     [
         (lambda o, tmp, tiny: {"timing": -1}, "--timing is -1"),
         (lambda o, tmp, tiny: {"judge": "json:absent"}, "--judge json:absent cannot be imported"),
-        (lambda o, tmp, tiny: {"out": o.model.parent, "force": True}, "would remove that"),
+        (lambda o, tmp, tiny: {"out": o.model.parent, "force": True}, "did not write"),
         (lambda o, tmp, tiny: {"model": both_formats(tmp / "both")}, "holds two patched models"),
         (lambda o, tmp, tiny: {"model": tiny("llava")}, "has no gate"),
         (lambda o, tmp, tiny: {"model": damaged(o.model, tmp / "code")}, "1 differ"),

@@ -111,6 +111,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "threshold 1": (of_settings(threshold=1.0), "threshold"),
     "negative threshold": (of_settings(threshold=-0.5), "threshold"),
     "threshold NaN": (of_settings(threshold=float("nan")), "threshold"),
+    "another gate": (of_settings(gate="off"), "gate 'off'"),
     "threshold as text": (of_settings(threshold="0.5"), "threshold"),
     "empty refusal": (of_settings(refusal=" "), "refusal"),
     "a special token in the refusal": (of_settings(refusal="No. </s> Sure:"), "special token"),
@@ -195,8 +196,9 @@ def test_other_ways_to_load(outcomes: Callable[[str], str], family: str) -> None
     assert SEAL in outcomes(f"{family} opened")
     for cls in AUTO:
         assert "trust_remote_code" in outcomes(f"{family} {cls}"), cls
-    for cls in AUTO[1:]:
+    for cls in AUTO[1:-1]:
         assert not outcomes(f"{family} {cls} trusted").startswith("loaded"), cls
+    assert outcomes(f"{family} {AUTO[-1]} trusted") == "loaded, guarded"
     what = f"stock classes on sasa_{family}: {', '.join(STOCK[family])}"
     note("artefact", group="loaders", what=what, good=True, tried=len(STOCK[family]), says=f"ValueError: ... {SEAL}")
 

@@ -12,7 +12,7 @@ from cli_steps import contents, succeeds
 from faulty import NEEDS_SPACE, Ended, run
 from records import note
 
-OLD = {"precious.txt": b"mine"}
+OLD = {"precious.txt": b"mine", "sasa-export.json": b'{"files": {"precious.txt": ""}}'}  # an older output of ours
 # How many points are tried by default, and by `make test-slow`.
 TRIED = [
     pytest.param("safetensors", 5),
@@ -38,7 +38,8 @@ class Command:
         """A place with an older output."""
         shutil.rmtree(self.place)
         (self.place / "out").mkdir(parents=True)
-        (self.place / "out" / "precious.txt").write_bytes(OLD["precious.txt"])
+        for name, data in OLD.items():
+            (self.place / "out" / name).write_bytes(data)
 
     def rerun(self) -> None:
         """The same command, undisturbed, succeeds and leaves its output alone."""

@@ -1,8 +1,13 @@
 """Directories in a process of their own, which has none of our code but theirs: as written, saved again, edited."""
 
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +110,29 @@ def test_an_operator_changes_threshold_and_refusal(
     *_, probability, _, said = runs(f"{family} edited")
     torch.testing.assert_close(torch.tensor(probability), guarded.expected(inputs), rtol=0.0, atol=1e-5)
     assert [text == REFUSAL for text in said] == refused.tolist()
+
+
+PROCESSOR_FIRST = """
+import json, sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+directory = json.loads(sys.argv[1])
+processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
+print(json.dumps([type(processor).__name__, type(model).__name__]))
+"""
+
+
+def test_a_terminal_is_asked_nothing(guard: Callable[..., Guard], tmp_path: Path) -> None:
+    """In the order and the words of the README, a processor is loaded before the model at a terminal."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROCESSOR_FIRST, json.dumps(str(guard("llava").directory))]
+    try:
+        result = subprocess.run(
+            command, stdin=theirs, capture_output=True, text=True, env=environment, timeout=120, check=True
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "Do you wish" not in result.stdout + result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == ["LlavaProcessor", "SasaLlavaForConditionalGeneration"]

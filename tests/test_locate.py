@@ -92,7 +92,7 @@ def test_only_a_second_lane_from_the_planted_layer_separates(report: Report) -> 
 
 def test_the_report_is_whole_and_needs_no_network(report: Report) -> None:
     out, pictures = report[1], ("depth", "heads", "sweep", "tsne")
-    names = {"report.html", "report.md", "locate.json", *(f"{name}.png" for name in pictures)}
+    names = {"report.html", "report.md", "locate.json", "sasa-export.json", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == [out.name], "nothing is left beside the report"
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -260,7 +260,7 @@ def test_errors_are_one_line(planted_model: Path, tmp_path: Path, arguments: tup
 
 
 def test_the_model_itself_is_not_replaced(planted_model: Path) -> None:
-    with pytest.raises(EmitError, match="source model"):
+    with pytest.raises(EmitError, match="did not write"):
         locate(LocateOptions(str(planted_model), planted_model, force=True))
     assert (planted_model / "config.json").is_file()
 
@@ -287,7 +287,7 @@ def test_auto_layers(
     assert config["layers_from"] in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     # The figures are of the half that took no part; the scores are of all.
     assert patched.calibration is not None
-    figure = next(found for found in patched.calibration.figures if found.channel in ("all", "text"))
+    figure = next(found for found in patched.calibration.figures if found.part in ("all", "text"))
     assert figure.prompts == 48 and len(patched.calibration.prompts) == 96 and figure.auc > 0.95
 
 

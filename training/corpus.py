@@ -23,6 +23,8 @@ HELD_OUT_FAMILIES = ("Carlito", "Lato", "Cantarell", "LinLibertine", "Roboto", "
 UNREADABLE = ("D050000L", "Sketch", "Math", "math", "Symbol", "Emoji", "Keyboard", "LinLibertine_I")
 REQUEST_WEIGHT = 0.24  # as the thirty commonest words: requests are told apart by their rarer words
 MARKS = (".", ",", "?", "!", ":")
+LISTS, LOUD = 0.08, 0.03  # the share of pages that end in an empty numbered list, and that are in capitals
+CAPITALS, NUMBERS, QUOTED = 0.12, 0.03, 0.02  # of words
 IGNORED, BLANK = -100, -1  # targets of a cell other than a token
 
 Array = numpy.ndarray[Any, Any]
@@ -40,12 +42,12 @@ class Words:
 
 
 def request_words(files: Iterable[Path]) -> list[str]:
-    """The words of the requests in files of {"harmful", "harmless"} lines, each once, without marks."""
+    """The words of the requests in files of {"harmful", "harmless"} or {"text"} lines, each once, without marks."""
     texts: list[str] = []
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
-            pair = json.loads(line)
-            texts += [pair["harmful"], pair["harmless"]]
+            record = json.loads(line)
+            texts += [record[key] for key in ("harmful", "harmless", "text", "picture") if key in record]
     words = [word.strip("".join(MARKS) + "\"'()") for text in texts for word in text.split()]
     return [word for word in dict.fromkeys(words) if word]
 
@@ -156,13 +158,15 @@ class Pages:
         """Pixels (3, 384, 384) and targets (64,) of a page; `variety` as in `render.choose_style`."""
         rng = Random(f"{self.seed}/{number}")
         words = self._sentence(rng, rng.randint(4, 16) if rng.random() < 0.25 else rng.randint(20, 56))
+        items = 3 if rng.random() < LISTS else 0
+        words += [f"{point}." for point in range(1, items + 1)]
         widths = [render.cells(word, self.tokens.count) for word in words]
         while True:
             try:
-                places = render.flow(widths, rng)
+                places = render.flow(widths, rng, items)
                 break
             except ValueError:
-                drop = max(range(len(words)), key=widths.__getitem__)
+                drop = max(range(len(words) - items), key=widths.__getitem__)
                 del words[drop], widths[drop]
         known = max(4, round(len(self.fonts) * min(1.0, 0.05 + variety)))
         carried = render.fonts()[: max(2, round(16 * min(1.0, 0.1 + variety)))]
@@ -173,12 +177,19 @@ class Pages:
         return normalised(picture), targets(words, widths, places, self.tokens)
 
     def _sentence(self, rng: Random, count: int) -> list[str]:
-        """Random words with the capitals and marks of a request, and now and then elsewhere."""
+        """Random words with the capitals, marks and numbers of ordinary text; now and then all in capitals."""
         words = self.words.draw(rng, count)
+        loud = rng.random() < LOUD
         for index, word in enumerate(words):
-            if rng.random() < (0.5 if index == 0 else 0.05):
+            if rng.random() < NUMBERS:
+                word = str(rng.choice((rng.randint(1, 99), rng.randint(100, 2100))))
+            if loud:
+                word = word.upper()
+            elif rng.random() < (0.5 if index == 0 else CAPITALS):
                 word = capitalised(word)
-            if rng.random() < (0.4 if index == len(words) - 1 else 0.04) and word[-1].isalnum():
+            if rng.random() < (0.4 if index == len(words) - 1 else 0.08) and word[-1].isalnum():
                 word += rng.choice(MARKS)
+            elif rng.random() < QUOTED:
+                word = f'"{word}"' if rng.random() < 0.5 else f"({word})"
             words[index] = word
         return words

@@ -63,11 +63,15 @@ def request_pages(texts: Sequence[str], tokens: Tokens, fonts: Sequence[Path] = 
 
 
 def sample_requests(count: int) -> tuple[list[str], list[str]]:
-    """Harmful and harmless requests: those held out first, then some of the calibration set's."""
-    pairs = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in REQUESTS]
-    builtin, held_out = pairs
-    chosen = (held_out + builtin[:: max(1, len(builtin) // count)])[:count]
-    return [pair["harmful"] for pair in chosen], [pair["harmless"] for pair in chosen]
+    """Harmful and harmless requests: those held out first, then some of the calibration set's that fit a picture."""
+    builtin, held_out = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in REQUESTS
+    )
+    found = []
+    for label, side in ((1, "harmful"), (0, "harmless")):
+        texts = [line["text"] for line in builtin if line["label"] == label and render.fits(line["text"])]
+        found.append(([pair[side] for pair in held_out] + texts[:: max(1, len(texts) // count)])[:count])
+    return found[0], found[1]
 
 
 def content_words(text: str) -> set[str]:

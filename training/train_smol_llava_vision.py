@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=6e-4, help="highest learning rate")
     parser.add_argument("--late", type=float, default=1.0, help="weight of closeness at the start, 0 to 1")
     parser.add_argument("--variety", type=float, default=0.5, help="variety of looks at the start, 0 to 1")
-    parser.add_argument("--common", type=int, default=5000, help="how many common words to learn")
+    parser.add_argument("--common", type=int, default=20000, help="how many common words to learn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stop", type=int, help="stop at this step, to go on another time")

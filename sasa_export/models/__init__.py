@@ -11,17 +11,21 @@ from sasa_export.errors import OpenError
 from sasa_export.files import claimed
 from sasa_export.models.contents import check_contents, read_object
 from sasa_export.models.family import Family, aliases, family_of
+from sasa_export.models.hub import fetch
 from sasa_export.models.shards import Shard, read_shards
+from sasa_export.models.wheels import cache_directory
+from sasa_export.report import Silent
 
 EMBEDDED = "smol-llava"
-FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+SILENT = Silent()
 
 
 @dataclass(frozen=True)
 class Source:
     """An unpatched model as a plain directory; nothing of it is loaded yet.
 
-    `name` is what the user called it, `config` its config.json, `shards` its safetensors files.
+    `name` is what the user called it, `config` its config.json, `shards` its safetensors files. `repository` and
+    `commit` say where on the hub it is from, if it is.
     """
 
     name: str
@@ -29,25 +33,36 @@ class Source:
     config: dict[str, Any]
     family: Family
     shards: tuple[Shard, ...]
+    repository: str | None = None
+    commit: str | None = None
 
     def weight_bytes(self) -> int:
         """Bytes of all shards on disk."""
         return sum(shard.path.stat().st_size for shard in self.shards)
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, revision: str | None = None, report: Silent = SILENT) -> Source:
     """Find the model, fetching it where it is not on this machine, and check what can be checked unloaded.
+
+    Args: revision: a branch, tag or commit on the hub.
 
     Raises OpenError: unknown model, unsupported family, corrupt or missing files, pickled weights, code of its own.
     """
-    directory = _directory(name)
+    repository = _repository(name)
+    if revision is not None and repository is None:
+        raise OpenError(f"--revision {revision} is of a model on the hub, and {name} is none. Leave it out.")
+    if repository is not None:
+        directory = fetch(repository, revision, report)
+    else:
+        directory = _embedded() if name == EMBEDDED else Path(name)
     config = read_config(directory)
     model_type = config.get("model_type")
     if str(model_type).startswith("sasa_"):
         raise OpenError(f"{name} is a patched model already. Give the model that it was made from.")
     family = family_of(model_type)
     check_contents(directory)
-    return Source(name, directory, config, family, read_shards(directory))
+    commit = None if repository is None else directory.name  # as the hub's cache names a snapshot
+    return Source(name, directory, config, family, read_shards(directory), repository, commit)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -83,15 +98,18 @@ def layers_of(
     return first if safety is None else safety, second if semantic is None else semantic, origin
 
 
-def _directory(name: str) -> Path:
-    """The model's directory on this machine."""
-    if name == EMBEDDED:
-        return _embedded()
+def _repository(name: str) -> str | None:
+    """The hub id that a name stands for; None for the embedded model and a directory."""
     known = aliases()
-    if name not in known and Path(name).is_dir():
-        return Path(name)
+    if name in (EMBEDDED, *known) and Path(name).is_dir():
+        raise OpenError(
+            f"{name} is an alias, and a directory here. Give ./{name} for the directory, or "
+            f"{'run the command elsewhere' if name == EMBEDDED else known[name]} for the alias."
+        )
+    if name == EMBEDDED or Path(name).is_dir():
+        return None
     if name in known or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
-        return _from_hub(known.get(name, name))
+        return known.get(name, name)
     raise OpenError(
         f"there is no model {name!r}: it is no directory, no hub id (owner/name) and no alias. "
         f"Aliases: {', '.join(sorted([EMBEDDED, *known]))}."
@@ -104,23 +122,9 @@ def _embedded() -> Path:
 
     parts = (smol_llava.VISION, Path(smol_llava.__file__))
     version = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
-    folder = smol_llava.cache_directory() / f"smol-llava-{version}"
+    folder = cache_directory() / f"smol-llava-{version}"
     if not folder.exists():
         with claimed(folder, wait=True):  # another run may be building it
             if not folder.exists():
                 smol_llava.build(folder)
     return folder
-
-
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=FROM_HUB))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(
-            f"{repository} could not be fetched from the hub ({reason}). Check the name, the connection and "
-            "your access token, or give a local directory."
-        ) from None

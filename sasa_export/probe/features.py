@@ -164,7 +164,7 @@ def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
     """Row numbers, batch by batch: channels apart and short prompts together, so that little is padded."""
     for channel in sorted({prompt.channel for prompt in prompts}):
         rows = [row for row, prompt in enumerate(prompts) if prompt.channel == channel]
-        rows.sort(key=lambda row: len(prompts[row].prompt))
+        rows.sort(key=lambda row: sum(len(text) for _, text in (*prompts[row].before, ("", prompts[row].prompt))))
         yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 
 

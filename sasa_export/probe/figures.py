@@ -1,8 +1,8 @@
-"""What a calibration measured, honestly: cross-validated, with and without projection, text and picture apart."""
+"""What a calibration measured, honestly: on kinds of prompts that were left out, with and without projection."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,50 +13,123 @@ from sasa_export.prompts.prompt import Prompt
 
 @dataclass(frozen=True)
 class Figure:
-    """Figures of one feature on one channel; rates are shares of 1."""
+    """Figures of one feature on a part of the prompts; rates are shares of 1, None where the part has no such prompts.
+
+    `recall`, `false_positive_rate` and `borderline_rate` are the shares of harmful, ordinary harmless and borderline
+    harmless prompts at or above the threshold. `auc` is of the harmful against the ordinary ones.
+    """
 
     feature: str  # "projected" or "plain"
-    channel: str  # "text", "picture" or "all"
+    part: str  # "all", a channel ("text" or "picture"), or a setting
     prompts: int
     auc: float
-    accuracy: float  # at P = 0.5
-    recall: float  # share of harmful prompts at or above the threshold
-    false_positive_rate: float  # share of harmless prompts at or above the threshold
+    recall: float
+    false_positive_rate: float
+    borderline_rate: float | None
 
     def to_json(self) -> dict[str, Any]:
         """Its fields, rounded to four places."""
-        return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        return rounded(self)
+
+
+@dataclass(frozen=True)
+class KindFigure:
+    """AUC on one kind of prompt by probes, and by a bag of words, that were fitted without that kind.
+
+    Where the kind has one label alone, it is told from all prompts of the other.
+    """
+
+    kind: str
+    prompts: int
+    projected: float | None
+    plain: float
+    words: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, rounded to four places."""
+        return rounded(self)
+
+
+def rounded(figure: Figure | KindFigure) -> dict[str, Any]:
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(figure).items()}
 
 
 def figures(feature: str, scores: np.ndarray, prompts: Sequence[Prompt], threshold: float) -> list[Figure]:
-    """One figure a channel that has both labels, and last the one for all prompts. `scores`: P(unsafe), (prompts,)."""
+    """A figure for each part that has both labels: all, then channels, then settings.
+
+    Args: scores: P(unsafe), (prompts,).
+    """
+    found = (
+        _figure(feature, part, scores[rows], [prompts[row] for row in rows], threshold)
+        for part, rows in _parts(prompts)
+    )
+    return [figure for figure in found if figure is not None]
+
+
+def _parts(prompts: Sequence[Prompt]) -> Iterator[tuple[str, np.ndarray]]:
+    yield "all", np.arange(len(prompts))
+    for name in ("channel", "setting"):
+        values = np.array([getattr(prompt, name) for prompt in prompts])
+        kinds = list(dict.fromkeys(values.tolist()))
+        yield from ((kind, np.flatnonzero(values == kind)) for kind in kinds if len(kinds) > 1)
+
+
+def _figure(feature: str, part: str, scores: np.ndarray, prompts: Sequence[Prompt], threshold: float) -> Figure | None:
+    harmful = np.array([prompt.label == 1 for prompt in prompts])
+    ordinary = ordinary_rows(prompts)
+    borderline = ~harmful & ~ordinary
+    if not harmful.any() or not ordinary.any():
+        return None
+    refused = scores >= threshold
+    return Figure(
+        feature,
+        part,
+        len(prompts),
+        auc=auc(scores[harmful], scores[ordinary]),
+        recall=float(refused[harmful].mean()),
+        false_positive_rate=float(refused[ordinary].mean()),
+        borderline_rate=float(refused[borderline].mean()) if borderline.any() else None,
+    )
+
+
+def ordinary_rows(prompts: Sequence[Prompt]) -> np.ndarray:
+    """Which prompts are harmless and ordinary, (prompts,); all harmless ones where each of them is borderline."""
+    harmless = np.array([prompt.label == 0 for prompt in prompts])
+    ordinary = harmless & ~np.array([prompt.borderline for prompt in prompts])
+    return ordinary if ordinary.any() else harmless
+
+
+def kind_figures(prompts: Sequence[Prompt], kinds: np.ndarray, scores: dict[str, np.ndarray]) -> list[KindFigure]:
+    """Args: kinds: of each prompt, (prompts,); scores: "projected" (or not), "plain" and "words", each (prompts,)."""
+    labels = np.array([prompt.label for prompt in prompts])
+
+    def area(values: np.ndarray, kind: str) -> float:
+        sides = [(kinds == kind) & (labels == label) for label in (1, 0)]
+        harmful, harmless = (side if side.any() else labels == label for side, label in zip(sides, (1, 0), strict=True))
+        return auc(values[harmful], values[harmless])
+
+    return [
+        KindFigure(
+            kind,
+            int((kinds == kind).sum()),
+            area(scores["projected"], kind) if "projected" in scores else None,
+            area(scores["plain"], kind),
+            area(scores["words"], kind),
+        )
+        for kind in dict.fromkeys(kinds.tolist())
+    ]
+
+
+def auc(harmful: np.ndarray, harmless: np.ndarray) -> float:
+    """The probability that a harmful prompt's score (prompts,) is above a harmless one's."""
     from sklearn.metrics import roc_auc_score
 
-    labels = np.array([prompt.label for prompt in prompts])
-    channels = np.array([prompt.channel for prompt in prompts])
-    found = []
-    for channel in ("text", "picture", "all"):
-        rows = (channels == channel) | (channel == "all")
-        label, score = labels[rows], scores[rows]
-        if len(set(label)) == 2:
-            refused = score >= threshold
-            found.append(
-                Figure(
-                    feature,
-                    channel,
-                    len(label),
-                    auc=float(roc_auc_score(label, score)),
-                    accuracy=float(((score >= 0.5) == label).mean()),
-                    recall=float(refused[label == 1].mean()),
-                    false_positive_rate=float(refused[label == 0].mean()),
-                )
-            )
-    return found
+    return float(roc_auc_score(np.r_[np.ones(len(harmful)), np.zeros(len(harmless))], np.r_[harmful, harmless]))
 
 
 def verdict_on_projection(figures: Sequence[Figure]) -> str:
     """One sentence that says whether projection helped on this model, as measured."""
-    by_feature = {figure.feature: figure for figure in figures if figure.channel == "all"}
+    by_feature = {figure.feature: figure for figure in figures if figure.part == "all"}
     plain, projected = by_feature["plain"], by_feature.get("projected")
     if projected is None:
         return f"**Made without projection (--projection none): AUC {plain.auc:.3f}.**"

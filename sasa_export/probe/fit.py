@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from sasa_export.errors import CalibrationError
+from sasa_export.probe.figures import ordinary_rows
+from sasa_export.probe.folds import Fold
+from sasa_export.prompts.prompt import Prompt
 
-FOLDS = 5
 ROWS = 4096  # of the head at a time
 PAPER = 1.0  # the reproduction's C
 CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 1e-5)  # hundreds of prompts against hundreds of features: less is often more
+LEAST_SPREAD = 1e-3  # of p (1 - p): where a start is certain, the curvature says nothing of the way from there
+EXACT, CLOSE = 1e-13, 1e-6  # the relative gain of the loss at which a fit ends; close is enough to choose by
 HIGHEST = 1 - 1e-6  # above it, a float32 probability no longer tells prompts apart
 
 
@@ -49,24 +53,65 @@ def in_metric(features: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
 def fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER) -> tuple[np.ndarray, float]:
     """What the reproduction's LogisticRegression(class_weight="balanced", solver="liblinear") converges to.
 
-    On unscaled features (prompts, features), the intercept penalised like a weight, as liblinear does. Newton's method
-    is exact, and many times sooner where features are large. `regularization` is C, the inverse strength.
-
-    Returns weight (features,) and bias.
+    On unscaled features (prompts, features), the intercept penalised like a weight, as liblinear does.
+    `regularization` is C, the inverse strength. Returns weight (features,) and bias.
     """
-    from sklearn.linear_model import LogisticRegression
+    return fit_path(features, labels, (regularization,))[regularization]
 
+
+def fit_path(
+    features: np.ndarray, labels: np.ndarray, candidates: Sequence[float], precision: float = EXACT
+) -> dict[float, tuple[np.ndarray, float]]:
+    """`fit` at each of the candidates, from the strongest penalty on, each from where the one before ended."""
     padded = np.pad(features, ((0, 0), (0, 1)), constant_values=1.0)  # (prompts, features + 1)
     basis = None
     if padded.shape[1] > len(padded):  # the weights lie in the span of the prompts
         basis, triangular = np.linalg.qr(padded.T)  # (features + 1, prompts), (prompts, prompts)
         padded = triangular.T
-    model = LogisticRegression(
-        C=regularization, class_weight="balanced", solver="newton-cholesky", fit_intercept=False, tol=1e-8
+    balance = len(labels) / (2 * np.bincount(labels, minlength=2))[labels]  # (prompts,)
+    weight, found = np.zeros(padded.shape[1]), {}
+    for value in sorted(candidates):
+        weight = _descend(padded, labels, balance, value, weight, precision)
+        whole = weight if basis is None else basis @ weight  # (features + 1,)
+        found[value] = (whole[:-1], float(whole[-1]))
+    return found
+
+
+def _descend(
+    features: np.ndarray,
+    labels: np.ndarray,
+    balance: np.ndarray,
+    regularization: float,
+    start: np.ndarray,
+    precision: float,
+) -> np.ndarray:
+    """The weight (features,) of least |weight|^2 / 2 + C * weighted log loss, found from `start`.
+
+    The curvature at the start makes the problem round, which takes L-BFGS straight to the minimum. Newton's method
+    would compute it anew at each of its steps, and a solver without it takes thousands.
+    """
+    from scipy.linalg import cholesky, solve_triangular
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
+    spread = expit(features @ start)  # (prompts,)
+    spread = regularization * balance * np.maximum(spread * (1 - spread), LEAST_SPREAD)
+    curvature = (features.T * spread) @ features  # (features, features)
+    curvature[np.diag_indices_from(curvature)] += 1.0
+    factor = cholesky(curvature, lower=True)
+    signs = np.where(labels == 1, 1.0, -1.0)  # (prompts,)
+
+    def loss(rounded: np.ndarray) -> tuple[float, np.ndarray]:
+        weight = solve_triangular(factor, rounded, lower=True, trans="T")  # (features,)
+        margins = signs * (features @ weight)  # (prompts,)
+        total = 0.5 * weight @ weight + regularization * balance @ np.logaddexp(0.0, -margins)
+        slope = weight - features.T @ (regularization * balance * signs * expit(-margins))  # (features,)
+        return float(total), solve_triangular(factor, slope, lower=True)
+
+    ended = minimize(
+        loss, factor.T @ start, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "ftol": precision, "gtol": 1e-9}
     )
-    weight = model.fit(padded, labels).coef_[0]
-    weight = weight if basis is None else basis @ weight  # (features + 1,)
-    return weight[:-1], float(weight[-1])
+    return np.asarray(solve_triangular(factor, ended.x, lower=True, trans="T"))
 
 
 def probability(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
@@ -77,31 +122,43 @@ def probability(features: np.ndarray, weight: np.ndarray, bias: float) -> np.nda
 
 
 def cross_validated(
-    features: np.ndarray, labels: np.ndarray, groups: Sequence[str], regularization: float = PAPER
-) -> np.ndarray:
-    """P(unsafe) of every prompt by a probe that saw no prompt of its group: (prompts,)."""
-    from sklearn.model_selection import GroupKFold
-
-    folds = min(FOLDS, len(set(groups)))
-    if folds < 2:
-        raise CalibrationError('all prompts are of one "group", so none can be held out: give them different groups.')
-    scores = np.zeros(len(labels))
-    for train, test in GroupKFold(folds).split(features, labels, groups):
-        if len(set(labels[train])) < 2:
-            raise CalibrationError("a cross-validation fold has one class only: give more prompts of both labels.")
-        scores[test] = probability(features[test], *fit(features[train], labels[train], regularization))
+    features: np.ndarray, labels: np.ndarray, folds: Sequence[Fold], candidates: Sequence[float] = (PAPER,)
+) -> dict[float, np.ndarray]:
+    """P(unsafe) of every prompt by a probe that was fitted without its fold: (prompts,), at each of the candidates."""
+    scores = {value: np.zeros(len(labels)) for value in candidates}
+    for train, test in folds:
+        for value, (weight, bias) in fit_path(features[train], labels[train], candidates, CLOSE).items():
+            scores[value][test] = probability(features[test], weight, bias)
     return scores
 
 
 def best_regularization(
-    features: np.ndarray, labels: np.ndarray, groups: Sequence[str], candidates: Sequence[float] = CANDIDATES
+    features: np.ndarray, labels: np.ndarray, folds: Sequence[Fold], candidates: Sequence[float] = CANDIDATES
 ) -> tuple[float, np.ndarray]:
-    """The candidate with the least cross-validated log loss, and its cross-validated scores."""
-    from sklearn.metrics import log_loss
+    """The candidate with the highest cross-validated AUC, of equals the strongest, and its cross-validated scores."""
+    from sklearn.metrics import roc_auc_score
 
-    scores = {value: cross_validated(features, labels, groups, value) for value in candidates}
-    best = min(candidates, key=lambda value: log_loss(labels, scores[value], labels=[0, 1]))
+    scores = cross_validated(features, labels, folds, candidates)
+    best = max(sorted(candidates), key=lambda value: roc_auc_score(labels, scores[value]))
     return best, scores[best]
+
+
+def threshold_of(
+    scores: np.ndarray,
+    prompts: Sequence[Prompt],
+    max_false_positive_rate: float,
+    max_borderline_rate: float | None = None,
+) -> float:
+    """The lowest threshold that keeps both rates: of ordinary harmless prompts, and of borderline ones if it is given.
+
+    Args: scores: P(unsafe), (prompts,).
+    """
+    ordinary = ordinary_rows(prompts)
+    borderline = np.array([prompt.borderline for prompt in prompts])
+    limits = [threshold_for(scores, ~ordinary, max_false_positive_rate)]
+    if max_borderline_rate is not None and borderline.any():
+        limits.append(threshold_for(scores, ~borderline, max_borderline_rate))
+    return max(limits)
 
 
 def threshold_for(scores: np.ndarray, labels: np.ndarray, max_false_positive_rate: float) -> float:

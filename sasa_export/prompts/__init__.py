@@ -7,10 +7,10 @@ is a JSONL file. Every reader names the file and the record that is wrong.
 from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation
 from sasa_export.prompts.leak import check_disjoint, grouped
 from sasa_export.prompts.prompt import Prompt, asked, encode
-from sasa_export.prompts.registry import READERS, calibration_prompts, load, load_all, lopsided
+from sasa_export.prompts.registry import DATA_SETS, calibration_prompts, load, load_all, lopsided
 
 __all__ = [
-    "READERS",
+    "DATA_SETS",
     "Prompt",
     "asked",
     "builtin",

@@ -16,7 +16,9 @@ class Prompt:
     is "text", or "picture" where there is one: `image` gives it in RGB, and `picture` is its file unless it is drawn.
     `attack` says how the request is carried, `source` names the data set. `question` is what is asked, where the
     prompt only accompanies a picture. `before` holds the turns that go before it, each a role and its text, and
-    `setting` names what they are; the picture stands in the prompt's own turn, or in the first of the user's.
+    `setting` names what they are; the picture stands in the prompt's own turn, or in the first of the user's. `kind`
+    is its style or origin: a choice is judged on kinds that were left out. A `borderline` one is harmless, but sounds
+    harmful.
     """
 
     name: str
@@ -33,11 +35,15 @@ class Prompt:
     before: tuple[tuple[str, str], ...] = ()
     setting: str = "alone"
     picture_first: bool = False
+    kind: str = ""
+    borderline: bool = False
 
     def conversation(self) -> list[dict[str, Any]]:
         """The prompt as a chat, the picture before the text of its turn."""
         turns = (*self.before, ("user", self.prompt))
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
+        ]
         if self.image is not None:
             asking = [message["content"] for message in messages if message["role"] == "user"]
             asking[0 if self.picture_first else -1].insert(0, {"type": "image", "image": self.image()})
@@ -60,3 +66,24 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
             processor_kwargs={"padding": True, "return_tensors": "pt"},
         )
     )
+
+
+def askable(processor: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts whose turns the chat template has a place for: some have none for a system prompt."""
+    taken: dict[tuple[str, ...], bool] = {}
+
+    def takes(prompt: Prompt) -> bool:
+        roles = tuple(role for role, _ in prompt.before)
+        if roles not in taken:
+            messages = [
+                {"role": role, "content": [{"type": "text", "text": text}]}
+                for role, text in (*prompt.before, ("user", prompt.prompt))
+            ]
+            try:
+                text = processor.apply_chat_template(messages, add_generation_prompt=True)
+                taken[roles] = all(said in text for _, said in prompt.before)
+            except Exception:  # jinja2's, raised by the template in its own words
+                taken[roles] = False
+        return taken[roles]
+
+    return [prompt for prompt in prompts if not prompt.before or takes(prompt)]

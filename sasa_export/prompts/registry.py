@@ -1,4 +1,4 @@
-"""All readers of data sets by name, and the one way to load data sets."""
+"""All data sets by name, and the one way to load them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from sasa_export.errors import DataError
-from sasa_export.prompts import figstep, jailbreakv, jsonl, mm_safetybench, vlguard, xstest
+from sasa_export.prompts.builtin_sets import Pieces
+from sasa_export.prompts.described import described
 from sasa_export.prompts.leak import grouped
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.spec import BARE, Chosen, parse
+from sasa_export.report import Silent
 
-# Each has OPTIONS, and `read(path, chosen)`, which gives its prompts.
-READERS = {
-    "mm-safetybench": mm_safetybench,
-    "figstep": figstep,
-    "vlguard": vlguard,
-    "jailbreakv": jailbreakv,
-    "xstest": xstest,
-    BARE: jsonl,
-}
+DATA_SETS = {path.stem: described(path) for path in sorted(Path(__file__).with_name("sets").glob("*.toml"))}
+QUIET = Silent()
 LEAST = 5  # prompts of either label that a probe is fitted on
 KINDS = {  # what to add where one label is missing
     1: ("harmful", "figstep:DIR or mm-safetybench:DIR"),
@@ -30,24 +25,22 @@ KINDS = {  # what to add where one label is missing
 }
 
 
-def load(spec: str, flag: str = "--data") -> list[Prompt]:
+def load(spec: str, flag: str = "--data", pieces: Pieces = None, report: Silent = QUIET) -> list[Prompt]:
     """The prompts of one data set, in its own order.
 
     Args:
         spec: `name:PATH`, options behind commas, or the bare path of a JSONL file (see `sasa_export.prompts.spec`).
         flag: where the user gave the spec, for messages.
+        pieces: what a text that is drawn as a picture is laid out by, see `render`.
 
     Raises DataError, which names the file and the record that is wrong, or the picture that cannot be read.
     """
     name, path, chosen = _parsed(spec)
     what = f"{flag.strip('-')} file"
-    if not os.path.exists(path):
+    if "hub" not in DATA_SETS[name].base and not os.path.exists(path):
         raise DataError(f"there is no {what} or directory {path}. Check {flag} {spec}.")
-    if name == BARE and path.is_dir():
-        raise DataError(
-            f"the {what} {path} cannot be read: it is a directory. Name its data set, as {flag} name:{path}."
-        )
-    prompts = [replace(prompt, source=name) for prompt in READERS[name].read(path, chosen)]
+    found = DATA_SETS[name].read(path, chosen, pieces, report)
+    prompts = [replace(prompt, source=name, kind=prompt.kind or f"{name}/{prompt.attack}") for prompt in found]
     if not prompts:
         raise DataError(f"{path} has no prompts, or none that the options leave. Check {flag} {spec}.")
     for prompt_name, count in Counter(prompt.name for prompt in prompts).items():
@@ -58,7 +51,7 @@ def load(spec: str, flag: str = "--data") -> list[Prompt]:
     return prompts
 
 
-def load_all(specs: Sequence[str], flag: str = "--data") -> list[Prompt]:
+def load_all(specs: Sequence[str], flag: str = "--data", pieces: Pieces = None, report: Silent = QUIET) -> list[Prompt]:
     """The prompts of several data sets, one after the other, grouped over all of them (`grouped`).
 
     Where there are several, a prompt's name begins with its data set's and its place, so that names stay unique.
@@ -67,7 +60,7 @@ def load_all(specs: Sequence[str], flag: str = "--data") -> list[Prompt]:
         raise DataError(f"a {flag} is given twice, so that its prompts would count double: {', '.join(specs)}.")
     found: list[Prompt] = []
     for place, spec in enumerate(specs, 1):
-        for prompt in load(spec, flag):
+        for prompt in load(spec, flag, pieces, report):
             label = f"{prompt.source}#{place}"
             name = f"{label}/{prompt.name}" if len(specs) > 1 else prompt.name
             # The groups of two data sets have nothing to do with each other, whatever they are called.
@@ -75,13 +68,15 @@ def load_all(specs: Sequence[str], flag: str = "--data") -> list[Prompt]:
     return grouped(found)
 
 
-def calibration_prompts(specs: Sequence[str], flag: str = "--calibration") -> list[Prompt]:
+def calibration_prompts(
+    specs: Sequence[str], flag: str = "--calibration", pieces: Pieces = None, report: Silent = QUIET
+) -> list[Prompt]:
     """The prompts of all specs. DataError where there are fewer than `LEAST` of either label.
 
     A single JSONL file keeps its own groups; otherwise prompts that share a picture or a question are one group.
     """
     alone = len(specs) == 1 and _parsed(specs[0])[0] == BARE
-    prompts = load(specs[0], flag) if alone else load_all(specs, flag)
+    prompts = load(specs[0], flag) if alone else load_all(specs, flag, pieces, report)
     for label, (what, example) in KINDS.items():
         if sum(prompt.label == label for prompt in prompts) < LEAST:
             raise DataError(
@@ -105,4 +100,4 @@ def lopsided(prompts: Sequence[Prompt]) -> str | None:
 
 
 def _parsed(spec: str) -> tuple[str, Path, Chosen]:
-    return parse(spec, {name: reader.OPTIONS for name, reader in READERS.items()})
+    return parse(spec, {name: data_set.options for name, data_set in DATA_SETS.items()})

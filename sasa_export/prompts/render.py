@@ -40,19 +40,28 @@ class Style:
     noise: int  # largest change of a colour value, of 255
 
 
-def render(text: str, *, seed: int, size: int = DESIGN, pieces: Callable[[str], int] | None = None) -> Image.Image:
+def render(
+    text: str, *, seed: int, size: int = DESIGN, pieces: Callable[[str], int] | None = None, items: int = 0
+) -> Image.Image:
     """Draw `text` into an RGB picture of `size` x `size` pixels; equal arguments give equal pixels.
 
     `pieces(word)` is the number of tokens that a tokenizer makes of a word: a word takes as many cells, and
-    at least one for every ten letters begun. Raises ValueError when the words do not fit the 64 cells, or
-    when there are none.
+    at least one for every ten letters begun. `items` empty points of a numbered list stand below the text, as in
+    FigStep (Gong et al., AAAI 2025). Raises ValueError when the words do not fit the 64 cells, or when there are none.
     """
     rng = Random(seed)
-    words = text.split()
+    points = [f"{number}." for number in range(1, items + 1)]
+    words = [*text.split(), *points]
     widths = [cells(word, pieces) for word in words]
-    places = flow(widths, rng)
+    places = flow(widths, rng, items)
     style = choose_style(rng, fonts())
     return draw(words, widths, places, style, rng, size)
+
+
+def fits(text: str, pieces: Callable[[str], int] | None = None, items: int = 0) -> bool:
+    """Whether `render` has room for it."""
+    widths = [cells(word, pieces) for word in [*text.split(), *(f"{number}." for number in range(1, items + 1))]]
+    return len(widths) > items and max(widths) <= GRID and len(_wrap(widths, GRID, items)) <= GRID
 
 
 def cells(word: str, pieces: Callable[[str], int] | None = None) -> int:
@@ -61,29 +70,29 @@ def cells(word: str, pieces: Callable[[str], int] | None = None) -> int:
     return max(by_letters, pieces(word) if pieces else 1)
 
 
-def flow(widths: Sequence[int], rng: Random) -> list[Place]:
+def flow(widths: Sequence[int], rng: Random, items: int = 0) -> list[Place]:
     """Where each word starts: lines of varying length, broken between words, somewhere on the grid.
 
-    Raises ValueError when the words do not fit.
+    The last `items` words have a line of their own each. Raises ValueError when the words do not fit.
     """
-    if not widths:
+    if len(widths) <= items:
         raise ValueError("there is nothing to draw: the text has no words")
     if max(widths) > GRID:
         raise ValueError(f"a word takes {max(widths)} cells and a line has {GRID}: shorten the word")
-    full = _wrap(widths, GRID)
+    full = _wrap(widths, GRID, items)
     if len(full) > GRID:
         raise ValueError(
             f"{len(widths)} words take {len(full)} lines of {GRID} cells and a picture has {GRID}: shorten the text"
         )
     measure = rng.randint(max(widths), GRID)
-    lines = _wrap(widths, measure)
+    lines = _wrap(widths, measure, items)
     if len(lines) > GRID:
         measure, lines = GRID, full
     spaced = 2 * len(lines) - 1 <= GRID and rng.random() < 0.3
     step = 2 if spaced else 1
     top = rng.randint(0, GRID - step * (len(lines) - 1) - 1)
     left = rng.randint(0, GRID - measure)
-    kind = rng.choice(("left", "left", "left", "centred", "ragged"))
+    kind = rng.choice(("left", "left", "left", "centred", "ragged")) if not items else "left"
     places = []
     for number, line in enumerate(lines):
         slack = measure - sum(line)
@@ -94,11 +103,11 @@ def flow(widths: Sequence[int], rng: Random) -> list[Place]:
     return places
 
 
-def _wrap(widths: Sequence[int], measure: int) -> list[list[int]]:
+def _wrap(widths: Sequence[int], measure: int, items: int) -> list[list[int]]:
     """Break words of so many cells into lines of at most `measure` cells, each as full as can be."""
     lines: list[list[int]] = [[]]
-    for width in widths:
-        if sum(lines[-1]) + width > measure:
+    for number, width in enumerate(widths):
+        if sum(lines[-1]) + width > measure or number >= len(widths) - items:
             lines.append([])
         lines[-1].append(width)
     return lines

@@ -1,42 +1,54 @@
-"""How a data set is named on the command line: `name:PATH,option=value,option=value+value`, or a bare path."""
+"""How a data set is named on the command line: `name:PATH,option=value,option=value+value`, or a bare path.
+
+A bare path is a JSONL file of our own format, or a table by its name's end.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sasa_export.errors import DataError
+from sasa_export.prompts.read import TABLES
 
 # One letter before a colon is a drive. Options stand at the end, so that a path may hold commas.
 SPEC = re.compile(r"(?:([A-Za-z0-9_-]{2,}):)?(.*?)((?:,[a-z_]+=[^,/\\]*)*)", re.DOTALL)
-BARE = "jsonl"  # what a bare path is
+WHOLE = re.compile("()(.*)()", re.DOTALL)  # a file may have colons and commas in its name
+BARE = "jsonl"
 
 Chosen = Mapping[str, tuple[str, ...]]  # the values chosen of each option
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a data set can be narrowed to: some of `values`, joined by `+`, or all of them.
+    """What a data set can be narrowed to: some of `values`, joined by `+`, or all of them. Without values, a text.
 
-    Case does not count, and - is as good as _. An alias stands for one or more values.
+    Case does not count, and - is as good as _. Values hold what they change, and may have further names: `also`.
     """
 
-    values: tuple[str, ...]
-    default: tuple[str, ...]
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, Any]]
+    default: tuple[str, ...] = ("",)
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Option:
+        """From its table in a description, where `default` lists what is chosen if nothing is."""
+        option = cls({name: value for name, value in described.items() if name != "default"})
+        default = "+".join(described.get("default", ("",)))
+        return replace(option, default=option.choose(default))
 
     def choose(self, given: str) -> tuple[str, ...]:
         """The values that `given` names, in the order of `values`. DataError for one that does not exist."""
-        meant = {"all": self.values} | {folded(value): (value,) for value in self.values}
-        meant |= {folded(alias): values for alias, values in self.aliases.items()}
-        words = [folded(word) for word in given.split("+")]
-        for word in words:
-            if word not in meant:
-                raise DataError(f"{word!r} must be one of {', '.join(self.values)}.")
-        return tuple(value for value in self.values if any(value in meant[word] for word in words))
+        if not self.values:
+            return (given,)
+        words = {folded(word) for word in given.split("+")}
+        names = {name: {"all", *map(folded, (name, *value.get("also", ())))} for name, value in self.values.items()}
+        for word in words - set().union(*names.values()):
+            raise DataError(f"{word!r} must be one of {', '.join(self.values)}.")
+        return tuple(name for name, known in names.items() if words & known)
 
 
 def folded(word: str) -> str:
@@ -49,10 +61,9 @@ def parse(spec: str, known: Mapping[str, Mapping[str, Option]]) -> tuple[str, Pa
 
     Args: known: the options of each data set. DataError where the spec names no data set, no path, or no option.
     """
-    match = SPEC.fullmatch(spec)
-    if match is None or os.path.exists(spec):  # a file may have colons and commas in its name
-        return BARE, Path(spec), {}
-    name, path = match[1] or BARE, match[2]
+    match = (WHOLE if os.path.exists(spec) else SPEC).fullmatch(spec)
+    assert match is not None  # both take anything
+    name, path = match[1] or ("table" if match[2].lower().endswith(TABLES) else BARE), match[2]
     if name not in known:
         raise DataError(f"{spec}: there is no data set {name!r}. Known are {', '.join(known)}.")
     if not path.strip():

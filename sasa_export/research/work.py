@@ -20,6 +20,7 @@ import numpy as np
 
 from sasa_export.errors import SasaExportError
 from sasa_export.files import check_free, claimed
+from sasa_export.manifest import check_ours
 from sasa_export.models import Source
 from sasa_export.probe.features import batches
 from sasa_export.prompts.prompt import Prompt
@@ -160,6 +161,7 @@ def resumable(out: Path, *, force: bool) -> Iterator[Work]:
     work = Work(out.parent / f".{out.name}.work")
     with claimed(out) if processes.leads else nullcontext():
         check_free(out, force=force)
+        check_ours(out)
         try:
             yield work
         except BaseException:
@@ -184,7 +186,7 @@ def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> di
             model.update(file.read(1 << 20))
     asked = hashlib.sha256()
     for prompt in prompts:
-        asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.channel)).encode())
+        asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.before)).encode())
         if prompt.image is not None:
             picture = prompt.image()
             asked.update(repr(picture.size).encode() + picture.tobytes())

@@ -13,13 +13,14 @@ PARTS = ("version", "formulas", "settings", "ledger", "verdict", "lane", "guard"
 HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637), and judges every prompt with it.
 
-From top to bottom: the formulas, the settings in config.json, what the cache keeps for the gate, when a verdict is due,
-the second lane, the gate, and the classes. `config.sasa["graph"]` lists the steps; this file knows no model family.
+From top to bottom: formulas, settings, what the cache keeps for the gate, when a verdict is due, the second lane, the
+gate, the classes. `config.sasa["graph"]` lists the steps; this file knows no model family.
 """
 '''
 
 FOOTER = """
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from {config_module} import {config_class}
 from {model_module} import {model_class}
 
@@ -36,6 +37,7 @@ class Sasa{model_class}(GuardedModel, {model_class}):
 rename_old_keys("{model_type}", {model_class})
 refuse_guarded_configurations({model_class})
 AutoConfig.register("{model_type}", Sasa{config_class}, exist_ok=True)
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["{model_type}"] = "Sasa{model_class}"  # where `transformers serve` looks
 """
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sasa_export.runtime.formulas import project
 
 Graph = list[dict[str, Any]]
 Arguments = dict[str, tuple[tuple, dict]]  # module path -> args, kwargs
-CACHES = ("past_key_values", "past_key_value", "layer_past")
+Values = dict[str, Tensor]  # of nodes, by their names
+ALONE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
 
 
 @dataclass
@@ -23,9 +24,9 @@ class Recording:
     """What the main lane showed of its blocks during one forward pass."""
 
     dry: bool = False  # blocks pass their input through: only what the decoder hands to them is wanted
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # module path -> (batch, tokens, hidden)
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # module path -> (batch, tokens, hidden)
     arguments: dict[str, tuple[tuple, dict]] = field(default_factory=dict)  # module path -> args, kwargs
-    position_ids: torch.Tensor | None = None  # as the decoder got them
+    position_ids: Tensor | None = None  # as the decoder got them
 
 
 current_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
@@ -33,18 +34,13 @@ current_recording: contextvars.ContextVar[Recording | None] = contextvars.Contex
 
 @functools.cache
 def _watched(cls: type) -> type:
-    """A module class whose instances show to the current Recording what they are called with and put out.
-
-    It keeps the class's name, by which device maps and parallel plans know it.
-    """
+    """A class of the same name, by which device maps know it, that shows its calls to the current Recording."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        recording = current_recording.get()
-        if recording is None:  # the second lane runs the same blocks: nothing to see then
-            return cls.__call__(self, *args, **kwargs)
-        path, role = self._sasa_watched
-        if role == "decoder":
+        recording, (path, role) = current_recording.get(), self._sasa_watched
+        if recording is not None and role == "decoder":
             recording.position_ids = kwargs.get("position_ids")
+        if recording is None or role == "decoder":  # the second lane runs the same blocks: nothing to see then
             return cls.__call__(self, *args, **kwargs)
         recording.arguments[path] = (args, kwargs)
         if recording.dry:
@@ -73,21 +69,23 @@ def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def recording(*, dry: bool = False) -> Iterator[Recording]:
-    """Within this context, watched modules leave their outputs and arguments in the Recording."""
-    seen = Recording(dry)
-    token = current_recording.set(seen)
+def within(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
+    """A context in which the variable has this value."""
+    token = variable.set(value)
     try:
-        yield seen
+        yield value
     finally:
-        current_recording.reset(token)
+        variable.reset(token)
 
 
-def project_taps(graph: Graph, seen: Recording) -> tuple[str, torch.Tensor]:
-    """The projection of the tokens that the main lane just ran on, or, without one, what its last block put out.
+def recording(*, dry: bool = False) -> contextlib.AbstractContextManager[Recording]:
+    """A context in which watched modules leave their outputs and arguments in the Recording."""
+    return within(current_recording, Recording(dry))
 
-    Returns the node's name and its value (batch, tokens, hidden), from which the second lane starts.
-    """
+
+def project_taps(graph: Graph, seen: Recording) -> tuple[str, Tensor]:
+    """The node that the second lane starts from, and its value (batch, tokens, hidden): the projection of the tokens
+    that the main lane just ran on, or, without one, what its last block put out."""
     outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
     for node in graph:
         if node["op"] == "projection":
@@ -96,13 +94,9 @@ def project_taps(graph: Graph, seen: Recording) -> tuple[str, torch.Tensor]:
     return next(iter(outputs.items()))
 
 
-def context_arguments(decoder: Any, states: torch.Tensor, mask: torch.Tensor, positions: Any, types: Any) -> Arguments:
-    """What a decoder hands to its blocks over a whole context: masks, rotary tables, whatever its family has.
-
-    Args:
-        decoder: the model under the head; states: (batch, context, hidden); mask: (batch, context), int64.
-        positions: as the decoder takes them; types: (batch, context), for families that tell pictures from text by it.
-    """
+def context_arguments(decoder: Any, states: Tensor, mask: Tensor, positions: Any, types: Any) -> Arguments:
+    """What a decoder hands to its blocks over a context of states (batch, context, hidden): masks, rotary tables, and
+    whatever its family has. Mask and types (of tokens, where a family has them) are (batch, context)."""
     arguments = {"inputs_embeds": states, "attention_mask": mask, "position_ids": positions, "use_cache": False}
     if types is not None and "token_type_ids" in inspect.signature(decoder.forward).parameters:
         arguments["token_type_ids"] = types
@@ -111,15 +105,10 @@ def context_arguments(decoder: Any, states: torch.Tensor, mask: torch.Tensor, po
     return seen.arguments
 
 
-def run_lane(
-    model: nn.Module, graph: Graph, values: dict[str, torch.Tensor], arguments: Arguments, at: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Execute the nodes of the second lane: its blocks over the context; norm, head and probe at one position a row.
-
-    Args: values: what it starts from, by name, (batch, context, hidden); arguments: of each block; at: (batch,).
-
-    Returns the values by name: (batch, context, hidden) of blocks, (batch, features) behind them, P(unsafe) (batch,).
-    """
+def run_lane(model: nn.Module, graph: Graph, values: Values, arguments: Arguments, at: Tensor) -> Values:
+    """Execute the second lane's nodes: blocks over the context, with their `arguments`; norm, head and probe at one
+    position a row, (batch,). Returns the values that it starts from and all others: (batch, context, hidden) of blocks,
+    (batch, features) behind them, P(unsafe) (batch,)."""
     values = dict(values)
     for node in graph:
         operation, before = node["op"], values.get(node["inputs"][0]) if node["inputs"] else None
@@ -139,11 +128,9 @@ def run_lane(
     return values
 
 
-def replay(module: nn.Module, state: torch.Tensor, seen: tuple[tuple, dict]) -> torch.Tensor:
+def replay(module: nn.Module, state: Tensor, seen: tuple[tuple, dict]) -> Tensor:
     """Run a block on another state (batch, context, hidden), without a cache."""
     args, kwargs = seen
-    kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
-    if "use_cache" in kwargs:
-        kwargs["use_cache"] = False
+    kwargs = {name: ALONE.get(name, value) for name, value in kwargs.items()}
     output = module(state, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": state})
     return output[0] if isinstance(output, tuple) else output  # (batch, context, hidden)

@@ -4,11 +4,10 @@ They are packed into extra layers of the KV cache, behind the model's own, so th
 cache carries them. With them a verdict can be read over the whole context at any call, however that came in.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Its columns. STATE is 0, or k + 1 where token k of the refusal is due; TURN and NUMBER are those of the verdict;
 # PICTURE is the token's type in families that tell pictures from text by it. Digits of the position follow.
@@ -17,8 +16,7 @@ DIGITS, BASE = 3, 128  # of a position, one column each
 SHIFT = BASE**DIGITS // 2  # added to positions, since some families have negative ones
 
 
-@dataclass(frozen=True)
-class Ledger:
+class Ledger(NamedTuple):
     """The shape of the ledger for one decoder."""
 
     first: int  # index of the first extra cache layer
@@ -29,7 +27,6 @@ class Ledger:
 
     @classmethod
     def of(cls, text: Any) -> "Ledger":
-        """The ledger of a text configuration."""
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         axes = 3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1
         return cls(text.num_hidden_layers, text.num_key_value_heads, size, text.hidden_size, axes)
@@ -43,39 +40,35 @@ class Ledger:
         """How many cache layers hold it."""
         return -(-(self.columns + self.hidden) // (2 * self.heads * self.size))
 
-    def empty(self, like: torch.Tensor) -> list[torch.Tensor]:
+    def empty(self, like: Tensor) -> list[Tensor]:
         """The ledger of no tokens, for states like these (batch, tokens, hidden)."""
         return [like.new_zeros(like.shape[0], self.heads, 0, self.size)] * (2 * self.layers)
 
-    def pack(self, columns: torch.Tensor, projection: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Columns (batch, tokens, columns) and projection (batch, tokens, hidden) as keys, values, keys, values ...
-
-        Each is (batch, heads, tokens, size), like those of every other layer.
-        """
+    def pack(self, columns: Tensor, projection: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Columns (batch, tokens, columns) and projection (batch, tokens, hidden) as keys, values, keys, values ...,
+        each (batch, heads, tokens, size), like those of every other layer."""
         flat = torch.cat([columns.to(dtype), projection.to(dtype)], dim=-1)  # (batch, tokens, columns + hidden)
         width = 2 * self.layers * self.heads * self.size
-        flat = nn.functional.pad(flat, (0, width - flat.shape[-1]))  # (batch, tokens, width)
-        flat = flat.unflatten(-1, (2 * self.layers * self.heads, self.size))
+        flat = nn.functional.pad(flat, (0, width - flat.shape[-1])).unflatten(-1, (-1, self.size))
         return list(flat.transpose(1, 2).split(self.heads, dim=1))
 
-    def unpack(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def unpack(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
         """What `pack` made of them: columns (batch, tokens, columns), int64, and projection (batch, tokens, hidden)."""
         flat = torch.cat(tensors, dim=1).transpose(1, 2).flatten(2)  # (batch, tokens, width)
-        projection = flat[..., self.columns : self.columns + self.hidden]  # (batch, tokens, hidden)
-        return flat[..., : self.columns].round().long(), projection
+        return flat[..., : self.columns].round().long(), flat[..., self.columns : self.columns + self.hidden]
 
-    def tail(self, tensors: list[torch.Tensor], count: int) -> torch.Tensor:
+    def tail(self, tensors: list[Tensor], count: int) -> Tensor:
         """The last `count` tokens' STATE, TURN and NUMBER, (batch, count, 3), int64; 0 where there were fewer."""
         kept = tensors[0][:, 0, :, : NUMBER + 1]  # (batch, past, 3)
         return nn.functional.pad(kept, (0, 0, count, 0))[:, kept.shape[1] :].round().long()
 
-    def digits(self, positions: torch.Tensor) -> torch.Tensor:
+    def digits(self, positions: Tensor) -> Tensor:
         """Positions (axes, batch, tokens) as columns (batch, tokens, axes * digits)."""
         steps = torch.tensor([BASE**-power for power in range(DIGITS)], device=positions.device)  # (digits,), exact
         found = torch.fmod(torch.floor((positions[..., None] + SHIFT).float() * steps), BASE)
         return found.permute(1, 2, 0, 3).flatten(2)
 
-    def positions(self, columns: torch.Tensor) -> torch.Tensor:
+    def positions(self, columns: Tensor) -> Tensor:
         """The positions that all columns (batch, tokens, columns) hold: (batch, tokens), or (axes, batch, tokens)."""
         digits = columns[..., POSITION:].unflatten(-1, (self.axes, DIGITS))  # (batch, tokens, axes, digits)
         found = sum(digits[..., power] * BASE**power for power in range(DIGITS)).permute(2, 0, 1)

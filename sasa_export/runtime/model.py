@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from sasa_export.runtime.guard import Guard, prompt_end
-from sasa_export.runtime.lane import recording, watch
+from sasa_export.runtime.guard import Asked, Guard, asked
+from sasa_export.runtime.lane import recording, watch, within
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
+HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # where a directory is, and as whose
 # Options of `generate` that answer past the gate: they leave out blocks, or mix in what another model or prompt says.
 UNGUARDED = ("assistant_early_exit", "assistant_ensemble_weight", "guidance_scale", "is_assistant")
 
@@ -69,14 +67,11 @@ class GuardedModel:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(directory, *args, output_loading_info=True, **kwargs)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(problem):
-                names = sorted(str(name) for name in info[problem])
-                raise ValueError(
-                    f"{problem.replace('_', ' ')} in the guarded model: {', '.join(names[:5])}"
-                    f"{' ...' if len(names) > 5 else ''} ({len(names)} in all). {HOW_TO_LOAD}"
-                )
+            if names := sorted(str(name) for name in info.get(problem) or ()):
+                what = f"{problem.replace('_', ' ')}: {', '.join(names[:5])} ({len(names)} in all)"
+                raise ValueError(f"the guarded model has {what}. {HOW_TO_LOAD}")
         model.sasa.probe.check()
-        follow_refusal(model.config.sasa, directory)
+        follow_refusal(model.config, directory, **{name: kwargs[name] for name in HUB if name in kwargs})
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -85,20 +80,30 @@ class GuardedModel:
         shutil.copyfile(str(sys.modules[owner.__module__].__file__), Path(save_directory, "modeling_sasa.py"))
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return self._generate(inputs, *args, **kwargs)[0]
+
+    def judge(self, **inputs: Any) -> Tensor:
+        """P(unsafe) (batch,) of prompts as `generate` takes them, at the price of running them; nothing is logged."""
+        return self._generate(**inputs, max_new_tokens=1, num_beams=1, do_sample=False, logged=True)[1][1]
+
+    def _generate(self, inputs: Any = None, *args: Any, logged: bool = False, **kwargs: Any) -> tuple[Any, Tensor]:
+        """What `generate` returns, and the verdicts (3, sequences): was one due, P(unsafe), was it refused."""
         given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
         settings = {**vars(given[0] if given else self.generation_config), **kwargs}
         for name in UNGUARDED:
             if settings.get(name) not in (None, 1 if name == "guidance_scale" else False):
                 raise NotImplementedError(f"{name} would answer past the gate of this guarded model. Run without it.")
-        if "paged" in str(settings.get("cache_implementation")):
-            raise NotImplementedError(f"cache_implementation='paged': {PACKED}")
         prompt = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
-        lengths = [value.shape[1] for value in prompt if isinstance(value, torch.Tensor) and value.dim() > 1]
-        token = prompt_end.set(max(lengths, default=None))
-        try:
-            return super().generate(inputs, *args, **kwargs)
-        finally:
-            prompt_end.reset(token)
+        shapes = [value.shape[:2] for value in prompt if isinstance(value, Tensor) and value.dim() > 1] or [(1, None)]
+        call = Asked(max(length for _, length in shapes), max(rows for rows, _ in shapes), logged)
+        with within(asked, call):
+            output = super().generate(inputs, *args, **kwargs)
+        found = torch.full((3, 1), float("nan")) if call.verdicts is None else call.verdicts  # (3, rows)
+        count = len(output["sequences"] if isinstance(output, dict) else output)
+        verdicts = found[:, torch.arange(count) * found.shape[1] // count]  # (3, sequences)
+        if isinstance(output, dict):  # with return_dict_in_generate
+            output["unsafe_probability"], output["refused"] = verdicts[1], verdicts[2] > 0
+        return output, verdicts
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -113,7 +118,6 @@ class GuardedModel:
 
 def rename_old_keys(guarded_type: str, stock: Any) -> None:
     """Let old names in the shards of a guarded model be renamed on loading, as for its stock class."""
-    mapping = get_checkpoint_conversion_mapping(stock.__name__)
-    mapping = mapping or get_checkpoint_conversion_mapping(stock.config_class.model_type)
-    if mapping is not None:
+    find = get_checkpoint_conversion_mapping
+    if (mapping := find(stock.__name__) or find(stock.config_class.model_type)) is not None:
         register_checkpoint_conversion_mapping(guarded_type, mapping, overwrite=True)

@@ -2,22 +2,20 @@
 
 **The rule.** A verdict is due at the end of a prompt: where the chat template's generation prompt is complete, however
 it came in; or, in text without one, at the last token of a call that brings several, or of what `generate` was given.
-It is read over the whole context, and holds until the next. A refused row emits the refusal token by token.
-
-Text that begins with single tokens is judged at each of them, until a call brings several or a verdict refuses.
+It is read over the whole context, and holds until the next. A refused row emits the refusal token by token. Text that
+begins with single tokens is judged at each of them, until a call brings several or a verdict refuses.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 # TURN of a token: no verdict before or at it; a verdict, but no open generation prompt; behind a generation prompt.
 UNJUDGED, JUDGED, ANSWER = range(3)
 
 
-@dataclass(frozen=True)
-class TemplateTokens:
+class TemplateTokens(NamedTuple):
     """The template's and the refusal's tokens, numbered: token `table[i]` has the number i + 1, any other 0."""
 
     table: tuple[int, ...]
@@ -27,47 +25,42 @@ class TemplateTokens:
 
     @classmethod
     def of(cls, sasa: dict[str, Any]) -> "TemplateTokens":
-        """Those of config.sasa."""
         lists = [sasa["generation_prompt_ids"], sasa["turn_token_ids"], sasa["refusal_token_ids"]]
         table = sorted(set().union(*lists))
         number = {token: index + 1 for index, token in enumerate(table)}
         return cls(tuple(table), *(tuple(number[token] for token in tokens) for tokens in lists))
 
-    def in_ids(self, ids: torch.Tensor) -> torch.Tensor:
+    def in_ids(self, ids: Tensor) -> Tensor:
         """The numbers of token ids (batch, tokens)."""
         table = torch.tensor(self.table, device=ids.device)  # (numbers,)
-        order = torch.arange(1, len(self.table) + 1, device=ids.device)  # (numbers,)
-        return ((ids[..., None] == table) * order).sum(-1)
+        return ((ids[..., None] == table) * torch.arange(1, len(table) + 1, device=ids.device)).sum(-1)
 
-    def in_embeddings(self, embeddings: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    def in_embeddings(self, embeddings: Tensor, known: Tensor) -> Tensor:
         """The numbers of embeddings (batch, tokens, hidden), by the embeddings of the table (numbers, hidden)."""
         found, known = embeddings.float(), known.float()
         square = (known * known).sum(-1)  # (numbers,)
-        apart = (found * found).sum(-1, keepdim=True) - 2 * found @ known.T + square  # (batch, tokens, numbers)
-        apart = apart / square  # (batch, tokens, numbers), relative
+        apart = ((found * found).sum(-1, keepdim=True) - 2 * found @ known.T) / square + 1  # (batch, tokens, numbers)
         return torch.where(apart.amin(-1) <= 1e-3, apart.argmin(-1) + 1, 0)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What one call brings. By hand, `closes` is `several`; `generate` knows better where its prompt ends."""
 
-    numbers: torch.Tensor  # (batch, tokens)
-    real: torch.Tensor  # (batch, tokens), bool, False at padding
-    earlier: torch.Tensor  # (batch, count, 3), STATE, TURN and NUMBER of the tokens before, 0 where there are none
-    several: torch.Tensor  # (), bool: more than one token
-    closes: torch.Tensor  # (), bool: text without a generation prompt ends with this call
-    prompt: torch.Tensor | None = None  # (tokens,), bool: which tokens are the prompt's, where `generate` says so
+    numbers: Tensor  # (batch, tokens)
+    real: Tensor  # (batch, tokens), bool, False at padding
+    earlier: Tensor  # (batch, count, 3), STATE, TURN and NUMBER of the tokens before, 0 where there are none
+    several: Tensor  # (), bool: more than one token
+    closes: Tensor  # (), bool: text without a generation prompt ends with this call
+    prompt: Tensor | None = None  # (tokens,), bool: which tokens are the prompt's, where `generate` says so
 
 
-@dataclass(frozen=True)
-class Due:
+class Due(NamedTuple):
     """The rows in which a verdict is due, and at which of the call's tokens."""
 
-    rows: torch.Tensor  # (batch,), bool
-    at: torch.Tensor  # (batch,), 0 where none is due
-    answering: torch.Tensor  # (batch,), bool: the call ends behind a generation prompt
-    turned: torch.Tensor  # (batch,), the token from which on TURN is what it is at the end of the call
+    rows: Tensor  # (batch,), bool
+    at: Tensor  # (batch,), 0 where none is due
+    answering: Tensor  # (batch,), bool: the call ends behind a generation prompt
+    turned: Tensor  # (batch,), the token from which on TURN is what it is at the end of the call
 
 
 def find_due(call: Call, tokens: TemplateTokens) -> Due:
@@ -85,7 +78,7 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
     return Due((at >= 0) & (answering | closes), at.clamp_min(0), answering, torch.where(event < 0, at, event))
 
 
-def follow(call: Call, due: Due, refused: torch.Tensor, tokens: TemplateTokens) -> tuple[torch.Tensor, torch.Tensor]:
+def follow(call: Call, due: Due, refused: Tensor, tokens: TemplateTokens) -> tuple[Tensor, Tensor]:
     """STATE and TURN of the call's tokens, (batch, tokens) each, given the verdicts `refused` (batch,), bool."""
     index = torch.arange(call.numbers.shape[1], device=call.numbers.device)  # (tokens,)
     state, turn = call.earlier[:, -1, 0], call.earlier[:, -1, 1]  # (batch,), of the token before
@@ -98,12 +91,10 @@ def follow(call: Call, due: Due, refused: torch.Tensor, tokens: TemplateTokens) 
     return states, torch.where(index >= due.turned[:, None], after[:, None], turn[:, None])
 
 
-def _count(call: Call, start: torch.Tensor, behind: torch.Tensor, tokens: TemplateTokens) -> torch.Tensor:
-    """STATE (batch, tokens) where it is `start` (batch,) at the token that `behind` (batch, tokens) counts from.
-
-    A single token takes the refusal one further, whatever it is, since an option may have forbidden the wanted one. Of
-    several, as of drafts and prefilled answers, one that is not the refusal's begins it anew.
-    """
+def _count(call: Call, start: Tensor, behind: Tensor, tokens: TemplateTokens) -> Tensor:
+    """STATE (batch, tokens) where it is `start` (batch,) at the token that `behind` (batch, tokens) counts from. A
+    single token takes the refusal one further, whatever it is, since an option may have forbidden the wanted one; of
+    several, as of drafts and prefilled answers, one that is not the refusal's begins it anew."""
     place = (start[:, None] + behind - 2).clamp(0, len(tokens.refusal) - 1)  # (batch, tokens)
     wanted = torch.tensor(tokens.refusal, device=behind.device)[place]  # (batch, tokens), numbers
     strays = call.real & (behind > 0) & (call.numbers != wanted) & call.several  # (batch, tokens)
@@ -112,19 +103,18 @@ def _count(call: Call, start: torch.Tensor, behind: torch.Tensor, tokens: Templa
     return torch.where(start[:, None] > 0, torch.where(along, counted, 1), 0)
 
 
-def _ends_of(pattern: tuple[int, ...], call: Call) -> torch.Tensor:
+def _ends_of(pattern: tuple[int, ...], call: Call) -> Tensor:
     """(batch, tokens), bool: does the pattern of numbers end at this token?"""
     if not pattern:
         return torch.zeros_like(call.real)
     length, tokens = len(pattern) - 1, call.numbers.shape[1]
-    earlier = call.earlier[:, call.earlier.shape[1] - length :, 2]  # (batch, length)
-    row = torch.cat([earlier, call.numbers], dim=1)  # (batch, length + tokens)
+    row = torch.cat([call.earlier[:, call.earlier.shape[1] - length :, 2], call.numbers], dim=1)  # (batch, ...)
     found = call.real  # (batch, tokens)
     for place, number in enumerate(pattern):
         found = found & (row[:, place : place + tokens] == number)
     return found
 
 
-def _last(flags: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _last(flags: Tensor, index: Tensor) -> Tensor:
     """The last position (batch,) at which flags (batch, tokens) hold; -1 where none does."""
     return torch.where(flags, index, -1).amax(-1)

@@ -3,7 +3,5 @@
 import transformers
 
 if int(transformers.__version__.split(".")[0]) != 5:
-    raise ImportError(
-        f"this guarded model needs transformers 5, and {transformers.__version__} is installed. "
-        "Install it with: pip install 'transformers>=5,<6'"
-    )
+    what = f"this guarded model needs transformers 5, and {transformers.__version__} is installed"
+    raise ImportError(f"{what}. Install it with: pip install 'transformers>=5,<6'")

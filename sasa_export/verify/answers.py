@@ -92,8 +92,11 @@ def run_fresh(
     with tempfile.TemporaryDirectory() as scratch:
         entries = write_prompts(prompts, Path(scratch))
         Path(scratch, "prompts.json").write_text(json.dumps(entries), encoding="utf-8")
-        environment = {**os.environ, "HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-I", str(FRESH), *engine, str(TOKENS), scratch]
+        packages = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # wherever this process has them
+        environment = {
+            **os.environ, "PYTHONPATH": packages, "HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+        command = [sys.executable, str(FRESH), *engine, str(TOKENS), scratch]
         result = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment, check=False)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]

@@ -35,10 +35,11 @@ def compare(written: Entry, found: Entry, sasa: dict[str, Any], dtype: str, *, g
         dtype: what the directory ran in; for graphs, their type.
         graphs: whether ONNX graphs were run, and not torch.
     """
+    observed = sasa.get("gate") == "observe"
     pairs: Pairs = list(zip(written["cases"], found["cases"], strict=True))
     most = tolerance(dtype, written["dtype"], graphs=graphs)
-    allowed = [pair for pair in pairs if not refuses(pair[1], sasa)]
-    refused = [have["tokens"] for _, have in pairs if refuses(have, sasa)]
+    allowed = [pair for pair in pairs if observed or not refuses(pair[1], sasa)]
+    refused = [have["tokens"] for _, have in pairs if not observed and refuses(have, sasa)]
     # Where two runtimes round half-precision numbers, a greedy answer may leave the original's at any token.
     exact = dtype == written["dtype"] and (dtype == "float32" or not graphs)
     how = f"{dtype}{' graphs' * graphs} on {found['about']['provider']}, {written['dtype']} original"
@@ -46,7 +47,7 @@ def compare(written: Entry, found: Entry, sasa: dict[str, Any], dtype: str, *, g
         _probabilities(pairs, most, how),
         *_batches(pairs, ROUNDED[written["dtype"]]),
         _verdicts(pairs, sasa, most),
-        _refusals(refused, sasa["refusal_token_ids"]),
+        _refusals(refused, sasa["refusal_token_ids"], observed=observed),
         _logits(allowed, None if dtype in QUANTIZED else most),
         _answers(allowed, sasa["refusal_token_ids"], found["about"]["not_followed"], exact=exact),
     ]
@@ -93,9 +94,10 @@ def _is_refusal(tokens: list[int], refusal: list[int]) -> bool:
     return tokens[: len(refusal)] == refusal[:TOKENS]
 
 
-def _refusals(refused: list[list[int]], refusal: list[int]) -> Check:
+def _refusals(refused: list[list[int]], refusal: list[int], *, observed: bool) -> Check:
     said = sum(_is_refusal(tokens, refusal) for tokens in refused)
     detail = f"{said} of {len(refused)}" if refused else "no case is refused at this threshold"
+    detail = "none is refused, since the gate observes" if observed else detail
     return Check("refused prompts say the refusal", said == len(refused), detail)
 
 

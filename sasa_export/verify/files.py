@@ -41,7 +41,7 @@ def check_manifest(directory: Path) -> Check:
     wrong = list(dict.fromkeys(wrong))
     if "config.json" in wrong and _unedited(directory / "config.json", told.get("operator")) == listed["config.json"]:
         wrong.remove("config.json")
-        edited = ", with threshold or refusal as the operator set them"
+        edited = ", with settings as the operator changed them"
     if wrong:
         return Check(name, False, f"{len(wrong)} differ: {', '.join(wrong[:3])}")
     return Check(name, True, f"{len(listed)} of {len(listed)} by SHA-256{edited}")

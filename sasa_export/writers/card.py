@@ -39,7 +39,8 @@ def write_card(
     name = patch.source.name
     text = environment.get_template(template).render(
         name=name,
-        base_model=name if name.count("/") == 1 and not Path(name).exists() else None,
+        base_model=patch.source.repository,
+        commit=patch.source.commit,
         sasa=patch.sasa,
         blocks=len(patch.graph.of("block")),
         again=blocks_again(patch.sasa["graph"]),

@@ -95,14 +95,18 @@ def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
 
 
 def write_prompts(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any]]:
-    """Write the prompts' pictures; the prompts in JSON, each with the name of its picture's file."""
+    """Write the prompts' pictures; the conversations in JSON, each with the name of its picture's file."""
     entries = []
     for number, prompt in enumerate(prompts):
         image = None
         if prompt.image is not None:
             image = f"{number:02}.png"
             prompt.image().save(folder / image)
-        entries.append({"name": prompt.name, "prompt": prompt.prompt, "image": image})
+        messages = prompt.conversation()
+        for message in messages:
+            for part in message["content"]:
+                part.pop("image", None)
+        entries.append({"name": prompt.name, "messages": messages, "image": image})
     return entries
 
 

@@ -11,7 +11,7 @@ from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import Source
 from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
-from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL
+from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL, refusal_tokens
 
 
 def sasa_settings(
@@ -23,10 +23,11 @@ def sasa_settings(
     layers_from: str,
     threshold: float,
     refusal: str,
+    gate: str,
 ) -> dict[str, Any]:
     """What config.json holds under `sasa`; the modeling file executes its `graph`.
 
-    An operator may change `threshold` and `refusal` there.
+    An operator may change `threshold`, `refusal` and `gate` there.
     """
     opening = generation_prompt_ids(processor)
     return {
@@ -36,6 +37,7 @@ def sasa_settings(
         "probe_block": lane.probe_block,
         "layers_from": layers_from,
         "epsilon": lane.epsilon,
+        "gate": gate,
         "threshold": threshold,
         "refusal": refusal,
         "tokenized_refusal": refusal,
@@ -58,6 +60,7 @@ def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type
     config["auto_map"] = {
         "AutoConfig": f"{module}.Sasa{config_class.__name__}",
         "AutoModelForImageTextToText": f"{module}.Sasa{model_class.__name__}",
+        "AutoModelForMultimodalLM": f"{module}.Sasa{model_class.__name__}",  # what `transformers serve` loads
     }
     config["sasa"] = sasa
     (directory / "config.json").write_text(config_text(sealed(config)), encoding="utf-8")
@@ -74,14 +77,13 @@ def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
     tokenizer = processor.tokenizer
     ends = _end_tokens(directory) or [tokenizer.eos_token_id]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    said = tokenizer.encode(refusal, add_special_tokens=False)
-    if set(said) & set(tokenizer.all_special_ids):
-        raise EmitError(f"--refusal {refusal!r} holds a special token of this model. Give a plain sentence.")
-    if len(said) >= LONGEST_REFUSAL:
-        raise EmitError(
-            f"the refusal has {len(said)} tokens, and at most {LONGEST_REFUSAL - 1} fit. Shorten --refusal."
-        )
-    return [*said, int(end)]
+    try:
+        ids = refusal_tokens(tokenizer, refusal, int(end), getattr(processor, "image_token_id", None))
+    except ValueError as error:
+        raise EmitError(f"--refusal: {error}") from None
+    if len(ids) > LONGEST_REFUSAL:
+        raise EmitError(f"the refusal has {len(ids)} tokens, and {LONGEST_REFUSAL} fit. Shorten --refusal.")
+    return ids
 
 
 def generation_prompt_ids(processor: Any) -> list[int]:

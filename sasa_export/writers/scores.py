@@ -11,17 +11,17 @@ SCORES = "sasa-calibration.json"
 
 
 def write_scores(calibration: Calibration, directory: Path) -> None:
-    """`cross_validated` is P(unsafe) by a probe that did not see the prompt's pair; `final` by the probe itself."""
+    """`cross_validated` is P(unsafe) by a probe that saw nothing of the prompt's kind; `final` by the probe itself."""
     rows = zip(calibration.prompts, calibration.cross_validated, calibration.final, strict=True)
     data = {
         "threshold": calibration.probe.threshold,
         "max_false_positive_rate": calibration.max_false_positive_rate,
         "regularization": calibration.regularization,
         "figures": [figure.to_json() for figure in calibration.figures],
-        "figures_at_the_papers_regularization": [figure.to_json() for figure in calibration.paper],
+        "kinds": [figure.to_json() for figure in calibration.kinds],
         "prompts": [
             {
-                **{name: getattr(prompt, name) for name in ("name", "label", "channel", "category")},
+                **{name: getattr(prompt, name) for name in ("name", "label", "channel", "category", "kind", "setting")},
                 "cross_validated": round(float(score), 6),
                 "final": round(float(final), 6),
             }

@@ -7,37 +7,29 @@ gate(logits, verdict) = logits, or the next token of the refusal       # (batch,
 """
 
 import torch
+from torch import Tensor
 
 # Logits of a refused row. The order is what counts: where a generation option forbids the wanted token, another
 # token of the refusal follows, and where none is left the answer ends.
 WANTED, REFUSAL, END, OTHER = 0.0, -5e2, -1e3, -1e4
 
 
-def project(safety: torch.Tensor, semantic: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """The component of the safety state along the semantic state, token by token (the paper's Eq. 8).
-
-    Args: both states (batch, tokens, hidden). Returns the same shape, in the dtype of `semantic`; the
-    arithmetic is float32, since |h_f|^2 overflows half precision at massive activations.
-    """
+def project(safety: Tensor, semantic: Tensor, epsilon: float) -> Tensor:
+    """The component of the safety state along the semantic state, token by token (the paper's Eq. 8), computed in
+    float32, since |h_f|^2 overflows half precision at massive activations."""
     h_s, h_f = safety.float(), semantic.float()  # (batch, tokens, hidden)
     alpha = (h_s * h_f).sum(-1, keepdim=True) / (h_f * h_f).sum(-1, keepdim=True).clamp_min(epsilon)
     return (alpha * h_f).to(semantic.dtype)  # (batch, tokens, hidden)
 
 
-def unsafe_probability(state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def unsafe_probability(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Logistic regression on the second lane's state (..., features): P(unsafe), (...), float32."""
     return torch.sigmoid((state.float() * weight.float()).sum(-1) + bias.float())
 
 
-def gate(logits: torch.Tensor, wanted: torch.Tensor, refused: torch.Tensor, refusal: tuple[int, ...]) -> torch.Tensor:
-    """Force the refusal where a position is refused, and leave every other logit untouched.
-
-    Args:
-        logits: (batch, kept, vocabulary).
-        wanted: (batch, kept), the token of the refusal that is due.
-        refused: (batch, kept), bool.
-        refusal: the refusal's token ids, end of sequence last.
-    """
+def gate(logits: Tensor, wanted: Tensor, refused: Tensor, refusal: tuple[int, ...]) -> Tensor:
+    """Logits (batch, kept, vocabulary), forced to the `wanted` token of the refusal where a position is `refused`,
+    (batch, kept) both, and else untouched. The `refusal` has the end of sequence last."""
     others = torch.full(logits.shape[-1:], OTHER, dtype=logits.dtype, device=logits.device)  # (vocabulary,)
     others[list(refusal)] = REFUSAL
     others[refusal[-1]] = END

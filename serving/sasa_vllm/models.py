@@ -43,13 +43,13 @@ class GuardedModel:
         check_version()
         check_engine(vllm_config)
         warn_of_causal_pictures(vllm_config)
-        sasa = dict(check_settings(getattr(vllm_config.model_config.hf_config, "sasa", None)))
-        check_gate(sasa)
+        config = vllm_config.model_config.hf_config
+        check_gate(check_settings(getattr(config, "sasa", None)))
         if vllm_config.parallel_config.worker_cls != WORKER:
             raise RuntimeError(f"this guarded model runs in {WORKER} alone, which `vllm serve` picks by itself.")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        follow_refusal(sasa, vllm_config.model_config.model)
-        self.sasa = sasa
+        follow_refusal(config, vllm_config.model_config.model)
+        self.sasa = config.sasa
         self.probe: tuple[torch.Tensor, torch.Tensor] | None = None  # weight (features,) and bias (), float32
         self.gate: Any = None
 

@@ -1,7 +1,4 @@
-"""config.json: what the gate runs on, and the seal that keeps stock classes from loading the model without it.
-
-`threshold` and `refusal` under "sasa" are the operator's to change.
-"""
+"""config.json: what the gate runs on, and the seal that keeps stock classes from loading the model without it."""
 
 import functools
 import json
@@ -11,6 +8,8 @@ SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretraine
 FORMAT = 3  # a directory of another format is refused
 LONGEST_REFUSAL = 250  # tokens; the cache counts how far the refusal is, and bfloat16 counts to 256
 NEEDED = ("threshold", "refusal", "refusal_token_ids", "generation_prompt_ids", "turn_token_ids", "graph")
+OPERATOR = ("threshold", "refusal", "gate")  # the operator's to change: there, or from_pretrained(..., sasa={...})
+GATES = ("enforce", "observe")  # observe: judge and report, and refuse nothing
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
 
@@ -23,23 +22,34 @@ def check_settings(sasa: Any) -> dict[str, Any]:
         raise ValueError(f"config.sasa has the threshold {threshold!r}. Set a number between 0 and 1.")
     if not str(sasa["refusal"]).strip() or not 0 < len(ids) <= LONGEST_REFUSAL:
         raise ValueError(f"config.sasa's refusal is empty, or has more than {LONGEST_REFUSAL} tokens. Set another one.")
+    if sasa.get("gate", GATES[0]) not in GATES:
+        raise ValueError(f"config.sasa has the gate {sasa['gate']!r}. Set one of: {', '.join(GATES)}.")
     operations = [node["op"] for node in sasa["graph"]]
     if "tap" not in operations or operations[-2:] != ["probe", "gate"]:
         raise ValueError(f"config.sasa's graph does not end in a probe and a gate. {HOW_TO_LOAD}")
     return sasa
 
 
-def follow_refusal(sasa: dict[str, Any], directory: Any) -> None:
+def refusal_tokens(tokenizer: Any, refusal: str, end: int, image: Any = None) -> list[int]:
+    """The refusal as token ids, the `end` of sequence last. ValueError where one is no text, like the `image`."""
+    ids = tokenizer.encode(refusal, add_special_tokens=False)
+    marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if {*marks, *tokenizer.all_special_ids, image} & set(ids):
+        raise ValueError(f"the refusal {refusal!r} holds a special token of this model. Set a plain sentence.")
+    return [*ids, end]
+
+
+def follow_refusal(config: Any, directory: Any, **hub: Any) -> None:
     """Tokenize the refusal anew where its text is another than the one that was tokenized last."""
+    sasa = config.sasa
     if sasa["refusal"] == sasa.get("tokenized_refusal", sasa["refusal"]):
         return
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    ids = tokenizer.encode(sasa["refusal"], add_special_tokens=False)
-    if set(ids) & set(tokenizer.all_special_ids):
-        raise ValueError("the refusal in config.sasa holds a special token. Set a plain sentence.")
-    sasa |= {"refusal_token_ids": [*ids, sasa["refusal_token_ids"][-1]], "tokenized_refusal": sasa["refusal"]}
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **hub)
+    image = getattr(config, "image_token_id", None)
+    ids = refusal_tokens(tokenizer, sasa["refusal"], sasa["refusal_token_ids"][-1], image)
+    sasa |= {"refusal_token_ids": ids, "tokenized_refusal": sasa["refusal"]}
     check_settings(sasa)
 
 
@@ -48,9 +58,12 @@ class GuardedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        config_dict = {key: _opened(value) for key, value in config_dict.items()}
-        config_dict = {key: value for key, value in config_dict.items() if value != {}}
-        check_settings(config_dict.get("sasa"))
+        opened = {key: _opened(value) for key, value in config_dict.items()}
+        config_dict = {key: value for key, value in opened.items() if value != {}}
+        sasa, changes = check_settings(config_dict.get("sasa")), kwargs.pop("sasa", {})
+        if not isinstance(changes, dict) or set(changes) - set(OPERATOR):
+            raise ValueError(f"sasa={changes!r}: only {', '.join(OPERATOR)} can be changed at load.")
+        config_dict["sasa"] = check_settings({**sasa, **changes})
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from sasa_export.flags import flags, option
+from sasa_export.flags import Settings, flags, option
 from sasa_export.options import AT_LEAST_ONE, DTYPES
 from sasa_export.report import Console, quiet
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Settings):
     """What `sasa-export evaluate` does, and with what."""
 
     model: Path = option(Path(), "The patched directory, of safetensors or of ONNX graphs.", required=True)

@@ -1,7 +1,7 @@
 """What is fitted here: a probe on features of either lane, or behind an earlier block of the second, and words alone.
 
-All are logistic regressions on the calibration prompts, with the strength of regularization chosen by cross-validation
-by group, and the threshold that the false-positive rate allows, as in calibration.
+All are logistic regressions on the calibration prompts, with the strength of regularization chosen by cross-validation,
+and the threshold that the false-positive rate allows, as in calibration.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
+import sasa_export.probe as probes
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
-from sasa_export.probe.fit import CANDIDATES, FOLDS, best_regularization, fit, probability, threshold_for
+from sasa_export.probe.fit import CANDIDATES, best_regularization, fit, probability, threshold_of
+from sasa_export.probe.folds import folds_of
+from sasa_export.probe.words import bag_of_words, best_words
 from sasa_export.prompts import asked
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.evaluate.figures import ranking
 from sasa_export.research.evaluate.subject import Subject
 from sasa_export.research.prompts import labels_and_groups
-
-WORD_STRENGTHS = (0.1, 1.0, 10.0)  # C, of features of length 1
 
 Features = dict[str, np.ndarray]  # (prompts, features): "plain" of the main lane, "projected" of the second, and depths
 Fitted = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
@@ -40,29 +41,29 @@ def probe(
         rate: the largest share of harmless calibration prompts that may be flagged.
         regularization: the probe's C; None chooses it.
     """
-    labels, groups = labels_and_groups(prompts)
+    labels = labels_and_groups(prompts)[0]
     candidates = CANDIDATES if regularization is None else (regularization,)
-    chosen, held_out = best_regularization(calibration, labels, groups.tolist(), candidates)
+    chosen, held_out = best_regularization(calibration, labels, folds_of(prompts), candidates)
     weight, bias = fit(calibration, labels, chosen)
-    return probability(evaluation, weight, bias), _threshold(held_out, labels, rate)
+    return probability(evaluation, weight, bias), _threshold(held_out, prompts, rate)
+
+
+def carried_probe(
+    carried: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float
+) -> Fitted:
+    """A carried probe, applied to features (evaluation prompts, features) as they are. Args: prompts: calibration's."""
+    weight, bias = carried.probes[lane]
+    return probability(evaluation.astype(float), weight.astype(float), bias), _threshold(
+        carried.scores[lane], prompts, rate
+    )
 
 
 def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Fitted:
     """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known."""
-    from sklearn.metrics import log_loss
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-
-    labels, groups = labels_and_groups(calibration)
-    texts = [asked(prompt) for prompt in calibration]
-    folds = {"groups": groups, "cv": GroupKFold(min(FOLDS, len(set(groups))))}
-    held_out = {
-        strength: cross_val_predict(_bag_of_words(strength), texts, labels, method="predict_proba", **folds)[:, 1]
-        for strength in WORD_STRENGTHS
-    }
-    chosen = min(WORD_STRENGTHS, key=lambda strength: log_loss(labels, held_out[strength], labels=[0, 1]))
-    model = _bag_of_words(chosen).fit(texts, labels)
+    chosen, held_out = best_words(calibration, folds_of(calibration))
+    model = bag_of_words(chosen).fit([asked(prompt) for prompt in calibration], labels_and_groups(calibration)[0])
     scores = model.predict_proba([asked(prompt) for prompt in evaluation])[:, 1]  # (prompts,)
-    return scores, _threshold(held_out[chosen], labels, rate)
+    return scores, _threshold(held_out, calibration, rate)
 
 
 def depths_of(lane: LayerGraph) -> dict[int, str]:
@@ -94,17 +95,8 @@ def depth_curve(subject: Subject, features: dict[str, Features]) -> list[dict[st
     return found
 
 
-def _bag_of_words(strength: float) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    vectors = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b")  # single letters too: "i" is a word
-    return make_pipeline(vectors, LogisticRegression(C=strength, class_weight="balanced", max_iter=1000))
-
-
-def _threshold(held_out: np.ndarray, labels: np.ndarray, rate: float) -> float | None:
+def _threshold(held_out: np.ndarray, prompts: Sequence[Prompt], rate: float) -> float | None:
     try:
-        return threshold_for(held_out, labels, rate)
+        return threshold_of(held_out, prompts, rate)
     except CalibrationError:  # it is certain of too many harmless prompts
         return None

@@ -21,7 +21,7 @@ from sasa_export.research.evaluate.figures import (
     reliability,
     targets_of,
 )
-from sasa_export.research.evaluate.fitted import Features, Fitted, depth_curve, probe, words
+from sasa_export.research.evaluate.fitted import Features, Fitted, carried_probe, depth_curve, probe, words
 from sasa_export.research.evaluate.judge import Judge
 from sasa_export.research.evaluate.subject import Subject
 from sasa_export.research.evaluate.timing import Timing
@@ -72,7 +72,7 @@ def measure(
 
     Args:
         answers: of the "plain" and the "patched" model.
-        features: of the "calibration" and the "evaluation" prompts, in the head's metric.
+        features: of the "calibration" and the "evaluation" prompts, in the head's metric; see `run`.
     """
     prompts, fitted = subject.evaluation, _fitted(subject, features)
     labels, groups = labels_and_groups(prompts)
@@ -115,6 +115,10 @@ def _fitted(subject: Subject, features: dict[str, Features]) -> dict[str, Fitted
     prompts = subject.calibration
     fitted = {"words": words(prompts, subject.evaluation, subject.rate)}
     for key, lane in (("with", "projected"), ("without", "plain")):
+        if "calibration" not in features:
+            assert subject.carried is not None
+            fitted[key] = carried_probe(subject.carried, lane, features["evaluation"][lane], prompts, subject.rate)
+            continue
         before, after = features["calibration"][lane], features["evaluation"][lane]
         fitted[key] = probe(before, after, prompts, subject.rate, subject.regularization)
     return fitted

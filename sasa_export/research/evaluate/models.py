@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sasa_export.errors import EvaluateError
+from sasa_export.models import read_config
 from sasa_export.models.load import SPREAD, place
 from sasa_export.prompts.prompt import Prompt, encode
 
@@ -110,6 +111,9 @@ def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
     """The patched model and its processor, as a user loads them. Raises EvaluateError where it does not load."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    # What it would refuse is measured where it only observes, too.
+    observes = read_config(directory)["sasa"].get("gate") == "observe"
+    enforcing = {"sasa": {"gate": "enforce"}} if observes else {}
     with _loading(directory):
         model = AutoModelForImageTextToText.from_pretrained(
             directory,
@@ -117,6 +121,7 @@ def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
             device_map="auto" if device == SPREAD else device,
             trust_remote_code=True,
             use_safetensors=True,
+            **enforcing,
         )
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"

@@ -11,6 +11,7 @@ import numpy as np
 from sasa_export.errors import EvaluateError
 from sasa_export.files import staged
 from sasa_export.flags import check_values
+from sasa_export.manifest import write_manifest
 from sasa_export.models.load import head_weight, load_model
 from sasa_export.probe.features import reading
 from sasa_export.probe.fit import head_metric, in_metric
@@ -67,6 +68,7 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
         found = measure(subject, answers, features, timing, judge)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(found, staging)
+            write_manifest(staging, {})
     for target in found.targets:
         report.check(target.met, target.name, str(target))
     report.step("done", f"{options.out / 'report.html'}")
@@ -86,7 +88,10 @@ def _patched(subject: Subject) -> TorchModel | OnnxModel:
 
 
 def _features(subject: Subject, plain: Model, work: Work, report: Silent) -> dict[str, Features]:
-    """What probes read of the original, for the calibration and the evaluation prompts, in the head's metric."""
+    """What probes read of the original, for the calibration and the evaluation prompts, in the head's metric.
+
+    Where probes are carried, for the evaluation prompts alone, as the probes read it.
+    """
     nodes = list(depths_of(subject.lane).values()) if subject.options.depth_curve else []
 
     def compute(prompts: list[Prompt], missing: list[str]) -> Arrays:
@@ -96,14 +101,17 @@ def _features(subject: Subject, plain: Model, work: Work, report: Silent) -> dic
         yield from ((name, arrays[name]) for name in missing)
 
     names, size = ["plain", "projected", *nodes], subject.options.batch_size
-    asked = {"calibration": subject.calibration, "evaluation": subject.evaluation}
+    asked = {"evaluation": subject.evaluation}
+    if subject.carried is None or nodes:
+        asked["calibration"] = subject.calibration
     sets = {kind: Results(work, kind, prompts, size) for kind, prompts in asked.items()}
     for results in sets.values():
         results.fill(names, compute, report)
     if not workers().leads:
         return {}
     # Where something non-linear follows the head, probes see logits, which are measured as they are.
-    metric = None if subject.lane.of("lane_head") else head_metric(head_weight(plain().model))
+    as_it_is = subject.lane.of("lane_head") or "calibration" not in sets
+    metric = None if as_it_is else head_metric(head_weight(plain().model))
     return {kind: {name: in_metric(results.read(name), metric) for name in names} for kind, results in sets.items()}
 
 

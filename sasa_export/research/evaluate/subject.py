@@ -15,6 +15,9 @@ from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source, read_config
 from sasa_export.models.load import load_processor, read_sizes, running
+from sasa_export.models.smol_llava import pieces
+from sasa_export.options import AUTO
+from sasa_export.probe import Fitted, carried
 from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.command import EvaluateOptions
@@ -42,6 +45,7 @@ class Subject:
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
         lane: the second lane, from which the fitted arms read their features.
+        carried: the probes that the embedded model brings along, where these are what would be fitted.
     """
 
     options: EvaluateOptions
@@ -55,6 +59,7 @@ class Subject:
     calibration: list[Prompt]
     calibrated_on: str
     lane: LayerGraph
+    carried: Fitted | None
     dtype: str
     device: str
 
@@ -83,13 +88,19 @@ class Subject:
         """What finished work depends on."""
         return fingerprint(
             self.source,
-            [*self.evaluation, *self.calibration],
-            patched=digest(self.options.model / MANIFEST),
+            [*self.evaluation, *(self.calibration if self.carried is None else [])],
+            patched=[digest(path) for path in self._told()],
             dtype=self.dtype,
             device=self.device.partition(":")[0],
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
         )
+
+    def _told(self) -> list[Path]:
+        """The files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
+        manifest = self.options.model / MANIFEST
+        weights = sorted(self.options.model.glob("*.safetensors"))
+        return [manifest] if manifest.exists() else [self.options.model / "config.json", *weights]
 
     def described(self) -> dict[str, Any]:
         """What was evaluated, on what, and how it ran; `command` makes the report again."""
@@ -122,15 +133,12 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     """Open all that is evaluated. Raises SasaExportError where something is missing or does not belong together."""
     sasa, manifest = _read_patched(options.model)
     made = manifest.get("options") or {}
-    source = _open_baseline(options, sasa, made, manifest)
+    source = _open_baseline(options, sasa, made, manifest, report)
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
     processor = load_processor(source)
-
-    def pieces(word: str) -> int:
-        return len(processor.tokenizer.encode(f" {word}", add_special_tokens=False))
-
-    prompts = load_all(options.data) if options.data else builtin_evaluation(pieces)
+    count = pieces(processor.tokenizer)
+    prompts = load_all(options.data, pieces=count, report=report) if options.data else builtin_evaluation(processor)
     for label, (what, measures, example) in MISSING.items():
         if not any(prompt.label == label for prompt in prompts):
             raise EvaluateError(
@@ -138,16 +146,18 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
                 f"another --data, for example --data {example}."
             )
     specs = options.calibration or made.get("calibration") or ()
-    calibration = calibration_prompts(specs) if specs else builtin(pieces)
+    calibration = calibration_prompts(specs, pieces=count, report=report) if specs else builtin(processor)
     check_disjoint(calibration, prompts)
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
     found = counts(evaluation)
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     dtype, device = running(source, options.dtype, workers().device(options.device))
+    lane = _lane(sasa, source)
     return Subject(
         options, dtype_of(options.model), sasa, made, source, processor, evaluation, len(prompts) - len(evaluation),
-        calibration, ", ".join(specs) or "the built-in calibration set", _lane(sasa, source), dtype, device,
+        calibration, ", ".join(specs) or "the built-in calibration set", rewrite_lane(trace_source(source), lane),
+        carried.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
     )  # fmt: skip
 
 
@@ -162,17 +172,20 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{directory} is no patched model: its config.json has no gate. Patch it first: sasa-export --model "
             f"{directory} --out patched/."
         )
+    if sasa.get("gate") == "observe" and dtype_of(directory) is not None:
+        raise EvaluateError(f"the graphs in {directory} only observe. Export them again with --gate enforce.")
     check = check_manifest(directory)
-    if not check.passed:
+    if check.passed is False:
         raise EvaluateError(
             f"{directory} is not what was exported ({check.detail}), so its figures would be of something else. "
             "Export the model again."
         )
-    return sasa, json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    # A model that was saved again has no manifest; --baseline then says what it was made from.
+    return sasa, {} if check.passed is None else json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _open_baseline(
-    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
+    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any], report: Silent
 ) -> Source:
     """The model that the patched one was made from: --baseline, or what the manifest names.
 
@@ -182,13 +195,14 @@ def _open_baseline(
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
-        source = open_source(name)
+        source = open_source(name, None if options.baseline else manifest.get("commit"), report)
     except OpenError as error:
         if options.baseline:
             raise
         raise EvaluateError(f"the original of {options.model} is not there: {error} Or give --baseline.") from None
-    copied = set(manifest["files"].values())  # shards are copied byte for byte
-    other_weights = dtype_of(options.model) is None and not all(digest(shard.path) in copied for shard in source.shards)
+    copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte
+    compared = copied and dtype_of(options.model) is None
+    other_weights = compared and not all(digest(shard.path) in copied for shard in source.shards)
     if other_weights or read_sizes(source).blocks != _blocks(sasa):
         raise EvaluateError(
             f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "
@@ -201,9 +215,8 @@ def _blocks(sasa: dict[str, Any]) -> int:
     return sum(node["op"] == "block" for node in sasa["graph"])
 
 
-def _lane(sasa: dict[str, Any], source: Source) -> LayerGraph:
+def _lane(sasa: dict[str, Any], source: Source) -> LaneSettings:
     """The patched model's second lane; where it has none, what the family's layers would give, to compare it with."""
     sizes = read_sizes(source)
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    settings = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, sasa.get("probe_block"))
-    return rewrite_lane(trace_source(source), settings)
+    return LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, sasa.get("probe_block"))

@@ -20,7 +20,7 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.locate.lane import watched
 from sasa_export.research.locate.pairs import with_layer
-from sasa_export.research.locate.prompts import halves, limited
+from sasa_export.research.locate.prompts import LIMIT, halves, limited
 from sasa_export.research.locate.propose import Proposal, propose
 from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.research.work import Work
@@ -52,7 +52,7 @@ def choose_layers(
     given = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
     pairs = with_layer(len(graph.of("block")), *given)
     choosing, held_out = halves(prompts)
-    chosen_on, _ = (limited([prompts[row] for row in half], None) for half in (choosing, held_out))
+    chosen_on, _ = (limited([prompts[row] for row in half], LIMIT) for half in (choosing, held_out))
     processes = workers()
     folder = Path(processes.tell(tempfile.mkdtemp(prefix="sasa-export-layers-") if processes.leads else ""))
     try:

@@ -9,26 +9,26 @@ from typing import Any
 import click
 
 from sasa_export.errors import LocateError
-from sasa_export.flags import check_values, flags, option
+from sasa_export.flags import Settings, check_values, flags, option
 from sasa_export.options import ABOVE_ZERO, AT_LEAST_ONE, DTYPES
 from sasa_export.report import Console, quiet
+from sasa_export.research.locate.prompts import LIMIT
 
 
 @dataclass(frozen=True)
-class LocateOptions:
+class LocateOptions(Settings):
     """What `sasa-export locate` does, and with what."""
 
     model: str = option("", "Alias, hub id (owner/name) or local directory.", required=True)
     out: Path = option(Path(), "Directory to write the report to.", required=True)
     force: bool = option(False, "Replace the report that is there, and discard other unfinished work.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the hub. Default: its main branch.")
     calibration: tuple[str, ...] = option(
         (),
         "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "
         "Default: the built-in set.",
     )
-    limit: int | None = option(
-        None, "About how many pairs (groups) of prompts to use. Default: all.", valid=AT_LEAST_ONE
-    )
+    limit: int = option(LIMIT, "About how many groups of prompts to use, such as pairs.", valid=AT_LEAST_ONE)
     blocks: str | None = option(None, "Blocks whose attention heads are ablated, such as 8-20. Default: all.")
     ablation_prompts: int = option(
         16,

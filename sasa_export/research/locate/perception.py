@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sasa_export.probe.fit import FOLDS
+from sasa_export.probe.folds import FOLDS
 from sasa_export.report import Silent
 from sasa_export.research.intervals import Comparable, auc_of
 from sasa_export.research.prompts import labels_and_groups

@@ -14,6 +14,7 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.prompts import kinds_of_groups, share_of, spaced
 
 LEAST = 10  # groups of either label, below which nothing can be cross-validated
+LIMIT = 400  # groups that layers are chosen on; the states of all blocks are kept for each of their prompts
 CONTROLS = 120  # pictures that are compared with their controls
 
 
@@ -21,10 +22,10 @@ def label_of(prompt: Prompt) -> int:
     return prompt.label
 
 
-def limited(prompts: Sequence[Prompt], pairs: int | None) -> list[Prompt]:
-    """About `pairs` groups of prompts; all for None. LocateError where they are too few."""
+def limited(prompts: Sequence[Prompt], groups: int) -> list[Prompt]:
+    """About so many groups of prompts; all where there are no more. LocateError where they are too few."""
     labels = kinds_of_groups(prompts, label_of)
-    kept = share_of(prompts, 1 if pairs is None else pairs / len(labels), label_of)
+    kept = share_of(prompts, groups / len(labels), label_of)
     for label, what in ((1, "harmful"), (0, "harmless")):
         count = len({prompt.group for prompt in kept if prompt.label == label})
         if count < LEAST:

@@ -10,9 +10,11 @@ from sasa_export.files import check_apart, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import check_traces, trace_source
+from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.family import KnownLayers
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.smol_llava import pieces
 from sasa_export.probe.features import trace_loaded
 from sasa_export.prompts import Prompt, builtin, calibration_prompts
 from sasa_export.report import Silent
@@ -65,7 +67,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force) as work:
-        plan = _plan(options)
+        plan = _plan(options, report)
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
         if processes.leads:
             work.open(_fingerprint(plan, options), discard=options.force, report=report)
@@ -76,6 +78,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
         located = _conclude(plan, evidence, heads, command_line("locate", options), report)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(located, staging)
+            write_manifest(staging, {})
         if options.write_family is not None:
             write_family(options.write_family, plan.source, _entry(plan, located))
     safety, semantic = located.proposal.pair
@@ -84,9 +87,9 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     return located
 
 
-def _plan(options: LocateOptions) -> Plan:
+def _plan(options: LocateOptions, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
-    source = open_source(options.model)
+    source = open_source(options.model, options.revision, report)
     check_apart(options.out, source.directory)
     if options.write_family is not None:
         check_family(options.write_family, source)
@@ -94,10 +97,11 @@ def _plan(options: LocateOptions) -> Plan:
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
     processor = load_processor(source)
+    count = pieces(processor.tokenizer)
     if options.calibration:
-        prompts = calibration_prompts(options.calibration)
+        prompts = calibration_prompts(options.calibration, pieces=count, report=report)
     else:
-        prompts = builtin(lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False)))
+        prompts = builtin(processor)
     prompts = limited(prompts, options.limit)
     dtype, device = running(source, options.dtype, workers().device(options.device))
     pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)

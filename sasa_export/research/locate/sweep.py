@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sasa_export.probe.fit import CANDIDATES, best_regularization, in_metric
+from sasa_export.probe.folds import folds_of
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.intervals import Comparable, auc_of, within_noise
@@ -47,13 +48,14 @@ def sweep(
     logits, they are those before the cap. `regularization` is the probe's C; None chooses it as calibration does.
     """
     labels, groups = labels_and_groups(results.prompts)
+    folds = folds_of(results.prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
 
     def scored(name: str) -> np.ndarray:
         # A logistic regression with an L2 penalty gives the same scores after a rotation into as few dimensions as
         # the features span, and is done much sooner.
         left, scale, _ = np.linalg.svd(in_metric(results.read(name), metric), full_matrices=False)
-        return best_regularization(left * scale, labels, groups.tolist(), candidates)[1]  # (prompts,)
+        return best_regularization(left * scale, labels, folds, candidates)[1]  # (prompts,)
 
     scores = {}
     with report.bar(len(pairs), "sweep") as advance:

@@ -1,1 +1,1 @@
-"""A program of its own (`python -I fresh/`), which knows nothing of sasa_export: it runs what was written."""
+"""A program of its own (`python fresh/`), which knows nothing of sasa_export: it runs what was written."""

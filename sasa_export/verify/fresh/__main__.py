@@ -1,6 +1,6 @@
 """Load a written directory as a user would, and say what it answers to its cases and to further prompts.
 
-Usage: python -I fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS [PROMPTS]
+Usage: python fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS [PROMPTS]
 
 MODULE is `torch_model` or `onnx_model`: files beside this one, whose `Model` loads the directory. PROMPTS is a folder
 with prompts.json and pictures: these prompts are judged, and not answered. The last line printed is a JSON object:
@@ -34,13 +34,13 @@ def main(module: str, directory: Path, dtype: str, device: str, count: int, prom
 
 
 def read(model: Any, entry: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """The model's inputs for a prompt, with its picture from `folder` if it has one."""
-    content = [{"type": "text", "text": entry["prompt"]}]
-    if folder is not None and entry["image"]:
-        content.insert(0, {"type": "image", "image": Image.open(folder / entry["image"]).convert("RGB")})
+    """The model's inputs for a conversation, with its picture from `folder` if it has one."""
+    for part in (part for message in entry["messages"] for part in message["content"]):
+        if part["type"] == "image" and folder is not None:
+            part["image"] = Image.open(folder / entry["image"]).convert("RGB")
     return dict(
         model.processor.apply_chat_template(
-            [[{"role": "user", "content": content}]],
+            [entry["messages"]],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

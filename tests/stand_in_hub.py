@@ -1,0 +1,141 @@
+"""A stand-in for the hub on 127.0.0.1: what huggingface_hub asks of it, no more; and connections that are cut."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+TOKEN = "hf_goodtoken"
+LARGE = (".safetensors", ".bin")  # kept apart, as by git-lfs
+
+
+@dataclass
+class Repository:
+    """Revisions of a model, each a directory; `access` is open, gated or private."""
+
+    revisions: dict[str, Path]
+    access: str = "open"
+
+    def commit(self, revision: str) -> str | None:
+        """The commit of a branch or tag, or of itself; None where there is none."""
+        commits = {name: hashlib.sha1(name.encode()).hexdigest() for name in self.revisions}
+        return commits.get(revision) or next((commit for commit in commits.values() if commit == revision), None)
+
+    def files(self, commit: str) -> dict[str, Path]:
+        root = next(path for name, path in self.revisions.items() if self.commit(name) == commit)
+        return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@dataclass
+class Hub:
+    """What the stand-in holds. Answers with a file end after `cut` bytes, as often as `cuts` says."""
+
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    cuts: int = 0
+    cut: int = 0
+    asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
+    endpoint: str = ""
+
+    def ranges(self, name: str) -> list[str]:
+        """The ranges in which a file was asked for, "" for all of it."""
+        return [part for method, path, part in self.asked if method == "GET" and path.endswith(f"/{name}")]
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            where = urlsplit(self.path)
+            hub.asked.append((self.command, where.path, self.headers.get("Range", "")))
+            parts = [part for part in where.path.split("/") if part]
+            listing = parts[:2] == ["api", "models"]
+            owner, name, *rest = parts[2:] if listing else parts
+            repository = hub.repositories.get(f"{owner}/{name}")
+            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            if repository is None or (repository.access == "private" and not known):
+                return self.answer(401 if not known else 404, {"X-Error-Code": "RepoNotFound"})
+            if repository.access == "gated" and not known and not listing:
+                return self.answer(401, {"X-Error-Code": "GatedRepo"})
+            commit = repository.commit(rest[1] if rest else "main")
+            if commit is None:
+                return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+            files = repository.files(commit)
+            if not listing:
+                return self.send_file(files.get("/".join(rest[2:])), commit)
+            entries = [described(name, path) for name, path in files.items()]
+            if rest[:1] == ["tree"]:
+                kept = ("type", "path", "size", "oid", "lfs")
+                return self.answer(200, {}, [{key: entry[key] for key in kept if key in entry} for entry in entries])
+            if "blobs" not in parse_qs(where.query):
+                entries = [{"rfilename": entry["rfilename"]} for entry in entries]
+            return self.answer(200, {}, {"id": f"{owner}/{name}", "sha": commit, "siblings": entries})
+
+        def send_file(self, path: Path | None, commit: str) -> None:
+            if path is None:
+                return self.answer(404, {"X-Error-Code": "EntryNotFound"})
+            data, tag = path.read_bytes(), described("", path)
+            oid = tag["lfs"]["sha256"] if "lfs" in tag else tag["oid"]
+            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+            headers = {"ETag": f'"{oid}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            if start:
+                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            self.send_response(206 if start else 200)
+            for name, value in {**headers, "Content-Length": str(len(data) - start)}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if hub.cuts and path.suffix in LARGE:
+                hub.cuts -= 1
+                self.wfile.write(data[start : start + hub.cut])
+                self.wfile.flush()
+                self.close_connection = True
+                return
+            self.wfile.write(data[start:])
+
+        def answer(self, status: int, headers: dict[str, str], content: Any = None) -> None:
+            body = json.dumps(content if content is not None else {"error": "no"}).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Type": "application/json", "Content-Length": len(body)}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def described(name: str, path: Path) -> dict[str, Any]:
+    """A file as the hub lists it."""
+    data = path.read_bytes()
+    oid = hashlib.sha1(data).hexdigest()
+    entry: dict[str, Any] = {"type": "file", "path": name, "rfilename": name, "size": len(data), "oid": oid}
+    if path.suffix in LARGE:
+        digest = hashlib.sha256(data).hexdigest()
+        entry["lfs"] = {"oid": digest, "sha256": digest, "size": len(data), "pointerSize": 130}
+    return {**entry, "blobId": oid}

@@ -1,0 +1,165 @@
+"""Models on the hub, from a stand-in on this machine: what is fetched, what is resumed, and what is said."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cli_steps import Tiny, fails, flags, succeeds
+from stand_in_hub import TOKEN, Hub, Repository, serving
+
+from sasa_export.errors import OpenError
+from sasa_export.models import open_source
+from sasa_export.report import Silent
+
+NAME = "somebody/tiny-llava"
+
+
+class Bars(Silent):
+    """Remembers the progress that it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, str, list[int]]] = []
+
+    @contextmanager
+    def bar(self, total: int, label: str) -> Iterator[Callable[[int], None]]:
+        steps: list[int] = []
+        self.told.append((total, label, steps))
+        yield steps.append
+
+
+@pytest.fixture
+def hub(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with a sharded LLaVA under old names, in two revisions, with what else repositories hold beside it."""
+    from huggingface_hub import constants
+
+    revisions = {}
+    for name, seed in (("main", 0), ("v1", 1)):
+        revisions[name] = Path(shutil.copytree(tiny_model("llava", shards=3, seed=seed), tmp_path / name))
+        for other in ("original/consolidated.safetensors", "onnx/config.json", "pytorch_model.bin", "model.gguf"):
+            (revisions[name] / other).parent.mkdir(exist_ok=True)
+            (revisions[name] / other).write_bytes(b"{}")
+        (revisions[name] / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    assert "language_model.model.layers" in (revisions["main"] / "model.safetensors.index.json").read_text()
+    with serving(Hub({NAME: Repository(revisions)})) as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        template = found.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # bytes, which come in whole or not at all
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between two tries
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield found
+
+
+def test_a_patch_of_a_model_on_the_hub(hub: Hub, probe: Path, place: Path) -> None:
+    """Only its own files come down; manifest and card name the commit, and a second run asks for no file again."""
+    succeeds(*flags(NAME, place / "out", probe=probe, verify="files"))
+    commit = hub.repositories[NAME].commit("main")
+    manifest = json.loads((place / "out" / "sasa-export.json").read_text())
+    assert (manifest["options"]["model"], manifest["commit"]) == (NAME, commit)
+    card = (place / "out" / "README.md").read_text()
+    assert f"base_model: {NAME}" in card and f"commit `{commit}`" in card
+    asked = {path.partition("/resolve/")[2].partition("/")[2] for _, path, _ in hub.asked if "/resolve/" in path}
+    assert {"config.json", "tokenizer.json", "model-00001-of-00004.safetensors"} <= asked
+    unwanted = ("original", "onnx", "pytorch_model", "gguf")
+    assert not [name for name in asked if name.startswith(unwanted) or name.endswith(unwanted)]
+    hub.asked.clear()
+    succeeds(*flags(NAME, place / "again", probe=probe, verify="files"))
+    assert not [path for method, path, _ in hub.asked if method == "GET" and "/resolve/" in path]
+    hub.repositories.clear()  # and where the hub has lost it, what is here will do
+    succeeds(*flags(NAME, place / "offline", probe=probe, verify="files"))
+
+
+def test_a_revision(hub: Hub, probe: Path, place: Path) -> None:
+    weights = {}
+    for revision in ("v1", hub.repositories[NAME].commit("v1"), None):
+        given = {} if revision is None else {"revision": revision}
+        out = place / str(revision)
+        succeeds(*flags(NAME, out, probe=probe, verify="files", **given))
+        manifest = json.loads((out / "sasa-export.json").read_text())
+        assert manifest["commit"] == hub.repositories[NAME].commit(revision or "main")
+        weights[revision] = (out / "model-00001-of-00004.safetensors").read_bytes()
+    named, pinned, main = weights.values()
+    assert named == pinned != main
+    message = fails(*flags(NAME, place / "none", probe=probe, revision="v9"))
+    assert f"{NAME} has no revision 'v9'. See {hub.endpoint}/{NAME}/commits/main" in message
+
+
+def test_a_revision_of_what_is_on_no_hub(llava: Path, place: Path) -> None:
+    for model in (str(llava), "smol-llava"):
+        assert "--revision v1 is of a model on the hub" in fails(*flags(model, place / "out", revision="v1"))
+
+
+def test_progress_and_a_connection_that_is_cut(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """Within a run a file goes on where it was cut, and progress counts every byte once."""
+    hub.cuts, hub.cut = 2, 100_000
+    bars = Bars()
+    with caplog.at_level(logging.ERROR):
+        source = open_source(NAME, report=bars)
+    ((total, label, steps),) = bars.told
+    assert label == "fetch" and total == source.weight_bytes() == sum(steps)
+    first = hub.ranges("model-00001-of-00004.safetensors")
+    assert first == ["", "bytes=100000-", "bytes=200000-"]
+
+
+def test_a_run_that_a_connection_ends_and_the_next(hub: Hub, place: Path) -> None:
+    """The error is one line, and the next run asks for what is missing of the file alone."""
+    hub.cuts, hub.cut = 1, 100_000
+    name = "model-00001-of-00004.safetensors"
+
+    def cut_off(*arguments: object, **options: object) -> None:
+        hub.cuts, hub.cut = 99, 0
+
+    size = (hub.repositories[NAME].revisions["main"] / name).stat().st_size
+    assert size > 100_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.sleep", cut_off)  # behind the first cut, nothing comes any more
+        message = fails(*flags(NAME, place / "out"))
+    assert "could not be fetched from the hub" in message and "goes on where this one stopped" in message
+    hub.cuts = 0
+    hub.asked.clear()
+    open_source(NAME)
+    assert hub.ranges(name) == ["bytes=100000-"]
+
+
+def test_a_file_that_comes_down_damaged(hub: Hub, tmp_path: Path) -> None:
+    """What was kept of it is not what the hub has: it is removed, and the next run begins anew."""
+    hub.cuts, hub.cut = 99, 0
+    with pytest.raises(OpenError):
+        open_source(NAME)
+    (partial,) = (tmp_path / "cache").rglob("*.sasa-partial")
+    partial.write_bytes(b"something else")
+    hub.cuts = 0
+    with pytest.raises(OpenError, match="came down damaged and was removed"):
+        open_source(NAME)
+    assert open_source(NAME).weight_bytes() > 0
+
+
+def test_gated_and_private_models(hub: Hub, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says where to ask for access and how to log in; with a token they are fetched."""
+    hub.repositories[NAME].access = "gated"
+    message = fails(*flags(NAME, place / "out"))
+    assert f"{NAME} is gated. Ask for access at {hub.endpoint}/{NAME}, then log in with `hf auth login`" in message
+    hub.repositories[NAME].access = "private"
+    message = fails(*flags(NAME, place / "out"))
+    assert f"{NAME} is not at {hub.endpoint}, or private. Check the name; if it is private, log in" in message
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert open_source(NAME).commit == hub.repositories[NAME].commit("main")
+    assert "is not at" in fails(*flags("somebody/nothing", place / "out"))
+
+
+def test_a_directory_that_is_called_like_an_alias(llava: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is taken in silence, and both can be named."""
+    shutil.copytree(llava, place / "llava")
+    monkeypatch.chdir(place)
+    message = fails(*flags("llava", place / "out"))
+    assert (
+        "llava is an alias, and a directory here. Give ./llava for the directory, or llava-hf/llava-1.5-7b-hf"
+        in message
+    )
+    assert open_source("./llava").directory == Path("llava") and open_source("./llava").commit is None
