@@ -44,6 +44,7 @@ def serve(model: Path, *batches: list[dict[str, Any]], **options: Any) -> tuple[
 def environment(**more: str) -> dict[str, str]:
     single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_NO_USAGE_STATS": "1"}
+    own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # others may use the machine too
     return {**os.environ, **single, **own, **more}
 
 

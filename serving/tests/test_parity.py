@@ -53,7 +53,7 @@ def test_prefixes(model: Callable[[str], Model], name: str) -> None:
     for order in (prompts, prompts[::-1]):
         batches, counters = serve(guarded.directory, *([prompt] for prompt in order))
         found = [outcome for (outcome,) in (batches if order is prompts else batches[::-1])]
-        assert counters["vllm:prefix_cache_hits"] > 96 // 32 * 32 * (len(prompts) - 2)
+        assert counters["vllm:prefix_cache_hits"] >= 96 * (len(prompts) - 2)
         for outcome, expected in zip(found, alone, strict=True):
             assert outcome["probability"] == pytest.approx(expected["probability"], abs=1e-4)
             assert outcome["answers"] == expected["answers"]
@@ -63,8 +63,9 @@ def test_preemption(model: Callable[[str], Model]) -> None:
     """In a cache for a few requests, running ones are thrown out and come back: with their verdicts."""
     guarded = model("llava")
     prompts = [{**prompt, "params": {"max_tokens": 64, "ignore_eos": True}} for prompt in guarded.prompts]
+    small = {"max_model_len": 256, "num_gpu_blocks_override": 12, "enable_prefix_caching": False}
     (roomy,), _ = serve(guarded.directory, prompts)
-    (tight,), counters = serve(guarded.directory, prompts, num_gpu_blocks_override=16, enable_prefix_caching=False)
+    (tight,), counters = serve(guarded.directory, prompts, **small)
     assert counters["vllm:num_preemptions"] > 0
     for outcome, expected, prompt in zip(tight, roomy, prompts, strict=True):
         assert outcome["answers"] == expected["answers"]
