@@ -41,12 +41,12 @@ class GuardedModel:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_version()
+        if vllm_config.parallel_config.worker_cls != WORKER:
+            raise RuntimeError(f"this guarded model runs in {WORKER} alone, which `vllm serve` picks by itself.")
         check_engine(vllm_config)
         warn_of_causal_pictures(vllm_config)
         config = vllm_config.model_config.hf_config
         check_gate(check_settings(getattr(config, "sasa", None)))
-        if vllm_config.parallel_config.worker_cls != WORKER:
-            raise RuntimeError(f"this guarded model runs in {WORKER} alone, which `vllm serve` picks by itself.")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         follow_refusal(config, vllm_config.model_config.model)
         self.sasa = config.sasa
