@@ -12,7 +12,7 @@ PYTEST := -m pytest -n 2 --dist loadgroup
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow matrix fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu clean
+.PHONY: setup demo test test-slow matrix fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,29 @@ matrix:
 	@rm -f build/matrix.xml
 	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/test_matrix.py
 	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
+
+# sasa-vllm needs vLLM, whose dependencies clash with those of sasa-export: an environment of its own, with vLLM for CPUs.
+VLLM := build/vllm-venv
+VLLM_STAMP := $(VLLM)/.installed
+$(VLLM_STAMP): serving/pyproject.toml serving/constraints.txt serving/tests/torchvision_on_cpu.py
+	@echo "Installing into $(VLLM); on an empty machine this takes two minutes or more."
+	@test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c serving/constraints.txt -e './serving[cpu,test]'
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@cp serving/tests/torchvision_on_cpu.py "$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/sitecustomize.py"
+	@touch $@
+
+# Fifteen minutes on two quiet cores. Writes the table of what was tried to get around the gate.
+test-vllm: setup $(VLLM_STAMP)
+	@cd serving && SASA_VLLM_TABLE=$(CURDIR)/docs/vllm-bypass.md $(ALONE) ../$(VLLM)/bin/python -m pytest $(ARGS)
+
+soak-vllm: setup $(VLLM_STAMP)
+	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving llava
+	@$(ALONE) $(VLLM)/bin/python serving/tests/soak.py build/serving/llava
+
+bench-vllm: setup $(VLLM_STAMP)
+	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving smol
+	@$(ALONE) $(VLLM)/bin/python benchmarks/vllm_cost.py build/serving/smol --out docs/vllm-cost.md
 
 # More inputs than the test suite tries, every fault, and the tables of what was tried.
 FUZZED := $(addprefix tests/test_,artefact.py fail_closed.py faults.py feeding.py fuzz_*.py source_files.py)

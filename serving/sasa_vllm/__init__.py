@@ -1,0 +1,20 @@
+"""Serve models that sasa-export patched on vLLM, with their gate.
+
+| file | what it does |
+|---|---|
+| `formulas.py`, `settings.py` | copies of the files in sasa_export/runtime, held identical by a test |
+| `config.py` | opens a patched config.json, and refuses engines that the gate could not guard |
+| `models.py` | extends vLLM's class of each family by the second lane |
+| `gate.py` | the verdict of each request, and the refusal in place of its answer |
+| `worker.py` | puts the gate around the sampler, behind everything that a request may set |
+| `requests.py` | refuses requests that could only be answered wrongly, with an error that says why |
+| `metrics.py` | counters and a histogram on vLLM's own /metrics |
+"""
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes; whatever serves other models stays as it was."""
+    from sasa_vllm import config, requests
+
+    config.register()
+    requests.register()

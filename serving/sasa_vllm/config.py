@@ -1,0 +1,105 @@
+"""What vLLM may load: patched directories as sasa-export wrote them, in an engine that the gate can guard."""
+
+from typing import Any
+
+import transformers
+import vllm
+from transformers import AutoConfig
+from vllm import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+from sasa_vllm import metrics
+from sasa_vllm.settings import GuardedConfig
+
+TESTED = ("0.32.0",)  # versions of vLLM on which the tests of this package pass
+WORKER = "sasa_vllm.worker.GuardedWorker"
+
+# The transformers configuration of each family that is supported, and vLLM's class for it.
+FAMILIES = {
+    "LlavaConfig": "LlavaForConditionalGeneration",
+    "LlavaNextConfig": "LlavaNextForConditionalGeneration",
+    "Qwen2_5_VLConfig": "Qwen2_5_VLForConditionalGeneration",
+    "SmolVLMConfig": "SmolVLMForConditionalGeneration",
+    "Idefics3Config": "Idefics3ForConditionalGeneration",
+    "Gemma3Config": "Gemma3ForConditionalGeneration",
+}
+
+
+def register() -> None:
+    """Make patched directories known to transformers and vLLM, by the names that stand in their config.json."""
+    for config_name, model_name in FAMILIES.items():
+        config = guarded_config(getattr(transformers, config_name))
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        name = f"Sasa{model_name}"
+        ModelRegistry.register_model(name, f"sasa_vllm.models:{name}")
+        MODELS_CONFIG_MAP[name] = GuardedEngine
+
+
+def guarded_config(stock: Any) -> Any:
+    """The configuration class of a patched directory. What it reads becomes the family's own, since vLLM asks for the
+    family by that; the settings of SASA stay in its attribute `sasa`."""
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        check_version()
+        read = super(guarded, cls).from_dict(config_dict, **kwargs)
+        config = read[0] if isinstance(read, tuple) else read
+        check_gate(config.sasa)
+        config.__class__, config.model_type = stock, stock.model_type
+        return read
+
+    guarded = type(f"Sasa{stock.__name__}", (GuardedConfig, stock), {"model_type": f"sasa_{stock.model_type}"})
+    guarded.from_dict = classmethod(from_dict)
+    return guarded
+
+
+def check_version() -> None:
+    """Raise ImportError on a vLLM that the gate was never tried on."""
+    if vllm.__version__.split("+")[0] not in TESTED:
+        raise ImportError(
+            f"vLLM {vllm.__version__} is installed, and the gate of this model was tried on {', '.join(TESTED)} alone: "
+            f"another version may answer past it. Install vllm=={TESTED[-1]}, or a newer sasa-vllm."
+        )
+
+
+def check_gate(sasa: dict[str, Any]) -> None:
+    """Raise ValueError on a mode of the gate that is not known here."""
+    mode = sasa.get("gate", "enforce")
+    if mode != "enforce":
+        raise ValueError(f"config.sasa has the gate {mode!r}, which sasa-vllm does not know. Set 'enforce'.")
+
+
+class GuardedEngine(VerifyAndUpdateConfig):
+    """What vLLM calls when an engine is set up, before any process of it starts."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        check_engine(vllm_config)
+        vllm_config.parallel_config.worker_cls = WORKER
+        metrics.collect()
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise ValueError where an option lets the engine answer past the gate, or was never tried with it."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    refused = {
+        "--speculative-config": vllm_config.speculative_config,
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--enable-dbo": parallel.enable_dbo,
+        f"--worker-cls {parallel.worker_cls}": parallel.worker_cls not in ("auto", WORKER),
+        "--enable-lora": vllm_config.lora_config,
+        "--kv-transfer-config": vllm_config.kv_transfer_config,
+        "--ec-transfer-config": vllm_config.ec_transfer_config,
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
+        f"--runner {model.runner_type}": model.runner_type != "generate",
+        "--enable-trace-replay": model.enable_trace_replay,
+        "--return-sampling-mask": model.return_sampling_mask,
+        "--logits-processors": model.logits_processors,
+        f"--load-format {vllm_config.load_config.load_format}": vllm_config.load_config.load_format == "dummy",
+        "VLLM_USE_V2_MODEL_RUNNER=1 (the default on GPUs; set it to 0)": vllm_config.use_v2_model_runner,
+    }
+    for option, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"{option}: not with this guarded model, whose gate could not judge there. Start without.")

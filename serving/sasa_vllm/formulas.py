@@ -1,0 +1,37 @@
+"""The idea on one page: the formulas of SASA (arXiv 2507.21637), with h_s and h_f the outputs of blocks s and f.
+
+project(h_s, h_f)     = <h_s, h_f> / max(|h_f|^2, epsilon) * h_f       # (batch, tokens, hidden), float32
+second_lane(p)        = norm(block_{L-1}(... block_{s+1}(p)))[judged]  # (batch, hidden), the main lane's weights
+unsafe_probability(x) = sigmoid(w . x + b)                             # (batch,)
+gate(logits, verdict) = logits, or the next token of the refusal       # (batch, kept, vocabulary)
+"""
+
+import torch
+from torch import Tensor
+
+# Logits of a refused row. The order is what counts: where a generation option forbids the wanted token, another
+# token of the refusal follows, and where none is left the answer ends.
+WANTED, REFUSAL, END, OTHER = 0.0, -5e2, -1e3, -1e4
+
+
+def project(safety: Tensor, semantic: Tensor, epsilon: float) -> Tensor:
+    """The component of the safety state along the semantic state, token by token (the paper's Eq. 8), computed in
+    float32, since |h_f|^2 overflows half precision at massive activations."""
+    h_s, h_f = safety.float(), semantic.float()  # (batch, tokens, hidden)
+    alpha = (h_s * h_f).sum(-1, keepdim=True) / (h_f * h_f).sum(-1, keepdim=True).clamp_min(epsilon)
+    return (alpha * h_f).to(semantic.dtype)  # (batch, tokens, hidden)
+
+
+def unsafe_probability(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logistic regression on the second lane's state (..., features): P(unsafe), (...), float32."""
+    return torch.sigmoid((state.float() * weight.float()).sum(-1) + bias.float())
+
+
+def gate(logits: Tensor, wanted: Tensor, refused: Tensor, refusal: tuple[int, ...]) -> Tensor:
+    """Logits (batch, kept, vocabulary), forced to the `wanted` token of the refusal where a position is `refused`,
+    (batch, kept) both, and else untouched. The `refusal` has the end of sequence last."""
+    others = torch.full(logits.shape[-1:], OTHER, dtype=logits.dtype, device=logits.device)  # (vocabulary,)
+    others[list(refusal)] = REFUSAL
+    others[refusal[-1]] = END
+    forced = others.expand_as(logits).scatter(-1, wanted.unsqueeze(-1), WANTED)  # (batch, kept, vocabulary)
+    return torch.where(refused.unsqueeze(-1), forced, logits)

@@ -1,0 +1,117 @@
+"""The verdict of each request, and the refusal in place of its answer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+
+from sasa_vllm.formulas import gate
+from sasa_vllm.metrics import Metrics
+from sasa_vllm.requests import begins_answer
+
+logger = init_logger("vllm.sasa")
+
+
+@dataclass
+class Request:
+    """What the gate knows of a request."""
+
+    prompt: int  # tokens
+    seen: int = 0  # tokens, at the end of the step that runs
+    refused: bool | None = None  # None before the verdict
+
+
+class Gate:
+    """The gate of one worker. The scheduler says what runs in a step, the model what P(unsafe) is, and the sampler asks
+    for the rows that are refused.
+
+    A verdict is due where a step ends with a request's prompt. It stays until the request is finished: over preemption,
+    and whatever comes between.
+    """
+
+    def __init__(self, sasa: dict[str, Any], metrics: Metrics) -> None:
+        self.sasa, self.metrics = sasa, metrics
+        self.requests: dict[str, Request] = {}
+        self.probability: torch.Tensor | None = None  # (rows,), of the step that runs
+
+    def schedule(self, step: Any) -> None:
+        """Follow the requests of a step (vLLM's SchedulerOutput)."""
+        for name in step.finished_req_ids:
+            self.requests.pop(name, None)
+        going_on = step.scheduled_cached_reqs
+        computed = dict(zip(going_on.req_ids, going_on.num_computed_tokens, strict=True))
+        for new in step.scheduled_new_reqs:
+            computed[new.req_id] = new.num_computed_tokens
+            known = self.requests.get(new.req_id)
+            if known is None or known.prompt != new.prompt_len:  # else it comes back with its verdict
+                self.requests[new.req_id] = self._first_seen(new)
+        for name, count in step.num_scheduled_tokens.items():
+            self.requests[name].seen = computed[name] + count
+
+    def _first_seen(self, new: Any) -> Request:
+        # The frontend refuses these with an error (requests.py). Should one come this far, it is not answered.
+        new.sampling_params.prompt_logprobs = new.sampling_params.prompt_logprob_token_ids = None
+        unfit = new.prompt_token_ids is None or begins_answer(self.sasa, new.prompt_token_ids)
+        return Request(new.prompt_len, refused=True if unfit else None)
+
+    def refused(self, names: list[str]) -> dict[int, int]:
+        """The rows of the requests `names` that are refused, and the token of the refusal that each has to say."""
+        probability, self.probability = self.probability, None
+        if probability is None or len(probability) != len(names):
+            raise RuntimeError("the gate did not see P(unsafe) of the tokens that are sampled, so nothing is.")
+        rows = [self.requests.get(name) for name in names]
+        due = [row for row, known in enumerate(rows) if known and known.refused is None and known.seen == known.prompt]
+        if due:
+            # From the first worker, so that all of them say the same where rounding differs.
+            probability = get_tp_group().broadcast(probability.contiguous(), src=0)
+            for row, value in zip(due, probability[due].tolist(), strict=True):
+                self._judge(names[row], rows[row], value)
+        tokens = self.sasa["refusal_token_ids"]
+        wanted = {}
+        for row, known in enumerate(rows):
+            said = 0 if known is None else known.seen - known.prompt  # tokens; below 0 within the prompt
+            if known is None or known.refused or (known.refused is None and said >= 0):
+                wanted[row] = tokens[min(max(said, 0), len(tokens) - 1)]
+        return wanted
+
+    def _judge(self, name: str, request: Any, probability: float) -> None:
+        request.refused = not probability < self.sasa["threshold"]  # NaN could not be judged
+        self.metrics.count(probability, request.refused)
+        verdict = "refused" if request.refused else "allowed"
+        logger.debug("%s %s: P(unsafe) = %.6f, threshold %.4f", verdict, name, probability, self.sasa["threshold"])
+
+
+class GatedSampler:
+    """The runner's sampler, with the gate before it, so that no logprob tells what would have been answered, and behind
+    it, so that nothing a request sets comes after the gate."""
+
+    def __init__(self, sampler: Any, gate: Gate, runner: Any) -> None:
+        self.sampler, self.gate, self.runner = sampler, gate, runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+    def __call__(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        names = self.runner.input_batch.req_ids
+        if not names:  # a run on made up inputs, while the engine starts
+            return self.sampler(logits, *args, **kwargs)
+        wanted = self.gate.refused(names)
+        if not wanted:
+            return self.sampler(logits, *args, **kwargs)
+        output = self.sampler(self.forced(logits, wanted), *args, **kwargs)
+        rows = torch.tensor(list(wanted), device=logits.device)  # (refused,)
+        tokens = torch.tensor(list(wanted.values()), device=logits.device)  # (refused,)
+        output.sampled_token_ids[rows, 0] = tokens.to(output.sampled_token_ids.dtype)
+        told = output.logprobs_tensors
+        if told is not None and told.logprob_token_ids.numel():
+            told.logprob_token_ids[rows, 0] = tokens.to(told.logprob_token_ids.dtype)
+        return output
+
+    def forced(self, logits: torch.Tensor, wanted: dict[int, int]) -> torch.Tensor:
+        """The logits (rows, vocabulary), those of the rows in `wanted` made to say its tokens."""
+        places = [[wanted.get(row, 0)] for row in range(len(logits))]
+        refused = [[row in wanted] for row in range(len(logits))]
+        token, mask = (torch.tensor(values, device=logits.device) for values in (places, refused))  # (rows, 1)
+        return gate(logits[:, None], token, mask, tuple(self.gate.sasa["refusal_token_ids"]))[:, 0]

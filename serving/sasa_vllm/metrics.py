@@ -1,0 +1,48 @@
+"""How many prompts were judged and refused, and how P(unsafe) is spread, on vLLM's own /metrics.
+
+Verdicts fall in a worker, and /metrics is answered by another process. prometheus_client has files for that: each
+process writes its own into one directory, and a collector adds them up.
+"""
+
+import os
+import tempfile
+
+from prometheus_client import REGISTRY, Counter, Histogram, values
+from prometheus_client.multiprocess import MultiProcessCollector
+
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # where vLLM's own multi-process metrics lie, if it has several API servers
+OURS = "SASA_VLLM_METRICS"  # "<process id of the frontend>:<directory>"
+
+
+def collect() -> None:
+    """Called in the frontend before any worker starts: let /metrics tell what workers write."""
+    if OURS in os.environ:
+        return
+    directory = os.environ.get(DIRECTORY)
+    if directory is None:  # /metrics is then answered from the registry of this process
+        directory = tempfile.mkdtemp(prefix="sasa-vllm-")
+        REGISTRY.register(MultiProcessCollector(None, path=directory))
+    os.environ[OURS] = f"{os.getpid()}:{directory}"
+
+
+class Metrics:
+    """The metrics of one worker; several workers judge the same prompts, and one of them is `reporting`."""
+
+    def __init__(self, *, reporting: bool) -> None:
+        self.reporting = reporting
+        if not reporting:
+            return
+        frontend, _, directory = os.environ.get(OURS, "").partition(":")
+        if directory and frontend != str(os.getpid()):
+            os.environ.setdefault(DIRECTORY, directory)
+            values.ValueClass = values.MultiProcessValue()
+        self.judged = Counter("sasa:prompts_judged", "Prompts that were judged.")
+        self.refused = Counter("sasa:prompts_refused", "Prompts that were refused.")
+        steps = [step / 20 for step in range(1, 21)]
+        self.spread = Histogram("sasa:unsafe_probability", "P(unsafe) of the prompts that were judged.", buckets=steps)
+
+    def count(self, probability: float, refused: bool) -> None:
+        if self.reporting:
+            self.judged.inc()
+            self.refused.inc(refused)
+            self.spread.observe(probability)

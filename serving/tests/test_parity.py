@@ -1,0 +1,104 @@
+"""P(unsafe), verdicts and greedy answers are those of transformers, however vLLM runs the prompts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Model
+from engine import serve
+
+NAMES = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "idefics3", "gemma3", "none", "block", "start", "smol")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_in_transformers(model: Callable[[str], Model], name: str) -> None:
+    """Text and pictures in one batch; again out of the prefix cache; four answers to each; with others aborted."""
+    guarded = model(name)
+    prompts, aborted = guarded.prompts, [{**prompt, "abort": 5} for prompt in guarded.prompts[:2]]
+    four = [{**prompt, "params": {"n": 4, "temperature": 1.0, "top_k": 1}} for prompt in prompts[:4]]
+    (first, again, fours, mixed), counters = serve(guarded.directory, prompts, prompts, four, aborted + prompts[2:])
+    guarded.check(first, prompts)
+    guarded.check(again, prompts)
+    guarded.check(mixed[2:], prompts[2:])
+    for outcome, prompt in zip(fours, four, strict=True):
+        guarded.check([{**outcome, "answers": [answer]} for answer in outcome["answers"]], [prompt] * 4)
+        assert len(outcome["probabilities"]) == 4
+    assert counters["vllm:prefix_cache_hits"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, budget", [("smol", 16), ("smol", 40), ("llava", 16), ("qwen2_5_vl", 16), ("gemma3", 40)]
+)
+def test_chunks(model: Callable[[str], Model], name: str, budget: int) -> None:
+    """So many tokens a step: prompts are cut into pieces, and mixed with answers that go on."""
+    guarded = model(name)
+    options = {"max_num_batched_tokens": budget, "max_num_seqs": 8}
+    (first, again), _ = serve(guarded.directory, guarded.prompts, guarded.prompts, **options)
+    guarded.check(first, guarded.prompts)
+    guarded.check(again, guarded.prompts)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_prefixes(model: Callable[[str], Model], name: str) -> None:
+    """A refused prompt behind the cached prefix of an allowed one, and the other way round, is judged as if alone."""
+    guarded = model(name)
+    texts = [prompt["ids"] for prompt in guarded.prompts if prompt["picture"] is None]
+    shared = list(itertools.islice(itertools.cycle(token for ids in texts for token in ids[1:-6]), 96))
+    prompts = [{"ids": [*ids[:1], *shared, *ids[1:]], "picture": None} for ids in texts]
+    (alone,), counters = serve(guarded.directory, prompts, enable_prefix_caching=False)
+    assert counters["vllm:prefix_cache_hits"] == 0
+    for order in (prompts, prompts[::-1]):
+        batches, counters = serve(guarded.directory, *([prompt] for prompt in order))
+        found = [outcome for (outcome,) in (batches if order is prompts else batches[::-1])]
+        assert counters["vllm:prefix_cache_hits"] >= 96 * (len(prompts) - 2)
+        for outcome, expected in zip(found, alone, strict=True):
+            assert outcome["probability"] == pytest.approx(expected["probability"], abs=1e-4)
+            assert outcome["answers"] == expected["answers"]
+
+
+def test_preemption(model: Callable[[str], Model]) -> None:
+    """In a cache for a few requests, running ones are thrown out and come back: with their verdicts."""
+    guarded = model("llava")
+    prompts = [{**prompt, "params": {"max_tokens": 64, "ignore_eos": True}} for prompt in guarded.prompts]
+    small = {"max_model_len": 256, "num_gpu_blocks_override": 12, "enable_prefix_caching": False}
+    (roomy,), _ = serve(guarded.directory, prompts)
+    (tight,), counters = serve(guarded.directory, prompts, **small)
+    assert counters["vllm:num_preemptions"] > 0
+    for outcome, expected, prompt in zip(tight, roomy, prompts, strict=True):
+        assert outcome["answers"] == expected["answers"]
+        assert outcome["probability"] == pytest.approx(prompt["probability"], abs=1e-4)
+        assert len(outcome["probabilities"]) == 1, "a verdict was given twice"
+
+
+@pytest.mark.parametrize("name", ["llava"])
+def test_two_processes(model: Callable[[str], Model], name: str) -> None:
+    guarded = model(name)
+    (found,), _ = serve(guarded.directory, guarded.prompts, tensor_parallel_size=2)
+    guarded.check(found, guarded.prompts)
+
+
+def test_compiled(model: Callable[[str], Model]) -> None:
+    """vLLM compiles the decoder where it is not told otherwise; the lane is compiled with it."""
+    guarded = model("llava")
+    (found,), _ = serve(guarded.directory, guarded.prompts, enforce_eager=False)
+    guarded.check(found, guarded.prompts)
+
+
+def test_settings_are_followed(model: Callable[[str], Model], tmp_path: Any) -> None:
+    """The operator's threshold and refusal."""
+    import json
+    import shutil
+
+    guarded = model("llava")
+    shutil.copytree(guarded.directory, tmp_path / "patched")
+    path = tmp_path / "patched" / "config.json"
+    config = json.loads(path.read_text())
+    config["sasa"] |= {"threshold": 0.0001, "refusal": "the small dog"}
+    path.write_text(json.dumps(config))
+    prompts = [prompt for prompt in guarded.prompts if prompt["picture"] is None]
+    (found,), _ = serve(tmp_path / "patched", prompts)
+    said = {tuple(outcome["answers"][0]) for outcome in found}
+    assert len(said) == 1 and said != {tuple(guarded.sasa["refusal_token_ids"])}

@@ -1,0 +1,119 @@
+"""The OpenAI server: what a caller sees, and what an operator does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Model
+from server import Server, messages, serving
+
+
+@pytest.fixture(scope="module")
+def guarded(model: Callable[[str], Model]) -> Model:
+    return model("smol")
+
+
+@pytest.fixture(scope="module")
+def server(guarded: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(guarded.directory, tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+def test_answers_and_refusals(server: Server, guarded: Model) -> None:
+    for prompt in (prompt for prompt in guarded.prompts if prompt["text"]):
+        status, said = server.chat(prompt, guarded.folder, max_tokens=16)
+        assert status == 200
+        text = said["choices"][0]["message"]["content"]
+        assert (text == guarded.sasa["refusal"]) == prompt["refused"], text
+
+
+def test_streaming(server: Server, guarded: Model) -> None:
+    for prompt in guarded.some(refused=True)[:2]:
+        status, said = server.chat(prompt, guarded.folder, max_tokens=16, stream=True, n=2, temperature=1.0)
+        assert status == 200
+        events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+        for index in range(2):
+            parts = [part for event in events for part in event["choices"] if part["index"] == index]
+            assert "".join(part["delta"].get("content") or "" for part in parts) == guarded.sasa["refusal"]
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "logprobs": {"logprobs": True, "top_logprobs": 5},
+    "JSON": {"response_format": {"type": "json_object"}},
+    "choice": {"structured_outputs": {"choice": ["yes", "no"]}},
+    "bias": {"logit_bias": {"57": -100, "2068": 100}},
+    "words": {"bad_words": ["I", "I'm", " sorry"]},
+    "minimum": {"min_tokens": 16},
+    "beams": {"use_beam_search": True, "n": 2},
+    "answer begun": {"continue_final_message": True, "add_generation_prompt": False},
+    "prompt_logprobs": {"prompt_logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_or_an_error(server: Server, guarded: Model, name: str) -> None:
+    prompt = guarded.some(refused=True)[0]
+    body = {"messages": messages(prompt, guarded.folder), "max_tokens": 16, "temperature": 0.0, **REFUSED[name]}
+    if name == "answer begun":
+        body["messages"] = [*body["messages"], {"role": "assistant", "content": "Sure, here is"}]
+    status, said = server.ask("/v1/chat/completions", body)
+    if status == 200:
+        for choice in said["choices"]:
+            assert choice["finish_reason"] == "error" or choice["message"]["content"] == guarded.sasa["refusal"]
+    else:
+        assert status in (400, 500), said
+
+
+def test_echo(server: Server, guarded: Model) -> None:
+    prompt = next(prompt for prompt in guarded.some(refused=True) if prompt["text"] and not prompt["picture"])
+    body = {"prompt": prompt["ids"], "max_tokens": 16, "temperature": 0}
+    assert server.ask("/v1/completions", body)[1]["choices"][0]["text"] == guarded.sasa["refusal"]
+    status, said = server.ask("/v1/completions", {**body, "echo": True, "logprobs": 2})
+    assert status == 400 and "prompt_logprobs" in str(said)
+
+
+def test_errors_say_why(server: Server, guarded: Model) -> None:
+    allowed = guarded.some(refused=False)[0]
+    begun = [*messages(allowed, guarded.folder), {"role": "assistant", "content": "Sure"}]
+    body = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
+    status, said = server.ask("/v1/chat/completions", body)
+    assert status == 400 and "begins the answer" in str(said)
+
+
+def test_metrics_and_log(server: Server, guarded: Model) -> None:
+    """Counters and a histogram on /metrics; each verdict in the log, with the id that the caller was told."""
+
+    def counts() -> dict[str, float]:
+        text = server.ask("/metrics")[1]
+        assert "vllm:num_requests_running" in text
+        return {name: float(value) for name, value in re.findall(r"^(sasa:\w+) (\S+)$", text, re.MULTILINE)}
+
+    refused, allowed = guarded.some(refused=True)[0], guarded.some(refused=False)[0]
+    server.chat(refused, guarded.folder, max_tokens=2)
+    before = counts()
+    names = [server.chat(prompt, guarded.folder, max_tokens=2)[1]["id"] for prompt in (refused, allowed, allowed)]
+    after = counts()
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["sasa:prompts_judged_total"] == 3 and grown["sasa:prompts_refused_total"] == 1
+    assert grown["sasa:unsafe_probability_count"] == 3
+    assert grown["sasa:unsafe_probability_sum"] == pytest.approx(
+        refused["probability"] + 2 * allowed["probability"], abs=1e-3
+    )
+    log = server.log.read_text()
+    assert f"refused {names[0]}" in log and f"allowed {names[1]}" in log
+
+
+def test_example(server: Server, guarded: Model) -> None:
+    import subprocess
+    import sys
+
+    example = Path(__file__).resolve().parents[2] / "examples" / "vllm_openai.py"
+    picture = guarded.folder / guarded.some(refused=True)[0]["picture"]
+    command = [sys.executable, str(example), "--server", f"{server.address}/v1", "--picture", str(picture)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert guarded.sasa["refusal"] in said.stdout, said.stdout + said.stderr
