@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from openai import APIConnectionError, OpenAI
 
@@ -34,9 +35,9 @@ def serving(model: str, port: int = 8000) -> Iterator[str]:
 def ask(client: OpenAI, picture: Path, words: str) -> None:
     """Print the answer to a picture and words, piece by piece."""
     url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": words}]
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": words}]
     (model,) = client.models.list().data
-    pieces = client.chat.completions.create(
+    pieces: Any = client.chat.completions.create(
         model=model.id, messages=[{"role": "user", "content": content}], max_tokens=64, temperature=0, stream=True
     )
     for piece in pieces:
