@@ -2,7 +2,7 @@
 
 | file | what it does |
 |---|---|
-| `formulas.py`, `settings.py` | copies of the files in sasa_export/runtime, held identical by a test |
+| `formulas.py`, `settings.py` | those of sasa_export/runtime, which the build puts here |
 | `config.py` | opens a patched config.json, and refuses engines that the gate could not guard |
 | `models.py` | extends vLLM's class of each family by the second lane |
 | `gate.py` | the verdict of each request, and the refusal in place of its answer |
