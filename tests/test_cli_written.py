@@ -102,7 +102,7 @@ def test_a_full_run(llava: Path, calibration: Path, place: Path) -> None:
     result = succeeds(*flags(llava, out, calibration=calibration, **options))
     assert "✗" not in result.stderr and "✓" in result.stderr and "48 prompts: AUC" in result.stderr
     scores = json.loads((out / "sasa-calibration.json").read_text())
-    assert {(figure["feature"], figure["channel"]) for figure in scores["figures"]} == {
+    assert {(figure["feature"], figure["part"]) for figure in scores["figures"]} == {
         (feature, channel) for feature in ("projected", "plain") for channel in ("text", "picture", "all")
     }
     harmless = [prompt["cross_validated"] for prompt in scores["prompts"] if prompt["label"] == 0]
@@ -110,7 +110,7 @@ def test_a_full_run(llava: Path, calibration: Path, place: Path) -> None:
     cases = json.loads((out / "sasa-verify" / "cases.json").read_text())["cases"]
     assert len(cases) == 16 and sum(case["image"] is not None for case in cases) == 8
     card = (out / "README.md").read_text()
-    assert "The threshold allows at most 10.0% of the harmless" in card and "Checked in a fresh process" in card
+    assert "allows at most 10.0% of the ordinary harmless prompts" in card and "Checked in a fresh process" in card
 
     again = script("verify", str(out))
     assert again.returncode == 0 and "✗" not in again.stderr, again.stderr
