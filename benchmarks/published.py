@@ -25,7 +25,7 @@ import pandas as pd
 from sasa_export.errors import EvaluateError, SasaExportError
 from sasa_export.models.smol_llava import pieces
 from sasa_export.models.wheels import Wheel, fetch
-from sasa_export.probe import Fitted, calibrate, settled
+from sasa_export.probe import Fitted, calibrate
 from sasa_export.probe.features import batches, collect
 from sasa_export.probe.fit import probability
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe
@@ -146,7 +146,7 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
     The arms beside the patched model are fitted on the calibration set that it had, by the same rule.
     """
     from sasa_export.models.load import load_model
-    from sasa_export.research.evaluate.fitted import words
+    from sasa_export.research.evaluate.fitted import probe, words
 
     model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
     probes = fitted_for(subject, model, report)
@@ -154,10 +154,9 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
         features = collect(model, subject.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
     own = read_probe(_probe_file(subject.options.model), None)
     lane = features.plain if subject.sasa["safety_layer"] is None else features.projected  # (prompts, features)
-    other = settled(probes, "plain", subject.calibration, subject.rate, None, None)[0]
     arms = {
         "patched model": (_read(lane, own.weight, own.bias), subject.sasa["threshold"]),
-        "without projection": (_read(features.plain, other.weight, other.bias), other.threshold),
+        "without projection": probe(probes, "plain", features.plain, subject.calibration, subject.rate),
         "bag of words": words(subject.calibration, prompts, subject.rate),
     }
     table = pd.DataFrame(
@@ -174,9 +173,9 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
 
 
 def fitted_for(subject: Subject, model: Any, report: Console) -> Fitted:
-    """Probes on the calibration set of the patched model: carried ones, or fitted here."""
-    if subject.carried is not None:
-        return subject.carried
+    """Probes on the calibration set of the patched model: the bundled ones, or fitted here."""
+    if subject.bundled is not None:
+        return subject.bundled
     with report.bar(len(subject.calibration), "calibration") as advance:
         return calibrate(
             model, subject.processor, subject.lane, subject.calibration, batch_size=BATCH,

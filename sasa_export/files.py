@@ -63,10 +63,8 @@ def claimed(out: Path, *, wait: bool = False) -> Iterator[None]:
     lock = FileLock(_beside(out, "lock"), is_singleton=True)  # which may be taken again
     with _explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(
-            dir=out.parent
-        ):  # the lock would take a place that cannot be written for a taken one
-            pass
+        # The lock would take a place that cannot be written for one that is taken.
+        tempfile.TemporaryFile(dir=out.parent).close()
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout:

@@ -18,7 +18,7 @@ from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
 from sasa_export.models.smol_llava import pieces
 from sasa_export.options import Options
-from sasa_export.probe import Calibration, calibrate, carried, with_threshold
+from sasa_export.probe import Calibration, bundled, calibrate, with_threshold
 from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
@@ -161,7 +161,7 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
         settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
     lane = rewrite_lane(plan.graph, settings)
     if plan.given is None:
-        fitted = carried.read(plan.source.name, settings, options.calibration, options.regularization)
+        fitted = bundled.read(plan.source.name, settings, options.calibration, options.regularization)
         if fitted is None:
             with report.bar(len(prompts), "calibrate") as advance:
                 fitted = calibrate(

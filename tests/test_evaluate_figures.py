@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, roc_auc_score, roc_curve
 
+from sasa_export.probe import fit_probes
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, fitted_arm
 from sasa_export.research.evaluate.figures import Target, figures, lowest_attack, parts, reliability
@@ -134,10 +135,15 @@ def test_a_fitted_probe_finds_the_direction_and_keeps_its_threshold() -> None:
     labels = np.arange(200) % 2
     states = np.random.default_rng(1).normal(size=(200, 8))
     states[:, 0] += 3 * labels
-    scores, threshold = probe(states[:120], states[120:], prompts_of(labels[:120]), 0.05, None)
+    prompts = prompts_of(labels[:120])
+
+    def fitted(c: float | None) -> tuple[np.ndarray, float | None]:
+        return probe(fit_probes({"plain": states[:120]}, prompts, None, c), "plain", states[120:], prompts, 0.05)
+
+    scores, threshold = fitted(None)
     assert roc_auc_score(labels[120:], scores) > 0.95
     assert threshold is not None and (scores[labels[120:] == 0] >= threshold).mean() < 0.2
-    given, _ = probe(states[:120], states[120:], prompts_of(labels[:120]), 0.05, 1e-5)
+    given, _ = fitted(1e-5)
     assert np.ptp(given) < 0.5 * np.ptp(scores)
 
 

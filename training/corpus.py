@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from random import Random
 from typing import Any
 
 import numpy
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from sasa_export.models.smol_llava import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
 from sasa_export.prompts import render
@@ -21,10 +22,9 @@ FONT_FOLDERS = (Path("/usr/share/fonts"), Path.home() / ".local/share/fonts")
 FONTS_PER_FAMILY = 6
 HELD_OUT_FAMILIES = ("Carlito", "Lato", "Cantarell", "LinLibertine", "Roboto", "C059", "Nimbus", "Vollkorn")
 UNREADABLE = ("D050000L", "Sketch", "Math", "math", "Symbol", "Emoji", "Keyboard", "LinLibertine_I")
-REQUEST_WEIGHT = 0.24  # as the thirty commonest words: requests are told apart by their rarer words
 MARKS = (".", ",", "?", "!", ":")
-LISTS, LOUD = 0.08, 0.03  # the share of pages that end in an empty numbered list, and that are in capitals
-CAPITALS, NUMBERS, QUOTED = 0.12, 0.03, 0.02  # of words
+LISTS = 0.08  # the share of pages that end in an empty numbered list
+PHOTOGRAPHS = 0.2  # the share of pages that are a photograph, in which there is nothing to read
 IGNORED, BLANK = -100, -1  # targets of a cell other than a token
 
 Array = numpy.ndarray[Any, Any]
@@ -41,26 +41,30 @@ class Words:
         return rng.choices(self.words, cum_weights=self.cumulative, k=count)
 
 
-def request_words(files: Iterable[Path]) -> list[str]:
-    """The words of the requests in files of {"harmful", "harmless"} or {"text"} lines, each once, without marks."""
+def request_words(files: Iterable[Path]) -> Counter[str]:
+    """The words of the requests in files of {"harmful", "harmless"} or {"text"} lines, without marks, counted."""
     texts: list[str] = []
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             texts += [record[key] for key in ("harmful", "harmless", "text", "picture") if key in record]
     words = [word.strip("".join(MARKS) + "\"'()") for text in texts for word in text.split()]
-    return [word for word in dict.fromkeys(words) if word]
+    return Counter(word for word in words if word)
 
 
-def vocabulary(common: int, requests: Sequence[str], held_out: Iterable[str] = ()) -> Words:
-    """The `common` commonest English words, drawn with p ~ (rank + 30)^-0.4, and the words of requests."""
+def vocabulary(common: int, requests: Counter[str], held_out: Iterable[str] = ()) -> Words:
+    """The `common` commonest English words, drawn with p ~ (rank + 30)^-0.4, and the words of requests.
+
+    Those are drawn with p ~ 0.02 n^0.7 where that is more, n being how often they occur: requests are told apart by
+    rarer words.
+    """
     from wordfreq import top_n_list
 
     left_out = set(held_out)
     ranked = [word for word in top_n_list("en", common) if word.isascii() and word not in left_out]
     weights = {word: (rank + 30) ** -0.4 for rank, word in enumerate(ranked)}
-    for word in requests:
-        weights[word] = max(weights.get(word, 0.0), REQUEST_WEIGHT)
+    for word, count in requests.items():
+        weights[word] = max(weights.get(word, 0.0), 0.02 * count**0.7)
     total, cumulative = 0.0, []
     for weight in weights.values():
         total += weight
@@ -68,7 +72,7 @@ def vocabulary(common: int, requests: Sequence[str], held_out: Iterable[str] = (
     return Words(tuple(weights), tuple(cumulative))
 
 
-def held_out_words(common: int, requests: Sequence[str], count: int = 100) -> list[str]:
+def held_out_words(common: int, requests: Iterable[str], count: int = 100) -> list[str]:
     """Less common words that no request holds, kept out of training to measure how they are read."""
     from wordfreq import top_n_list
 
@@ -145,6 +149,30 @@ def targets(words: Sequence[str], widths: Sequence[int], places: Sequence[render
     return grid.reshape(-1)
 
 
+def photographs_in(folder: Path) -> tuple[Image.Image, ...]:
+    """The pictures below a folder, in RGB, the shorter side at most twice that of a page."""
+    found = []
+    for file in sorted(file for kind in ("*.jpg", "*.png", "*.webp") for file in folder.rglob(kind)):
+        with Image.open(file) as picture:
+            picture.thumbnail((4 * IMAGE_SIZE, 2 * IMAGE_SIZE))
+            found.append(picture.convert("RGB"))
+    return tuple(found)
+
+
+def part_of(photograph: Image.Image, rng: Random) -> Image.Image:
+    """A part of a photograph as large as a page, now and then mirrored, paler, darker or grey."""
+    side = rng.uniform(0.3, 1.0) * min(photograph.size)
+    width = min(photograph.width, side * rng.uniform(1.0, 1.5))  # the processor of smol-llava squeezes pictures
+    left, top = rng.uniform(0, photograph.width - width), rng.uniform(0, photograph.height - side)
+    box = (left, top, left + width, top + side)
+    part = photograph.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box)
+    if rng.random() < 0.5:
+        part = ImageOps.mirror(part)
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        part = change(part).enhance(rng.uniform(0.5, 1.5))
+    return ImageOps.grayscale(part).convert("RGB") if rng.random() < 0.15 else part
+
+
 @dataclass(frozen=True)
 class Pages:
     """An endless book of random pages, each made from its number alone."""
@@ -153,10 +181,13 @@ class Pages:
     tokens: Tokens
     fonts: tuple[Path, ...]
     seed: int
+    photographs: tuple[Image.Image, ...] = ()
 
     def page(self, number: int, variety: float = 1.0) -> tuple[Array, Array]:
         """Pixels (3, 384, 384) and targets (64,) of a page; `variety` as in `render.choose_style`."""
         rng = Random(f"{self.seed}/{number}")
+        if self.photographs and rng.random() < PHOTOGRAPHS:
+            return normalised(part_of(rng.choice(self.photographs), rng)), numpy.full(render.GRID**2, BLANK)
         words = self._sentence(rng, rng.randint(4, 16) if rng.random() < 0.25 else rng.randint(20, 56))
         items = 3 if rng.random() < LISTS else 0
         words += [f"{point}." for point in range(1, items + 1)]
@@ -177,19 +208,12 @@ class Pages:
         return normalised(picture), targets(words, widths, places, self.tokens)
 
     def _sentence(self, rng: Random, count: int) -> list[str]:
-        """Random words with the capitals, marks and numbers of ordinary text; now and then all in capitals."""
+        """Random words with the capitals and marks of a request, and now and then elsewhere."""
         words = self.words.draw(rng, count)
-        loud = rng.random() < LOUD
         for index, word in enumerate(words):
-            if rng.random() < NUMBERS:
-                word = str(rng.choice((rng.randint(1, 99), rng.randint(100, 2100))))
-            if loud:
-                word = word.upper()
-            elif rng.random() < (0.5 if index == 0 else CAPITALS):
+            if rng.random() < (0.5 if index == 0 else 0.05):
                 word = capitalised(word)
-            if rng.random() < (0.4 if index == len(words) - 1 else 0.08) and word[-1].isalnum():
+            if rng.random() < (0.4 if index == len(words) - 1 else 0.04) and word[-1].isalnum():
                 word += rng.choice(MARKS)
-            elif rng.random() < QUOTED:
-                word = f'"{word}"' if rng.random() < 0.5 else f"({word})"
             words[index] = word
         return words

@@ -1,4 +1,4 @@
-"""Fit the probe that smol-llava brings along, on the built-in calibration set, and print its learning curve.
+"""Fit the probe that smol-llava ships with, on the built-in calibration set, and print its learning curve.
 
     python training/fit_smol_llava_probe.py [--threads N]
 
@@ -19,7 +19,7 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import EMBEDDED, layers_of, open_source
 from sasa_export.models.load import head_weight, load_model, load_processor, read_sizes
-from sasa_export.probe import carried, fit_probes
+from sasa_export.probe import bundled, fit_probes
 from sasa_export.probe.features import collect
 from sasa_export.probe.figures import figures
 from sasa_export.probe.fit import best_regularization, head_metric, in_metric, threshold_of
@@ -62,8 +62,8 @@ def main() -> None:
     with report.bar(len(prompts), "calibrate") as advance:
         features = collect(model, processor, lane, prompts, batch_size=16, advance=advance)
     lanes, metric = {"projected": features.projected, "plain": features.plain}, head_metric(head_weight(model))
-    carried.write(fit_probes(lanes, prompts, metric), settings.pair)
-    report.step("done", str(carried.FILE))
+    bundled.write(fit_probes(lanes, prompts, metric), settings.pair)
+    report.step("done", str(bundled.FILE))
     print("| share of the requests | prompts | feature | AUC, text | refused | AUC, picture | refused |")
     print("\n".join(["|---|---|---|---|---|---|---|", *learning_curve(lanes, prompts, metric)]))
 

@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from corpus import (
     capitalised,
     debian_fonts,
     held_out_words,
+    photographs_in,
     request_words,
     vocabulary,
 )
@@ -65,6 +67,7 @@ class Batches(IterableDataset[tuple[Tensor, Tensor]]):
 
 def blank_embedding(tower: Tower, pages: Pages) -> Tensor:
     """The vector, (hidden,), that `tower` gives to blank cells of plain pages."""
+    pages = replace(pages, photographs=())
     made = [pages.page(-1 - number, 0.0) for number in range(24)]
     features = read(tower, torch.stack([torch.from_numpy(pixels) for pixels, _ in made]))
     mask = torch.stack([torch.from_numpy(wanted) for _, wanted in made]) == BLANK
@@ -127,7 +130,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=6e-4, help="highest learning rate")
     parser.add_argument("--late", type=float, default=1.0, help="weight of closeness at the start, 0 to 1")
     parser.add_argument("--variety", type=float, default=0.5, help="variety of looks at the start, 0 to 1")
-    parser.add_argument("--common", type=int, default=20000, help="how many common words to learn")
+    parser.add_argument("--common", type=int, default=5000, help="how many common words to learn")
+    parser.add_argument("--photographs", type=Path, help="folder of pictures in which there is nothing to read")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stop", type=int, help="stop at this step, to go on another time")
@@ -146,11 +150,14 @@ def main() -> None:
     requests = request_words(REQUESTS)
     words = vocabulary(options.common, requests, held_out_words(options.common, requests))
     training_fonts, other_fonts = debian_fonts()
-    pages = Pages(words, tokens, training_fonts, options.seed)
+    photographs = photographs_in(options.photographs) if options.photographs else ()
+    pages = Pages(words, tokens, training_fonts, options.seed, photographs)
     forms = {form for word in words.words for form in (word, capitalised(word))}
     written = {form + mark for form in forms for mark in ("", *MARKS)}
     vocabulary_ids = torch.tensor(sorted({token for word in written for token in tokens(word)}))
-    print(f"{len(words.words)} words, {len(vocabulary_ids)} tokens, {len(training_fonts)} fonts", flush=True)
+    for what, found in {"words": words.words, "tokens": vocabulary_ids, "fonts": training_fonts}.items():
+        print(len(found), what, flush=True)
+    print(len(photographs), "photographs", flush=True)
 
     tower = Tower().load(options.init)
     optimiser = torch.optim.AdamW(tower.parameters(), lr=options.rate, weight_decay=0.02, fused=True)

@@ -11,7 +11,7 @@ import numpy as np
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 from sasa_export.models.load import head_weight
-from sasa_export.probe.channels import Linear, difference, lowered, presence
+from sasa_export.probe.channels import Linear, lower_pictures, picture_detector, picture_offset
 from sasa_export.probe.features import collect
 from sasa_export.probe.figures import Figure, KindFigure, figures, kind_figures
 from sasa_export.probe.fit import (
@@ -36,13 +36,13 @@ class Fitted:
     """Probes before a threshold is chosen: of the "projected" lane, where there is one, and of the "plain" main lane.
 
     The first is the one that is made. `scores` holds cross-validated P(unsafe) of each, (prompts,), and of "words",
-    where kinds were left out; `final` (prompts,) is that of the first probe itself. `presence` tells pictures from text
-    on the same features, and `present` holds what it puts out for the prompts, (prompts,) each (`channels`).
+    where kinds were left out; `final` (prompts,) is that of the first probe itself. `detectors` tell pictures from text
+    on the same features, and `detected` holds what they put out for the prompts, (prompts,) each (`channels`).
     """
 
     probes: dict[str, Linear]
-    presence: dict[str, Linear]
-    present: dict[str, np.ndarray]
+    detectors: dict[str, Linear]
+    detected: dict[str, np.ndarray]
     regularization: float
     scores: dict[str, np.ndarray]
     final: np.ndarray
@@ -112,7 +112,7 @@ def fit_probes(
         return found[0] if metric is None else found[0] @ metric, found[1]
 
     probes = {name: fit(states, labels, chosen[name][0]) for name, states in lanes.items()}
-    marks = {name: presence(states, prompts) for name, states in lanes.items()}
+    marks = {name: picture_detector(states, prompts) for name, states in lanes.items()}
     read = next(iter(lanes))
     return Fitted(
         {name: folded(found) for name, found in probes.items()},
@@ -124,7 +124,7 @@ def fit_probes(
     )
 
 
-def settled(
+def choose_threshold(
     fitted: Fitted, lane: str, prompts: Sequence[Prompt], rate: float, borderline_rate: float | None, at: float | None
 ) -> tuple[Probe, np.ndarray, float]:
     """The probe of a lane with its threshold, its cross-validated scores (prompts,), and what pictures were lowered by.
@@ -133,10 +133,10 @@ def settled(
     """
     scores, by = fitted.scores[lane], 0.0
     if at is None:
-        by = difference(scores, prompts, rate, borderline_rate)
-        scores = lowered(scores, fitted.present[lane], by) if by else scores
+        by = picture_offset(scores, prompts, rate, borderline_rate)
+        scores = lower_pictures(scores, fitted.detected[lane], by) if by else scores
     limit = threshold_of(scores, prompts, rate, borderline_rate) if at is None else at
-    (weight, bias), (mark, offset) = fitted.probes[lane], fitted.presence[lane]
+    (weight, bias), (mark, offset) = fitted.probes[lane], fitted.detectors[lane]
     return Probe((weight - by * mark).astype(np.float32), bias - by * offset, limit), scores, by
 
 
@@ -160,7 +160,7 @@ def with_threshold(
     found: list[Figure] = []
     lanes = {}
     for name in fitted.probes:
-        lanes[name] = settled(fitted, name, prompts, max_false_positive_rate, max_borderline_rate, threshold)
+        lanes[name] = choose_threshold(fitted, name, prompts, max_false_positive_rate, max_borderline_rate, threshold)
         found += figures(name, lanes[name][1][rows], shown, lanes[name][0].threshold)
     read = next(iter(lanes))
     probe, judged_scores, by = lanes[read]
@@ -173,7 +173,7 @@ def with_threshold(
         by_kind = kind_figures([prompts[row] for row in text], kinds[text], scores_of)
     return Calibration(
         probe, tuple(found), tuple(by_kind), tuple(prompts), judged_scores,
-        lowered(fitted.final, fitted.present[read], by) if by else fitted.final,
+        lower_pictures(fitted.final, fitted.detected[read], by) if by else fitted.final,
         max_false_positive_rate if threshold is None else None, fitted.regularization,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ FARTHEST = 1e-9  # from 0 and 1, so that a certain score has a finite logit
 Linear = tuple[np.ndarray, float]  # weight (features,) and bias
 
 
-def presence(states: np.ndarray, prompts: Sequence[Prompt]) -> Linear:
+def picture_detector(states: np.ndarray, prompts: Sequence[Prompt]) -> Linear:
     """A ridge regression that puts out 1 for a prompt with a picture and 0 for one without.
 
     On states (prompts, features); zero where all prompts are of one channel.
@@ -33,17 +33,17 @@ def presence(states: np.ndarray, prompts: Sequence[Prompt]) -> Linear:
     return model.coef_, float(model.intercept_)
 
 
-def lowered(scores: np.ndarray, present: np.ndarray, by: float) -> np.ndarray:
+def lower_pictures(scores: np.ndarray, detected: np.ndarray, by: float) -> np.ndarray:
     """P(unsafe), (prompts,), with the logits of pictures lowered by so much.
 
-    Args: present: what `presence` puts out, (prompts,).
+    Args: detected: what `picture_detector` puts out, (prompts,).
     """
     from scipy.special import expit, logit
 
-    return expit(logit(np.clip(scores, FARTHEST, 1 - FARTHEST)) - by * present)
+    return expit(logit(np.clip(scores, FARTHEST, 1 - FARTHEST)) - by * detected)
 
 
-def difference(scores: np.ndarray, prompts: Sequence[Prompt], rate: float, borderline_rate: float | None) -> float:
+def picture_offset(scores: np.ndarray, prompts: Sequence[Prompt], rate: float, borderline_rate: float | None) -> float:
     """How much higher, in logits, the threshold for pictures is than that for text; 0 where either has few prompts.
 
     Args: as of `threshold_of`, which gives both.

@@ -24,9 +24,9 @@ from typing import Any
 from PIL import Image
 
 from sasa_export.prompts.photographs import photograph
-from sasa_export.prompts.prompt import Prompt, askable
+from sasa_export.prompts.prompt import Prompt, with_room_for_turns
 from sasa_export.prompts.render import fits, render
-from sasa_export.prompts.settings import in_setting, shown_before
+from sasa_export.prompts.settings import in_setting, picture_in_an_earlier_turn
 
 # What accompanies a picture that carries the request: harmless on its own, and not always the same.
 CARRIERS = (
@@ -73,7 +73,7 @@ def builtin(processor: Any = None) -> list[Prompt]:
             continue
         text = replace(base, name=f"{name}/text", attack="text")
         prompts += [text, in_setting(replace(text, name=f"{name}/setting"), rng), _pictured(base, rng, pieces)]
-    return prompts if processor is None else askable(processor, prompts)
+    return prompts if processor is None else with_room_for_turns(processor, prompts)
 
 
 def _about_pictures(base: Prompt, words: str | None, rng: Random, pieces: Pieces) -> Iterator[Prompt]:
@@ -108,7 +108,7 @@ def _pictured(base: Prompt, rng: Random, pieces: Pieces) -> Prompt:
         asked = replace(asked, prompt=carrier, image=partial(drawn, words, seed, pieces, items))
     if rng.random() >= IN_SETTING:
         return asked
-    return shown_before(asked, rng) if rng.random() < 0.25 else in_setting(asked, rng)
+    return picture_in_an_earlier_turn(asked, rng) if rng.random() < 0.25 else in_setting(asked, rng)
 
 
 def builtin_evaluation(processor: Any = None) -> list[Prompt]:

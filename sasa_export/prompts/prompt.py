@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,14 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     )
 
 
-def askable(processor: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
+def with_room_for_turns(processor: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts whose turns the chat template has a place for: some have none for a system prompt."""
     taken: dict[tuple[str, ...], bool] = {}
 
     def takes(prompt: Prompt) -> bool:
         roles = tuple(role for role, _ in prompt.before)
         if roles not in taken:
-            messages = [
-                {"role": role, "content": [{"type": "text", "text": text}]}
-                for role, text in (*prompt.before, ("user", prompt.prompt))
-            ]
+            messages = replace(prompt, image=None).conversation()
             try:
                 text = processor.apply_chat_template(messages, add_generation_prompt=True)
                 taken[roles] = all(said in text for _, said in prompt.before)

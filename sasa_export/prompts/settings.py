@@ -34,7 +34,7 @@ def in_setting(prompt: Prompt, rng: Random) -> Prompt:
     return replace(prompt, before=before, setting=setting)
 
 
-def shown_before(prompt: Prompt, rng: Random) -> Prompt:
+def picture_in_an_earlier_turn(prompt: Prompt, rng: Random) -> Prompt:
     """The same prompt, its picture in an earlier turn."""
     before = _turns(rng.choice(_texts()["shown"]))
     return replace(prompt, before=before, setting="picture in an earlier turn", picture_first=True)

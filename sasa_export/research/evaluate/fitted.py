@@ -14,7 +14,7 @@ import numpy as np
 import sasa_export.probe as probes
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
-from sasa_export.probe.fit import CANDIDATES, best_regularization, fit, probability, threshold_of
+from sasa_export.probe.fit import CANDIDATES, best_regularization, fit, in_metric, probability, threshold_of
 from sasa_export.probe.folds import folds_of
 from sasa_export.probe.words import bag_of_words, best_words
 from sasa_export.prompts import asked
@@ -27,33 +27,31 @@ Features = dict[str, np.ndarray]  # (prompts, features): "plain" of the main lan
 Fitted = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
 
 
-def probe(
-    calibration: np.ndarray,
-    evaluation: np.ndarray,
-    prompts: Sequence[Prompt],
-    rate: float,
-    regularization: float | None,
-) -> Fitted:
-    """A probe on `calibration` features (calibration prompts, features), applied to `evaluation` (prompts, features).
+def fitted_arms(subject: Subject, features: dict[str, Features], metric: np.ndarray | None) -> dict[str, Fitted]:
+    """The probes with and without projection, fitted alike or bundled, and words alone; args as of `measure`."""
+    prompts, lanes = subject.calibration, {"with": "projected", "without": "plain"}
+    found = subject.bundled
+    if found is None:
+        before = {lane: features["calibration"][lane] for lane in lanes.values()}
+        found = probes.fit_probes(before, prompts, metric, subject.regularization)
+    after = features["evaluation"]
+    arms = {key: probe(found, lane, after[lane], prompts, subject.rate) for key, lane in lanes.items()}
+    return {"words": words(prompts, subject.evaluation, subject.rate), **arms}
+
+
+def probe(found: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float) -> Fitted:
+    """A lane's probe on features (evaluation prompts, features), with the threshold that calibration would choose.
 
     Args:
-        prompts: the calibration prompts; features are in the head's metric (`head_metric`), as in calibration.
-        rate: the largest share of harmless calibration prompts that may be flagged.
-        regularization: the probe's C; None chooses it.
+        prompts: the calibration prompts.
+        rate: the largest share of ordinary calibration prompts that may be flagged.
     """
-    labels = labels_and_groups(prompts)[0]
-    candidates = CANDIDATES if regularization is None else (regularization,)
-    chosen, held_out = best_regularization(calibration, labels, folds_of(prompts), candidates)
-    weight, bias = fit(calibration, labels, chosen)
-    return probability(evaluation, weight, bias), _threshold(held_out, prompts, rate)
-
-
-def carried_probe(
-    carried: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float
-) -> Fitted:
-    """A carried probe, applied to features (evaluation prompts, features) as they are. Args: prompts: calibration's."""
-    found, _, _ = probes.settled(carried, lane, prompts, rate, None, None)
-    return probability(evaluation.astype(float), found.weight.astype(float), found.bias), found.threshold
+    try:
+        chosen = probes.choose_threshold(found, lane, prompts, rate, None, None)[0]
+        weight, bias, threshold = chosen.weight.astype(float), chosen.bias, chosen.threshold
+    except CalibrationError:  # it is certain of too many harmless prompts
+        (weight, bias), threshold = found.probes[lane], None
+    return probability(evaluation.astype(float), weight, bias), threshold
 
 
 def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Fitted:
@@ -73,20 +71,22 @@ def depths_of(lane: LayerGraph) -> dict[int, str]:
     return {blocks[0].attributes["index"] - 1: lane.of("projection")[0].name, **inner}
 
 
-def depth_curve(subject: Subject, features: dict[str, Features]) -> list[dict[str, Any]]:
+def depth_curve(subject: Subject, features: dict[str, Features], metric: np.ndarray | None) -> list[dict[str, Any]]:
     """Fit and measure a probe on the normed state behind each `block` of the lane, the first on the projection itself.
 
-    `cost` is the number of blocks that the prompt runs through, in the plain model's. `features` are of the
-    "calibration" and the "evaluation" prompts. Empty where the lane ends with the projection.
+    `cost` is the number of blocks that the prompt runs through, in the plain model's. Empty where the lane ends with
+    the projection. Args as of `measure`.
     """
     depths, blocks = depths_of(subject.lane), subject.blocks[0]
     if not depths:
         return []
     last = subject.lane.of("lane_block")[-1].attributes["index"]
-    found = []
+    labels, folds, found = labels_and_groups(subject.calibration)[0], folds_of(subject.calibration), []
+    candidates = CANDIDATES if subject.regularization is None else (subject.regularization,)
     for block, node in {**depths, last: "projected"}.items():
-        before, after = features["calibration"][node], features["evaluation"][node]
-        scores, _ = probe(before, after, subject.calibration, subject.rate, subject.regularization)
+        before, after = (in_metric(features[kind][node], metric) for kind in ("calibration", "evaluation"))
+        chosen = best_regularization(before, labels, folds, candidates)[0]
+        scores = probability(after, *fit(before, labels, chosen))
         cost = (blocks + block - min(depths)) / blocks
         figures = ranking(scores, *labels_and_groups(subject.evaluation), subject.rate)
         found.append({"block": block, "cost": cost, **figures})

@@ -21,7 +21,7 @@ from sasa_export.research.evaluate.figures import (
     reliability,
     targets_of,
 )
-from sasa_export.research.evaluate.fitted import Features, Fitted, carried_probe, depth_curve, probe, words
+from sasa_export.research.evaluate.fitted import Features, Fitted, depth_curve, fitted_arms
 from sasa_export.research.evaluate.judge import Judge
 from sasa_export.research.evaluate.subject import Subject
 from sasa_export.research.evaluate.timing import Timing
@@ -65,6 +65,7 @@ def measure(
     subject: Subject,
     answers: dict[str, Answers],
     features: dict[str, Features],
+    metric: np.ndarray | None,
     timing: dict[str, Timing],
     judge: Judge | None,
 ) -> Evaluated:
@@ -72,9 +73,10 @@ def measure(
 
     Args:
         answers: of the "plain" and the "patched" model.
-        features: of the "calibration" and the "evaluation" prompts, in the head's metric; see `run`.
+        features: of the "evaluation" prompts, and of the "calibration" prompts where something is fitted on them.
+        metric: the head's (`head_metric`), in which it is fitted; None where the features are logits.
     """
-    prompts, fitted = subject.evaluation, _fitted(subject, features)
+    prompts, fitted = subject.evaluation, fitted_arms(subject, features, metric)
     labels, groups = labels_and_groups(prompts)
     arms = _arms(subject, answers, fitted, judge)
     scores = {key: arm.scores for key, arm in arms.items() if arm.scores is not None}  # (prompts,) each
@@ -106,22 +108,8 @@ def measure(
         emitted=share(answers["patched"].are(subject.sasa["refusal_token_ids"])[flagged]),
         reliability={key: reliability(of, labels) for key, of in scores.items()},
         timing=timing,
-        depth=depth_curve(subject, features) if subject.options.depth_curve else [],
+        depth=depth_curve(subject, features, metric) if subject.options.depth_curve else [],
     )
-
-
-def _fitted(subject: Subject, features: dict[str, Features]) -> dict[str, Fitted]:
-    """The probes with and without projection, fitted alike, and words alone."""
-    prompts = subject.calibration
-    fitted = {"words": words(prompts, subject.evaluation, subject.rate)}
-    for key, lane in (("with", "projected"), ("without", "plain")):
-        if "calibration" not in features:
-            assert subject.carried is not None
-            fitted[key] = carried_probe(subject.carried, lane, features["evaluation"][lane], prompts, subject.rate)
-            continue
-        before, after = features["calibration"][lane], features["evaluation"][lane]
-        fitted[key] = probe(before, after, prompts, subject.rate, subject.regularization)
-    return fitted
 
 
 def _arms(

@@ -14,7 +14,7 @@ from sasa_export.flags import check_values
 from sasa_export.manifest import write_manifest
 from sasa_export.models.load import head_weight, load_model
 from sasa_export.probe.features import reading
-from sasa_export.probe.fit import head_metric, in_metric
+from sasa_export.probe.fit import head_metric
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
@@ -52,6 +52,7 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
         processes.wait()
         plain, patched = cache(lambda: _plain(subject)), cache(lambda: _patched(subject))
         features = _features(subject, plain, work, report)
+        metric = _metric(subject, plain) if "calibration" in features else None
         answers = {"plain": _answers(subject, plain, "plain", work, report)}
         if not (processes.leads and options.timing):
             plain.cache_clear()
@@ -65,7 +66,7 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
         plain.cache_clear()
         patched.cache_clear()
         report.step("measure", "fitting the arms, drawing intervals")
-        found = measure(subject, answers, features, timing, judge)
+        found = measure(subject, answers, features, metric, timing, judge)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(found, staging)
             write_manifest(staging, {})
@@ -88,10 +89,7 @@ def _patched(subject: Subject) -> TorchModel | OnnxModel:
 
 
 def _features(subject: Subject, plain: Model, work: Work, report: Silent) -> dict[str, Features]:
-    """What probes read of the original, for the calibration and the evaluation prompts, in the head's metric.
-
-    Where probes are carried, for the evaluation prompts alone, as the probes read it.
-    """
+    """What probes read of the original, for the evaluation prompts, and the calibration's if a probe is fitted."""
     nodes = list(depths_of(subject.lane).values()) if subject.options.depth_curve else []
 
     def compute(prompts: list[Prompt], missing: list[str]) -> Arrays:
@@ -102,17 +100,19 @@ def _features(subject: Subject, plain: Model, work: Work, report: Silent) -> dic
 
     names, size = ["plain", "projected", *nodes], subject.options.batch_size
     asked = {"evaluation": subject.evaluation}
-    if subject.carried is None or nodes:
+    if subject.bundled is None or nodes:
         asked["calibration"] = subject.calibration
     sets = {kind: Results(work, kind, prompts, size) for kind, prompts in asked.items()}
     for results in sets.values():
         results.fill(names, compute, report)
     if not workers().leads:
         return {}
-    # Where something non-linear follows the head, probes see logits, which are measured as they are.
-    as_it_is = subject.lane.of("lane_head") or "calibration" not in sets
-    metric = None if as_it_is else head_metric(head_weight(plain().model))
-    return {kind: {name: in_metric(results.read(name), metric) for name in names} for kind, results in sets.items()}
+    return {kind: {name: results.read(name) for name in names} for kind, results in sets.items()}
+
+
+def _metric(subject: Subject, plain: Model) -> np.ndarray | None:
+    """The head's metric; None where something non-linear follows the head, so that probes see logits as they are."""
+    return None if subject.lane.of("lane_head") else head_metric(head_weight(plain().model))
 
 
 def _answers(subject: Subject, model: Model, kind: str, work: Work, report: Silent) -> Answers:

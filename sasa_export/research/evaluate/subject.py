@@ -17,7 +17,7 @@ from sasa_export.models import Source, layers_of, open_source, read_config
 from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.models.smol_llava import pieces
 from sasa_export.options import AUTO
-from sasa_export.probe import Fitted, carried
+from sasa_export.probe import Fitted, bundled
 from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.command import EvaluateOptions
@@ -45,7 +45,7 @@ class Subject:
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
         lane: the second lane, from which the fitted arms read their features.
-        carried: the probes that the embedded model brings along, where these are what would be fitted.
+        bundled: the probes that the embedded model ships with, where these are what would be fitted.
     """
 
     options: EvaluateOptions
@@ -59,7 +59,7 @@ class Subject:
     calibration: list[Prompt]
     calibrated_on: str
     lane: LayerGraph
-    carried: Fitted | None
+    bundled: Fitted | None
     dtype: str
     device: str
 
@@ -88,7 +88,7 @@ class Subject:
         """What finished work depends on."""
         return fingerprint(
             self.source,
-            [*self.evaluation, *(self.calibration if self.carried is None else [])],
+            [*self.evaluation, *(self.calibration if self.bundled is None else [])],
             patched=[digest(path) for path in self._told()],
             dtype=self.dtype,
             device=self.device.partition(":")[0],
@@ -157,7 +157,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     return Subject(
         options, dtype_of(options.model), sasa, made, source, processor, evaluation, len(prompts) - len(evaluation),
         calibration, ", ".join(specs) or "the built-in calibration set", rewrite_lane(trace_source(source), lane),
-        carried.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
+        bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The probe that smol-llava brings along, made by training/fit_smol_llava_probe.py: no calibration is needed for it."""
+"""The probe that smol-llava ships with, made by training/fit_smol_llava_probe.py: no calibration is needed for it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def write(fitted: Fitted, layers: tuple[int, int] | None, file: Path = FILE) -> 
     from safetensors.numpy import save_file
 
     arrays = {f"scores.{name}": scores.astype("float32") for name, scores in fitted.scores.items()}
-    arrays |= {f"present.{name}": values.astype("float32") for name, values in fitted.present.items()}
+    arrays |= {f"detected.{name}": values.astype("float32") for name, values in fitted.detected.items()}
     arrays |= {"final": fitted.final.astype("float32")}
     said: dict[str, Any] = {"regularization": fitted.regularization, "made_from": made_from(layers)}
-    for kind in ("probes", "presence"):
+    for kind in ("probes", "detectors"):
         found = getattr(fitted, kind)
         arrays |= {f"{kind}.{name}": weight.astype("float32") for name, (weight, _) in found.items()}
         said[kind] = {name: bias for name, (_, bias) in found.items()}
@@ -43,7 +43,7 @@ def write(fitted: Fitted, layers: tuple[int, int] | None, file: Path = FILE) -> 
 
 
 def read(model: str, settings: LaneSettings, calibration: Sequence[str] | None, regularization: Any) -> Fitted | None:
-    """The carried probe, where all that it was fitted with is as it was; else None.
+    """The bundled probe, where all that it was fitted with is as it was; else None.
 
     Args: model: its name; calibration and regularization: as `Options` have them.
     """
@@ -61,9 +61,9 @@ def read(model: str, settings: LaneSettings, calibration: Sequence[str] | None, 
     if said["made_from"] != made_from(layers):
         return None
     wide = {name: values.astype("float64") for name, values in arrays.items()}
-    probes, presence = (
-        {name: (wide[f"{kind}.{name}"], bias) for name, bias in said[kind].items()} for kind in ("probes", "presence")
+    probes, detectors = (
+        {name: (wide[f"{kind}.{name}"], bias) for name, bias in said[kind].items()} for kind in ("probes", "detectors")
     )
-    present = {name: wide[f"present.{name}"] for name in probes}
+    detected = {name: wide[f"detected.{name}"] for name in probes}
     scores = {name: wide[f"scores.{name}"] for name in (*probes, "words")}
-    return Fitted(probes, presence, present, said["regularization"], scores, wide["final"])
+    return Fitted(probes, detectors, detected, said["regularization"], scores, wide["final"])

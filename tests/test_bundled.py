@@ -1,4 +1,4 @@
-"""The probe that smol-llava brings along is the one that its own calibration would give."""
+"""The probe that smol-llava ships with is the one that its own calibration would give."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import layers_of, open_source
 from sasa_export.models.load import load_model, load_processor
-from sasa_export.probe import Fitted, carried, with_threshold
+from sasa_export.probe import Fitted, bundled, with_threshold
 from sasa_export.probe.features import collect
 from sasa_export.probe.fit import probability
 from sasa_export.prompts import builtin
@@ -27,7 +27,7 @@ def usual() -> LaneSettings:
 
 
 def read(settings: LaneSettings | None = None, model: str = SMOL, data: Sequence[str] = (), c: Any = "auto") -> Any:
-    return carried.read(model, settings or usual(), data, c)
+    return bundled.read(model, settings or usual(), data, c)
 
 
 @pytest.mark.smol
@@ -47,8 +47,8 @@ def test_it_is_there_for_what_it_was_fitted_with_alone() -> None:
 @pytest.mark.smol
 def test_another_calibration_set_leaves_it_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = tmp_path / "builtin.jsonl"
-    changed.write_bytes(carried.DATA[0].read_bytes() + b"\n")
-    monkeypatch.setattr(carried, "DATA", (changed, *carried.DATA[1:]))
+    changed.write_bytes(bundled.DATA[0].read_bytes() + b"\n")
+    monkeypatch.setattr(bundled, "DATA", (changed, *bundled.DATA[1:]))
     assert read() is None
 
 
