@@ -104,7 +104,9 @@ def asked_prompts(subject: Subject, folder: Path, limit: int | None) -> list[Pro
             path = archive.extract(member, folder)
         found = load(f"{data_set}:{path},as=text+picture", pieces=pieces(subject.processor.tokenizer))
         prompts += [replace(prompt, source=name) for prompt in draw(found, limit or count)]
-    prompts = [asked for prompt in prompts for asked in in_settings(prompt)] + photographs(folder)[:limit]
+    pictures = photographs(folder)
+    beside = [beside_a_photograph(prompt, pictures) for prompt in prompts if prompt.channel == "text"]
+    prompts = [asked for prompt in prompts for asked in in_settings(prompt)] + beside + pictures[:limit]
     borderline = [prompt for prompt in subject.evaluation if prompt.attack == "borderline"]
     return prompts + [replace(prompt, source="borderline") for prompt in draw(borderline, limit)]
 
@@ -122,6 +124,13 @@ def in_settings(prompt: Prompt) -> list[Prompt]:
     """A text behind each kind of turns, a picture alone."""
     settings = SETTINGS if prompt.channel == "text" else {"alone": ()}
     return [replace(prompt, before=before, setting=setting) for setting, before in settings.items()]
+
+
+def beside_a_photograph(prompt: Prompt, photographs: Sequence[Prompt]) -> Prompt:
+    """The request as text, with a photograph that has nothing to do with it."""
+    other = Random(f"{SEED}/{prompt.group}").choice(photographs)
+    setting = "as text, beside a photograph"
+    return replace(prompt, channel="picture", question=prompt.prompt, setting=setting, image=other.image)
 
 
 def photographs(folder: Path) -> list[Prompt]:

@@ -50,7 +50,7 @@ def test_what_is_asked(subject: Any, tmp_path: Path) -> None:
     kinds = Counter((prompt.source, prompt.channel, prompt.setting) for prompt in prompts)
     for name, count in {"AdvBench": 3, "HarmBench": 1, "WritingBench": 3}.items():
         assert [kinds[name, "text", setting] for setting in published.SETTINGS] == [count] * 5
-        assert kinds[name, "picture", "alone"] == count
+        assert kinds[name, "picture", "alone"] == kinds[name, "picture", "as text, beside a photograph"] == count
     assert kinds["photographs", "picture", "alone"] == len(published.PHOTOGRAPHS) * len(published.QUESTIONS)
     assert kinds["borderline", "text", "alone"] == kinds["borderline", "picture", "alone"] == 120
     assert {prompt.label for prompt in prompts if prompt.source in ("AdvBench", "HarmBench")} == {1}
