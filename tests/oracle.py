@@ -23,6 +23,16 @@ BLOCKS: dict[str, str] = {
     "gemma3": "model.language_model.layers",
     "smolvlm": "model.text_model.layers",
     "idefics3": "model.text_model.layers",
+    "qwen2_vl": "model.language_model.layers",
+    "internvl": "model.language_model.layers",
+    "llava_onevision": "model.language_model.layers",
+    "glm4v": "model.language_model.layers",
+    "glm46v": "model.language_model.layers",
+    "aya_vision": "model.language_model.layers",
+    "idefics2": "model.text_model.layers",
+    "mistral3": "model.language_model.layers",
+    "vipllava": "model.language_model.layers",
+    "qwen3_vl": "model.language_model.layers",
 }
 
 

@@ -81,7 +81,9 @@ def build(family: str, directory: Path, *, seed: int = 0, shards: int = 1, **ove
     `tie_word_embeddings` is set on the whole config too. `shards > 1` splits the weights under an index, into
     about that many files.
     """
-    config, processor = _MAKERS[family](overrides)
+    from tiny_more import MAKERS
+
+    config, processor = {**_MAKERS, **MAKERS}[family](overrides)
     with torch.random.fork_rng():
         # Initial values that are drawn at random, such as CLIP's class embedding, stay part of the weights.
         torch.manual_seed(seed)

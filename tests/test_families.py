@@ -1,0 +1,106 @@
+"""Every family as one short row of tests: verdict, tokens, pieces, turns, reloading. The widest ones have whole files.
+
+    pytest tests/test_families.py -m "" --junitxml=build/families.xml
+    python tests/write_families.py build/families.xml docs/families.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_more
+import torch
+from conftest import Guard
+from feeding import chunkings, feed, last_picture_token
+from transformers import AutoModelForImageTextToText
+
+Guards = Callable[..., Guard]
+
+TOLERANCE = 1e-5
+TOKENS = 20
+
+FAMILIES = [
+    *(pytest.param(family, marks=[pytest.mark.xdist_group(family), pytest.mark.slow]) for family in tiny.FAMILIES),
+    *(pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in tiny_more.MAKERS),
+]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def guarded(guard: Guards, family: str) -> Guard:
+    return guard(family, tiny_more.SAFETY, tiny_more.SEMANTIC)
+
+
+@every_family
+@torch.no_grad()
+def test_oracle(guarded: Guard, family: str) -> None:
+    """P(unsafe) is the oracle's; allowed rows keep their logits to the bit; refused rows say the refusal next."""
+    for images, padding_side in [(True, "left"), (True, "right"), (False, "left"), (False, "right")]:
+        inputs = guarded.batch(images=images, padding_side=padding_side)
+        with guarded.halved(inputs) as refused:
+            found = guarded.model(**inputs)
+        assert (found.unsafe_probability - guarded.expected(inputs)).abs().max() <= TOLERANCE
+        assert torch.equal(found.logits[~refused], guarded.stock(**inputs).logits[~refused])
+        assert (found.logits[refused, -1].argmax(dim=-1) == guarded.refusal[0]).all()
+
+
+@every_family
+@torch.no_grad()
+def test_tokens(guarded: Guard, family: str) -> None:
+    """Twenty greedy tokens: allowed rows those of the stock model, refused rows the refusal."""
+    for images in (True, False):
+        inputs = guarded.batch(images=images)
+        prompt = inputs["input_ids"].shape[1]
+        expected = guarded.stock.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]  # (batch, up to TOKENS)
+        with guarded.halved(inputs) as refused:
+            found = guarded.model.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]
+        guarded.check_answers(found, expected, refused)
+
+
+@every_family
+@torch.no_grad()
+def test_pieces(guarded: Guard, family: str) -> None:
+    """A prompt in pieces is judged as the whole one."""
+    inputs = guarded.batch(count=3, seed=4)
+    expected = guarded.expected(inputs)  # (batch,)
+    with guarded.halved(inputs) as refused:
+        for ends in chunkings(inputs["input_ids"].shape[1], last_picture_token(guarded, inputs), 4):
+            found = feed(guarded, inputs, ends)
+            torch.testing.assert_close(found.unsafe_probability, expected, rtol=0.0, atol=TOLERANCE)
+            assert torch.equal(found.logits[:, -1].argmax(-1) == guarded.refusal[0], refused), ends
+
+
+@every_family
+@torch.no_grad()
+def test_second_turn(guarded: Guard, family: str) -> None:
+    """A second question on the kept cache is judged with all that came before it."""
+    inputs = guarded.batch(count=1)
+    answer = torch.tensor([[70, 71, guarded.refusal[-1]]])  # (1, 3), the end of sequence last
+    question = guarded.batch(images=False, count=1, seed=9)["input_ids"]  # (1, tokens)
+    ids = torch.cat([inputs["input_ids"], answer, question], dim=1)  # (1, context)
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            whole[name] = torch.nn.functional.pad(inputs[name], (0, ids.shape[1] - inputs[name].shape[1]))
+    start = inputs["input_ids"].shape[1]
+    with guarded.at(0.999):
+        during = feed(guarded, whole, [start, start + 1, start + 2])
+        after = feed(guarded, whole, [start, start + 1, start + 2, start + 3, ids.shape[1]])
+    assert during.unsafe_probability.isnan().all()
+    torch.testing.assert_close(after.unsafe_probability, guarded.expected(whole), rtol=0.0, atol=TOLERANCE)
+
+
+@every_family
+@torch.no_grad()
+def test_reload(guarded: Guard, family: str, tmp_path: Path) -> None:
+    """Saved and loaded again, it judges and answers as before."""
+    guarded.model.save_pretrained(tmp_path)
+    again: Any = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    inputs = guarded.batch()
+    found, before = again(**inputs), guarded.model(**inputs)
+    assert torch.equal(found.unsafe_probability, before.unsafe_probability)
+    assert torch.equal(found.logits, before.logits)

@@ -1,0 +1,201 @@
+"""Tiny random models of the families beyond those of `tiny.FAMILIES`: narrower, of five blocks.
+
+Where a family's own processor insists on torchvision, a stock one stands in that puts as many image tokens into the
+prompt and gives the model the same inputs: what is tried here is the model.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import tiny
+import transformers as hf
+from tiny import IMAGE_SIZE, PATCH
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+
+BLOCKS = 5
+SAFETY, SEMANTIC = 2, 3
+
+Made = tuple[PreTrainedConfig, ProcessorMixin]
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": BLOCKS, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+_VISION: dict[str, Any] = tiny._VISION | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+
+
+def _text(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any], **own: Any) -> dict[str, Any]:
+    return tiny._text_fields(tokenizer, _SIZES | own | overrides)
+
+
+def _llama_tokenizer(**named: str) -> PreTrainedTokenizerFast:
+    special = "<unk> <s> </s> <image> <pad>"
+    return tiny._tokenizer(special, bos="<s>", eos="</s>", pad="<pad>", template=tiny._LLAVA_TEMPLATE, **named)
+
+
+def _square(
+    overrides: dict[str, Any], *, name: str, text: str, tower: str, cell: int, dropped: bool = False, **fields: Any
+) -> Made:
+    """A square picture, one token for each `cell` pixels a side: LLaVA's processor, with or without CLS `dropped`."""
+    tokenizer = _llama_tokenizer()
+    sides: dict[str, Any] = {}
+    own = fields.pop("text", {})
+    for key in ("image_token_id", "image_token_index"):
+        if hasattr(getattr(hf, f"{name}Config"), key) or key in fields.pop("named", ()):
+            sides[key] = tokenizer.get_vocab()["<image>"]
+    config = getattr(hf, f"{name}Config")(
+        text_config=getattr(hf, text)(**_text(tokenizer, overrides, **own)),
+        vision_config=getattr(hf, tower)(**_VISION | fields.pop("vision", {})),
+        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+        **sides,
+        **fields,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+    return config, hf.LlavaProcessor(
+        images, tokenizer, patch_size=cell, num_additional_image_tokens=int(dropped),
+        vision_feature_select_strategy="default" if dropped else "full", chat_template=tiny._LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _grid(overrides: dict[str, Any], *, name: str, vision: dict[str, Any], text: dict[str, Any]) -> Made:
+    """Qwen's way with pictures: patches of any number in a row, and each picture's grid."""
+    special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
+    tokenizer = tiny._tokenizer(
+        special, bos=None, eos="<|im_end|>", pad="<|endoftext|>", template=tiny._QWEN_TEMPLATE,
+        image_token="<|image_pad|>", video_token="<|video_pad|>",
+    )  # fmt: skip
+    ids = tokenizer.get_vocab()
+    # Sections add up to half of the head dimension, 8.
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 1, 1]}
+    fields = _text(tokenizer, overrides, rope_parameters=rope, **text)
+    starts = "image" if name.startswith("Glm") else "vision"
+    config = getattr(hf, f"{name}Config")(
+        text_config=fields,
+        vision_config={"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 2,
+                       "depth": 2, **vision},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        **{f"{starts}_start_token_id": ids["<|vision_start|>"], f"{starts}_end_token_id": ids["<|vision_end|>"]},
+        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+    )  # fmt: skip
+    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    images = hf.Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=2, size=size)
+    return config, hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=tiny._QWEN_TEMPLATE)
+
+
+_MERGED: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
+
+
+def _llava_onevision(overrides: dict[str, Any]) -> Made:
+    """LLaVA-OneVision: Qwen2 text, SigLIP vision, tiles; the processor of LLaVA-NeXT counts alike without CLS."""
+    tokenizer = _llama_tokenizer()
+    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
+    pinpoints = [[square, wide], [wide, square], [wide, wide]]
+    vision = _VISION | {"patch_size": 2 * PATCH, "vision_use_head": False}
+    config = hf.LlavaOnevisionConfig(
+        text_config=hf.Qwen2Config(**_text(tokenizer, overrides)),
+        vision_config=hf.SiglipVisionConfig(**vision),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        video_token_index=tokenizer.get_vocab()["<unk>"],
+        image_grid_pinpoints=pinpoints,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=pinpoints)
+    return config, hf.LlavaNextProcessor(
+        images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
+        num_additional_image_tokens=0, chat_template=tiny._LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _aya_vision(overrides: dict[str, Any]) -> Made:
+    """Aya Vision: Cohere2 text with sliding and full layers, SigLIP vision, tiles."""
+    tiles = "<|START_OF_IMG|> <|END_OF_IMG|> <|IMG_PATCH|> <|IMG_LINE_BREAK|> TILE TILE_GLOBAL"
+    tokenizer = tiny._tokenizer(
+        f"<unk> <s> </s> <image> <pad> {tiles}", bos="<s>", eos="</s>", pad="<pad>", template=tiny._LLAVA_TEMPLATE
+    )
+    config = hf.AyaVisionConfig(
+        text_config=hf.Cohere2Config(**_text(tokenizer, overrides, sliding_window=8, logit_scale=0.25)),
+        vision_config=hf.SiglipVisionConfig(**_VISION, vision_use_head=False),
+        image_token_index=tokenizer.get_vocab()["<|IMG_PATCH|>"],
+        downsample_factor=2,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=3)
+    return config, hf.AyaVisionProcessor(
+        images, tokenizer, patch_size=PATCH, img_size=IMAGE_SIZE, downsample_factor=2,
+        chat_template=tiny._LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _idefics2(overrides: dict[str, Any]) -> Made:
+    """Idefics2: Mistral text, SigLIP-like vision of any ratio, a perceiver that gives each picture a few tokens."""
+    tokenizer = tiny._tokenizer(
+        "<|endoftext|> <|im_start|> <|im_end|> <end_of_utterance> <fake_token_around_image> <image>",
+        bos="<|im_start|>",
+        eos="<end_of_utterance>",
+        pad="<|im_end|>",
+        template=tiny._IDEFICS_TEMPLATE,
+        image_token="<image>",
+        image_boundary_token="<fake_token_around_image>",
+    )
+    text = hf.MistralConfig(**_text(tokenizer, overrides, sliding_window=None))
+    perceiver = {
+        "hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
+        "resampler_head_dim": 8, "num_key_value_heads": 1,
+    }  # fmt: skip
+    config = hf.Idefics2Config(
+        text_config=text,
+        vision_config=_VISION,
+        perceiver_config=perceiver,
+        image_token_id=tokenizer.get_vocab()["<image>"],
+    )
+    images = hf.Idefics2ImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE // 2, "longest_edge": IMAGE_SIZE}, do_image_splitting=False
+    )
+    return config, hf.Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=tiny._IDEFICS_TEMPLATE)
+
+
+def _mistral3(overrides: dict[str, Any], *, name: str = "Mistral3") -> Made:
+    """Mistral 3: Mistral text, Pixtral vision of any size, neighbouring patches merged."""
+    tokenizer = tiny._tokenizer(
+        "<unk> <s> </s> [IMG] [IMG_BREAK] [IMG_END] <pad>", bos="<s>", eos="</s>", pad="<pad>",
+        template=tiny._LLAVA_TEMPLATE.replace("<image>", "[IMG]"), image_token="[IMG]", image_break_token="[IMG_BREAK]",
+        image_end_token="[IMG_END]",
+    )  # fmt: skip
+    config = hf.Mistral3Config(
+        text_config=hf.MistralConfig(**_text(tokenizer, overrides, sliding_window=None, head_dim=8)),
+        vision_config=hf.PixtralVisionConfig(**_VISION | {"image_size": 64}),
+        image_token_index=tokenizer.get_vocab()["[IMG]"],
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    images = hf.PixtralImageProcessorPil(patch_size=2 * PATCH, size={"longest_edge": 64})
+    return config, hf.LightOnOcrProcessor(
+        images, tokenizer, patch_size=PATCH, spatial_merge_size=2, chat_template=tokenizer.chat_template
+    )
+
+
+MAKERS: dict[str, Callable[[dict[str, Any]], Made]] = {
+    "qwen2_vl": partial(
+        _grid, name="Qwen2VL", vision={"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}, text={}
+    ),
+    "internvl": partial(
+        _square, name="InternVL", text="Qwen2Config", tower="InternVLVisionConfig", cell=2 * PATCH,
+        vision={"image_size": [IMAGE_SIZE, IMAGE_SIZE], "patch_size": [PATCH, PATCH]},
+    ),
+    "llava_onevision": _llava_onevision,
+    "glm4v": partial(_grid, name="Glm4v", vision=_MERGED | {"image_size": 64}, text={}),
+    "aya_vision": _aya_vision,
+    "idefics2": _idefics2,
+    "mistral3": _mistral3,
+    "vipllava": partial(
+        _square, name="VipLlava", text="LlamaConfig", tower="CLIPVisionConfig", cell=PATCH, dropped=True,
+        vision={"projection_dim": 16}, vision_feature_layer=[-1, -2], image_seq_length=16,
+    ),
+    "qwen3_vl": partial(
+        _grid, name="Qwen3VL", vision=_MERGED | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+        text={"head_dim": 8},
+    ),
+}  # fmt: skip
