@@ -177,6 +177,8 @@ def _mistral3(overrides: dict[str, Any], *, name: str = "Mistral3") -> Made:
     )
 
 
+_GLM = partial(_grid, vision=_MERGED | {"image_size": 64}, text={})
+
 MAKERS: dict[str, Callable[[dict[str, Any]], Made]] = {
     "qwen2_vl": partial(
         _grid, name="Qwen2VL", vision={"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}, text={}
@@ -186,7 +188,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], Made]] = {
         vision={"image_size": [IMAGE_SIZE, IMAGE_SIZE], "patch_size": [PATCH, PATCH]},
     ),
     "llava_onevision": _llava_onevision,
-    "glm4v": partial(_grid, name="Glm4v", vision=_MERGED | {"image_size": 64}, text={}),
+    "glm4v": partial(_GLM, name="Glm4v"),
+    "glm46v": partial(_GLM, name="Glm46V"),
     "aya_vision": _aya_vision,
     "idefics2": _idefics2,
     "mistral3": _mistral3,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from sasa_export.errors import TraceError
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models import Source
 from sasa_export.models.family import Family
-from sasa_export.models.load import skeleton
+from sasa_export.models.load import load_processor, skeleton
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,49 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
     return graph
 
 
-def trace_source(source: Source) -> LayerGraph:
-    """Trace a source on fake weights: its shapes alone, in no memory."""
+def trace_source(source: Source, processor: Any = None) -> LayerGraph:
+    """Trace a source on its shapes alone, in no memory, with a text and with a picture.
+
+    What either adds to the hidden state between blocks is in the graph: such as features of the picture, which some
+    decoders add behind their first blocks.
+    """
+    processor = load_processor(source) if processor is None else processor
     with skeleton(source) as model:
-        return trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+        text = trace(model, source.family, _prompt(processor))
+        picture = trace(model, source.family, _prompt(processor, Image.new("RGB", (64, 64))))
+    most = max((text, picture), key=lambda graph: len(graph.of("between")))
+    for graph in (text, picture):
+        check_traces(most, graph)
+    return most
 
 
 def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
-    """Raise TraceError where a picture takes another way through the decoder than a text does."""
-    for before, after in zip_longest(expected, observed):
-        if (before and (before.name, before.inputs)) != (after and (after.name, after.inputs)):
-            node = after or before
-            raise TraceError(
-                f"{node.name}: with a picture, this model's decoder does not run as without one "
-                f"({node.op} behind {', '.join(node.inputs) or 'nothing'}). It cannot be rewritten yet."
-            )
+    """Raise TraceError where the decoder runs in another way, or has more added between its blocks, than expected."""
+    added = {node.name for node in expected.of("between")}
+    blocks, found = (
+        [node.name for node in graph if node.op != "between"] for graph in (expected, observed)
+    )
+    differing = [name for name in (*blocks, *found) if (name in blocks) != (name in found)]
+    differing += [node.name for node in observed.of("between") if node.name not in added]
+    if differing or blocks != found:
+        raise TraceError(
+            f"{(differing or found)[0]}: with a picture, this model's decoder does not run as without one, or its "
+            "weights do not run as their shapes do. It cannot be rewritten yet."
+        )
+
+
+def _prompt(processor: Any, image: Any = None) -> dict[str, Any]:
+    """The model inputs of a short prompt, with a picture if there is one."""
+    content = [{"type": "text", "text": "a question"}]
+    if image is not None:
+        content.insert(0, {"type": "image", "image": image})
+    chat = [[{"role": "user", "content": content}]]
+    return dict(
+        processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True,
+            processor_kwargs={"return_tensors": "pt"},
+        )
+    )  # fmt: skip
 
 
 def _check_vision(order: list[str], family: Family) -> None:
