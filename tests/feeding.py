@@ -11,7 +11,7 @@ def positions(guarded: Guard, inputs: dict[str, Any]) -> Tensor:
     """The position ids of a prompt: (batch, tokens), or (3, batch, tokens) where a family has three axes."""
     mask = inputs["attention_mask"]  # (batch, tokens)
     flat = (mask.cumsum(-1) - 1).clamp_min(0)  # (batch, tokens)
-    model = guarded.stock.model
+    model = getattr(guarded.stock, "model", guarded.stock)
     if not hasattr(model, "get_rope_index"):
         return flat
     if "image_grid_thw" not in inputs:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMix
 
 BLOCKS = 5
 SAFETY, SEMANTIC = 2, 3
+RECURRENT = ("qwen3_5", "qwen3_5_moe", "lfm2_vl")
 
 Made = tuple[PreTrainedConfig, ProcessorMixin]
 
@@ -40,7 +41,7 @@ def _square(
     """A square picture, one token for each `cell` pixels a side: LLaVA's processor, with or without CLS `dropped`."""
     tokenizer = _llama_tokenizer()
     sides: dict[str, Any] = {}
-    own = fields.pop("text", {})
+    own = fields.pop("text_fields", {})
     for key in ("image_token_id", "image_token_index"):
         if hasattr(getattr(hf, f"{name}Config"), key) or key in fields.pop("named", ()):
             sides[key] = tokenizer.get_vocab()["<image>"]
@@ -57,6 +58,16 @@ def _square(
         images, tokenizer, patch_size=cell, num_additional_image_tokens=int(dropped),
         vision_feature_select_strategy="default" if dropped else "full", chat_template=tiny._LLAVA_TEMPLATE,
     )  # fmt: skip
+
+
+class Patches(hf.LlavaProcessor):
+    """One token for each patch of SigLIP 2, which no stock processor without torchvision gives."""
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        return self.image_token * int(image_inputs["spatial_shapes"][image_idx].prod())
+
+
+hf.AutoProcessor.register(hf.Lfm2VlConfig, Patches, exist_ok=True)
 
 
 def _grid(overrides: dict[str, Any], *, name: str, vision: dict[str, Any], text: dict[str, Any]) -> Made:
@@ -179,6 +190,48 @@ def _mistral3(overrides: dict[str, Any], *, name: str = "Mistral3") -> Made:
 
 _GLM = partial(_grid, vision=_MERGED | {"image_size": 64}, text={})
 
+def _llama4(overrides: dict[str, Any]) -> Made:
+    """Llama 4: chunked blocks with rotary positions and full blocks without, experts in every second block."""
+    side, cell = IMAGE_SIZE, 2 * PATCH
+    vision = _VISION | {
+        "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "pixel_shuffle_ratio": 0.5,
+        "intermediate_size": 64,
+    }  # fmt: skip
+    text = {
+        "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 16, "no_rope_layer_interval": 3,
+    }  # fmt: skip
+    return _square(
+        overrides, name="Llama4", text="Llama4TextConfig", tower="Llama4VisionConfig", cell=cell, text_fields=text,
+        vision=vision,
+    )  # fmt: skip
+
+
+def _lfm2_vl(overrides: dict[str, Any]) -> Made:
+    """LFM2-VL: blocks with a short convolution and blocks with attention; SigLIP 2 with patches of any number."""
+    tokenizer = _llama_tokenizer()
+    kinds = ["conv", "full_attention", "conv", "conv", "full_attention"]
+    text = hf.Lfm2Config(**_text(tokenizer, overrides, layer_types=kinds, block_multiple_of=8))
+    config = hf.Lfm2VlConfig(
+        text_config=text,
+        vision_config=hf.Siglip2VisionConfig(**_VISION, num_patches=16, vision_use_head=False),
+        image_token_id=tokenizer.get_vocab()["<image>"],
+        projector_hidden_size=24,
+        downsample_factor=1,
+        tie_word_embeddings=False,
+    )
+    images = hf.Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=16)
+    return config, Patches(images, tokenizer, chat_template=tiny._LLAVA_TEMPLATE)
+
+
+_QWEN3_5: dict[str, Any] = {
+    "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"],
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_STACKED = _MERGED | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+
 MAKERS: dict[str, Callable[[dict[str, Any]], Made]] = {
     "qwen2_vl": partial(
         _grid, name="Qwen2VL", vision={"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}, text={}
@@ -198,7 +251,18 @@ MAKERS: dict[str, Callable[[dict[str, Any]], Made]] = {
         vision={"projection_dim": 16}, vision_feature_layer=[-1, -2], image_seq_length=16,
     ),
     "qwen3_vl": partial(
-        _grid, name="Qwen3VL", vision=_MERGED | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
-        text={"head_dim": 8},
+        _grid, name="Qwen3VL", vision=_STACKED, text={"head_dim": 8}
+    ),
+    "qwen3_vl_moe": partial(_grid, name="Qwen3VLMoe", vision=_STACKED, text={"head_dim": 8, **_EXPERTS}),
+    "qwen3_5": partial(_grid, name="Qwen3_5", vision=_MERGED | {"num_position_embeddings": 64}, text=_QWEN3_5),
+    "qwen3_5_moe": partial(
+        _grid, name="Qwen3_5Moe", vision=_MERGED | {"num_position_embeddings": 64},
+        text=_QWEN3_5 | _EXPERTS | {"shared_expert_intermediate_size": 16},
+    ),
+    "lfm2_vl": _lfm2_vl,
+    "llama4": _llama4,
+    "cohere2_vision": partial(
+        _square, name="Cohere2Vision", text="Cohere2Config", tower="SiglipVisionConfig", cell=2 * PATCH,
+        text_fields={"sliding_window": 8}, vision={"vision_use_head": False}, alignment_intermediate_size=24,
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from sasa_export.errors import TraceError
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models import Source
 from sasa_export.models.family import Family
-from sasa_export.models.load import load_processor, skeleton
+from sasa_export.models.load import skeleton
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,16 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
     return graph
 
 
-def trace_source(source: Source, processor: Any = None) -> LayerGraph:
+def trace_source(source: Source, processor: Any) -> LayerGraph:
     """Trace a source on its shapes alone, in no memory, with a text and with a picture.
 
     What either adds to the hidden state between blocks is in the graph: such as features of the picture, which some
-    decoders add behind their first blocks.
+    decoders add behind their first blocks. Without a processor (None) only the text is traced, to look at.
     """
-    processor = load_processor(source) if processor is None else processor
     with skeleton(source) as model:
-        text = trace(model, source.family, _prompt(processor))
+        text = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+        if processor is None:
+            return text
         picture = trace(model, source.family, _prompt(processor, Image.new("RGB", (64, 64))))
     most = max((text, picture), key=lambda graph: len(graph.of("between")))
     for graph in (text, picture):
@@ -90,11 +91,9 @@ def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
         )
 
 
-def _prompt(processor: Any, image: Any = None) -> dict[str, Any]:
-    """The model inputs of a short prompt, with a picture if there is one."""
-    content = [{"type": "text", "text": "a question"}]
-    if image is not None:
-        content.insert(0, {"type": "image", "image": image})
+def _prompt(processor: Any, image: Image.Image) -> dict[str, Any]:
+    """The model inputs of a short prompt with a picture."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "a question"}]
     chat = [[{"role": "user", "content": content}]]
     return dict(
         processor.apply_chat_template(

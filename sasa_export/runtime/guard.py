@@ -147,8 +147,8 @@ class Guard(nn.Module):
         states = torch.cat([states.to(value), value], dim=1)  # (batch, context, hidden)
         columns = torch.cat([earlier.to(columns), columns], dim=1)  # (batch, context, columns)
         positions = self.ledger.positions(columns)  # (batch, context), or (axes, batch, context)
-        arguments = context_arguments(model.model, states, real.long(), positions, columns[..., PICTURE])
         graph = self.settings["graph"]
+        arguments = context_arguments(model, graph, states, real.long(), positions, columns[..., PICTURE])
         values = run_lane(model, graph, {name: states}, arguments, at + kept[0].shape[2])
         return next(values[node["name"]] for node in graph if node["op"] == "probe")
 

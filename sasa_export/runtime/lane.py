@@ -94,12 +94,19 @@ def project_taps(graph: Graph, seen: Recording) -> tuple[str, Tensor]:
     return next(iter(outputs.items()))
 
 
-def context_arguments(decoder: Any, states: Tensor, mask: Tensor, positions: Any, types: Any) -> Arguments:
-    """What a decoder hands to its blocks over a context of states (batch, context, hidden): masks, rotary tables, and
+def context_arguments(
+    model: Any, graph: Graph, states: Tensor, mask: Tensor, positions: Any, types: Any
+) -> Arguments:
+    """What a model hands to its blocks over a context of states (batch, context, hidden): masks, rotary tables, and
     whatever its family has. Mask and types (of tokens, where a family has them) are (batch, context)."""
+    path = next(node["module"] for node in graph if node["op"] == "block")
+    decoder = model.get_submodule(path.partition(".")[0])  # what lies between the model and its blocks, outermost
     arguments = {"inputs_embeds": states, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-    if types is not None and "token_type_ids" in inspect.signature(decoder.forward).parameters:
+    taken = inspect.signature(decoder.forward).parameters
+    if types is not None and "token_type_ids" in taken:
         arguments["token_type_ids"] = types
+    if "logits_to_keep" in taken:  # where it has the head in it
+        arguments["logits_to_keep"] = 1
     with recording(dry=True) as seen:
         decoder(**arguments)
     return seen.arguments

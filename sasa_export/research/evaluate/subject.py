@@ -156,7 +156,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     lane = _lane(sasa, source)
     return Subject(
         options, dtype_of(options.model), sasa, made, source, processor, evaluation, len(prompts) - len(evaluation),
-        calibration, ", ".join(specs) or "the built-in calibration set", rewrite_lane(trace_source(source), lane),
+        calibration, ", ".join(specs) or "the built-in calibration set", rewrite_lane(trace_source(source, processor), lane),
         carried.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
     )  # fmt: skip
 
