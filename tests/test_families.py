@@ -17,11 +17,16 @@ import tiny_more
 import torch
 from conftest import Guard
 from feeding import chunkings, feed, last_picture_token
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
-from sasa_export.errors import OpenError
+from sasa_export import Options, patch
+from sasa_export.errors import LocateError, OpenError, RewriteError
+from sasa_export.graph.trace import trace_source
 from sasa_export.models import open_source
 from sasa_export.models.family import family_of
+from sasa_export.models.load import load_processor
+from sasa_export.research.locate.pairs import possible
 
 Guards = Callable[..., Guard]
 
@@ -64,6 +69,33 @@ def test_tokens(guarded: Guard, family: str) -> None:
         with guarded.halved(inputs) as refused:
             found = guarded.model.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]
         guarded.check_answers(found, expected, refused)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 2},
+    "static cache": {"cache_implementation": "static"},
+    "prefill in chunks": {"prefill_chunk_size": 5},
+    "no cache": {"use_cache": False},
+}
+
+
+@every_family
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_ways(guarded: Guard, family: str, way: str) -> None:
+    """However `generate` runs, allowed rows are answered as by the stock model, and refused rows refused."""
+    images = way in ("beams", "no cache")
+    inputs = guarded.batch(images=images)
+    options = {"max_new_tokens": 6, "do_sample": False, **WAYS[way]}
+    prompt = inputs["input_ids"].shape[1]
+    try:
+        expected = guarded.stock.generate(**inputs, **options)[:, prompt:]  # (batch, up to 6)
+    except Exception as error:
+        pytest.skip(f"the stock model cannot: {error}")
+    with guarded.halved(inputs) as refused:
+        found = guarded.model.generate(**inputs, **options)[:, prompt:]
+    guarded.check_answers(found, expected, refused)
 
 
 @every_family
@@ -112,6 +144,30 @@ def test_reload(guarded: Guard, family: str, tmp_path: Path) -> None:
     found, before = again(**inputs), guarded.model(**inputs)
     assert torch.equal(found.unsafe_probability, before.unsafe_probability)
     assert torch.equal(found.logits, before.logits)
+
+
+# ---------------------------------------------------------------------------- what a picture adds between blocks
+
+
+def test_a_safety_layer_in_front_of_what_a_picture_adds(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Nothing is written, also where no weights are loaded, which would show it too."""
+    source = open_source(str(tiny_model("qwen3_vl")))
+    graph = trace_source(source, load_processor(source))
+    assert [node.name for node in graph.of("between")] == ["between.0.1", "between.1.2"]
+    assert graph["layers.2"].inputs == ("between.1.2",) and graph.earliest_safety_layer() == 2
+    assert possible([(0, 3), (1, 3), (2, 3)], 2) == [(2, 3)]
+    with pytest.raises(LocateError, match="the safety layer is 2 at the earliest"):
+        possible([(0, 3), (1, 3)], 2)
+    probe = {"sasa.probe.weight": torch.randn(32), "sasa.probe.bias": torch.tensor(0.0)}
+    save_file(probe, tmp_path / "probe.safetensors")
+    for safety in (0, 1):
+        options = Options(
+            str(source.directory), tmp_path / "out", probe=tmp_path / "probe.safetensors", verify="files",
+            safety_layer=safety, semantic_layer=3,
+        )  # fmt: skip
+        with pytest.raises(RewriteError, match=r"between\.1\.2: .* a later --safety-layer: 2 is the first that can be"):
+            patch(options)
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------- what cannot be

@@ -120,6 +120,28 @@ def _llava_onevision(overrides: dict[str, Any]) -> Made:
     )  # fmt: skip
 
 
+def _granite_vision(overrides: dict[str, Any]) -> Made:
+    """Granite Vision 3: a llava_next of Granite text, and SigLIP vision without CLS of which several layers are taken."""
+    tokenizer = _llama_tokenizer()
+    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
+    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]}
+    granite = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
+    config = hf.LlavaNextConfig(
+        text_config=hf.GraniteConfig(**_text(tokenizer, overrides, **granite)),
+        vision_config=hf.SiglipVisionConfig(**_VISION | {"patch_size": 2 * PATCH}, vision_use_head=False),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        vision_feature_layer=[-2, -1],
+        vision_feature_select_strategy="full",
+        **tiles,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **tiles)
+    return config, hf.LlavaNextProcessor(
+        images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
+        num_additional_image_tokens=0, chat_template=tiny._LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
 def _aya_vision(overrides: dict[str, Any]) -> Made:
     """Aya Vision: Cohere2 text with sliding and full layers, SigLIP vision, tiles."""
     tiles = "<|START_OF_IMG|> <|END_OF_IMG|> <|IMG_PATCH|> <|IMG_LINE_BREAK|> TILE TILE_GLOBAL"
@@ -168,23 +190,26 @@ def _idefics2(overrides: dict[str, Any]) -> Made:
     return config, hf.Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=tiny._IDEFICS_TEMPLATE)
 
 
-def _mistral3(overrides: dict[str, Any], *, name: str = "Mistral3") -> Made:
-    """Mistral 3: Mistral text, Pixtral vision of any size, neighbouring patches merged."""
+def _mistral3(overrides: dict[str, Any], *, merged: int = 2) -> Made:
+    """Mistral 3: Mistral text, Pixtral vision of any size, neighbouring patches merged; Pixtral-12B, a llava, does not."""
     tokenizer = tiny._tokenizer(
         "<unk> <s> </s> [IMG] [IMG_BREAK] [IMG_END] <pad>", bos="<s>", eos="</s>", pad="<pad>",
         template=tiny._LLAVA_TEMPLATE.replace("<image>", "[IMG]"), image_token="[IMG]", image_break_token="[IMG_BREAK]",
         image_end_token="[IMG_END]",
     )  # fmt: skip
-    config = hf.Mistral3Config(
+    own: dict[str, Any] = {"spatial_merge_size": merged} if merged > 1 else {"vision_feature_select_strategy": "full"}
+    patch = PATCH if merged > 1 else 2 * PATCH
+    config = (hf.Mistral3Config if merged > 1 else hf.LlavaConfig)(
         text_config=hf.MistralConfig(**_text(tokenizer, overrides, sliding_window=None, head_dim=8)),
-        vision_config=hf.PixtralVisionConfig(**_VISION | {"image_size": 64}),
+        vision_config=hf.PixtralVisionConfig(**_VISION | {"image_size": 64, "patch_size": patch}),
         image_token_index=tokenizer.get_vocab()["[IMG]"],
-        spatial_merge_size=2,
+        vision_feature_layer=-1,
         tie_word_embeddings=False,
+        **own,
     )
     images = hf.PixtralImageProcessorPil(patch_size=2 * PATCH, size={"longest_edge": 64})
     return config, hf.LightOnOcrProcessor(
-        images, tokenizer, patch_size=PATCH, spatial_merge_size=2, chat_template=tokenizer.chat_template
+        images, tokenizer, patch_size=patch, spatial_merge_size=merged, chat_template=tokenizer.chat_template
     )
 
 
@@ -246,6 +271,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], Made]] = {
     "aya_vision": _aya_vision,
     "idefics2": _idefics2,
     "mistral3": _mistral3,
+    "pixtral": partial(_mistral3, merged=1),
+    "granite_vision": _granite_vision,
     "vipllava": partial(
         _square, name="VipLlava", text="LlamaConfig", tower="CLIPVisionConfig", cell=PATCH, dropped=True,
         vision={"projection_dim": 16}, vision_feature_layer=[-1, -2], image_seq_length=16,
