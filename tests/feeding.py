@@ -31,6 +31,8 @@ def feed(guarded: Guard, inputs: dict[str, Any], ends: list[int]) -> Any:
         piece: dict[str, Any] = {
             name: inputs[name][:, :end] for name in ("attention_mask", "token_type_ids") if name in inputs
         }
+        if start == 0 and "mm_token_type_ids" in inputs:  # which only tokens of a picture need
+            piece["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, :end]
         piece |= {"input_ids": inputs["input_ids"][:, start:end], "position_ids": places[..., start:end]}
         found = guarded.model(**piece, **(pictures if start == 0 else {}), past_key_values=cache, use_cache=True)
         cache, start = found.past_key_values, end

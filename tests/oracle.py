@@ -37,6 +37,7 @@ BLOCKS: dict[str, str] = {
     "qwen3_5": "model.language_model.layers",
     "qwen3_5_moe": "model.language_model.layers",
     "cohere2_vision": "model.language_model.layers",
+    "gemma4": "model.language_model.layers",
     "lfm2_vl": "model.language_model.layers",
     "llama4": "language_model.model.layers",
 }

@@ -1,7 +1,7 @@
 """Every family as one short row of tests: verdict, tokens, pieces, turns, reloading. The widest ones have whole files.
 
-    pytest tests/test_families.py -m "" --junitxml=build/families.xml
-    python tests/write_families.py build/families.xml docs/families.md
+pytest tests/test_families.py -m "" --junitxml=build/families.xml
+python tests/write_families.py build/families.xml docs/families.md
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 from sasa_export import Options, patch
-from sasa_export.errors import LocateError, OpenError, RewriteError
+from sasa_export.errors import LocateError, OpenError, RewriteError, TraceError
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import open_source
 from sasa_export.models.family import family_of
@@ -173,12 +173,19 @@ def test_a_safety_layer_in_front_of_what_a_picture_adds(tiny_model: Callable[...
 # --------------------------------------------------------------------------------------- what cannot be
 
 
+def test_blocks_that_are_given_more_than_a_second_lane_has(tmp_path: Path) -> None:
+    """As in Gemma 4 E2B and E4B, of the same model type as those that can be guarded."""
+    more = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 400, "num_kv_shared_layers": 2}
+    source = open_source(str(tiny.build("gemma4", tmp_path, **more)))
+    with pytest.raises(TraceError, match=r"layers\.0 is given float32 \(1, 5, 4\).*cannot be guarded"):
+        trace_source(source, load_processor(source))
+
+
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
         ("mllama", "cross-attention blocks"),
         ("gemma3n", "per-layer inputs"),
-        ("gemma4", "per-layer inputs"),
         ("paligemma", "no chat model"),
     ],
 )

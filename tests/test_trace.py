@@ -170,6 +170,25 @@ def test_a_change_behind_the_head_is_seen(stock: Stock, monkeypatch: pytest.Monk
     assert gate.inputs == ("after_head", "sasa.probe")
 
 
+@pytest.mark.parametrize("kind", ["positional", "named"])
+def test_what_another_block_leaves_for_a_block_is_seen(stock: Stock, kind: str) -> None:
+    """A block that needs it could not be replayed on another state alone."""
+
+    def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if kind == "named":
+            return args, {**kwargs, "shared": {"keys": torch.ones(1)}}
+        kwargs.pop("attention_mask")
+        return (*args, torch.zeros(1, 1, 1, 1)), kwargs
+
+    block = stock("llava")[0].get_submodule("model.language_model.layers.3")
+    said = "shared" if kind == "named" else "float32"
+    with (
+        hooked(block.register_forward_pre_hook(hook, with_kwargs=True)),
+        pytest.raises(TraceError, match=rf"layers\.3 is given {said}"),
+    ):
+        traced(stock)
+
+
 # ------------------------------------------------------------------------------ models not as described
 
 

@@ -96,7 +96,8 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
         possible = f"{earliest} is the first" if earliest < len(blocks) - 1 else "here there is none"
         raise RewriteError(
             f"{graph.of('between')[-1].name}: the model adds to the hidden state between blocks behind the safety "
-            f"layer, {safety}, and the second lane would miss it. Choose a later --safety-layer: {possible} that can be."
+            f"layer, {safety}, and the second lane would miss it. Choose a later --safety-layer: {possible} that can "
+            "be."
         )
     if not safety <= last < len(blocks):
         raise RewriteError(

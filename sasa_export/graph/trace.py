@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class Call:
     entered: torch.Tensor | None
     left: torch.Tensor | None
     arguments: dict[str, str]  # name -> what it was, such as "float32 (1, 1, 9, 9)"
+    more: str  # what else came in that was made of ids or by another block; empty where nothing did
 
 
 def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGraph:
@@ -50,6 +52,12 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
             )
     if len(decoder) > len(expected):
         raise TraceError(f"{decoder[len(expected)]} runs twice in one pass; this decoder cannot be rewritten.")
+    for call in calls:
+        if call.path in blocks and call.more:
+            raise TraceError(
+                f"{call.path} is given {call.more} beside its hidden state, which the model makes of token ids or in "
+                "another block. The second lane would not have it, so this model cannot be guarded. Use another model."
+            )
     if any(isinstance(value, torch.Tensor) and name.startswith("pixel") for name, value in inputs.items()):
         _check_vision(order, family)
     graph = _graph({call.path: call for call in calls}, expected, family)
@@ -79,9 +87,7 @@ def trace_source(source: Source, processor: Any) -> LayerGraph:
 def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
     """Raise TraceError where the decoder runs in another way, or has more added between its blocks, than expected."""
     added = {node.name for node in expected.of("between")}
-    blocks, found = (
-        [node.name for node in graph if node.op != "between"] for graph in (expected, observed)
-    )
+    blocks, found = ([node.name for node in graph if node.op != "between"] for graph in (expected, observed))
     differing = [name for name in (*blocks, *found) if (name in blocks) != (name in found)]
     differing += [node.name for node in observed.of("between") if node.name not in added]
     if differing or blocks != found:
@@ -146,7 +152,8 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             entered = args[0] if args else kwargs.get("hidden_states")
             left = output[0] if isinstance(output, tuple) else output
-            calls.append(Call(path, entered, left, {name: describe(value) for name, value in kwargs.items()}))
+            arguments = {name: describe(value) for name, value in kwargs.items()}
+            calls.append(Call(path, entered, left, arguments, _more(args, kwargs)))
 
         return hook
 
@@ -158,6 +165,13 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
         for handle in handles:
             handle.remove()
     return calls, logits
+
+
+def _more(args: tuple, kwargs: dict[str, Any]) -> str:
+    """What a block cannot be replayed without: a second tensor by position, or what another block left for it."""
+    second = [describe(value) for value in args[1:] if value is not None]
+    left = [name for name, value in kwargs.items() if isinstance(value, Mapping) and value]
+    return ", ".join([*second, *left])
 
 
 def describe(value: Any) -> str:

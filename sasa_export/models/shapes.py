@@ -34,7 +34,9 @@ class ShapesOnly(TorchDispatchMode):
             raise NotImplementedError(f"{func} would write numbers that nobody knows into whole ones")
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(META), (args, kwargs))
         if func is torch.ops.aten._grouped_mm.default:  # of experts; its shapes are worked out in one type alone
-            args = tree_map_only(Tensor, lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, args)
+            args = tree_map_only(
+                Tensor, lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, args
+            )
             return func(*args, **kwargs).to(tensors[0].dtype)
         return func(*args, **kwargs)
 
