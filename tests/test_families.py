@@ -1,7 +1,6 @@
 """Every family as one short row of tests: verdict, tokens, pieces, turns, reloading. The widest ones have whole files.
 
-pytest tests/test_families.py -m "" --junitxml=build/families.xml
-python tests/write_families.py build/families.xml docs/families.md
+`make families` runs them all and writes docs/families.md.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 from sasa_export import Options, patch
-from sasa_export.errors import LocateError, OpenError, RewriteError, TraceError
+from sasa_export.errors import EmitError, LocateError, OpenError, RewriteError, TraceError
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import open_source
 from sasa_export.models.family import family_of
@@ -144,6 +143,19 @@ def test_reload(guarded: Guard, family: str, tmp_path: Path) -> None:
     found, before = again(**inputs), guarded.model(**inputs)
     assert torch.equal(found.unsafe_probability, before.unsafe_probability)
     assert torch.equal(found.logits, before.logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("qwen3_vl", "'qwen3_vl' has no ONNX recipe"),
+        ("pixtral", "'llava' is for a vision tower of type clip_vision_model .* has one of type pixtral"),
+        ("granite_vision", "'llava_next' is for a vision tower of type clip_vision_model, .* siglip_vision_model"),
+    ],
+)
+def test_what_has_no_onnx_recipe(tiny_model: Callable[..., Path], tmp_path: Path, family: str, said: str) -> None:
+    with pytest.raises(EmitError, match=said):
+        patch(Options(str(tiny_model(family)), tmp_path / "out", format="onnx"))
 
 
 # ---------------------------------------------------------------------------- what a picture adds between blocks
