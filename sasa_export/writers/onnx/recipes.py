@@ -48,8 +48,8 @@ def check_tower(model_type: str, tower: str) -> None:
     towers = recipe_of(model_type).towers
     if towers and tower not in towers:
         raise EmitError(
-            f"the ONNX recipe of model type {model_type!r} is for a vision tower of type {' or '.join(towers)}, and this "
-            f"model has one of type {tower}. Export it with --format safetensors."
+            f"the ONNX recipe of model type {model_type!r} is for a vision tower of type {' or '.join(towers)}, and "
+            f"this model has one of type {tower}. Export it with --format safetensors."
         )
 
 
