@@ -116,6 +116,8 @@ def trace(
     try:
         processor = load_processor(source)
     except OpenError as error:
+        if load:
+            raise
         processor = None
         report.warn(f"Traced without a picture: {error}")
     graph = trace_source(source, processor)

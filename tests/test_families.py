@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import labelled
 import pytest
 import tiny
 import tiny_more
@@ -143,6 +144,18 @@ def test_reload(guarded: Guard, family: str, tmp_path: Path) -> None:
     found, before = again(**inputs), guarded.model(**inputs)
     assert torch.equal(found.unsafe_probability, before.unsafe_probability)
     assert torch.equal(found.logits, before.logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["internvl", "mistral3", "qwen3_vl_moe", "llama4"])
+def test_export(tiny_model: Callable[..., Path], family: str, tmp_path: Path) -> None:
+    """Calibrated, written, and verified against the original in a fresh process."""
+    calibration = labelled.write_set(tmp_path, "calibration", 1, 30)
+    options = Options(
+        str(tiny_model(family)), tmp_path / "out", calibration=(str(calibration),), max_false_positive_rate=0.2,
+        safety_layer=tiny_more.SAFETY, semantic_layer=tiny_more.SEMANTIC, batch_size=8, refusal="I will not help.",
+    )  # fmt: skip
+    assert patch(options).calibration is not None
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from sasa_export.errors import RewriteError, TraceError
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite
-from sasa_export.graph.trace import trace
+from sasa_export.graph.trace import trace, trace_source
 from sasa_export.models import open_source
 from sasa_export.models.family import Family, families, family_of
-from sasa_export.models.load import skeleton
+from sasa_export.models.load import load_processor, skeleton
 
 Tiny = Callable[..., Path]
 Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
@@ -105,6 +105,15 @@ def test_every_family_file_is_tried(path: Path) -> None:
     """A family's file without a tiny model to trace would be a claim that nobody has checked."""
     family = families()[path.stem]
     assert family.refused or set(family.model_types) <= {*tiny.FAMILIES, *tiny_more.MAKERS}
+
+
+def test_a_picture_that_does_not_run(tiny_model: Tiny) -> None:
+    """Said in one line: what it adds to the decoder is then not known."""
+    source = open_source(str(tiny_model("llava")))
+    processor = load_processor(source)
+    processor.num_additional_image_tokens = 3  # two tokens more than there are features
+    with pytest.raises(TraceError, match=r"a prompt with a picture cannot be run .*tokens.*restore them"):
+        trace_source(source, processor)
 
 
 # ------------------------------------------------------------------------------ additions between blocks

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sasa_export.errors import TraceError
+from sasa_export.errors import SasaExportError, TraceError
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models import Source
 from sasa_export.models.family import Family
@@ -72,12 +72,24 @@ def trace_source(source: Source, processor: Any) -> LayerGraph:
 
     What either adds to the hidden state between blocks is in the graph: such as features of the picture, which some
     decoders add behind their first blocks. Without a processor (None) only the text is traced, to look at.
+
+    Raises TraceError where either does not run, or not as the family's file says.
     """
-    with skeleton(source) as model:
-        text = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
-        if processor is None:
-            return text
-        picture = trace(model, source.family, _prompt(processor, Image.new("RGB", (64, 64))))
+    try:
+        asked = None if processor is None else _prompt(processor, Image.new("RGB", (64, 64)))
+        with skeleton(source) as model:
+            text = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+            if asked is None:
+                return text
+            picture = trace(model, source.family, asked)
+    except SasaExportError:
+        raise
+    except Exception as error:  # of the model's own code, which fails in as many ways as there are families
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TraceError(
+            f"a prompt with a picture cannot be run through {source.name}, to see what it adds to the decoder "
+            f"({reason}). Its processor and its config.json may not belong together: restore them from their source."
+        ) from error
     most = max((text, picture), key=lambda graph: len(graph.of("between")))
     for graph in (text, picture):
         check_traces(most, graph)
