@@ -54,9 +54,15 @@ def traced(stock: Stock, family: str = "llava", *, images: bool = False) -> Laye
 class Walk(torch.nn.ModuleList):
     """A list of blocks through which the decoder's loop walks in another order, or with something added behind one."""
 
-    def __init__(self, blocks: torch.nn.ModuleList, order: list[int], added_behind: int | None = None) -> None:
+    def __init__(
+        self,
+        blocks: torch.nn.ModuleList,
+        order: list[int],
+        added_behind: int | None = None,
+        add: Callable[..., Any] = torch.add,
+    ) -> None:
         super().__init__(blocks)
-        self.order, self.added_behind = order, added_behind
+        self.order, self.added_behind, self.add = order, added_behind, add
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
@@ -64,7 +70,7 @@ class Walk(torch.nn.ModuleList):
         blocks: list[Any] = [super(Walk, self).__getitem__(number) for number in self.order]
         if self.added_behind is not None:
             block = blocks[self.added_behind]
-            blocks[self.added_behind] = lambda *args, **kwargs: block(*args, **kwargs) + 1.0
+            blocks[self.added_behind] = lambda *args, **kwargs: self.add(block(*args, **kwargs), 1.0)
         return blocks
 
 
@@ -145,10 +151,13 @@ def test_an_addition_between_two_blocks_is_seen(stock: Stock, family: str) -> No
     assert [node.attributes["index"] for node in rewrite(graph, LaneSettings(3, 4)).of("lane_block")] == [4, 5]
 
 
-def test_an_addition_inside_the_decoders_loop_is_seen(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("add", [torch.add, torch.Tensor.add_], ids=["anew", "in place"])
+def test_an_addition_inside_the_decoders_loop_is_seen(
+    stock: Stock, monkeypatch: pytest.MonkeyPatch, add: Callable[..., Any]
+) -> None:
     """As deepstack does it: the decoder's own forward adds to the state behind a block, outside any module."""
     decoder = stock("llava")[0].get_submodule("model.language_model")
-    monkeypatch.setitem(decoder._modules, "layers", Walk(decoder.layers, [*range(6)], added_behind=2))
+    monkeypatch.setitem(decoder._modules, "layers", Walk(decoder.layers, [*range(6)], added_behind=2, add=add))
     assert [node.name for node in traced(stock).of("between")] == ["between.2.3"]
 
 

@@ -26,6 +26,11 @@ class Call:
     left: torch.Tensor | None
     arguments: dict[str, str]  # name -> what it was, such as "float32 (1, 1, 9, 9)"
     more: str  # what else came in that was made of ids or by another block; empty where nothing did
+    changes: tuple[int, int]  # how often each of the two states had been changed in place, then
+
+    def follows(self, before: Call) -> bool:
+        """Is what came in what left the call before? A tensor that is merely equal may have had something added."""
+        return self.entered is before.left and self.changes[0] == before.changes[1]
 
 
 def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGraph:
@@ -159,17 +164,25 @@ def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
 def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[list[Call], Any]:
     """All calls in order, and the logits that the model returned."""
     calls: list[Call] = []
+    began: dict[str, int] = {}
+
+    def begin(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            began[path] = _changes(args[0] if args else kwargs.get("hidden_states"))
+
+        return hook
 
     def see(path: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             entered = args[0] if args else kwargs.get("hidden_states")
             left = output[0] if isinstance(output, tuple) else output
             arguments = {name: describe(value) for name, value in kwargs.items()}
-            calls.append(Call(path, entered, left, arguments, _more(args, kwargs)))
+            calls.append(Call(path, entered, left, arguments, _more(args, kwargs), (began[path], _changes(left))))
 
         return hook
 
-    handles = [module.register_forward_hook(see(path), with_kwargs=True) for path, module in modules.items()]
+    handles = [module.register_forward_pre_hook(begin(path), with_kwargs=True) for path, module in modules.items()]
+    handles += [module.register_forward_hook(see(path), with_kwargs=True) for path, module in modules.items()]
     try:
         with torch.no_grad():
             logits = model(**inputs, use_cache=False, return_dict=True).logits
@@ -177,6 +190,11 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
         for handle in handles:
             handle.remove()
     return calls, logits
+
+
+def _changes(state: Any) -> int:
+    """How often a tensor was changed in place so far."""
+    return int(state._version) if isinstance(state, torch.Tensor) else 0
 
 
 def _more(args: tuple, kwargs: dict[str, Any]) -> str:
@@ -205,13 +223,12 @@ def _graph(calls: dict[str, Call], expected: list[str], family: Family) -> Layer
     for index, path in enumerate(blocks):
         call = calls[path]
         source = nodes[-1].name
-        # By identity: a tensor that is merely equal may still have had something added to it in between.
-        if before is not None and call.entered is not before.left:
+        if before is not None and not call.follows(before):
             nodes.append(Node(f"between.{index - 1}.{index}", "between", (source,)))
             source = nodes[-1].name
         nodes.append(Node(f"layers.{index}", "block", (source,), path, {"index": index, "arguments": call.arguments}))
         before = call
-    if before is not None and calls[norm].entered is not before.left:
+    if before is not None and not calls[norm].follows(before):
         nodes.append(Node(f"between.{len(blocks) - 1}.norm", "between", (nodes[-1].name,)))
     nodes.append(Node("norm", "norm", (nodes[-1].name,), norm))
     nodes.append(Node("head", "head", ("norm",), head))
