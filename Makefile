@@ -12,7 +12,7 @@ PYTEST := -m pytest -n 2 --dist loadgroup
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow matrix fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm clean
+.PHONY: setup demo test test-slow matrix families fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,12 @@ matrix:
 	@rm -f build/matrix.xml
 	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/test_matrix.py
 	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
+
+# Every family, fast tests and slow ones, and what became of it as a table.
+families: setup
+	@rm -f build/families.xml
+	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/families.xml tests/test_families.py
+	@$(BIN)/python tests/write_families.py build/families.xml docs/families.md
 
 # sasa-vllm needs vLLM, whose dependencies clash with those of sasa-export: an environment of its own, with vLLM for CPUs.
 VLLM := build/vllm-venv

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from sasa_export.errors import SasaExportError
+from sasa_export.errors import OpenError, SasaExportError
 from sasa_export.flags import flags
 from sasa_export.options import Options
 from sasa_export.report import Console, quiet
@@ -111,14 +111,22 @@ def trace(
     from sasa_export.models.load import load_model, load_processor, read_sizes
     from sasa_export.probe.features import trace_loaded
 
-    source = open_source(model, revision, Console())
-    graph = trace_source(source)
+    report = Console()
+    source = open_source(model, revision, report)
+    try:
+        processor = load_processor(source)
+    except OpenError as error:
+        if load:
+            raise
+        processor = None
+        report.warn(f"Traced without a picture: {error}")
+    graph = trace_source(source, processor)
     if load:
         from sasa_export.prompts import builtin
 
         loaded = load_model(source, dtype="float32", device="cpu")
         picture = next(prompt for prompt in builtin() if prompt.image is not None)
-        check_traces(graph, trace_loaded(loaded, load_processor(source), source, picture))
+        check_traces(graph, trace_loaded(loaded, processor, source, picture))
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))

@@ -113,15 +113,17 @@ def open_and_trace(options: Options, report: Silent) -> Plan:
     sizes = read_sizes(source)
     processor = load_processor(source)
     refusal_ids(processor, source.directory, options.refusal)  # here already, like the layers below
-    settings, layers_from = _layers(source, sizes, options, report)
-    graph = trace_source(source)
+    graph = trace_source(source, processor)
+    settings, layers_from = _layers(source, sizes, graph, options, report)
     full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
     check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
     return Plan(source, sizes, processor, graph, settings, layers_from, given)
 
 
-def _layers(source: Source, sizes: Sizes, options: Options, report: Silent) -> tuple[LaneSettings, str]:
+def _layers(
+    source: Source, sizes: Sizes, graph: LayerGraph, options: Options, report: Silent
+) -> tuple[LaneSettings, str]:
     """The settings of the second lane, and where its layers are from."""
     given = [layer if isinstance(layer, int) else None for layer in (options.safety_layer, options.semantic_layer)]
     safety: int | None
@@ -131,9 +133,9 @@ def _layers(source: Source, sizes: Sizes, options: Options, report: Silent) -> t
         safety = semantic = None
         layers_from = "none: made without projection"
     elif options.finds_layers():
-        from sasa_export.research.locate.pairs import with_layer
+        from sasa_export.research.locate.pairs import possible, with_layer
 
-        safety, semantic = with_layer(sizes.blocks, *given)[0]
+        safety, semantic = possible(with_layer(sizes.blocks, *given), graph.earliest_safety_layer())[0]
     elif "not measured" in layers_from:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
     return LaneSettings(safety, semantic, options.epsilon, sizes.softcap, options.probe_block), layers_from

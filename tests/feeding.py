@@ -11,7 +11,7 @@ def positions(guarded: Guard, inputs: dict[str, Any]) -> Tensor:
     """The position ids of a prompt: (batch, tokens), or (3, batch, tokens) where a family has three axes."""
     mask = inputs["attention_mask"]  # (batch, tokens)
     flat = (mask.cumsum(-1) - 1).clamp_min(0)  # (batch, tokens)
-    model = guarded.stock.model
+    model = getattr(guarded.stock, "model", guarded.stock)
     if not hasattr(model, "get_rope_index"):
         return flat
     if "image_grid_thw" not in inputs:
@@ -31,6 +31,8 @@ def feed(guarded: Guard, inputs: dict[str, Any], ends: list[int]) -> Any:
         piece: dict[str, Any] = {
             name: inputs[name][:, :end] for name in ("attention_mask", "token_type_ids") if name in inputs
         }
+        if start == 0 and "mm_token_type_ids" in inputs:  # which only tokens of a picture need
+            piece["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, :end]
         piece |= {"input_ids": inputs["input_ids"][:, start:end], "position_ids": places[..., start:end]}
         found = guarded.model(**piece, **(pictures if start == 0 else {}), past_key_values=cache, use_cache=True)
         cache, start = found.past_key_values, end

@@ -23,6 +23,23 @@ BLOCKS: dict[str, str] = {
     "gemma3": "model.language_model.layers",
     "smolvlm": "model.text_model.layers",
     "idefics3": "model.text_model.layers",
+    "qwen2_vl": "model.language_model.layers",
+    "internvl": "model.language_model.layers",
+    "llava_onevision": "model.language_model.layers",
+    "glm4v": "model.language_model.layers",
+    "glm46v": "model.language_model.layers",
+    "aya_vision": "model.language_model.layers",
+    "idefics2": "model.text_model.layers",
+    "mistral3": "model.language_model.layers",
+    "vipllava": "model.language_model.layers",
+    "qwen3_vl": "model.language_model.layers",
+    "qwen3_vl_moe": "model.language_model.layers",
+    "qwen3_5": "model.language_model.layers",
+    "qwen3_5_moe": "model.language_model.layers",
+    "cohere2_vision": "model.language_model.layers",
+    "gemma4": "model.language_model.layers",
+    "lfm2_vl": "model.language_model.layers",
+    "llama4": "language_model.model.layers",
 }
 
 
@@ -107,7 +124,7 @@ def unsafe_probability(logits: Tensor, weight: Tensor, bias: float | Tensor) -> 
 
 def folded(model: PreTrainedModel, weight_vocab: Tensor) -> Tensor:
     """The probe `weight_vocab` (vocabulary,) moved in front of the head: W_head^T w, of shape (hidden,)."""
-    head = model.get_submodule("lm_head")
+    head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear) and head.bias is None
     return head.weight.detach().float().T @ weight_vocab.float()  # (hidden,)
 

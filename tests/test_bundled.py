@@ -61,7 +61,7 @@ def test_its_scores_come_out_again() -> None:
     prompts = builtin(processor)
     rows = list(range(7, len(prompts), len(prompts) // 24))
     model = load_model(source, dtype="float32", device="cpu")
-    lane = rewrite_lane(trace_source(source), settings)
+    lane = rewrite_lane(trace_source(source, processor), settings)
     features = collect(model, processor, lane, [prompts[row] for row in rows], batch_size=8)
     weight, bias = found.probes["projected"]
     again = probability(features.projected.astype(np.float64), weight.astype(np.float64), bias)

@@ -17,7 +17,7 @@ from cli_steps import Tiny, change_tensors, copied, fails, flags, flip, message_
     "name, said",
     [
         ("no-such-model", "there is no model 'no-such-model'"),
-        ("./no/such/directory", "Aliases: gemma3"),
+        ("./no/such/directory", "Aliases: aya-vision, "),
         ("nobody/no-such-model", "nobody/no-such-model could not be fetched from the hub"),
     ],
 )
@@ -31,7 +31,7 @@ def test_an_unsupported_family_through_the_script(tmp_path: Path, place: Path) -
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     result = script(*flags(tmp_path, place / "out"))
     message = message_of(result.returncode, result.stderr)
-    assert "model type 'bert' is not supported. Supported: gemma3, idefics3, llava" in message
+    assert "model type 'bert' is not supported. Supported: aya_vision, cohere2_vision, gemma3" in message
     assert not list(place.iterdir())
 
 

@@ -120,7 +120,7 @@ def test_the_depth_curve_ends_where_the_probe_reads(run: tuple[Evaluated, Path])
 @torch.no_grad()
 def test_what_is_read_within_the_lane(tiny_model: Guards, stock: Guards, sets: tuple[str, str]) -> None:
     source, prompts = open_source(str(tiny_model("llava"))), load_all([sets[0]])[:4]
-    lane = rewrite_lane(trace_source(source), LaneSettings(SAFETY, SEMANTIC))
+    lane = rewrite_lane(trace_source(source, load_processor(source)), LaneSettings(SAFETY, SEMANTIC))
     processor, depths, judge = load_processor(source), depths_of(lane), stock("llava")[0]
     with reading(load_model(source, dtype="float32", device="cpu"), processor, lane, list(depths.values())) as read:
         found = read(prompts, range(4))

@@ -48,19 +48,19 @@ _WORDS = (
     "tools fix a broken chair is there any water left on your table"
 ).split()
 
-_LLAVA_TEMPLATE = (
+LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
     "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-_QWEN_TEMPLATE = (
+QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_IDEFICS_TEMPLATE = (
+IDEFICS_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
     "{% else %} {{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
@@ -81,7 +81,9 @@ def build(family: str, directory: Path, *, seed: int = 0, shards: int = 1, **ove
     `tie_word_embeddings` is set on the whole config too. `shards > 1` splits the weights under an index, into
     about that many files.
     """
-    config, processor = _MAKERS[family](overrides)
+    from tiny_more import MAKERS
+
+    config, processor = {**_MAKERS, **MAKERS}[family](overrides)
     with torch.random.fork_rng():
         # Initial values that are drawn at random, such as CLIP's class embedding, stay part of the weights.
         torch.manual_seed(seed)
@@ -183,7 +185,7 @@ def _generation_config(config: PreTrainedConfig) -> GenerationConfig:
     )
 
 
-def _tokenizer(
+def make_tokenizer(
     special: str, *, bos: str | None, eos: str, pad: str, template: str, **named: str
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a small merge table.
@@ -219,7 +221,7 @@ def _tokenizer(
     )
 
 
-def _text_fields(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any]) -> dict[str, Any]:
+def text_fields(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any]) -> dict[str, Any]:
     """Text config fields that all families share."""
     return {
         # Padded beyond the tokenizer's size, as real checkpoints do.
@@ -238,7 +240,7 @@ def _text_fields(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any]) 
 
 
 # Vision config fields shared by the CLIP and SigLIP shaped towers.
-_VISION: dict[str, Any] = {
+VISION: dict[str, Any] = {
     "hidden_size": VISION_HIDDEN,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -253,7 +255,9 @@ def _llava(overrides: dict[str, Any], *, tiled: bool = False) -> tuple[PreTraine
 
     LLaVA-NeXT is the same with image tiles, so that the number of image tokens follows the image's size.
     """
-    tokenizer = _tokenizer("<unk> <s> </s> <image> <pad>", bos="<s>", eos="</s>", pad="<pad>", template=_LLAVA_TEMPLATE)
+    tokenizer = make_tokenizer(
+        "<unk> <s> </s> <image> <pad>", bos="<s>", eos="</s>", pad="<pad>", template=LLAVA_TEMPLATE
+    )
     name, image_processor = "Llava", hf.CLIPImageProcessorPil
     if tiled:
         name, image_processor = "LlavaNext", hf.LlavaNextImageProcessorPil
@@ -262,8 +266,8 @@ def _llava(overrides: dict[str, Any], *, tiled: bool = False) -> tuple[PreTraine
     wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
     tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]} if tiled else {}
     config = getattr(hf, f"{name}Config")(
-        text_config=hf.LlamaConfig(**_text_fields(tokenizer, overrides)),
-        vision_config=hf.CLIPVisionConfig(**_VISION | {"patch_size": patch}, projection_dim=VISION_HIDDEN),
+        text_config=hf.LlamaConfig(**text_fields(tokenizer, overrides)),
+        vision_config=hf.CLIPVisionConfig(**VISION | {"patch_size": patch}, projection_dim=VISION_HIDDEN),
         image_token_index=tokenizer.get_vocab()["<image>"],
         image_seq_length=(IMAGE_SIZE // patch) ** 2,
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
@@ -278,23 +282,23 @@ def _llava(overrides: dict[str, Any], *, tiled: bool = False) -> tuple[PreTraine
         patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_LLAVA_TEMPLATE,
+        chat_template=LLAVA_TEMPLATE,
     )
 
 
 def _qwen2_5_vl(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin]:
     """Qwen2.5-VL: three-dimensional rotary positions and a vision tower of native resolution."""
-    tokenizer = _tokenizer(
+    tokenizer = make_tokenizer(
         "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>",
         bos=None,
         eos="<|im_end|>",
         pad="<|endoftext|>",
-        template=_QWEN_TEMPLATE,
+        template=QWEN_TEMPLATE,
         image_token="<|image_pad|>",
         video_token="<|video_pad|>",
     )
     ids = tokenizer.get_vocab()
-    text = _text_fields(tokenizer, overrides)
+    text = text_fields(tokenizer, overrides)
     # Sections add up to half of the head dimension, 16.
     rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 3, 3]}
     text.setdefault("rope_parameters", rope)
@@ -323,7 +327,7 @@ def _qwen2_5_vl(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorM
     images = hf.Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=2, size=size)
     # Qwen's own processor insists on a video processor, and that on torchvision. This stock class does the
     # same for images: it expands the image token by the grid and writes mm_token_type_ids.
-    return config, hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=_QWEN_TEMPLATE)
+    return config, hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
 
 
 def _idefics(overrides: dict[str, Any], *, name: str, tied: bool) -> tuple[PreTrainedConfig, ProcessorMixin]:
@@ -332,13 +336,13 @@ def _idefics(overrides: dict[str, Any], *, name: str, tied: bool) -> tuple[PreTr
     SmolVLM2 differs in its classes and in its tied embeddings.
     """
     tiles = " ".join(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
-    tokenizer = _tokenizer(
+    tokenizer = make_tokenizer(
         "<|endoftext|> <|im_start|> <|im_end|> <end_of_utterance> <fake_token_around_image> <image> <global-img> "
         + tiles,
         bos="<|im_start|>",
         eos="<end_of_utterance>",
         pad="<|im_end|>",
-        template=_IDEFICS_TEMPLATE,
+        template=IDEFICS_TEMPLATE,
         image_token="<image>",
         fake_image_token="<fake_token_around_image>",
         global_image_token="<global-img>",
@@ -346,8 +350,8 @@ def _idefics(overrides: dict[str, Any], *, name: str, tied: bool) -> tuple[PreTr
     )
     tied = overrides.get("tie_word_embeddings", tied)
     config = getattr(hf, f"{name}Config")(
-        text_config=hf.LlamaConfig(**_text_fields(tokenizer, overrides) | {"tie_word_embeddings": tied}),
-        vision_config=_VISION,
+        text_config=hf.LlamaConfig(**text_fields(tokenizer, overrides) | {"tie_word_embeddings": tied}),
+        vision_config=VISION,
         scale_factor=2,
         image_token_id=tokenizer.get_vocab()["<image>"],
         pad_token_id=tokenizer.pad_token_id,
@@ -360,12 +364,12 @@ def _idefics(overrides: dict[str, Any], *, name: str, tied: bool) -> tuple[PreTr
     # SmolVLM's own processor insists on torchvision and num2words, for videos. That of Idefics3 treats images
     # alike, and is the one that SmolVLM 1 names.
     tokens = (IMAGE_SIZE // PATCH) ** 2 // 4  # of one tile
-    return config, hf.Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=_IDEFICS_TEMPLATE)
+    return config, hf.Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=IDEFICS_TEMPLATE)
 
 
 def _gemma3(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin]:
     """Gemma 3: sliding and full layers, attention both ways within an image, SigLIP vision."""
-    tokenizer = _tokenizer(
+    tokenizer = make_tokenizer(
         "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> <image_soft_token>",
         bos="<bos>",
         eos="<eos>",
@@ -386,12 +390,12 @@ def _gemma3(overrides: dict[str, Any]) -> tuple[PreTrainedConfig, ProcessorMixin
         "layer_types": [sliding, full, sliding, sliding, full, sliding],
         "eos_token_id": [ids["<eos>"], ids["<end_of_turn>"]],
     }
-    text = _text_fields(tokenizer, own | overrides)
+    text = text_fields(tokenizer, own | overrides)
     text["layer_types"] = text["layer_types"][: text["num_hidden_layers"]]
     side = 2
     config = hf.Gemma3Config(
         text_config=hf.Gemma3TextConfig(**text),
-        vision_config=hf.SiglipVisionConfig(**_VISION, vision_use_head=False),
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
         mm_tokens_per_image=side**2,
         boi_token_index=ids["<start_of_image>"],
         eoi_token_index=ids["<end_of_image>"],

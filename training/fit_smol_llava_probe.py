@@ -56,7 +56,7 @@ def main() -> None:
     source, report = open_source(EMBEDDED), Console()
     sizes, processor = read_sizes(source), load_processor(source)
     settings = LaneSettings(*layers_of(source, sizes.blocks, sizes.hidden, None, None)[:2])
-    lane = rewrite_lane(trace_source(source), settings)
+    lane = rewrite_lane(trace_source(source, processor), settings)
     prompts = builtin(processor)
     model = load_model(source, dtype="float32", device="cpu")
     with report.bar(len(prompts), "calibrate") as advance:

@@ -63,6 +63,11 @@ class LayerGraph:
         """All nodes of one operation, in order."""
         return tuple(node for node in self.nodes if node.op == op)
 
+    def earliest_safety_layer(self) -> int:
+        """The first block from which on nothing is added between blocks: replaying blocks in front would lose that."""
+        added = [self[node.inputs[0]].attributes["index"] for node in self.of("between")]
+        return max(added, default=-1) + 1
+
     def add(self, *nodes: Node) -> LayerGraph:
         return LayerGraph(self.nodes + nodes)
 

@@ -90,13 +90,15 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
         return graph
     safety, blocks, last = settings.pair[0], graph.of("block"), settings.last(graph)
     before = _require(graph, "sasa.projection", "the second lane").name
-    for node in graph.of("between"):
+    earliest = graph.earliest_safety_layer()
+    if safety < earliest:
         # What is added between two blocks is no block's doing, so replaying blocks would lose it.
-        if graph[node.inputs[0]].attributes.get("index", -1) >= safety:
-            raise RewriteError(
-                f"{node.name}: the model adds to the hidden state between blocks behind the safety layer, and "
-                "the second lane would miss it. Choose a later --safety-layer."
-            )
+        possible = f"{earliest} is the first" if earliest < len(blocks) - 1 else "here there is none"
+        raise RewriteError(
+            f"{graph.of('between')[-1].name}: the model adds to the hidden state between blocks behind the safety "
+            f"layer, {safety}, and the second lane would miss it. Choose a later --safety-layer: {possible} that can "
+            "be."
+        )
     if not safety <= last < len(blocks):
         raise RewriteError(
             f"--probe-block is {last}; it must be from the safety layer, {safety}, to the last block, "

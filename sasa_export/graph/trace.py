@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
-from sasa_export.errors import TraceError
+from sasa_export.errors import SasaExportError, TraceError
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models import Source
 from sasa_export.models.family import Family
@@ -24,6 +25,12 @@ class Call:
     entered: torch.Tensor | None
     left: torch.Tensor | None
     arguments: dict[str, str]  # name -> what it was, such as "float32 (1, 1, 9, 9)"
+    more: str  # what else came in that was made of ids or by another block; empty where nothing did
+    changes: tuple[int, int]  # how often each of the two states had been changed in place, then
+
+    def follows(self, before: Call) -> bool:
+        """Is what came in what left the call before? A tensor that is merely equal may have had something added."""
+        return self.entered is before.left and self.changes[0] == before.changes[1]
 
 
 def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGraph:
@@ -50,6 +57,12 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
             )
     if len(decoder) > len(expected):
         raise TraceError(f"{decoder[len(expected)]} runs twice in one pass; this decoder cannot be rewritten.")
+    for call in calls:
+        if call.path in blocks and call.more:
+            raise TraceError(
+                f"{call.path} is given {call.more} beside its hidden state, which the model makes of token ids or in "
+                "another block. The second lane would not have it, so this model cannot be guarded. Use another model."
+            )
     if any(isinstance(value, torch.Tensor) and name.startswith("pixel") for name, value in inputs.items()):
         _check_vision(order, family)
     graph = _graph({call.path: call for call in calls}, expected, family)
@@ -59,21 +72,58 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
     return graph
 
 
-def trace_source(source: Source) -> LayerGraph:
-    """Trace a source on fake weights: its shapes alone, in no memory."""
-    with skeleton(source) as model:
-        return trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+def trace_source(source: Source, processor: Any) -> LayerGraph:
+    """Trace a source on its shapes alone, in no memory, with a text and with a picture.
+
+    What either adds to the hidden state between blocks is in the graph: such as features of the picture, which some
+    decoders add behind their first blocks. Without a processor (None) only the text is traced, to look at.
+
+    Raises TraceError where either does not run, or not as the family's file says.
+    """
+    try:
+        asked = None if processor is None else _prompt(processor, Image.new("RGB", (64, 64)))
+        with skeleton(source) as model:
+            text = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+            if asked is None:
+                return text
+            picture = trace(model, source.family, asked)
+    except SasaExportError:
+        raise
+    except Exception as error:  # of the model's own code, which fails in as many ways as there are families
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TraceError(
+            f"a prompt with a picture cannot be run through {source.name}, to see what it adds to the decoder "
+            f"({reason}). Its processor and its config.json may not belong together: restore them from their source."
+        ) from error
+    most = max((text, picture), key=lambda graph: len(graph.of("between")))
+    for graph in (text, picture):
+        check_traces(most, graph)
+    return most
 
 
 def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
-    """Raise TraceError where a picture takes another way through the decoder than a text does."""
-    for before, after in zip_longest(expected, observed):
-        if (before and (before.name, before.inputs)) != (after and (after.name, after.inputs)):
-            node = after or before
-            raise TraceError(
-                f"{node.name}: with a picture, this model's decoder does not run as without one "
-                f"({node.op} behind {', '.join(node.inputs) or 'nothing'}). It cannot be rewritten yet."
-            )
+    """Raise TraceError where the decoder runs in another way, or has more added between its blocks, than expected."""
+    added = {node.name for node in expected.of("between")}
+    blocks, found = ([node.name for node in graph if node.op != "between"] for graph in (expected, observed))
+    differing = [name for name in (*blocks, *found) if (name in blocks) != (name in found)]
+    differing += [node.name for node in observed.of("between") if node.name not in added]
+    if differing or blocks != found:
+        raise TraceError(
+            f"{(differing or found)[0]}: with a picture, this model's decoder does not run as without one, or its "
+            "weights do not run as their shapes do. It cannot be rewritten yet."
+        )
+
+
+def _prompt(processor: Any, image: Image.Image) -> dict[str, Any]:
+    """The model inputs of a short prompt with a picture."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "a question"}]
+    chat = [[{"role": "user", "content": content}]]
+    return dict(
+        processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True,
+            processor_kwargs={"return_tensors": "pt"},
+        )
+    )  # fmt: skip
 
 
 def _check_vision(order: list[str], family: Family) -> None:
@@ -114,16 +164,25 @@ def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
 def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[list[Call], Any]:
     """All calls in order, and the logits that the model returned."""
     calls: list[Call] = []
+    began: dict[str, int] = {}
+
+    def begin(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            began[path] = _changes(args[0] if args else kwargs.get("hidden_states"))
+
+        return hook
 
     def see(path: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             entered = args[0] if args else kwargs.get("hidden_states")
             left = output[0] if isinstance(output, tuple) else output
-            calls.append(Call(path, entered, left, {name: describe(value) for name, value in kwargs.items()}))
+            arguments = {name: describe(value) for name, value in kwargs.items()}
+            calls.append(Call(path, entered, left, arguments, _more(args, kwargs), (began[path], _changes(left))))
 
         return hook
 
-    handles = [module.register_forward_hook(see(path), with_kwargs=True) for path, module in modules.items()]
+    handles = [module.register_forward_pre_hook(begin(path), with_kwargs=True) for path, module in modules.items()]
+    handles += [module.register_forward_hook(see(path), with_kwargs=True) for path, module in modules.items()]
     try:
         with torch.no_grad():
             logits = model(**inputs, use_cache=False, return_dict=True).logits
@@ -131,6 +190,18 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
         for handle in handles:
             handle.remove()
     return calls, logits
+
+
+def _changes(state: Any) -> int:
+    """How often a tensor was changed in place so far."""
+    return int(state._version) if isinstance(state, torch.Tensor) else 0
+
+
+def _more(args: tuple, kwargs: dict[str, Any]) -> str:
+    """What a block cannot be replayed without: a second tensor by position, or what another block left for it."""
+    second = [describe(value) for value in args[1:] if value is not None]
+    left = [name for name, value in kwargs.items() if isinstance(value, Mapping) and value]
+    return ", ".join([*second, *left])
 
 
 def describe(value: Any) -> str:
@@ -152,13 +223,12 @@ def _graph(calls: dict[str, Call], expected: list[str], family: Family) -> Layer
     for index, path in enumerate(blocks):
         call = calls[path]
         source = nodes[-1].name
-        # By identity: a tensor that is merely equal may still have had something added to it in between.
-        if before is not None and call.entered is not before.left:
+        if before is not None and not call.follows(before):
             nodes.append(Node(f"between.{index - 1}.{index}", "between", (source,)))
             source = nodes[-1].name
         nodes.append(Node(f"layers.{index}", "block", (source,), path, {"index": index, "arguments": call.arguments}))
         before = call
-    if before is not None and calls[norm].entered is not before.left:
+    if before is not None and not calls[norm].follows(before):
         nodes.append(Node(f"between.{len(blocks) - 1}.norm", "between", (nodes[-1].name,)))
     nodes.append(Node("norm", "norm", (nodes[-1].name,), norm))
     nodes.append(Node("head", "head", ("norm",), head))

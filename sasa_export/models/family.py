@@ -34,16 +34,18 @@ class Family:
     """What a file under graphs/ says of a family of models.
 
     `modules` holds the module paths by role; `peculiar` what the second lane has to respect; `files` the
-    files beside the weights that travel into a patched directory, as glob patterns.
+    files beside the weights that travel into a patched directory, as glob patterns. `refused` says why a family
+    cannot be guarded, and is all there is of one.
     """
 
     name: str
     model_types: tuple[str, ...]
-    files: tuple[str, ...]
-    modules: dict[str, str]
+    files: tuple[str, ...] = ()
+    modules: dict[str, str] = field(default_factory=dict)
     layers: tuple[KnownLayers, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     peculiar: dict[str, str] = field(default_factory=dict)
+    refused: str = ""
 
     def known_layers(self, blocks: int, hidden: int) -> KnownLayers | None:
         """The entry for decoders of this shape."""
@@ -66,6 +68,8 @@ def read(path: Path) -> Family:
     """Read one family file; SasaExportError names what is wrong in it."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
+        if "refused" in data:
+            return Family(path.stem, tuple(data["model_types"]), refused=str(data["refused"]))
         for name in ("model_types", "files"):
             data[name] = tuple(data[name])
         data["layers"] = tuple(KnownLayers(**entry) for entry in data.get("layers", ()))
@@ -84,11 +88,14 @@ def read(path: Path) -> Family:
 
 
 def family_of(model_type: Any) -> Family:
-    """The family that a config.json's model_type belongs to; OpenError lists the supported ones."""
+    """The family that a config.json's model_type belongs to; OpenError lists the supported ones, or says why not."""
     for family in families().values():
-        if model_type in family.model_types:
+        if model_type in family.model_types and not family.refused:
             return family
-    supported = ", ".join(sorted(name for family in families().values() for name in family.model_types))
+        if model_type in family.model_types:
+            raise OpenError(f"model type {model_type!r} cannot be guarded: {family.refused}. Use another model.")
+    usable = [family for family in families().values() if not family.refused]
+    supported = ", ".join(sorted(name for family in usable for name in family.model_types))
     raise OpenError(
         f"model type {model_type!r} is not supported. Supported: {supported}. "
         "To add a family, write one file under graphs/ (graphs/README.md says how)."

@@ -136,15 +136,22 @@ def load_processor(source: Source) -> Any:
 
 @contextmanager
 def skeleton(source: Source) -> Iterator[Any]:
-    """The stock model with fake weights: shapes alone, no memory. Runs only within the context."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """The stock model without weights: shapes alone, no memory. Runs only within the context."""
+    import torch
     from transformers.initialization import no_init_weights
 
+    from sasa_export.models.shapes import ShapesOnly
+
     _, model_class = stock_classes(source)
-    with FakeTensorMode():
-        with _explained(f"the config.json of {source.name} describes no model"), no_init_weights():
-            model = model_class(stock_config(source)).eval()
-        _check_tensors(source, model)
+    with (
+        _explained(f"the config.json of {source.name} describes no model"),
+        no_init_weights(),
+        torch.device("meta"),
+    ):
+        # In the stored type, since some experts run in no other.
+        model = model_class._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
+    _check_tensors(source, model)
+    with ShapesOnly():
         yield model
 
 

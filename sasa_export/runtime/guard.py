@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from sasa_export.runtime.formulas import gate, unsafe_probability
-from sasa_export.runtime.lane import Recording, context_arguments, project_taps, run_lane
+from sasa_export.runtime.lane import TYPES, Recording, context_arguments, project_taps, run_lane
 from sasa_export.runtime.ledger import NUMBER, PICTURE, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
@@ -130,8 +130,8 @@ class Guard(nn.Module):
         closes = several if end is None else torch.tensor(past + count >= end, device=device)  # ()
         prompt = None if end is None else torch.arange(past, past + count, device=device) < end  # (tokens,)
         unset = torch.zeros_like(numbers)
-        types = kwargs.get("token_type_ids")
-        types = unset if types is None else types[:, -count:].to(numbers)  # (batch, tokens)
+        types = next((kwargs[name] for name in TYPES if kwargs.get(name) is not None), unset)
+        types = types[:, -count:].to(numbers)  # (batch, tokens)
         if positions is None:
             positions = torch.arange(past, past + count, device=device)[None]  # (1, tokens)
         positions = (positions if positions.dim() > 2 else positions[None])[-self.ledger.axes :].to(device)
@@ -147,8 +147,8 @@ class Guard(nn.Module):
         states = torch.cat([states.to(value), value], dim=1)  # (batch, context, hidden)
         columns = torch.cat([earlier.to(columns), columns], dim=1)  # (batch, context, columns)
         positions = self.ledger.positions(columns)  # (batch, context), or (axes, batch, context)
-        arguments = context_arguments(model.model, states, real.long(), positions, columns[..., PICTURE])
         graph = self.settings["graph"]
+        arguments = context_arguments(model, graph, states, real.long(), positions, columns[..., PICTURE])
         values = run_lane(model, graph, {name: states}, arguments, at + kept[0].shape[2])
         return next(values[node["name"]] for node in graph if node["op"] == "probe")
 

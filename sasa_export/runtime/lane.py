@@ -16,6 +16,7 @@ from sasa_export.runtime.formulas import project
 Graph = list[dict[str, Any]]
 Arguments = dict[str, tuple[tuple, dict]]  # module path -> args, kwargs
 Values = dict[str, Tensor]  # of nodes, by their names
+TYPES = ("token_type_ids", "mm_token_type_ids")  # by which families tell a picture's tokens from text
 ALONE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
 
 
@@ -94,12 +95,17 @@ def project_taps(graph: Graph, seen: Recording) -> tuple[str, Tensor]:
     return next(iter(outputs.items()))
 
 
-def context_arguments(decoder: Any, states: Tensor, mask: Tensor, positions: Any, types: Any) -> Arguments:
-    """What a decoder hands to its blocks over a context of states (batch, context, hidden): masks, rotary tables, and
+def context_arguments(model: Any, graph: Graph, states: Tensor, mask: Tensor, positions: Any, types: Any) -> Arguments:
+    """What a model hands to its blocks over a context of states (batch, context, hidden): masks, rotary tables, and
     whatever its family has. Mask and types (of tokens, where a family has them) are (batch, context)."""
+    path = next(node["module"] for node in graph if node["op"] == "block")
+    decoder = model.get_submodule(path.partition(".")[0])  # what lies between the model and its blocks, outermost
     arguments = {"inputs_embeds": states, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-    if types is not None and "token_type_ids" in inspect.signature(decoder.forward).parameters:
-        arguments["token_type_ids"] = types
+    taken = inspect.signature(decoder.forward).parameters
+    if types is not None:
+        arguments |= {name: types for name in TYPES if name in taken}
+    if "logits_to_keep" in taken:  # where it has the head in it
+        arguments["logits_to_keep"] = 1
     with recording(dry=True) as seen:
         decoder(**arguments)
     return seen.arguments

@@ -27,9 +27,10 @@ class Ledger(NamedTuple):
 
     @classmethod
     def of(cls, text: Any) -> "Ledger":
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        block = (getattr(text, "per_layer_config", None) or [text])[0]  # where blocks have heads of different sizes
+        size = getattr(block, "head_dim", None) or text.hidden_size // text.num_attention_heads
         axes = 3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1
-        return cls(text.num_hidden_layers, text.num_key_value_heads, size, text.hidden_size, axes)
+        return cls(text.num_hidden_layers, block.num_key_value_heads, size, text.hidden_size, axes)
 
     @property
     def columns(self) -> int:

@@ -154,9 +154,10 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     dtype, device = running(source, options.dtype, workers().device(options.device))
     lane = _lane(sasa, source)
+    graph = rewrite_lane(trace_source(source, processor), lane)
     return Subject(
         options, dtype_of(options.model), sasa, made, source, processor, evaluation, len(prompts) - len(evaluation),
-        calibration, ", ".join(specs) or "the built-in calibration set", rewrite_lane(trace_source(source), lane),
+        calibration, ", ".join(specs) or "the built-in calibration set", graph,
         bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.locate.command import LIMIT
 from sasa_export.research.locate.lane import watched
-from sasa_export.research.locate.pairs import with_layer
+from sasa_export.research.locate.pairs import possible, with_layer
 from sasa_export.research.locate.prompts import halves, limited
 from sasa_export.research.locate.propose import Proposal, propose
 from sasa_export.research.locate.survey import Evidence, survey
@@ -51,7 +51,7 @@ def choose_layers(
     Raises LocateError where either half of the prompts is too small to choose or to judge by.
     """
     given = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
-    pairs = with_layer(len(graph.of("block")), *given)
+    pairs = possible(with_layer(len(graph.of("block")), *given), graph.earliest_safety_layer())
     choosing, held_out = halves(prompts)
     chosen_on, _ = (limited([prompts[row] for row in half], LIMIT) for half in (choosing, held_out))
     processes = workers()

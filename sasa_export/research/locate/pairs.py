@@ -38,6 +38,17 @@ def with_layer(blocks: int, safety: int | None, semantic: int | None) -> list[Pa
     return default_pairs(blocks)
 
 
+def possible(pairs: list[Pair], earliest: int) -> list[Pair]:
+    """The pairs whose safety layer is not before the `earliest` that a decoder can have. LocateError without any."""
+    found = [pair for pair in pairs if pair[0] >= earliest]
+    if not found:
+        raise LocateError(
+            f"the model adds to the hidden state between its first blocks, so the safety layer is {earliest} at the "
+            "earliest, and no pair of layers that was asked for has such a one. Ask for later layers."
+        )
+    return found
+
+
 def _close(blocks: int) -> int:
     return max(1, round(blocks / 16))
 

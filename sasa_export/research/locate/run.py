@@ -24,7 +24,7 @@ from sasa_export.research.locate.family_file import check_family, write_family
 from sasa_export.research.locate.heads import HeadScores, head_scores
 from sasa_export.research.locate.lane import watched
 from sasa_export.research.locate.page import Located, write_report
-from sasa_export.research.locate.pairs import Pair, default_pairs, parse_blocks, parse_pairs
+from sasa_export.research.locate.pairs import Pair, default_pairs, parse_blocks, parse_pairs, possible
 from sasa_export.research.locate.pictures import points
 from sasa_export.research.locate.prompts import ablated_on, limited
 from sasa_export.research.locate.propose import propose
@@ -104,10 +104,11 @@ def _plan(options: LocateOptions, report: Silent) -> Plan:
         prompts = builtin(processor)
     prompts = limited(prompts, options.limit)
     dtype, device = running(source, options.dtype, workers().device(options.device))
+    graph = trace_source(source, processor)
     pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)
+    pairs = possible(pairs, graph.earliest_safety_layer())
     blocks = list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks)
     ablated = ablated_on(prompts, options.ablation_prompts) if options.ablation_prompts else []
-    graph = trace_source(source)
     return Plan(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device)
 
 

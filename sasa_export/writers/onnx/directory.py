@@ -9,6 +9,7 @@ from typing import Any
 
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source
+from sasa_export.models.load import stock_config
 from sasa_export.options import Options
 from sasa_export.writers.cases import FOLDER
 from sasa_export.writers.files import LICENCES
@@ -21,9 +22,10 @@ PACKAGES = ("onnx", "onnx-ir", "onnxscript")
 
 def check_possible(source: Source, options: Options) -> None:
     """Raise EmitError before any work where the ONNX directory could not be made."""
-    from sasa_export.writers.onnx.recipes import recipe_of
+    from sasa_export.writers.onnx.recipes import check_tower
 
-    recipe_of(str(source.config["model_type"]))
+    config = stock_config(source)
+    check_tower(config.model_type, config.vision_config.model_type)
     check_memory(source, options)
 
 

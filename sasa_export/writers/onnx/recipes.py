@@ -22,13 +22,14 @@ class Recipe:
 
     `tower(model)` is the module behind vision_encoder.onnx, `inputs(model)` gives its example arguments and its
     signature. `position_axes` is 3 for M-RoPE, `extra` names further inputs of the decoder, which a runtime may
-    leave out: they are zero then.
+    leave out: they are zero then. `towers` are the types of vision tower that the module is right for; empty for any.
     """
 
     tower: Callable[[Any], nn.Module]
     inputs: Callable[[Any], tuple[tuple[torch.Tensor, ...], Signature]]
     position_axes: int = 1
     extra: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+    towers: tuple[str, ...] = ()
 
 
 def recipe_of(model_type: str) -> Recipe:
@@ -40,6 +41,16 @@ def recipe_of(model_type: str) -> Recipe:
             f"model type {model_type!r} has no ONNX recipe. Supported: {', '.join(sorted(RECIPES))}. "
             "Export it with --format safetensors, or add a recipe in sasa_export/writers/onnx/recipes.py."
         ) from None
+
+
+def check_tower(model_type: str, tower: str) -> None:
+    """EmitError where the recipe of a stock model type is not for this type of vision tower."""
+    towers = recipe_of(model_type).towers
+    if towers and tower not in towers:
+        raise EmitError(
+            f"the ONNX recipe of model type {model_type!r} is for a vision tower of type {' or '.join(towers)}, and "
+            f"this model has one of type {tower}. Export it with --format safetensors."
+        )
 
 
 def _square_pictures(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
@@ -94,8 +105,8 @@ def _patches(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
 
 
 RECIPES: dict[str, Recipe] = {
-    "llava": Recipe(vision.Llava, _square_pictures),
-    "llava_next": Recipe(LlavaNext, _tiles),
+    "llava": Recipe(vision.Llava, _square_pictures, towers=("clip_vision_model", "siglip_vision_model")),
+    "llava_next": Recipe(LlavaNext, _tiles, towers=("clip_vision_model",)),
     "smolvlm": Recipe(vision.Idefics3, _masked_tiles),
     "idefics3": Recipe(vision.Idefics3, _masked_tiles),
     # Which tokens are a picture's: they see each other both ways. A runtime that does not say gets a causal mask.

@@ -1,0 +1,58 @@
+"""Running a model without its weights: floating-point tensors have a shape alone, whole numbers are computed.
+
+What a forward does with a picture depends on whole numbers (ids, grids, sizes), which are known, and never on weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+META = torch.device("meta")
+INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+
+class ShapesOnly(TorchDispatchMode):
+    """Within this mode, tensors on the meta device run beside whole numbers in memory, wherever either is asked for."""
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if not tensors:
+            return self._made(func, args, kwargs)
+        if not any(tensor.is_meta for tensor in tensors):
+            return func(*args, **kwargs)
+        if func in INDEXED:
+            args = (args[0], [part for index in args[1] for part in _numbers(index)], *args[2:])
+        changed = args[0] if func.__name__.split(".")[0].endswith("_") else None  # in place
+        if isinstance(changed, Tensor) and not changed.is_meta and not changed.is_floating_point():
+            raise NotImplementedError(f"{func} would write numbers that nobody knows into whole ones")
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(META), (args, kwargs))
+        if func is torch.ops.aten._grouped_mm.default:  # of experts; its shapes are worked out in one type alone
+            args = tree_map_only(
+                Tensor, lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, args
+            )
+            return func(*args, **kwargs).to(tensors[0].dtype)
+        return func(*args, **kwargs)
+
+    def _made(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A new tensor: without content if it is floating-point."""
+        made = func(*args, **kwargs, device=META) if "device" in _names(func) else func(*args, **kwargs)
+        whole = isinstance(made, Tensor) and made.is_meta and not made.is_floating_point()
+        return func(*args, **kwargs, device=torch.device("cpu")) if whole else made
+
+
+def _names(func: Any) -> set[str]:
+    return {argument.name for argument in func._schema.arguments}
+
+
+def _numbers(index: Any) -> list[Any]:
+    """An index by a mask as indices by number, since its shape depends on the mask's content."""
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        return list(index.nonzero().unbind(1))
+    return [index]

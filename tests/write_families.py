@@ -1,0 +1,116 @@
+"""Writes docs/families.md from a run of the tests of families.
+
+    pytest tests/test_families.py --junitxml=build/families.xml
+    python tests/write_families.py build/families.xml docs/families.md
+
+Exits with 1 where a test failed or was never run; the table is written all the same.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import tiny
+import tiny_more
+from write_matrix import results
+
+from sasa_export.models.family import families
+from sasa_export.writers.onnx.recipes import RECIPES
+
+TESTS = {
+    "oracle": ("test_oracle",),
+    "tokens": ("test_tokens",),
+    "pieces": ("test_pieces",),
+    "second turn": ("test_second_turn",),
+    "reload": ("test_reload",),
+    "ways": tuple(f"test_ways[{way}]" for way in ("beams", "static cache", "prefill in chunks", "no cache")),
+}
+# What a type needs beside its file under graphs/; a tiny model may stand for a checkpoint of another type.
+NEEDS = {
+    "llama4": "masks made by the outermost module that holds the blocks",
+    "gemma3": "types of tokens kept for the second lane",
+    "qwen3_vl": "a trace with a picture; a safety layer behind what a picture adds between blocks",
+    "qwen3_vl_moe": "as qwen3_vl",
+    "qwen3_5": "padding in a prompt's first piece, as in the original",
+    "qwen3_5_moe": "padding in a prompt's first piece, as in the original",
+    "lfm2_vl": "padding in a prompt's first piece, as in the original",
+}
+STANDS_FOR = {"pixtral": "llava", "granite_vision": "llava_next"}
+
+TEMPLATE = """\
+# The families
+
+Written by `make families` from a test run, never by hand: one row a model type, tried on a tiny random model of it.
+
+- *Needs*: what there is beside the family's file under `graphs/`.
+- *Oracle*: P(unsafe) within 1e-5 of two full passes of the original model, on texts and pictures, padded on the left
+  and on the right; allowed prompts keep their logits to the bit.
+- *Tokens*: twenty greedy tokens are the original's, or the refusal.
+- *Pieces*, *second turn*, *reload*: the same verdict for a prompt that comes in pieces, for a question on a kept cache,
+  and from a model that was saved and loaded again.
+- *Ways*: beams, a static cache, prefill in chunks, no cache.
+- *ONNX*: whether there is a recipe for `--format onnx`; a type without one is refused there by name.
+
+✓: it held; ✗: it did not, or was never run; –: the original model cannot either.
+
+| model type | aliases | needs | {{ tests | join(" | ") }} | ONNX |
+|---|---|---|{{ "---|" * (tests | length + 1) }}
+{% for row in rows -%}
+| {{ row.type }} | {{ row.aliases }} | {{ row.needs }} | {{ row.marks.values() | join(" | ") }} | {{ row.onnx }} |
+{% endfor %}
+Refused by name, since a guard would be wrong or none:
+
+| model type | why |
+|---|---|
+{% for type, why in refused.items() -%}
+| {{ type }} | {{ why }} |
+{% endfor %}"""
+
+
+class Row(NamedTuple):
+    type: str
+    aliases: str
+    needs: str
+    marks: dict[str, str]
+    onnx: str
+
+
+def rows(marks: dict[str, str]) -> list[Row]:
+    """A row for each tiny model, given the mark of each test by its name."""
+    found = []
+    for name in (*tiny.FAMILIES, *tiny_more.MAKERS):
+        kind = STANDS_FOR.get(name, name)
+        family = next(family for family in families().values() if kind in family.model_types)
+        each = {test: _worst([marks.get(_of(case, name), "✗") for case in cases]) for test, cases in TESTS.items()}
+        shown = ", ".join(f"`{alias}`" for alias in family.aliases if _fits(alias, name, family.model_types))
+        onnx = "✓" if kind in RECIPES and name not in STANDS_FOR else "none"  # whose towers the recipes do not fit
+        title = name if kind == name else f"{kind} ({name})"
+        found.append(Row(title, shown, NEEDS.get(name, "file alone"), each, onnx))
+    return found
+
+
+def _of(case: str, name: str) -> str:
+    test, _, way = case.removesuffix("]").partition("[")
+    return f"{test}[{way}-{name}]" if way else f"{test}[{name}]"
+
+
+def _worst(marks: list[str]) -> str:
+    return next((mark for mark in ("✗", "–") if mark in marks), "✓")
+
+
+def _fits(alias: str, name: str, types: tuple[str, ...]) -> bool:
+    """Aliases stand in the row of the tiny model that is built as their checkpoint is."""
+    variants = {"pixtral": "pixtral", "granite": "granite_vision", "idefics3": "idefics3", "30b": "qwen3_vl_moe",
+                "35b": "qwen3_5_moe", "4.6v": "glm46v"}  # fmt: skip
+    of = next((model for part, model in variants.items() if part in alias), None)
+    return of == name if of else name not in variants.values()
+
+
+if __name__ == "__main__":
+    table = rows(results(Path(sys.argv[1])))
+    refused = {kind: family.refused for family in families().values() if family.refused for kind in family.model_types}
+    text = jinja2.Template(TEMPLATE, keep_trailing_newline=True).render(rows=table, tests=list(TESTS), refused=refused)
+    Path(sys.argv[2]).write_text(text, encoding="utf-8")
+    wrong = [f"{row.type}, {test}" for row in table for test, mark in row.marks.items() if mark == "✗"]
+    sys.exit("\n".join(wrong) or None)
