@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sasa_export.errors import CalibrationError
+from sasa_export.probe import fit_probes
 from sasa_export.probe.figures import figures, kind_figures
 from sasa_export.probe.fit import (
     best_regularization,
@@ -248,3 +249,23 @@ def test_figures_by_kind_by_hand() -> None:
     ]
     assert [figure.plain for figure in found] == [1.0, 0.5, 0.5]
     assert [figure.words for figure in found] == [1.0, 1.0, 1.0]
+
+
+def test_a_probe_pays_for_reading_the_setting() -> None:
+    """Where a setting moves all prompts along one direction, the probe turns away from it."""
+    rng, moved = np.random.default_rng(0), np.arange(8) == 1
+    requests, labels = rng.normal(size=(100, 8)), np.arange(100) % 2
+    requests[:, 0] += labels  # what tells them apart, and beside it, by chance, the direction of the setting
+    requests[:, 1] += 1.5 * labels
+    states = np.concatenate([requests, requests + 6 * rng.normal(size=(100, 1)) * moved])
+    prompts = [
+        Prompt(f"{row}/{place}", f"request {row}", int(labels[row]), str(row), setting=place)
+        for place in ("alone", "greeting") for row in range(100)
+    ]  # fmt: skip
+    once = [replace(prompt, prompt=f"{prompt.prompt} {prompt.setting}") for prompt in prompts]
+    weights = {
+        name: fit_probes({"plain": states}, asked, None, 0.1).probes["plain"][0]
+        for name, asked in {"steady": prompts, "usual": once}.items()
+    }
+    share = {name: abs(weight[1]) / np.linalg.norm(weight) for name, weight in weights.items()}
+    assert share["steady"] < 0.5 * share["usual"]

@@ -19,7 +19,7 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import EMBEDDED, layers_of, open_source
 from sasa_export.models.load import head_weight, load_model, load_processor, read_sizes
-from sasa_export.probe import bundled, fit_probes
+from sasa_export.probe import bundled, fit_probes, metric_of
 from sasa_export.probe.features import collect
 from sasa_export.probe.figures import figures
 from sasa_export.probe.fit import best_regularization, head_metric, in_metric, threshold_of
@@ -35,11 +35,12 @@ def learning_curve(lanes: dict[str, np.ndarray], prompts: Sequence[Prompt], metr
     """Rows of a table: what probes on a share of the requests do on all requests of kinds that were left out."""
     labels, groups = np.array([prompt.label for prompt in prompts]), np.array([prompt.group for prompt in prompts])
     order, rows = Random(0).sample(sorted(set(groups)), len(set(groups))), []
+    lanes = {name: in_metric(states, metric_of(states, prompts, metric)) for name, states in lanes.items()}
     for share in SHARES:
         kept = np.isin(groups, order[: round(share * len(order))])
         folds = [(train[kept[train]], test) for train, test in folds_of(prompts)]
         for name, states in lanes.items():
-            scores = best_regularization(in_metric(states, metric), labels, folds)[1]
+            scores = best_regularization(states, labels, folds)[1]
             found = {
                 figure.part: figure for figure in figures(name, scores, prompts, threshold_of(scores, prompts, RATE))
             }

@@ -25,6 +25,7 @@ from sasa_export.probe.fit import (
     threshold_of,
 )
 from sasa_export.probe.folds import folds_of, kinds_of
+from sasa_export.probe.settings import steady_metric
 from sasa_export.probe.words import best_words
 from sasa_export.prompts.prompt import Prompt
 
@@ -99,7 +100,8 @@ def fit_probes(
     regularization: float | None = None,
 ) -> Fitted:
     """Probes on features (prompts, features), by lane, in the head's metric (`head_metric`)."""
-    lanes = {name: in_metric(states, metric) for name, states in features.items()}
+    metrics = {name: metric_of(states, prompts, metric) for name, states in features.items()}
+    lanes = {name: in_metric(states, metrics[name]) for name, states in features.items()}
     labels, folds = np.array([prompt.label for prompt in prompts]), folds_of(prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
     chosen = {name: best_regularization(states, labels, folds, candidates) for name, states in lanes.items()}
@@ -107,21 +109,28 @@ def fit_probes(
     if kinds_of(prompts) is not None:
         scores["words"] = best_words(prompts, folds)[1]
 
-    def folded(found: Linear) -> Linear:
+    def folded(name: str, found: Linear) -> Linear:
         # The fitted weight v reads features in the metric R, the probe reads them as they are: w . h = (R^T v) . h.
-        return found[0] if metric is None else found[0] @ metric, found[1]
+        used = metrics[name]
+        return found[0] if used is None else found[0] @ used, found[1]
 
     probes = {name: fit(states, labels, chosen[name][0]) for name, states in lanes.items()}
     marks = {name: picture_detector(states, prompts) for name, states in lanes.items()}
     read = next(iter(lanes))
     return Fitted(
-        {name: folded(found) for name, found in probes.items()},
-        {name: folded(found) for name, found in marks.items()},
+        {name: folded(name, found) for name, found in probes.items()},
+        {name: folded(name, found) for name, found in marks.items()},
         {name: lanes[name] @ weight + bias for name, (weight, bias) in marks.items()},
         chosen[read][0],
         scores,
         probability(lanes[read], *probes[read]),
     )
+
+
+def metric_of(states: np.ndarray, prompts: Sequence[Prompt], metric: np.ndarray | None) -> np.ndarray | None:
+    """The head's metric and that of `settings` in one, (features, features); None where there is neither."""
+    steady = steady_metric(in_metric(states, metric), prompts)
+    return metric if steady is None else steady if metric is None else steady @ metric
 
 
 def choose_threshold(
