@@ -48,11 +48,11 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def hub(exported: Callable[..., Path], tmp_path: Path) -> Callable[[Any], Path]:
+def hub(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """A guard's ONNX directory with what tiny models lack: a tokenizer that adds no token, Qwen's processor class."""
 
-    def copied(guard: Any) -> Path:
-        copy = shutil.copytree(exported(guard.directory), tmp_path / "model")
+    def copied(guard: Any, dtype: str = "float32") -> Path:
+        copy = shutil.copytree(exported(guard.directory, dtype=dtype), tmp_path / "model")
         tokenizer = json.loads((copy / "tokenizer.json").read_text())
         (copy / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
         for path in copy.glob("*.json"):
@@ -99,6 +99,23 @@ def test_the_examples_say_what_torch_says(
         image.save(tmp_path / "picture.png")
         arguments = (directory, prompt, tmp_path / "picture.png", "--json", "--max-new-tokens", TOKENS)
         assert node("chat.mjs", *arguments) == {"ids": wanted, "text": said}
+
+
+@pytest.mark.xdist_group("onnx-llava")
+def test_transformers_js_loads_the_type_that_lies_there(split: Any, hub: Any, node: Any, tmp_path: Path) -> None:
+    """Nobody names a type, and there are only int8 graphs. Refusals are as in torch."""
+    guard = split("llava")
+    directory = hub(guard, "int8")
+    assert len(list(directory.glob("onnx/*_int8.onnx"))) == len(list(directory.glob("onnx/*"))) == 3
+    picture(3).save(tmp_path / "picture.png")
+    entries = node("ask.mjs", tmp_path, directory.name, tmp_path / "picture.png", TOKENS, *PROMPTS)
+    with torch.no_grad():
+        scores = [float(guard.model(**fed(entry, guard)).unsafe_probability[0]) for entry in entries]
+    threshold = guard.model.config.sasa["threshold"]
+    clear = [(entry, score) for entry, score in zip(entries, scores, strict=True) if abs(score - threshold) > 0.02]
+    assert {score > threshold for _, score in clear} == {True, False}, "both verdicts must have been seen"
+    for entry, score in clear:
+        assert (entry["tokens"] == guard.refusal[:TOKENS]) == (score > threshold)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
