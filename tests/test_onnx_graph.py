@@ -1,5 +1,6 @@
 """The exported decoder as a file: what it stores, what it is made of, and what it does with calls nobody judged."""
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -115,6 +116,10 @@ def test_standard_names_and_no_trace_of_the_machine(directory: Path, decoder: ir
     assert len(inputs) == 3 + 2 * (BLOCKS + LEDGER)
     assert str(inputs["past_key_values.6.key"][0]) == "batch_size"
     assert [value.name for value in decoder.graph.outputs][-1] == "unsafe_probability"
+    stages = json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]["pipeline"]
+    (described,) = stages[-1].values()
+    assert described["inputs"] == list(inputs)
+    assert described["outputs"] == [value.name for value in decoder.graph.outputs]
     for path in (directory / "onnx").glob("*.onnx"):
         content = path.read_bytes()
         for trace in (b"site-packages", b'File "', str(Path.home()).encode(), b"/tmp"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers import AutoProcessor
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -103,19 +104,26 @@ def test_the_examples_say_what_torch_says(
 
 @pytest.mark.xdist_group("onnx-llava")
 def test_transformers_js_loads_the_type_that_lies_there(split: Any, hub: Any, node: Any, tmp_path: Path) -> None:
-    """Nobody names a type, and there are only int8 graphs. Refusals are as in torch."""
+    """Nobody names a type, and there are only int8 graphs: prompts far from the threshold keep their verdicts."""
     guard = split("llava")
     directory = hub(guard, "int8")
-    assert len(list(directory.glob("onnx/*_int8.onnx"))) == len(list(directory.glob("onnx/*"))) == 3
-    picture(3).save(tmp_path / "picture.png")
-    entries = node("ask.mjs", tmp_path, directory.name, tmp_path / "picture.png", TOKENS, *PROMPTS)
-    with torch.no_grad():
-        scores = [float(guard.model(**fed(entry, guard)).unsafe_probability[0]) for entry in entries]
+    assert len(list(directory.glob("onnx/*_int8.onnx"))) == len(list(directory.glob("onnx/*.onnx"))) == 3
+    processor = AutoProcessor.from_pretrained(directory)
+    cases = []
+    for seed in range(20):
+        prompt, image = PROMPTS[seed % len(PROMPTS)], picture(seed)
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        with torch.no_grad():
+            output = guard.model(**processor(images=[image], text=[text], return_tensors="pt"))
+        cases.append((float(output.unsafe_probability[0]), prompt, image))
+    cases.sort(key=lambda case: case[0])
     threshold = guard.model.config.sasa["threshold"]
-    clear = [(entry, score) for entry, score in zip(entries, scores, strict=True) if abs(score - threshold) > 0.02]
-    assert {score > threshold for _, score in clear} == {True, False}, "both verdicts must have been seen"
-    for entry, score in clear:
-        assert (entry["tokens"] == guard.refusal[:TOKENS]) == (score > threshold)
+    assert cases[0][0] < threshold - 0.05 and cases[-1][0] > threshold + 0.05
+    for probability, prompt, image in (cases[0], cases[-1]):
+        image.save(tmp_path / "picture.png")
+        arguments = (directory, prompt, tmp_path / "picture.png", "--json", "--max-new-tokens", TOKENS)
+        assert (node("chat.mjs", *arguments)["ids"] == guard.refusal[:TOKENS]) == (probability > threshold)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
