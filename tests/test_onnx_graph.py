@@ -84,6 +84,7 @@ def test_onnxruntimes_optimizer_for_transformers(split: Any, directory: Path, tm
     path = copy / "onnx" / "decoder_model_merged.onnx"
     optimize_model(str(path), model_type="gpt2", num_heads=4, hidden_size=32, opt_level=1).save_model_to_file(str(path))
     (first, *_), (second, *_) = (started(split("llava"), place) for place in (directory, copy))
+    assert first.probability is not None and second.probability is not None
     np.testing.assert_allclose(second.probability, first.probability, atol=1e-6)
     np.testing.assert_allclose(second.logits, first.logits, atol=1e-4)
 

@@ -18,13 +18,14 @@ said = []
 for request in json.load(sys.stdin):
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(batch_size=len(request["turns"][0]), **request["options"])
-    generator, answers = og.Generator(model, parameters), []
+    generator = og.Generator(model, parameters)
+    answers: list[dict[str, list]] = []
     for rows in request["turns"]:
         if answers and not generator.is_done():
             generator.get_logits()  # feeds the last token of an answer that was cut short
         generator.append_tokens(np.array(rows, np.int32))
         probability = generator.get_output("unsafe_probability").tolist()
-        answer = []
+        answer: list[list[int]] = []
         while len(answer) < request["tokens"] and not generator.is_done():
             generator.generate_next_token()
             answer.append(generator.get_next_tokens().tolist())
