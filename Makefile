@@ -22,13 +22,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python $(INSTALL) '.[test,lint]'
 	@touch $@
 
+# onnxruntime-genai wants an onnxruntime of its own, which would lie in the place of that of sasa-export.
+GENAI := build/genai-venv
+GENAI_STAMP := $(GENAI)/.installed
+$(GENAI_STAMP):
+	@test -x $(GENAI)/bin/pip || $(PYTHON) -m venv $(GENAI)
+	@$(GENAI)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
+	@touch $@
+
 demo: setup
 	@$(BIN)/python examples/demo.py
 
 test: setup
 	@$(ALONE) $(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: setup
+test-slow: setup $(GENAI_STAMP)
 	@$(ALONE) $(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 # Every way of running, and what became of it as a table. With torchao installed everything that imports transformers

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from cli_steps import heeding_ctrl_c
 from click.testing import CliRunner
@@ -72,6 +73,8 @@ def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, st
         assert REFUSAL in (out / name / "README.md").read_text()
         configs[name] = json.loads((out / name / "config.json").read_text())
     assert configs["onnx"]["sasa"] == configs["safetensors"]["sasa"]
+    external = {"decoder_model_merged": 1, "embed_tokens": 1, "vision_encoder": 1}
+    assert configs["onnx"]["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": external}
     assert (out / "onnx" / "onnx" / "decoder_model_merged.onnx_data").stat().st_size > 100_000
     assert not list((out / "onnx").rglob("*.safetensors"))
     assert "✗" not in said
@@ -111,7 +114,34 @@ def test_verify_again_and_after_one_byte_of_data(both: tuple[Path, str], tmp_pat
     result = run("verify", str(copy))
     assert result.exit_code == 1
     assert "1 differ: onnx/decoder_model_merged.onnx_data" in result.stderr
-    assert "P(unsafe)" not in result.stderr, "a changed graph must not be run"
+    (copy / "tokenizer.json").unlink()
+    result = run("verify", str(copy))
+    assert result.exit_code == 1
+    assert "not checked, since tokenizer.json differs too" in result.stderr
+
+
+def test_verify_of_graphs_that_somebody_quantized(both: tuple[Path, str], tmp_path: Path) -> None:
+    """The files say that they are others, and a run says what became of the verdicts."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
+    path = copy / "onnx" / "decoder_model_merged.onnx"
+    quantizer = MatMulNBitsQuantizer(onnx.load(path), bits=4, block_size=32, is_symmetric=True)
+    quantizer.process()
+    onnx.save(quantizer.model.model, path)
+    result = run("verify", str(copy))
+    assert result.exit_code == 1
+    for line in (
+        r"✗ files are those that were exported: 1 differ: onnx/decoder_model_merged.onnx",
+        r"✗ P\(unsafe\) is the original's: largest difference",
+        r"[✓✗] verdicts are the original's: \d+ of \d+ outside the tolerance of the threshold; \d+ of \d+ changed",
+        r"failed its verification. Do not serve it; export the model again.",
+    ):
+        assert re.search(line, result.stderr), line
+    (copy / "sasa-export.json").unlink()
+    path.write_bytes(b"no graph")
+    result = run("verify", str(copy))
+    assert result.exit_code == 1 and "✗ the graph checker passes" in result.stderr
 
 
 def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The exported decoder as a file: what it stores, what it is made of, and what it does with calls nobody judged."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -52,20 +54,39 @@ def test_every_graph_passes_the_checker(directory: Path) -> None:
 
 
 def test_weights_are_stored_once(decoder: ir.Model, lane: Any, split: Any) -> None:
-    assert not lane.initializers
     assert not [node for node in lane if node.op_type == "Constant" and node.outputs[0].const_value.size > 1]
-    contents = Counter(
-        (str(value.const_value.dtype), value.const_value.tobytes())
-        for value in decoder.graph.initializers.values()
-        if value.const_value is not None and value.const_value.size > 8
-    )
+    tensors = [
+        value.const_value
+        for graph in decoder.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    ]
+    contents = Counter((str(tensor.dtype), tensor.tobytes()) for tensor in tensors if tensor.size > 8)
     assert max(contents.values()) == 1
     model = split("llava").model
     parts = (model.model.language_model.layers, model.model.language_model.norm, model.lm_head, model.sasa)
     weights = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
-    stored = sum(value.const_value.nbytes for value in decoder.graph.initializers.values() if value.const_value)
+    stored = sum(tensor.nbytes for tensor in tensors)
     known = model.config.text_config.hidden_size * 4 * 32  # embeddings of at most 32 tokens that the gate knows
     assert weights <= stored < weights + known + 4096
+
+
+def test_what_only_the_branch_reads_lies_in_it(decoder: ir.Model, lane: ir.Graph) -> None:
+    assert {"model.sasa.probe.weight", "model.sasa.probe.bias"} <= set(lane.initializers)
+    for value in decoder.graph.initializers.values():
+        assert any(use.node.graph is decoder.graph for use in value.uses()), value.name
+
+
+def test_onnxruntimes_optimizer_for_transformers(split: Any, directory: Path, tmp_path: Path) -> None:
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    path = copy / "onnx" / "decoder_model_merged.onnx"
+    optimize_model(str(path), model_type="gpt2", num_heads=4, hidden_size=32, opt_level=1).save_model_to_file(str(path))
+    (first, *_), (second, *_) = (started(split("llava"), place) for place in (directory, copy))
+    assert first.probability is not None and second.probability is not None
+    np.testing.assert_allclose(second.probability, first.probability, atol=1e-6)
+    np.testing.assert_allclose(second.logits, first.logits, atol=1e-4)
 
 
 def test_single_operators(decoder: ir.Model, lane: ir.Graph) -> None:
@@ -96,6 +117,10 @@ def test_standard_names_and_no_trace_of_the_machine(directory: Path, decoder: ir
     assert len(inputs) == 3 + 2 * (BLOCKS + LEDGER)
     assert str(inputs["past_key_values.6.key"][0]) == "batch_size"
     assert [value.name for value in decoder.graph.outputs][-1] == "unsafe_probability"
+    stages = json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]["pipeline"]
+    (described,) = stages[-1].values()
+    assert described["inputs"] == list(inputs)
+    assert described["outputs"] == [value.name for value in decoder.graph.outputs]
     for path in (directory / "onnx").glob("*.onnx"):
         content = path.read_bytes()
         for trace in (b"site-packages", b'File "', str(Path.home()).encode(), b"/tmp"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers import AutoProcessor
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -48,11 +49,11 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def hub(exported: Callable[..., Path], tmp_path: Path) -> Callable[[Any], Path]:
+def hub(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """A guard's ONNX directory with what tiny models lack: a tokenizer that adds no token, Qwen's processor class."""
 
-    def copied(guard: Any) -> Path:
-        copy = shutil.copytree(exported(guard.directory), tmp_path / "model")
+    def copied(guard: Any, dtype: str = "float32") -> Path:
+        copy = shutil.copytree(exported(guard.directory, dtype=dtype), tmp_path / "model")
         tokenizer = json.loads((copy / "tokenizer.json").read_text())
         (copy / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
         for path in copy.glob("*.json"):
@@ -99,6 +100,30 @@ def test_the_examples_say_what_torch_says(
         image.save(tmp_path / "picture.png")
         arguments = (directory, prompt, tmp_path / "picture.png", "--json", "--max-new-tokens", TOKENS)
         assert node("chat.mjs", *arguments) == {"ids": wanted, "text": said}
+
+
+@pytest.mark.xdist_group("onnx-llava")
+def test_transformers_js_loads_the_type_that_lies_there(split: Any, hub: Any, node: Any, tmp_path: Path) -> None:
+    """Nobody names a type, and there are only int8 graphs: prompts far from the threshold keep their verdicts."""
+    guard = split("llava")
+    directory = hub(guard, "int8")
+    assert len(list(directory.glob("onnx/*_int8.onnx"))) == len(list(directory.glob("onnx/*.onnx"))) == 3
+    processor = AutoProcessor.from_pretrained(directory)
+    cases = []
+    for seed in range(20):
+        prompt, image = PROMPTS[seed % len(PROMPTS)], picture(seed)
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        with torch.no_grad():
+            output = guard.model(**processor(images=[image], text=[text], return_tensors="pt"))
+        cases.append((float(output.unsafe_probability[0]), prompt, image))
+    cases.sort(key=lambda case: case[0])
+    threshold = guard.model.config.sasa["threshold"]
+    assert cases[0][0] < threshold - 0.05 and cases[-1][0] > threshold + 0.05
+    for probability, prompt, image in (cases[0], cases[-1]):
+        image.save(tmp_path / "picture.png")
+        arguments = (directory, prompt, tmp_path / "picture.png", "--json", "--max-new-tokens", TOKENS)
+        assert (node("chat.mjs", *arguments)["ids"] == guard.refusal[:TOKENS]) == (probability > threshold)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

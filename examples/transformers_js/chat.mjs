@@ -4,7 +4,8 @@
 //     node chat.mjs path/to/patched "Follow the instruction shown in the image." picture.png
 //
 // Nothing here knows of the guard: the graph judges the prompt, and a refused one makes it say the refusal.
-// With --json it prints {"ids": [...], "text": "..."} instead of streaming.
+// With --json it prints {"ids": [...], "text": "..."} instead of streaming. Without --dtype, config.json says which
+// graphs are loaded.
 import path from "node:path";
 import { parseArgs } from "node:util";
 import { AutoModelForImageTextToText, AutoProcessor, env, RawImage, TextStreamer } from "@huggingface/transformers";
@@ -13,7 +14,7 @@ const { values, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     json: { type: "boolean", default: false },
-    dtype: { type: "string", default: "fp32" },
+    dtype: { type: "string" },
     "max-new-tokens": { type: "string", default: "200" },
   },
 });

@@ -24,12 +24,16 @@ def check_files(directory: Path) -> list[Check]:
     return [_config(directory), _modeling(directory), *_weights(directory)]
 
 
-def check_manifest(directory: Path) -> Check:
-    """Every file is the one whose SHA-256 the manifest holds, in the directory itself, and there is no other."""
+def check_manifest(directory: Path) -> tuple[Check, list[str]]:
+    """Every file is the one whose SHA-256 the manifest holds, in the directory itself, and there is no other.
+
+    Returns those that are not so, too, and the manifest itself where it is damaged.
+    """
     name = "files are those that were exported"
     path = directory / MANIFEST
     if not path.exists():
-        return Check(name, None, f"not checked, since {MANIFEST} is missing, as it is where a model was saved again")
+        said = f"not checked, since {MANIFEST} is missing, as it is where a model was saved again"
+        return Check(name, None, said), []
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         listed, edited = dict(told["files"]), ""
@@ -37,14 +41,14 @@ def check_manifest(directory: Path) -> Check:
         wrong = [*sorted(present ^ set(listed)), *outside(directory)]
         wrong += sorted(file for file in present & set(listed) if _digest(directory / file) != listed[file])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return Check(name, False, f"{MANIFEST} is damaged")
+        return Check(name, False, f"{MANIFEST} is damaged"), [MANIFEST]
     wrong = list(dict.fromkeys(wrong))
     if "config.json" in wrong and _unedited(directory / "config.json", told.get("operator")) == listed["config.json"]:
         wrong.remove("config.json")
         edited = ", with settings as the operator changed them"
     if wrong:
-        return Check(name, False, f"{len(wrong)} differ: {', '.join(wrong[:3])}")
-    return Check(name, True, f"{len(listed)} of {len(listed)} by SHA-256{edited}")
+        return Check(name, False, f"{len(wrong)} differ: {', '.join(wrong[:3])}"), wrong
+    return Check(name, True, f"{len(listed)} of {len(listed)} by SHA-256{edited}"), []
 
 
 def _unedited(path: Path, exported: dict[str, Any] | None) -> str | None:

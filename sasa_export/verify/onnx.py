@@ -17,9 +17,14 @@ SINGLE = ("Attention", "RMSNormalization", "RotaryEmbedding")
 REPEATED = 1024  # bytes: indices may repeat, since they are constants of the graph and no weights
 
 
+def dtypes_of(directory: Path) -> list[str]:
+    """The types of a directory's decoders, by their names: one as exported, none where it is no ONNX directory."""
+    return [dtype for dtype, suffix in SUFFIX.items() if (directory / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
+
+
 def dtype_of(directory: Path) -> str | None:
-    """The type of a directory's graphs, by their names; None where it is no ONNX directory."""
-    return next((t for t, suffix in SUFFIX.items() if (directory / "onnx" / f"{DECODER}{suffix}.onnx").is_file()), None)
+    """The type of a directory's graphs; None where it is no ONNX directory."""
+    return next(iter(dtypes_of(directory)), None)
 
 
 def check_graphs(directory: Path, dtype: str) -> list[Check]:

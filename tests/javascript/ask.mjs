@@ -9,7 +9,7 @@ const [parent, name, picture, tokens, ...prompts] = process.argv.slice(2);
 env.localModelPath = parent;
 env.allowRemoteModels = false;
 const processor = await AutoProcessor.from_pretrained(name);
-const model = await AutoModelForImageTextToText.from_pretrained(name, { dtype: "fp32", device: "cpu" });
+const model = await AutoModelForImageTextToText.from_pretrained(name, { device: "cpu" });
 const image = await RawImage.read(picture);
 
 const said = [];

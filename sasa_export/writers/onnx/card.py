@@ -12,8 +12,6 @@ from sasa_export.writers.card import write_card
 from sasa_export.writers.directory import Patch
 from sasa_export.writers.onnx import SUFFIX
 
-JAVASCRIPT_DTYPES = {"float32": "fp32", "float16": "fp16", "int8": "int8", "int4": "q4"}  # in transformers.js
-
 
 def write_onnx_card(patch: Patch, checks: Sequence[Check], options: Options, directory: Path) -> None:
     """Write README.md into an ONNX directory."""
@@ -28,5 +26,4 @@ def write_onnx_card(patch: Patch, checks: Sequence[Check], options: Options, dir
         position_axes=recipe_of(config["model_type"]).position_axes,
         model_type=config["model_type"],
         model_class=config["architectures"][0],
-        javascript_dtype=JAVASCRIPT_DTYPES[options.onnx_dtype],
     )  # fmt: skip

@@ -14,6 +14,7 @@ from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
 from sasa_export.writers.onnx.decoder import Decoder, Signature, gate_layers
+from sasa_export.writers.onnx.genai import write_genai_config
 from sasa_export.writers.onnx.layout import stock_type, write_files
 from sasa_export.writers.onnx.passes.branch import run_where
 from sasa_export.writers.onnx.passes.names import forget_origin, name_decoder, name_tower
@@ -52,7 +53,9 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
     advance("writing configuration and processor")
     processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
-    write_files(patched, out, processor, external=external, gate=gate_layers(model))
+    write_files(patched, out, processor, dtype=dtype, external=external, gate=gate_layers(model))
+    if recipe.position_axes == 1:
+        write_genai_config(out, model, dtype=dtype)
     _forget(model)
 
 
@@ -118,7 +121,8 @@ def _make_optional(model: ir.Model, name: str) -> None:
 
 def write_model(model: ir.Model, path: Path) -> bool:
     """Write one graph; True where its weights went into a file beside it."""
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    stored = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    size = sum(tensor.nbytes for tensor in stored if tensor is not None)
     if size <= EXTERNAL_ABOVE:
         ir.save(model, path)
         return False

@@ -14,7 +14,7 @@ COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "vocab.json",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-
+JAVASCRIPT_DTYPES = {"float32": "fp32", "float16": "fp16", "int8": "int8", "int4": "q4"}  # names in transformers.js
 
 # No ONNX runtime reads this, and every from_pretrained stops at it: weights put beside these graphs would load as a
 # plain model without the gate.
@@ -26,12 +26,13 @@ def stock_type(model_type: str) -> str:
     return model_type.removeprefix("sasa_")
 
 
-def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str, int], gate: int) -> None:
+def write_files(patched: Path, out: Path, processor: Any, *, dtype: str, external: dict[str, int], gate: int) -> None:
     """Write configuration, processor and tokenizer files.
 
     Args:
         patched: the guarded safetensors directory; `out`: the ONNX directory.
         processor: what AutoProcessor makes of `patched`.
+        dtype: of the graphs.
         external: the graphs that have a file of weights beside them, and how many.
         gate: how many cache layers the gate takes.
     """
@@ -40,7 +41,7 @@ def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str,
             shutil.copyfile(patched / name, out / name)
     images = processor.image_processor
     written = {
-        "config": _config(read_config(patched), external, gate),
+        "config": _config(read_config(patched), dtype, external, gate),
         "preprocessor_config": {
             **images.to_dict(),
             "processor_class": type(processor).__name__,
@@ -57,7 +58,7 @@ def write_files(patched: Path, out: Path, processor: Any, *, external: dict[str,
         (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _config(config: dict[str, Any], external: dict[str, int], gate: int) -> dict[str, Any]:
+def _config(config: dict[str, Any], dtype: str, external: dict[str, int], gate: int) -> dict[str, Any]:
     """The stock configuration, except that its decoder has the gate's cache layers too."""
     out = {key: value for key, value in config.items() if key != "auto_map"}
     out["model_type"] = stock_type(config["model_type"])
@@ -70,8 +71,10 @@ def _config(config: dict[str, Any], external: dict[str, int], gate: int) -> dict
     text["num_hidden_layers"] += gate  # runtimes count the cache by this number
     if "layer_types" in text:
         text["layer_types"] = [*text["layer_types"], *["full_attention"] * gate]
+    # What transformers.js loads where nobody names a type: by itself it looks for q8 in browsers and fp32 elsewhere.
+    out["transformers.js_config"] = {"dtype": JAVASCRIPT_DTYPES[dtype]}
     if external:
-        out["transformers.js_config"] = {"use_external_data_format": external}
+        out["transformers.js_config"]["use_external_data_format"] = external
     return out
 
 

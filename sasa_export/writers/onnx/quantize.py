@@ -10,12 +10,13 @@ import onnx_ir as ir
 
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 32  # weights that share one scale
+ACCURACY = 4  # the accuracy_level: states are rounded to 8 bits for each product, for which CPUs have fast code
 MATRIX = 2  # axes
 DOMAIN = "com.microsoft"  # of MatMulNBits, which onnxruntime documents in docs/ContribOperators.md
 
 
 def quantize(model: ir.Model, dtype: str) -> None:
-    """Put the weights of each MatMul into blocks of 8 or 4 bits, in place; all arithmetic stays as it was.
+    """Put the weights of each MatMul into blocks of 8 or 4 bits, in place, and let its product be one of integers.
 
     Of the gate, only the second lane is quantized, whose weights are the decoder's; the comparison of embeddings
     with the template's stays exact. Run it while both lanes lie in one graph, so that they go on sharing weights.
@@ -55,7 +56,7 @@ def _product(node: ir.Node, packed: list[ir.Value], bits: int) -> ir.Node:
     """The node that takes the place of a MatMul, whose weight (rows, columns) was `packed`."""
     assert node.inputs[1] is not None and node.inputs[1].const_value is not None
     rows, columns = node.inputs[1].const_value.shape.numpy()
-    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK}
+    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY}
     before = node.outputs[0]
     new = ir.node(
         "MatMulNBits", [node.inputs[0], *packed], attributes=attributes, domain=DOMAIN, name=node.name, num_outputs=1

@@ -1,6 +1,7 @@
 """Put part of a graph under one `If`, so that only a call pays for it that needs it.
 
-The branch holds nodes alone: it reads weights and states of the main lane from the graph around it.
+It reads what it shares with the graph around it from there, weights as states. What it alone reads lies in it: tools
+that rewrite graphs drop an initializer that no node beside it reads.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ def run_where(model: ir.Model, name: str, *, result: str, fill: float, predicate
     others = [value for value in graph.outputs if value is not computed]
     members = _needed([computed]) - _needed(others, stop=computed)
     inside = [node for node in graph if node in members]
+    own = [value for value in graph.initializers.values() if _reads_alone(members, value)]
     readers = [(use.node, use.idx) for use in computed.uses() if use.node not in members]
     graph.outputs.clear()
     graph.remove(inside)
+    for value in own:
+        del graph.initializers[str(value.name)]
     computed.name = f"{result}.judged"
-    then_branch = ir.Graph([], [computed], nodes=inside, name=f"{result}.then", opset_imports={})
+    then_branch = ir.Graph([], [computed], nodes=inside, initializers=own, name=f"{result}.then", opset_imports={})
     otherwise = _filled(graph.inputs[0], computed, f"{name}/otherwise", fill)
     branch = ir.Node(
         "", "If", [condition],
@@ -54,6 +58,11 @@ def _filled(fed: ir.Value, like: ir.Value, name: str, fill: float) -> ir.Graph:
     out = filled.outputs[0]
     out.name, out.shape, out.type = f"{like.name}.otherwise", like.shape, like.type
     return ir.Graph([], [out], nodes=[shape, filled], name=f"{like.name}.else", opset_imports={})
+
+
+def _reads_alone(members: set[ir.Node], value: ir.Value) -> bool:
+    """Whether no node but `members` reads an initializer, and no runtime sets it as an input."""
+    return not value.is_graph_input() and all(use.node in members for use in value.uses())
 
 
 def _needed(values: list[ir.Value], *, stop: ir.Value | None = None) -> set[ir.Node]:

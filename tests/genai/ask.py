@@ -1,0 +1,34 @@
+"""Ask an exported directory with plain onnxruntime-genai.
+
+    python ask.py DIRECTORY < REQUESTS
+
+Reads a JSON list of {"turns": [rows of token ids, ...], "tokens": how many to say, "options": of the search}, where a
+turn's rows, (batch, tokens), are equally long. Prints a JSON list with a list for each: in each turn `probability`
+(batch,) and `tokens`, rows of what was said.
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime_genai as og
+
+model = og.Model(sys.argv[1])
+said = []
+for request in json.load(sys.stdin):
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(batch_size=len(request["turns"][0]), **request["options"])
+    generator = og.Generator(model, parameters)
+    answers: list[dict[str, list]] = []
+    for rows in request["turns"]:
+        if answers and not generator.is_done():
+            generator.get_logits()  # feeds the last token of an answer that was cut short
+        generator.append_tokens(np.array(rows, np.int32))
+        probability = generator.get_output("unsafe_probability").tolist()
+        answer: list[list[int]] = []
+        while len(answer) < request["tokens"] and not generator.is_done():
+            generator.generate_next_token()
+            answer.append(generator.get_next_tokens().tolist())
+        answers.append({"probability": probability, "tokens": np.transpose(answer).tolist()})
+    said.append(answers)
+print(json.dumps(said))
