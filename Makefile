@@ -27,8 +27,8 @@ GENAI := build/genai-venv
 GENAI_STAMP := $(GENAI)/.installed
 $(GENAI_STAMP):
 	@test -x $(GENAI)/bin/pip || $(PYTHON) -m venv $(GENAI)
-	@$(GENAI)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
-	@touch $@
+	@$(GENAI)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 \
+		onnxruntime==1.32.0 && touch $@ || echo "onnxruntime-genai did not install: its tests are skipped."
 
 demo: setup
 	@$(BIN)/python examples/demo.py
