@@ -131,7 +131,9 @@ class Guard(nn.Module):
         prompt = None if end is None else torch.arange(past, past + count, device=device) < end  # (tokens,)
         unset = torch.zeros_like(numbers)
         types = next((kwargs[name] for name in TYPES if kwargs.get(name) is not None), unset)
-        types = types[:, -count:].to(numbers)  # (batch, tokens)
+        if types.shape[1] != count:  # of the whole context, or, where tokens are drafted, of the prompt alone
+            types = torch.nn.functional.pad(types[:, past:], (0, count))[:, :count]
+        types = types.to(numbers)  # (batch, tokens)
         if positions is None:
             positions = torch.arange(past, past + count, device=device)[None]  # (1, tokens)
         positions = (positions if positions.dim() > 2 else positions[None])[-self.ledger.axes :].to(device)
