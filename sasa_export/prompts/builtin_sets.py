@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from sasa_export.prompts.photographs import photograph
-from sasa_export.prompts.prompt import Prompt, with_room_for_turns
+from sasa_export.prompts.prompt import Prompt, supported_by_template
 from sasa_export.prompts.render import fits, render
 from sasa_export.prompts.settings import in_setting, picture_in_an_earlier_turn
 
@@ -73,7 +73,7 @@ def builtin(processor: Any = None) -> list[Prompt]:
             continue
         text = replace(base, name=f"{name}/text", attack="text")
         prompts += [text, in_setting(replace(text, name=f"{name}/setting"), rng), _pictured(base, rng, pieces)]
-    return prompts if processor is None else with_room_for_turns(processor, prompts)
+    return prompts if processor is None else supported_by_template(processor, prompts)
 
 
 def _about_pictures(base: Prompt, words: str | None, rng: Random, pieces: Pieces) -> Iterator[Prompt]:

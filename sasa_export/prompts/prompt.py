@@ -68,7 +68,7 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     )
 
 
-def with_room_for_turns(processor: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
+def supported_by_template(processor: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts whose turns the chat template has a place for: some have none for a system prompt."""
     taken: dict[tuple[str, ...], bool] = {}
 
