@@ -1,7 +1,7 @@
 """2,000 requests at 32 at once on the OpenAI server, guarded and not, with random options.
 
 Fails where a harmful prompt is answered, where a harmless one is answered otherwise than by the unguarded server, or
-where memory grows. Usage: python serving/tests/soak.py build/serving/llava [requests]
+where memory still grows in the second half. Usage: python serving/tests/soak.py build/serving/llava [requests]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(folder: Path, count: int) -> None:
         with serving(guarded.directory, Path(scratch, "guarded")) as server:
             ours, memory, seconds = run(server, folder, plans)
         with serving(folder / "stock", Path(scratch, "stock")) as server:
-            theirs, _, stock_seconds = run(server, folder, plans)
+            theirs, stock_memory, stock_seconds = run(server, folder, plans)
     refused = answered = changed = errors = 0
     for (prompt, given), mine, stock in zip(plans, ours, theirs, strict=True):
         if prompt["refused"]:
@@ -42,8 +42,9 @@ def main(folder: Path, count: int) -> None:
             changed += mine != stock
     print(f"{count} requests, {refused} harmful: {answered} answered ({errors} ended in an error), {changed} changed")
     print(f"{seconds:.0f} s, the unguarded server {stock_seconds:.0f} s")
-    print("memory of all processes in MB, from 10 % to the end:", *(f"{value / 1e6:.0f}" for value in memory))
-    if answered or changed or memory[-1] > memory[0] * 1.05:
+    for name, found in (("guarded", memory), ("unguarded", stock_memory)):
+        print(f"memory of the {name} server in MB, from 10 % to the end:", *(f"{value / 1e6:.0f}" for value in found))
+    if answered or changed or memory[-1] > memory[4] * 1.02:
         raise SystemExit("the soak failed")
 
 
@@ -80,7 +81,8 @@ def run(server: Server, folder: Path, plans: list[Any]) -> tuple[list[list[str]]
 
 
 def ask(server: Server, folder: Path, prompt: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    status, said = server.chat(prompt, folder, **given)
+    # As transformers tokenizes: vLLM's chat adds no token that begins a text, and neither does LLaVA's template.
+    status, said = server.chat(prompt, folder, add_special_tokens=True, **given)
     if status != 200:
         return ["error"]
     return [choice["message"]["content"] or "" for choice in said["choices"]]
