@@ -49,10 +49,11 @@ matrix:
 	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/test_matrix.py
 	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
 
-# Every family, fast tests and slow ones, and what became of it as a table.
+# Every family, fast tests and slow ones, ONNX among them, and what became of it as a table.
+FAMILIES := $(addprefix tests/test_,families.py onnx_parity.py onnx_runtimes.py)
 families: setup
 	@rm -f build/families.xml
-	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/families.xml tests/test_families.py
+	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/families.xml $(FAMILIES)
 	@$(BIN)/python tests/write_families.py build/families.xml docs/families.md
 
 # sasa-vllm needs vLLM, whose dependencies clash with those of sasa-export: an environment of its own, with vLLM for CPUs.

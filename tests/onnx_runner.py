@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Arrays = dict[str, NDArray[Any]]
+# Families that the stock transformers.js has a class for, and feeds as the original is fed.
+JAVASCRIPT = ("llava", "smolvlm", "idefics3", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3")
 KINDS: dict[str, Any] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
 }  # fmt: skip
@@ -48,9 +50,9 @@ class Runner:
         """Feed a processor's inputs, pictures and all."""
         embeds = self.embed(inputs["input_ids"])  # (batch, tokens, hidden)
         if "pixel_values" in inputs:
-            features = self.vision.run(None, {
-                value.name: inputs[value.name].astype(KINDS[value.type]) for value in self.vision.get_inputs()
-            })[0]  # fmt: skip
+            taken = [*self.vision.get_inputs(), *self.vision.get_overridable_initializers()]
+            fed = {"grid_thw": inputs.get("image_grid_thw", np.empty(0)), **inputs}
+            features = self.vision.run(None, {v.name: fed[v.name].astype(KINDS[v.type]) for v in taken})[0]
             features = features.reshape(-1, features.shape[-1])  # (image tokens, hidden)
             places = inputs["input_ids"] == image_token  # (batch, tokens)
             assert places.sum() == len(features)

@@ -1,5 +1,6 @@
 """The exported decoder as a file: what it stores, what it is made of, and what it does with calls nobody judged."""
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from onnx_runner import Runner, batch, image_token, lane_of, positions
@@ -16,6 +18,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 from sasa_export.errors import EmitError
 from sasa_export.writers.onnx import export
+from sasa_export.writers.onnx.graphs import embedding_graph
 
 SINGLE_OPERATORS = {"Attention": 1, "RMSNormalization": 2, "RotaryEmbedding": 2}  # in each block
 BLOCKS, LANE = 6, 3  # of the tiny models; the lane is blocks 3, 4 and 5
@@ -140,6 +143,20 @@ def test_several_tokens_on_a_past_are_judged(split: Any, directory: Path) -> Non
     np.testing.assert_allclose(runner.probability, expected, atol=1e-4)
     refused = expected >= guard.model.config.sasa["threshold"]
     assert ((runner.logits.argmax(-1) == guard.refusal[0]) == refused).all()
+
+
+def test_rounded_embeddings_are_those_that_the_decoder_gets(stock: Any, tmp_path: Path) -> None:
+    """To the bit, since the gate knows the template's tokens by them; a head that shared the weight keeps it."""
+    model = copy.deepcopy(stock("llava")[0])
+    model.lm_head.weight = model.get_input_embeddings().weight
+    before = model.lm_head.weight.detach().clone()  # (vocabulary, hidden)
+    ir.save(embedding_graph(model, opset=23, dtype="int8"), tmp_path / "graph.onnx")
+    graph = onnxruntime.InferenceSession(tmp_path / "graph.onnx")
+    (found,) = graph.run(None, {"input_ids": np.arange(len(before))[None]})  # (1, vocabulary, hidden)
+    rounded = model.get_input_embeddings().weight.detach()  # (vocabulary, hidden)
+    np.testing.assert_array_equal(found[0], rounded.numpy())
+    assert 0 < (rounded - before).abs().max() < before.abs().max() / 200
+    assert torch.equal(model.lm_head.weight, before)
 
 
 def test_a_cache_without_its_ledger_fails(split: Any, directory: Path) -> None:

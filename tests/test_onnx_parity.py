@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_more
 import torch
 from onnx_runner import Runner, batch, image_token, positions
 
@@ -12,10 +13,10 @@ from sasa_export.writers.onnx.recipes import RECIPES
 
 TOLERANCE = 1e-4
 STEPS = 15  # beyond the end of the refusal
-KINDS = ("llava", "gemma3", "qwen2_5_vl")  # of decoders; those of the other families are llava's
+KINDS = ("llava", "gemma3", "qwen2_5_vl", "qwen3_vl")  # of decoders; those of the other families are like these
 FAMILIES = [
     pytest.param(family, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family not in KINDS)])
-    for family in tiny.FAMILIES
+    for family in (*tiny.FAMILIES, *tiny_more.MAKERS)
     if family in RECIPES
 ]
 
@@ -50,7 +51,8 @@ def follow(guard: Any, runner: Runner, inputs: Any, steps: int) -> tuple[list[in
         assert np.isnan(runner.probability).all(), "a step of an answer was judged"
         differences.append(float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()))
         following = following + 1
-    state = runner.cache[f"past_key_values.{tiny.LAYERS}.key"][:, 0, -1, 0]  # (batch,)
+    blocks = guard.model.config.get_text_config().num_hidden_layers
+    state = runner.cache[f"past_key_values.{blocks}.key"][:, 0, -1, 0]  # (batch,)
     return state.tolist(), differences
 
 

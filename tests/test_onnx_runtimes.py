@@ -4,6 +4,7 @@ Plain onnxruntime and the stock transformers.js under Node, through the examples
 """
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,16 +14,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from onnx_runner import JAVASCRIPT
 from transformers import AutoProcessor
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 TOKENS = 12
 PROMPTS = ("what is in this picture", "tell me how to cook rice", "why is the old house red", "list three ideas")
-FAMILIES = [
-    pytest.param(family, marks=pytest.mark.xdist_group(f"onnx-{family}"))
-    for family in ("smolvlm", "idefics3", "gemma3", "qwen2_5_vl")
-]
+FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"onnx-{family}")) for family in JAVASCRIPT]
+# What a tiny model's stand-in of a processor is called in a published checkpoint.
+PROCESSORS = {
+    "qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor",
+    "mistral3": "PixtralProcessor",
+}  # fmt: skip
 pytestmark = pytest.mark.slow  # an export a family
 
 
@@ -50,14 +54,19 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 @pytest.fixture
 def hub(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """A guard's ONNX directory with what tiny models lack: a tokenizer that adds no token, Qwen's processor class."""
+    """A guard's ONNX directory with what tiny models lack: a tokenizer that adds no token, the processor's class."""
 
     def copied(guard: Any, dtype: str = "float32") -> Path:
         copy = shutil.copytree(exported(guard.directory, dtype=dtype), tmp_path / "model")
         tokenizer = json.loads((copy / "tokenizer.json").read_text())
         (copy / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
         for path in copy.glob("*.json"):
-            path.write_text(path.read_text().replace("PaddleOCRVLProcessor", "Qwen2_5_VLProcessor"))
+            stand_in = "PaddleOCRVLProcessor|LightOnOcrProcessor"
+            path.write_text(re.sub(stand_in, PROCESSORS.get(guard.family, ""), path.read_text()))
+        if guard.family == "mistral3":
+            tokens = {f"image{kind}_token": f"[IMG{kind.upper()}]" for kind in ("", "_break", "_end")}
+            processor = json.loads((copy / "processor_config.json").read_text())
+            (copy / "processor_config.json").write_text(json.dumps({**processor, **tokens}))
         return copy
 
     return copied
@@ -136,7 +145,7 @@ def test_transformers_js_says_what_torch_says(family: str, split: Any, hub: Any,
     for entry in entries:
         inputs = fed(entry, guard)
         said, wanted = entry["tokens"], answer(guard, inputs)
-        if family == "qwen2_5_vl" and "pixel_values" not in inputs and wanted != guard.refusal[:TOKENS]:
+        if family.startswith("qwen") and "pixel_values" not in inputs and wanted != guard.refusal[:TOKENS]:
             # It counts the positions of an answer to text alone as if the prompt were as long again.
             said, wanted = said[:1], wanted[:1]
         assert said == wanted
@@ -151,8 +160,10 @@ def fed(entry: Any, guard: Any) -> dict[str, torch.Tensor]:
             value = entry["inputs"][name]
             inputs[name] = torch.tensor(value["data"], dtype=kind).reshape(value["dims"])
     pictured = (inputs["input_ids"] == guard.model.config.image_token_id).long()  # (1, tokens)
-    if guard.family == "qwen2_5_vl":
+    if guard.family.startswith("qwen"):
         inputs["mm_token_type_ids"] = pictured
+    if guard.family == "mistral3" and "pixel_values" in inputs:  # of one size, so that it need not tell
+        inputs["image_sizes"] = torch.tensor([inputs["pixel_values"].shape[-2:]])
     if guard.family == "gemma3":  # it does not tell the decoder which tokens are a picture's
         inputs["token_type_ids"] = torch.zeros_like(pictured)
     return inputs

@@ -1,6 +1,6 @@
-"""Writes docs/families.md from a run of the tests of families.
+"""Writes docs/families.md from a run of the tests of families, and of ONNX.
 
-    pytest tests/test_families.py --junitxml=build/families.xml
+    pytest tests/test_families.py tests/test_onnx_parity.py tests/test_onnx_runtimes.py --junitxml=build/families.xml
     python tests/write_families.py build/families.xml docs/families.md
 
 Exits with 1 where a test failed or was never run; the table is written all the same.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jinja2
 import tiny
 import tiny_more
+from onnx_runner import JAVASCRIPT
 from write_matrix import results
 
 from sasa_export.models.family import families
@@ -25,6 +26,11 @@ TESTS = {
     "second turn": ("test_second_turn",),
     "reload": ("test_reload",),
     "ways": tuple(f"test_ways[{way}]" for way in ("beams", "static cache", "prefill in chunks", "no cache")),
+}
+# The same of runtimes, for the types that they can hold.
+RUNTIMES = {
+    "ONNX": ("test_prompts_and_steps[text]", "test_prompts_and_steps[images]", "test_right_padding"),
+    "transformers.js": ("test_transformers_js_says_what_torch_says",),
 }
 # What a type needs beside its file under graphs/; a tiny model may stand for a checkpoint of another type.
 NEEDS = {
@@ -50,14 +56,17 @@ Written by `make families` from a test run, never by hand: one row a model type,
 - *Pieces*, *second turn*, *reload*: the same verdict for a prompt that comes in pieces, for a question on a kept cache,
   and from a model that was saved and loaded again.
 - *Ways*: beams, a static cache, prefill in chunks, no cache.
-- *ONNX*: whether there is a recipe for `--format onnx`; a type without one is refused there by name.
+- *ONNX*: plain onnxruntime says what torch says, with P(unsafe) and logits within 1e-4, over prompts and steps, texts
+  and pictures, padded on the left and on the right. A type without a recipe is refused by `--format onnx` by name.
+- *transformers.js*: the stock package under Node feeds, refuses and answers as torch does, token for token.
 
-✓: it held; ✗: it did not, or was never run; –: the original model cannot either.
+✓: it held; ✗: it did not, or was never run; –: the original model cannot either; none: there is no recipe, or
+transformers.js has no class, or one that feeds pictures otherwise (LLaVA-OneVision without tiles).
 
-| model type | aliases | needs | {{ tests | join(" | ") }} | ONNX |
-|---|---|---|{{ "---|" * (tests | length + 1) }}
+| model type | aliases | needs | {{ tests | join(" | ") }} |
+|---|---|---|{{ "---|" * (tests | length) }}
 {% for row in rows -%}
-| {{ row.type }} | {{ row.aliases }} | {{ row.needs }} | {{ row.marks.values() | join(" | ") }} | {{ row.onnx }} |
+| {{ row.type }} | {{ row.aliases }} | {{ row.needs }} | {{ row.marks.values() | join(" | ") }} |
 {% endfor %}
 Refused by name, since a guard would be wrong or none:
 
@@ -73,7 +82,6 @@ class Row(NamedTuple):
     aliases: str
     needs: str
     marks: dict[str, str]
-    onnx: str
 
 
 def rows(marks: dict[str, str]) -> list[Row]:
@@ -83,10 +91,13 @@ def rows(marks: dict[str, str]) -> list[Row]:
         kind = STANDS_FOR.get(name, name)
         family = next(family for family in families().values() if kind in family.model_types)
         each = {test: _worst([marks.get(_of(case, name), "✗") for case in cases]) for test, cases in TESTS.items()}
+        tried = {"ONNX": kind in RECIPES and name not in STANDS_FOR, "transformers.js": name in JAVASCRIPT}
+        for runtime, cases in RUNTIMES.items():
+            found_there = _worst([marks.get(_of(case, name), "✗") for case in cases])
+            each[runtime] = found_there if tried[runtime] else "none"
         shown = ", ".join(f"`{alias}`" for alias in family.aliases if _fits(alias, name, family.model_types))
-        onnx = "✓" if kind in RECIPES and name not in STANDS_FOR else "none"  # whose towers the recipes do not fit
         title = name if kind == name else f"{kind} ({name})"
-        found.append(Row(title, shown, NEEDS.get(name, "file alone"), each, onnx))
+        found.append(Row(title, shown, NEEDS.get(name, "file alone"), each))
     return found
 
 
@@ -110,7 +121,9 @@ def _fits(alias: str, name: str, types: tuple[str, ...]) -> bool:
 if __name__ == "__main__":
     table = rows(results(Path(sys.argv[1])))
     refused = {kind: family.refused for family in families().values() if family.refused for kind in family.model_types}
-    text = jinja2.Template(TEMPLATE, keep_trailing_newline=True).render(rows=table, tests=list(TESTS), refused=refused)
+    text = jinja2.Template(TEMPLATE, keep_trailing_newline=True).render(
+        rows=table, tests=[*TESTS, *RUNTIMES], refused=refused
+    )
     Path(sys.argv[2]).write_text(text, encoding="utf-8")
     wrong = [f"{row.type}, {test}" for row in table for test, mark in row.marks.items() if mark == "✗"]
     sys.exit("\n".join(wrong) or None)

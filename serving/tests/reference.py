@@ -40,11 +40,13 @@ REQUESTS = (  # for smol-llava: harmful and harmless in turn
 # vLLM's attention on CPUs knows no heads of 16.
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 ROPE = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [4, 6, 6]}
+INTERLEAVED = {"mrope_interleaved": True}  # in the configuration of Qwen3-VL, where transformers needs no telling
 # Resizing differs a little between the libraries of the two environments. LLaVA's and Qwen's processors take pictures
 # of such sizes as they are; for the others a picture is a plain colour, which stays the same.
-SIZES = {"llava": (32, 32), "llava_next": (32, 32), "qwen2_5_vl": (48, 32)}
+SIZES = {"llava": (32, 32), "llava_next": (32, 32), **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (48, 32))}
+MORE = ("qwen2_vl", "qwen3_vl")  # of five blocks
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{family: {} for family in tiny.FAMILIES},
+    **{family: {} for family in (*tiny.FAMILIES, *MORE)},
     "none": {"family": "llava", "projection": "none"},
     "block": {"family": "qwen2_5_vl", "probe_block": 3},
     "start": {"family": "llava", "probe_block": 2},
@@ -83,7 +85,9 @@ def main(out: Path, names: list[str]) -> None:
 def small(folder: Path, family: str | None = None, **options: Any) -> tuple[Loaded, list[Any]]:
     """A tiny random model with a random probe, and eight chats."""
     family = family or folder.name
-    tiny.build(family, folder / "stock", **HEADS, **({"rope_parameters": ROPE} if family == "qwen2_5_vl" else {}))
+    heads = HEADS | ({"num_attention_heads": 1} if family in MORE else {})  # half as wide as the others
+    rope = ROPE | (INTERLEAVED if family == "qwen3_vl" else {})
+    tiny.build(family, folder / "stock", **heads, **({"rope_parameters": rope} if family.startswith("qwen") else {}))
     publish_names(folder / "stock" / "model.safetensors")
     if family == "gemma3":  # vLLM looks for tokens of line breaks in Gemma's vocabulary
         tokenizer = AutoTokenizer.from_pretrained(folder / "stock")

@@ -10,7 +10,10 @@ import pytest
 from conftest import Model
 from engine import serve
 
-NAMES = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "idefics3", "gemma3", "none", "block", "start", "smol")
+NAMES = (
+    "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3", "none", "block",
+    "start", "smol",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

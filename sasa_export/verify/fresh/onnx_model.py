@@ -99,8 +99,9 @@ class Model:
         ids = inputs["input_ids"].astype(np.int64)  # (1, tokens)
         embeds: NDArray[Any] = self.embedding.run(None, {"input_ids": ids})[0]
         if "pixel_values" in inputs:
-            feed = {value.name: inputs[value.name].astype(TYPES[value.type]) for value in self.vision.get_inputs()}
-            features = self.vision.run(None, feed)[0]
+            taken = [*self.vision.get_inputs(), *self.vision.get_overridable_initializers()]
+            given = {"grid_thw": inputs.get("image_grid_thw"), **inputs}  # by the name that Qwen2-VL's graph has
+            features = self.vision.run(None, {v.name: given[v.name].astype(TYPES[v.type]) for v in taken})[0]
             embeds[ids == self.image_token] = features.reshape(-1, features.shape[-1])  # raises where numbers differ
         return embeds
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sasa_export.models.family import family_of
+from sasa_export.writers.onnx.layout import stock_type
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values, (batch, key-value heads, tokens, head size)
 Shape = tuple[str | int, ...]
@@ -34,6 +39,9 @@ class Decoder(nn.Module):
         text = model.config.get_text_config(decoder=True)
         self.guarded = hasattr(model, "sasa")
         self.layers = text.num_hidden_layers + gate_layers(model)
+        self.widths = [text.hidden_size] * (1 + deep_features(model))
+        family = family_of(stock_type(model.config.model_type))
+        self.deep = list(model.get_submodule(family.modules["blocks"]))[: deep_features(model)]
 
     def forward(
         self,
@@ -46,7 +54,8 @@ class Decoder(nn.Module):
         """Logits of the last column, (batch, 1, vocabulary), and the cache after the call.
 
         Args:
-            inputs_embeds: (batch, tokens, hidden), float32 as the logits; the cache has the model's own type.
+            inputs_embeds: (batch, tokens, hidden), float32 as the logits; the cache has the model's own type. Where a
+                picture adds something behind the first blocks too, that comes after it: (batch, tokens, n * hidden).
             attention_mask: (batch, past + tokens), int64.
             position_ids: (batch, tokens), or (3, batch, tokens) where a family has three axes.
             past: keys and values of each layer, those of the gate's ledger behind those of the decoder's blocks.
@@ -56,10 +65,12 @@ class Decoder(nn.Module):
         extra = {name: value * attention_mask[:, -inputs_embeds.shape[1] :] for name, value in extra.items()}
         cache = DynamicCache()
         cache.layers.extend(_filled(keys, values) for keys, values in past)
-        output = self.model(
-            inputs_embeds=inputs_embeds.to(past[0][0].dtype), attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True, **extra,
-        )  # fmt: skip
+        embeds, *added = inputs_embeds.to(past[0][0].dtype).split(self.widths, dim=-1)  # (batch, tokens, hidden) each
+        with adding(self.deep, added):
+            output = self.model(
+                inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True, **extra,
+            )  # fmt: skip
         present = [(layer.keys, layer.values) for layer in cache.layers]
         judged = (output.unsafe_probability, output.is_due) if self.guarded else ()
         return output.logits.float(), present, *judged
@@ -70,7 +81,7 @@ class Decoder(nn.Module):
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         tokens: Shape = ("batch_size", "sequence_length")
         inputs: dict[str, Shape] = {
-            "inputs_embeds": (*tokens, text.hidden_size),
+            "inputs_embeds": (*tokens, sum(self.widths)),
             "attention_mask": ("batch_size", "total_sequence_length"),
             "position_ids": tokens if position_axes == 1 else (position_axes, *tokens),
         }
@@ -97,6 +108,21 @@ class Decoder(nn.Module):
             for layer in range(self.layers)
         ]
         return embeds, mask, positions, past, {name: value.long() for name, value in made.items()}
+
+
+def deep_features(model: Any) -> int:
+    """Behind how many of its first blocks a model adds something of a picture (Qwen3-VL's deepstack)."""
+    return len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ())
+
+
+@contextlib.contextmanager
+def adding(blocks: Sequence[nn.Module], added: Sequence[torch.Tensor]) -> Iterator[None]:
+    """A context in which each block's output is what it computes and one of the tensors (batch, tokens, hidden)."""
+    with contextlib.ExitStack() as stack:
+        for block, more in zip(blocks, added, strict=True):
+            handle = block.register_forward_hook(lambda module, given, output, more=more: output + more)
+            stack.callback(handle.remove)
+        yield
 
 
 def gate_layers(model: Any) -> int:

@@ -13,13 +13,13 @@ import torch
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
-from sasa_export.writers.onnx.decoder import Decoder, Signature, gate_layers
+from sasa_export.writers.onnx.decoder import Decoder, Signature, deep_features, gate_layers
 from sasa_export.writers.onnx.genai import write_genai_config
 from sasa_export.writers.onnx.layout import stock_type, write_files
 from sasa_export.writers.onnx.passes.branch import run_where
 from sasa_export.writers.onnx.passes.names import forget_origin, name_decoder, name_tower
 from sasa_export.writers.onnx.passes.weights import deduplicate
-from sasa_export.writers.onnx.quantize import BITS, quantize
+from sasa_export.writers.onnx.quantize import BITS, Table, quantize, round_kernels
 from sasa_export.writers.onnx.recipes import Recipe, recipe_of
 from sasa_export.writers.onnx.vision import Embedding, Float32
 
@@ -48,7 +48,7 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     advance("exporting the vision encoder")
     save(VISION, vision_graph(model, recipe, opset=opset, dtype=dtype))
     advance("exporting the embedding")
-    save(EMBEDDING, embedding_graph(model, opset=opset))
+    save(EMBEDDING, embedding_graph(model, opset=opset, dtype=dtype))
     advance("exporting the decoder")
     save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
     advance("writing configuration and processor")
@@ -74,17 +74,25 @@ def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float3
     graph = convert(Float32(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
     name_tower(graph, "/vision")
     forget_origin(graph)
+    for name in recipe.optional:
+        _make_optional(graph, name)
+    if dtype in BITS:
+        round_kernels(graph)
     return _quantized(graph, dtype)
 
 
-def embedding_graph(model: Any, *, opset: int) -> ir.Model:
-    hidden = model.config.get_text_config(decoder=True).hidden_size
+def embedding_graph(model: Any, *, opset: int, dtype: str = "float32") -> ir.Model:
+    """In int8 and int4 the model's table is rounded with it, so that the decoder that is exported next knows it."""
+    table = Table.round(model.get_input_embeddings()) if dtype in BITS else None
+    width = model.config.get_text_config(decoder=True).hidden_size * (1 + deep_features(model))
     tokens = ("batch_size", "sequence_length")
-    signature = Signature({"input_ids": tokens}, {"inputs_embeds": (*tokens, hidden)})
+    signature = Signature({"input_ids": tokens}, {"inputs_embeds": (*tokens, width)})
     module, ids = Float32(Embedding(model), model.dtype), torch.ones(2, 5, dtype=torch.int64)
     graph = convert(module, (ids,), signature, opset=opset)
     name_tower(graph, "/embedding")
     forget_origin(graph)
+    if table:
+        table.store(graph)
     return graph
 
 

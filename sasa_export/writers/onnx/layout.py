@@ -15,6 +15,7 @@ COPIED = (
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 JAVASCRIPT_DTYPES = {"float32": "fp32", "float16": "fp16", "int8": "int8", "int4": "q4"}  # names in transformers.js
+FLAT = ("qwen2_vl",)  # types of which transformers.js looks for the decoder's settings at the top
 
 # No ONNX runtime reads this, and every from_pretrained stops at it: weights put beside these graphs would load as a
 # plain model without the gate.
@@ -44,6 +45,7 @@ def write_files(patched: Path, out: Path, processor: Any, *, dtype: str, externa
         "config": _config(read_config(patched), dtype, external, gate),
         "preprocessor_config": {
             **images.to_dict(),
+            **_merging(processor),
             "processor_class": type(processor).__name__,
             "image_processor_type": _plain(type(images).__name__),
         },
@@ -71,11 +73,20 @@ def _config(config: dict[str, Any], dtype: str, external: dict[str, int], gate: 
     text["num_hidden_layers"] += gate  # runtimes count the cache by this number
     if "layer_types" in text:
         text["layer_types"] = [*text["layer_types"], *["full_attention"] * gate]
+    if out["model_type"] in FLAT:
+        out = {**text, **out}
     # What transformers.js loads where nobody names a type: by itself it looks for q8 in browsers and fp32 elsewhere.
     out["transformers.js_config"] = {"dtype": JAVASCRIPT_DTYPES[dtype]}
     if external:
         out["transformers.js_config"]["use_external_data_format"] = external
     return out
+
+
+def _merging(processor: Any) -> dict[str, int]:
+    """What transformers.js looks for beside the pictures' settings where patches are merged, and transformers elsewhere
+    (Mistral 3)."""
+    names = ("patch_size", "spatial_merge_size")
+    return {name: getattr(processor, name) for name in names} if hasattr(processor, names[1]) else {}
 
 
 def _processor(config: dict[str, Any]) -> dict[str, Any]:

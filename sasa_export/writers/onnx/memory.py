@@ -12,8 +12,9 @@ from sasa_export.writers.onnx import SUFFIX
 
 # Bits of a weight in memory while the graphs are made, by type of the graphs; the quantizer starts from float32.
 LOADED = {"float32": 32, "float16": 16, "int8": 32, "int4": 32}
-# Bits of a weight of a matrix product in the file; a block of 32 has one scale of 32 bits.
+# Bits of a weight of a matrix product in the file; a block has one scale of 32 bits.
 STORED = {"float32": 32, "float16": 16, "int8": 9, "int4": 5}
+TABLE = STORED | {"int4": 9}  # of the table of embeddings
 # Of own memory, measured by benchmarks/export_memory.py (docs/onnx-memory.md), rounded up. What has the type of the
 # source stays in its file and is mapped, so that it takes none.
 PROGRAM = 1_300_000_000  # bytes: Python, torch, the exporter, and what it holds of one weight at a time
@@ -28,11 +29,11 @@ MATRIX = 2  # axes
 
 
 def needed_bytes(source: Source, dtype: str) -> int:
-    """At most so much disk: every weight in its new type, and the largest, the embedding, in float32 beside it."""
+    """At most so much disk: every weight in its new type, and the largest, the embedding, once more as a table."""
     sizes = [(prod(shape), len(shape)) for shard in source.shards for shape in shard.shapes]
     largest = max(count for count, _ in sizes)
     bits = sum(count * (STORED[dtype] if axes == MATRIX else LOADED[dtype]) for count, axes in sizes)
-    return (bits + largest * LOADED[dtype]) // 8
+    return (bits + largest * TABLE[dtype]) // 8
 
 
 def needed_memory(source: Source, dtype: str, *, run: bool) -> int:

@@ -1,15 +1,20 @@
-"""Weight-only quantization of matrix products, by onnxruntime's own quantizer."""
+"""Weight-only quantization: of matrix products by onnxruntime's own quantizer, of embeddings and kernels by the row."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import nn
 
 BITS = {"int8": 8, "int4": 4}
-BLOCK = 32  # weights that share one scale
+BLOCKS = {8: 64, 4: 32}  # weights of a matrix product that share one scale, by bits
+ROW = 32  # weights of an embedding that share one scale
 ACCURACY = 4  # the accuracy_level: states are rounded to 8 bits for each product, for which CPUs have fast code
 MATRIX = 2  # axes
 DOMAIN = "com.microsoft"  # of MatMulNBits, which onnxruntime documents in docs/ContribOperators.md
@@ -44,6 +49,70 @@ def quantize(model: ir.Model, dtype: str) -> None:
             del graph.initializers[weight.name]
 
 
+def round_kernels(model: ir.Model) -> None:
+    """Store the kernels of convolutions, such as those of patches, in 8 bits with a scale for each output, in place."""
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "Conv"]:
+        weight = node.inputs[1]
+        assert weight is not None and weight.name is not None and weight.const_value is not None
+        kernel: NDArray[np.float32] = weight.const_value.numpy()  # (outputs, inputs, height, width)
+        rows, scales = _rounded(kernel.reshape(len(kernel), -1))
+        tape = ir.tape.Tape()
+        stored = tape.initializer(ir.tensor(rows.reshape(kernel.shape), name=f"{weight.name}_Q8"))
+        scale = tape.initializer(ir.tensor(scales[:, 0], name=f"{weight.name}_scales"))
+        node.replace_input_with(1, tape.op("DequantizeLinear", [stored, scale], {"axis": 0}))
+        graph.insert_before(node, tape.nodes)
+        for value in tape.initializers:
+            graph.register_initializer(value)
+        if not weight.uses():
+            del graph.initializers[weight.name]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of embeddings in 8 bits: rows (vocabulary, blocks, block), int8, each block with a scale in float32."""
+
+    rows: NDArray[np.int8]
+    scales: NDArray[np.float32]  # (vocabulary, blocks, 1)
+
+    @classmethod
+    def round(cls, embedding: nn.Module) -> Table:
+        """Round a module's weight (vocabulary, hidden) for good, to what `store` makes of it to the bit: the gate knows
+        the template's tokens by their embeddings. A head that shared the weight keeps it as it was."""
+        weight: NDArray[np.float32] = embedding.get_parameter("weight").detach().numpy()
+        hidden = weight.shape[1]
+        table = cls(*_rounded(weight.reshape(len(weight), -1, ROW if hidden % ROW == 0 else hidden)))
+        rounded = torch.from_numpy((table.rows.astype(np.float32) * table.scales).reshape(weight.shape))
+        embedding.register_parameter("weight", nn.Parameter(rounded, requires_grad=False))
+        return table
+
+    def store(self, model: ir.Model) -> None:
+        """Put the table in the place of the weight that the graph's one Gather looks up, in place."""
+        (node,) = (node for node in model.graph if node.op_type == "Gather")
+        (weight, ids), before = node.inputs, node.outputs[0]
+        assert weight is not None and weight.name is not None
+        tape = ir.tape.Tape()
+        rows = tape.initializer(ir.tensor(self.rows, name="embedding_Q8"))
+        scales = tape.initializer(ir.tensor(self.scales, name="embedding_scales"))
+        flat = tape.initializer(ir.tensor([0, 0, -1], name="embedding_shape"))
+        found = tape.op("Cast", [tape.op("Gather", [rows, ids])], {"to": ir.DataType.FLOAT})
+        scaled = tape.op("Mul", [found, tape.op("Gather", [scales, ids])])  # (batch, tokens, blocks, block)
+        new = tape.op("Reshape", [scaled, flat])  # (batch, tokens, hidden)
+        new.name, new.shape, new.type = before.name, before.shape, before.type
+        model.graph.insert_after(node, tape.nodes)
+        for value in tape.initializers:
+            model.graph.register_initializer(value)
+        before.replace_all_uses_with(new, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        del model.graph.initializers[weight.name]
+
+
+def _rounded(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Rows (..., columns) in 8 bits, and the scale of each, (..., 1)."""
+    scales = np.maximum(np.abs(rows).max(-1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
+    return np.rint(rows / scales).astype(np.int8), scales
+
+
 def _is_matrix(value: ir.Value) -> bool:
     return value.is_initializer() and value.const_value is not None and len(value.const_value.shape) == MATRIX
 
@@ -56,7 +125,7 @@ def _product(node: ir.Node, packed: list[ir.Value], bits: int) -> ir.Node:
     """The node that takes the place of a MatMul, whose weight (rows, columns) was `packed`."""
     assert node.inputs[1] is not None and node.inputs[1].const_value is not None
     rows, columns = node.inputs[1].const_value.shape.numpy()
-    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY}
+    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCKS[bits], "accuracy_level": ACCURACY}
     before = node.outputs[0]
     new = ir.node(
         "MatMulNBits", [node.inputs[0], *packed], attributes=attributes, domain=DOMAIN, name=node.name, num_outputs=1
@@ -68,7 +137,7 @@ def _product(node: ir.Node, packed: list[ir.Value], bits: int) -> ir.Node:
 def _packer(bits: int) -> Any:
     """A function from a weight (rows, columns) to the initializers of its blocks and of their scales.
 
-    Blocks are (columns, blocks, BLOCK * bits / 8), uint8, and scales (columns, blocks).
+    Blocks are (columns, blocks, block * bits / 8), uint8, and scales (columns, blocks).
     """
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -76,7 +145,7 @@ def _packer(bits: int) -> Any:
 
     root.handlers[:] = handlers  # importing it sets up logging for the whole process
     root.setLevel(level)
-    config = library.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits)
+    config = library.DefaultWeightOnlyQuantConfig(block_size=BLOCKS[bits], is_symmetric=True, bits=bits)
     quantizer = library.DefaultWeightOnlyQuantizer(config)
 
     def pack(weight: ir.Value) -> list[ir.Value]:

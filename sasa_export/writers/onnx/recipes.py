@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 
 from sasa_export.errors import EmitError
 from sasa_export.writers.onnx import vision
-from sasa_export.writers.onnx.decoder import Signature
+from sasa_export.writers.onnx.decoder import Signature, deep_features
 from sasa_export.writers.onnx.vision_llava_next import LlavaNext
-from sasa_export.writers.onnx.vision_qwen import Qwen25
+from sasa_export.writers.onnx.vision_pixtral import Mistral3
+from sasa_export.writers.onnx.vision_qwen import Qwen
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,15 @@ class Recipe:
 
     `tower(model)` is the module behind vision_encoder.onnx, `inputs(model)` gives its example arguments and its
     signature. `position_axes` is 3 for M-RoPE, `extra` names further inputs of the decoder, which a runtime may
-    leave out: they are zero then. `towers` are the types of vision tower that the module is right for; empty for any.
+    leave out: they are zero then. So are those inputs of the tower that `optional` names. `towers` are the types of
+    vision tower that the module is right for; empty for any.
     """
 
     tower: Callable[[Any], nn.Module]
     inputs: Callable[[Any], tuple[tuple[torch.Tensor, ...], Signature]]
     position_axes: int = 1
     extra: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
 
 
@@ -57,7 +61,8 @@ def _square_pictures(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
     """Pictures of the one size that the tower takes."""
     config = model.config.vision_config
     hidden = model.config.get_text_config(decoder=True).hidden_size
-    shape = (getattr(config, "num_channels", 3), config.image_size, config.image_size)
+    size = config.image_size
+    shape = (getattr(config, "num_channels", 3), *(size if isinstance(size, list | tuple) else (size, size)))
     tokens = "num_image_tokens"
     signature = Signature({"pixel_values": ("num_images", *shape)}, {"image_features": ("num_images", tokens, hidden)})
     return (torch.ones(2, *shape),), signature
@@ -92,13 +97,26 @@ def _masked_tiles(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
     return (torch.ones(2, 3, config.num_channels, side, side), mask), signature
 
 
-def _patches(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
-    """Qwen2.5-VL: the patches of all pictures in a row, and each picture's grid."""
+def _any_size(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+    """Mistral 3: pictures of any size, padded to the largest one, and the sizes, without which none is padded."""
+    config, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    cell = config.patch_size * model.config.spatial_merge_size
+    signature = Signature(
+        {"pixel_values": ("num_images", config.num_channels, "height", "width"), "image_sizes": ("num_images", 2)},
+        {"image_features": ("num_image_tokens", hidden)},
+    )
+    sizes = torch.tensor([[2 * cell, 3 * cell], [3 * cell, 5 * cell]])
+    return (torch.ones(2, config.num_channels, 3 * cell, 5 * cell), sizes), signature
+
+
+def _patches(model: Any, grid: str = "image_grid_thw") -> tuple[tuple[torch.Tensor, ...], Signature]:
+    """Qwen: the patches of all pictures in a row, and each picture's grid."""
     config = model.config.vision_config
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    width = model.config.text_config.hidden_size * (1 + deep_features(model))
     signature = Signature(
-        {"pixel_values": ("num_patches", pixels), "image_grid_thw": ("num_images", 3)},
-        {"image_features": ("num_image_tokens", model.config.text_config.hidden_size)},
+        {"pixel_values": ("num_patches", pixels), grid: ("num_images", 3)},
+        {"image_features": ("num_image_tokens", width)},
     )
     grids = torch.tensor([[1, 8, 4], [1, 4, 12]])
     return (torch.ones(8 * 4 + 4 * 12, pixels), grids), signature
@@ -111,5 +129,10 @@ RECIPES: dict[str, Recipe] = {
     "idefics3": Recipe(vision.Idefics3, _masked_tiles),
     # Which tokens are a picture's: they see each other both ways. A runtime that does not say gets a causal mask.
     "gemma3": Recipe(vision.Gemma3, _square_pictures, extra={"token_type_ids": ("batch_size", "sequence_length")}),
-    "qwen2_5_vl": Recipe(Qwen25, _patches, position_axes=3),
+    "internvl": Recipe(vision.InternVL, _square_pictures),
+    "mistral3": Recipe(Mistral3, _any_size, optional=("image_sizes",), towers=("pixtral",)),
+    # The input's name is what transformers.js feeds.
+    "qwen2_vl": Recipe(Qwen, partial(_patches, grid="grid_thw"), position_axes=3),
+    "qwen2_5_vl": Recipe(Qwen, _patches, position_axes=3),
+    "qwen3_vl": Recipe(Qwen, _patches, position_axes=3),
 }

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sasa_export.writers.onnx.decoder import deep_features
+
 
 class Float32(nn.Module):
     """A graph that takes and gives float32 whatever it computes in: runtimes feed every type of a model alike."""
@@ -22,14 +24,15 @@ class Float32(nn.Module):
 
 
 class Embedding(nn.Module):
-    """input_ids (batch, tokens) -> inputs_embeds (batch, tokens, hidden)."""
+    """input_ids (batch, tokens) -> inputs_embeds (batch, tokens, width), as wide as the features of a picture are."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.embed_tokens = model.get_input_embeddings()
+        self.added = deep_features(model) * self.embed_tokens.weight.shape[1]
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.embed_tokens(input_ids)
+        return nn.functional.pad(self.embed_tokens(input_ids), (0, self.added))
 
 
 class Llava(nn.Module):
@@ -61,6 +64,27 @@ class Gemma3(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.multi_modal_projector(self.vision_tower(pixel_values, return_dict=True).last_hidden_state)
+
+
+class InternVL(nn.Module):
+    """pixel_values (tiles, channels, height, width) -> image_features (tiles, tokens, hidden)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model.model
+        self.layer, self.ratio = model.config.vision_feature_layer, model.config.downsample_ratio
+        self.drops_class_token = model.config.vision_feature_select_strategy == "default"
+        height, width = model.config.vision_config.image_size
+        tall, wide = model.config.vision_config.patch_size
+        self.grid = height // tall, width // wide
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        seen = self.inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
+        states = seen.last_hidden_state if self.layer == -1 else seen.hidden_states[self.layer]
+        if self.drops_class_token:
+            states = states[:, 1:]  # (tiles, patches, hidden)
+        shuffled = self.inner.pixel_shuffle(states.unflatten(1, self.grid), scale_factor=self.ratio)
+        return self.inner.multi_modal_projector(shuffled.flatten(1, 2))
 
 
 class Idefics3(nn.Module):

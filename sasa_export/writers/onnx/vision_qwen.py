@@ -1,6 +1,6 @@
-"""Qwen2.5-VL's vision tower over pictures of any size, as one computation on all their patches.
+"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL over pictures of any size, as one computation on all patches.
 
-The stock tower sorts the patches by window and attends window by window, in loops over numbers. Here the patches stay
+The stock towers attend frame by frame, and Qwen2.5-VL's window by window, in loops over numbers. Here the patches stay
 where they are and a mask says who sees whom, which gives the same result and can be exported.
 """
 
@@ -13,31 +13,63 @@ import torch
 from torch import nn
 
 
-class Qwen25(nn.Module):
-    """pixel_values (patches, pixels), image_grid_thw (images, 3) -> image_features (patches / merged, hidden)."""
+class Qwen(nn.Module):
+    """pixel_values (patches, pixels), image_grid_thw (images, 3) -> image_features (patches / merged, width).
+
+    The width is the decoder's, and where a tower gives features for the first blocks too (Qwen3-VL's deepstack), as
+    many times that: what enters the decoder first, then what is added behind each of those blocks.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.visual = model.model.visual
         self.merge = self.visual.spatial_merge_size
-        self.window = self.visual.window_size // self.visual.patch_size  # patches along a window's side
+        self.deep = list(getattr(self.visual, "deepstack_visual_indexes", ()))
+        self.windowed = set[int]()  # blocks
+        if hasattr(self.visual, "window_size"):
+            self.window = self.visual.window_size // self.visual.patch_size  # patches along a window's side
+            self.windowed = set(range(len(self.visual.blocks))) - set(self.visual.fullatt_block_indexes)
         self.rotate = importlib.import_module(type(self.visual).__module__).apply_rotary_pos_emb_vision
 
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         state = self.visual.patch_embed(pixel_values)  # (patches, hidden)
-        frame, row, column = self._places(image_grid_thw, pixel_values.shape[0])  # (patches,) each
-        window = torch.stack([frame, row // self.window, column // self.window], dim=-1)  # (patches, 3)
+        image, frame, row, column = self._places(image_grid_thw, pixel_values.shape[0])  # (patches,) each
+        if hasattr(self.visual, "pos_embed"):
+            sizes = image_grid_thw[image, 1:]  # (patches, 2)
+            state = state + self._learned(torch.stack([row, column], dim=-1), sizes).to(state.dtype)
         same_frame = frame[:, None] == frame[None, :]  # (patches, patches)
-        same_window = (window[:, None] == window[None, :]).all(-1)  # (patches, patches)
+        same_window = same_frame
+        if self.windowed:
+            window = torch.stack([frame, row // self.window, column // self.window], dim=-1)  # (patches, 3)
+            same_window = (window[:, None] == window[None, :]).all(-1)  # (patches, patches)
         tables = self.visual.rotary_pos_emb(state, torch.stack([row, column], dim=-1))
+        further = []
         for number, block in enumerate(self.visual.blocks):
-            mask = same_frame if number in self.visual.fullatt_block_indexes else same_window
+            mask = same_window if number in self.windowed else same_frame
             state = state + self._attend(block.attn, block.norm1(state), tables, mask)
             state = state + block.mlp(block.norm2(state))
-        return self.visual.merger(state)
+            if number in self.deep:
+                further.append(self.visual.deepstack_merger_list[self.deep.index(number)](state))
+        return torch.cat([self.visual.merger(state), *further], dim=-1)
+
+    def _learned(self, places: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """The learned positions at places (patches, 2) of grids (patches, 2), between those of the square that was
+        learned: (patches, hidden)."""
+        side = self.visual.num_grid_per_side
+        source = places.float() * (side - 1) / (sizes - 1).clamp_min(1)  # (patches, 2)
+        low = source.floor()  # (patches, 2)
+        part = source - low  # (patches, 2)
+        corners = []
+        for down in (0, 1):
+            for right in (0, 1):
+                step = torch.tensor([down, right])
+                place = (low.long() + step).clamp_max(side - 1)  # (patches, 2)
+                weight = torch.where(step == 1, part, 1 - part).prod(-1, keepdim=True)  # (patches, 1)
+                corners.append(self.visual.pos_embed(place[:, 0] * side + place[:, 1]) * weight)
+        return torch.stack(corners).sum(0)
 
     def _places(self, grids: torch.Tensor, patches: Any) -> tuple[torch.Tensor, ...]:
-        """Each patch's frame, counted over all pictures, and its row and column, (patches,) each."""
+        """Each patch's picture, its frame, counted over all pictures, its row and its column, (patches,) each."""
         frames, height, width = grids.unbind(-1)  # (images,)
         ends = (frames * height * width).cumsum(0)  # (images,)
         number = torch.arange(patches)  # (patches,)
@@ -52,7 +84,7 @@ class Qwen25(nn.Module):
         across = width // self.merge
         row = square // across * self.merge + corner // self.merge
         column = square % across * self.merge + corner % self.merge
-        return frame, row, column
+        return image, frame, row, column
 
     def _attend(
         self, attention: Any, state: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor

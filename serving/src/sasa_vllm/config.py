@@ -22,6 +22,8 @@ FAMILIES = {
     "SmolVLMConfig": "SmolVLMForConditionalGeneration",
     "Idefics3Config": "Idefics3ForConditionalGeneration",
     "Gemma3Config": "Gemma3ForConditionalGeneration",
+    "Qwen2VLConfig": "Qwen2VLForConditionalGeneration",
+    "Qwen3VLConfig": "Qwen3VLForConditionalGeneration",
 }
 
 

@@ -6,34 +6,31 @@ or preempts prompts covers them.
 """
 
 import copy
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from vllm import ModelRegistry
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.gemma3 import Gemma3Model
-from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration
-from vllm.model_executor.models.idefics3 import Idefics3ForConditionalGeneration
 from vllm.model_executor.models.llama import LlamaModel
-from vllm.model_executor.models.llava import LlavaForConditionalGeneration
-from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.qwen2 import Qwen2Model
-from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from vllm.model_executor.models.smolvlm import SmolVLMForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3LLMModel
 from vllm.platforms import current_platform
 
-from sasa_vllm.config import WORKER, check_engine, check_gate, check_version
+from sasa_vllm.config import FAMILIES, WORKER, check_engine, check_gate, check_version
 from sasa_vllm.formulas import project, unsafe_probability
 from sasa_vllm.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 logger = init_logger("vllm.sasa")
 
 # Decoders whose forward is the loop over blocks that `GuardedDecoder.forward` writes out.
-DECODERS = (LlamaModel, Qwen2Model, Gemma3Model)
+DECODERS = (LlamaModel, Qwen2Model, Qwen3LLMModel, Gemma3Model)
 
 
 class GuardedModel:
@@ -94,13 +91,23 @@ class GuardedDecoder:
     """Mixed into a decoder's class: it runs the lane behind the main lane."""
 
     def forward(
-        self, input_ids: Any, positions: torch.Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
+        self,
+        input_ids: Any,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Any = None,
+        deepstack_input_embeds: Any = None,
     ) -> torch.Tensor:
-        """The ends of both lanes, (tokens, 2 * hidden); of the main lane alone where there is no projection."""
+        """The ends of both lanes, (tokens, 2 * hidden); of the main lane alone where there is no projection.
+
+        Args: deepstack_input_embeds: what Qwen3-VL adds of a picture behind its first blocks, (tokens, hidden) each.
+        """
+        added = [] if deepstack_input_embeds is None else list(deepstack_input_embeds.tensors.values())
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (tokens, hidden)
         residual, taps = None, []
         for index, block in enumerate(self.layers):
             hidden, residual = block(positions, hidden, residual)
+            hidden = hidden + added[index] if index < len(added) else hidden
             if index in self.tapped:
                 taps.append(hidden + residual)  # (tokens, hidden)
         main, _ = self.norm(hidden, residual)  # (tokens, hidden)
@@ -181,13 +188,11 @@ def attention_layers() -> dict[str, Any]:
     return get_current_vllm_config().compilation_config.static_forward_context
 
 
-def guarded(stock: type) -> type:
-    return type(f"Sasa{stock.__name__}", (GuardedModel, stock), {"__module__": __name__, "__doc__": stock.__doc__})
-
-
-SasaLlavaForConditionalGeneration = guarded(LlavaForConditionalGeneration)
-SasaLlavaNextForConditionalGeneration = guarded(LlavaNextForConditionalGeneration)
-SasaQwen2_5_VLForConditionalGeneration = guarded(Qwen2_5_VLForConditionalGeneration)
-SasaSmolVLMForConditionalGeneration = guarded(SmolVLMForConditionalGeneration)
-SasaIdefics3ForConditionalGeneration = guarded(Idefics3ForConditionalGeneration)
-SasaGemma3ForConditionalGeneration = guarded(Gemma3ForConditionalGeneration)
+@functools.cache
+def __getattr__(name: str) -> type:
+    """vLLM's class of a family, guarded, by the name that config.py registers it under."""
+    stock_name = name.removeprefix("Sasa")
+    if stock_name not in FAMILIES.values():
+        raise AttributeError(name)
+    stock = ModelRegistry.models[stock_name].load_model_cls()
+    return type(name, (GuardedModel, stock), {"__module__": __name__, "__doc__": stock.__doc__})
