@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 HERE = Path(__file__).parent
@@ -26,15 +27,15 @@ def guarded(split: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def ask(guarded: Any, exported: Any) -> Callable[..., Any]:
-    """`ask(turns, ..., chunk_size=...)`: what is said to each conversation, a list of turns' rows of ids."""
+    """`ask(turns, ..., pixels=..., chunk_size=...)`: what is said to each conversation, of turns' rows of ids."""
     if not (PYTHON.parent.parent / ".installed").exists():
         pytest.skip(f"NO ONNXRUNTIME-GENAI IN {PYTHON.parent.parent}: that it refuses as torch does was NOT tested")
-    directory = exported(guarded.directory)
+    directory, picture = exported(guarded.directory), guarded.model.config.image_token_id
 
-    def run(*conversations: Any, **options: Any) -> Any:
-        requests = [
-            {"turns": turns, "tokens": TOKENS, "options": {"max_length": 200, **options}} for turns in conversations
-        ]
+    def run(*conversations: Any, pixels: Any = None, **options: Any) -> Any:
+        options = {"max_length": 200, **options}
+        common = {"pixels": pixels, "tokens": TOKENS, "options": options}
+        requests = [{"turns": turns, "places": turns[0][0].count(picture), **common} for turns in conversations]
         result = subprocess.run(
             [PYTHON, HERE / "genai" / "ask.py", directory], input=json.dumps(requests), capture_output=True, text=True,
             check=False,
@@ -58,8 +59,10 @@ def prompts(guarded: Any) -> list[list[int]]:
 
 
 @torch.no_grad()
-def torch_says(guard: Any, ids: list[int]) -> tuple[float, list[int]]:
+def torch_says(guard: Any, ids: list[int], pixels: Any = None) -> tuple[float, list[int]]:
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    if pixels is not None:
+        inputs["pixel_values"] = torch.tensor(pixels)
     answer = guard.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :].tolist()
     return float(guard.model(**inputs).unsafe_probability[0]), answer
 
@@ -85,6 +88,24 @@ def test_a_second_turn(guarded: Any, prompts: list[list[int]], ask: Any) -> None
         ((one, two),) = ask([[first], [again]])
         check(one, wanted)
         check(two, torch_says(guarded, first + wanted[1] + prompts[-1]))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 3}], ids=["whole", "chunks"])
+def test_pictures(options: dict[str, int], guarded: Any, prompts: list[list[int]], ask: Any) -> None:
+    """A picture in the first turn, and a question about it in the second."""
+    refused = set()
+    for chat in tiny.conversations(images=True, count=8, seed=1):
+        inputs = tiny.encode(guarded.processor, [chat])
+        if "pixel_values" not in inputs:
+            continue
+        ids, pixels = inputs["input_ids"][0].tolist(), inputs["pixel_values"].tolist()
+        wanted, end = torch_says(guarded, ids, pixels), guarded.refusal[-1:]
+        again = end * (wanted[1][-1:] == end) + prompts[-1]
+        ((one, two),) = ask([[ids], [again]], pixels=pixels, **options)
+        check(one, wanted)
+        check(two, torch_says(guarded, ids + wanted[1] + prompts[-1], pixels))
+        refused.add(wanted[1] == guarded.refusal)
+    assert refused == {True, False}, "both verdicts must have been seen"
 
 
 def test_a_batch_padded_on_the_right(guarded: Any, prompts: list[list[int]], ask: Any) -> None:

@@ -18,7 +18,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 from sasa_export.errors import EmitError
 from sasa_export.writers.onnx import export
-from sasa_export.writers.onnx.graphs import embedding_graph
+from sasa_export.writers.onnx.graphs import write_embeddings
 
 SINGLE_OPERATORS = {"Attention": 1, "RMSNormalization": 2, "RotaryEmbedding": 2}  # in each block
 BLOCKS, LANE = 6, 3  # of the tiny models; the lane is blocks 3, 4 and 5
@@ -51,7 +51,7 @@ def started(guard: Any, directory: Path, count: int = 6) -> tuple[Runner, Any, A
 
 def test_every_graph_passes_the_checker(directory: Path) -> None:
     paths = list((directory / "onnx").glob("*.onnx"))
-    assert len(paths) == 3
+    assert len(paths) == 4
     for path in paths:
         onnx.checker.check_model(path, full_check=True)
 
@@ -120,10 +120,10 @@ def test_standard_names_and_no_trace_of_the_machine(directory: Path, decoder: ir
     assert len(inputs) == 3 + 2 * (BLOCKS + LEDGER)
     assert str(inputs["past_key_values.6.key"][0]) == "batch_size"
     assert [value.name for value in decoder.graph.outputs][-1] == "unsafe_probability"
-    stages = json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]["pipeline"]
-    (described,) = stages[-1].values()
-    assert described["inputs"] == list(inputs)
-    assert described["outputs"] == [value.name for value in decoder.graph.outputs]
+    described = json.loads((directory / "genai_config.json").read_text())["model"]
+    assert described["decoder"]["num_hidden_layers"] == BLOCKS + LEDGER
+    files = {described[part]["filename"] for part in ("vision", "embedding", "decoder")}
+    assert all((directory / file).is_file() for file in files) and len(files) == 3
     for path in (directory / "onnx").glob("*.onnx"):
         content = path.read_bytes()
         for trace in (b"site-packages", b'File "', str(Path.home()).encode(), b"/tmp"):
@@ -150,8 +150,8 @@ def test_rounded_embeddings_are_those_that_the_decoder_gets(stock: Any, tmp_path
     model = copy.deepcopy(stock("llava")[0])
     model.lm_head.weight = model.get_input_embeddings().weight
     before = model.lm_head.weight.detach().clone()  # (vocabulary, hidden)
-    ir.save(embedding_graph(model, opset=23, dtype="int8"), tmp_path / "graph.onnx")
-    graph = onnxruntime.InferenceSession(tmp_path / "graph.onnx")
+    write_embeddings(model, tmp_path, opset=23, dtype="int8", merging=False)
+    graph = onnxruntime.InferenceSession(tmp_path / "embed_tokens_int8.onnx")
     (found,) = graph.run(None, {"input_ids": np.arange(len(before))[None]})  # (1, vocabulary, hidden)
     rounded = model.get_input_embeddings().weight.detach()  # (vocabulary, hidden)
     np.testing.assert_array_equal(found[0], rounded.numpy())

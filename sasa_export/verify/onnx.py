@@ -11,7 +11,7 @@ from typing import Any
 from sasa_export.graph import blocks_again
 from sasa_export.models import read_config
 from sasa_export.report import Check
-from sasa_export.writers.onnx import DECODER, GRAPHS, SUFFIX
+from sasa_export.writers.onnx import DECODER, GRAPHS, MERGING, SUFFIX
 
 SINGLE = ("Attention", "RMSNormalization", "RotaryEmbedding")
 REPEATED = 1024  # bytes: indices may repeat, since they are constants of the graph and no weights
@@ -35,7 +35,8 @@ def check_graphs(directory: Path, dtype: str) -> list[Check]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         return [Check("the three graphs are there", False, f"{', '.join(missing)} missing")]
-    valid = _valid(paths)
+    merging = directory / "onnx" / f"{MERGING}{SUFFIX[dtype]}.onnx"
+    valid = _valid([*paths, merging] if merging.is_file() else paths)
     if not valid.passed:
         return [valid]
     models = [onnx_ir.load(path) for path in paths]

@@ -2,9 +2,10 @@
 
     python ask.py DIRECTORY < REQUESTS
 
-Reads a JSON list of {"turns": [rows of token ids, ...], "tokens": how many to say, "options": of the search}, where a
-turn's rows, (batch, tokens), are equally long. Prints a JSON list with a list for each: in each turn `probability`
-(batch,) and `tokens`, rows of what was said.
+Reads a JSON list of {"turns": [rows of token ids, ...], "pixels": of the first turn's pictures or null, "places": how
+many of its tokens are theirs, "tokens": how many to say, "options": of the search}, where a turn's rows, (batch,
+tokens), are equally long. Prints a JSON list with a list for each: in each turn `probability` (batch,) and `tokens`,
+rows of what was said.
 """
 
 import json
@@ -23,7 +24,14 @@ for request in json.load(sys.stdin):
     for rows in request["turns"]:
         if answers and not generator.is_done():
             generator.get_logits()  # feeds the last token of an answer that was cut short
-        generator.append_tokens(np.array(rows, np.int32))
+        ids = np.array(rows, np.int32)
+        if request["pixels"] is None or answers:
+            generator.append_tokens(ids)
+        else:
+            inputs = og.NamedTensors()
+            inputs["input_ids"], inputs["pixel_values"] = ids, np.array(request["pixels"], np.float32)
+            inputs["num_image_tokens"] = np.array([request["places"]])
+            generator.set_inputs(inputs)
         probability = generator.get_output("unsafe_probability").tolist()
         answer: list[list[int]] = []
         while len(answer) < request["tokens"] and not generator.is_done():

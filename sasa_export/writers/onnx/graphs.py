@@ -11,21 +11,22 @@ import onnx_ir as ir
 import torch
 
 from sasa_export.models.family import family_of
-from sasa_export.writers.onnx import DECODER, EMBEDDING, SUFFIX, VISION
+from sasa_export.writers.onnx import DECODER, EMBEDDING, MERGING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
-from sasa_export.writers.onnx.decoder import Decoder, Signature, deep_features, gate_layers
+from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, deep_features, gate_layers
 from sasa_export.writers.onnx.genai import write_genai_config
 from sasa_export.writers.onnx.layout import stock_type, write_files
 from sasa_export.writers.onnx.passes.branch import run_where
 from sasa_export.writers.onnx.passes.names import forget_origin, name_decoder, name_tower
 from sasa_export.writers.onnx.passes.weights import deduplicate
-from sasa_export.writers.onnx.quantize import BITS, Table, quantize, round_kernels
+from sasa_export.writers.onnx.quantize import BITS, Table, halve_kernels, quantize
 from sasa_export.writers.onnx.recipes import Recipe, recipe_of
-from sasa_export.writers.onnx.vision import Embedding, Float32
+from sasa_export.writers.onnx.vision import Embedding, Features, Float32, Merging
 
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
 # built in memory as a whole.
 EXTERNAL_ABOVE = 256 * 2**20
+SMALL = 1024  # bytes of a weight that stays in the graph
 
 
 def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
@@ -48,13 +49,15 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     advance("exporting the vision encoder")
     save(VISION, vision_graph(model, recipe, opset=opset, dtype=dtype))
     advance("exporting the embedding")
-    save(EMBEDDING, embedding_graph(model, opset=opset, dtype=dtype))
+    genai = recipe.position_axes == 1  # which onnxruntime-genai has a type for
+    if write_embeddings(model, out / "onnx", opset=opset, dtype=dtype, merging=genai):
+        external[EMBEDDING] = 1
     advance("exporting the decoder")
     save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
     advance("writing configuration and processor")
     processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
     write_files(patched, out, processor, dtype=dtype, external=external, gate=gate_layers(model))
-    if recipe.position_axes == 1:
+    if genai:
         write_genai_config(out, model, dtype=dtype)
     _forget(model)
 
@@ -71,24 +74,45 @@ def _forget(model: Any) -> None:
 
 def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
     arguments, signature = recipe.inputs(model)
-    graph = convert(Float32(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
+    graph = convert(Features(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
     name_tower(graph, "/vision")
     forget_origin(graph)
     for name in recipe.optional:
         _make_optional(graph, name)
     if dtype in BITS:
-        round_kernels(graph)
+        halve_kernels(graph)
     return _quantized(graph, dtype)
 
 
-def embedding_graph(model: Any, *, opset: int, dtype: str = "float32") -> ir.Model:
-    """In int8 and int4 the model's table is rounded with it, so that the decoder that is exported next knows it."""
+def write_embeddings(model: Any, folder: Path, *, opset: int, dtype: str, merging: bool) -> bool:
+    """Write the embedding's graph and, with `merging`, one that puts a picture's features in place too. They share one
+    file of weights; True where there is such a file.
+
+    In int8 and int4 the model's table is rounded for good, so that the decoder that is exported next knows it.
+    """
     table = Table.round(model.get_input_embeddings()) if dtype in BITS else None
+    path = folder / f"{EMBEDDING}{SUFFIX[dtype]}.onnx"
+    outside = write_model(embedding_graph(model, table, opset=opset), path, always_outside=merging)
+    if merging:
+        graph = embedding_graph(model, table, opset=opset, merging=True)
+        stored = ir.load(path).graph.initializers
+        for name, value in graph.graph.initializers.items():
+            if name in stored and isinstance(stored[name].const_value, ir.ExternalTensor):
+                value.const_value = stored[name].const_value
+        ir.save(graph, folder / f"{MERGING}{SUFFIX[dtype]}.onnx")
+    return outside
+
+
+def embedding_graph(model: Any, table: Table | None, *, opset: int, merging: bool = False) -> ir.Model:
     width = model.config.get_text_config(decoder=True).hidden_size * (1 + deep_features(model))
     tokens = ("batch_size", "sequence_length")
-    signature = Signature({"input_ids": tokens}, {"inputs_embeds": (*tokens, width)})
-    module, ids = Float32(Embedding(model), model.dtype), torch.ones(2, 5, dtype=torch.int64)
-    graph = convert(module, (ids,), signature, opset=opset)
+    inputs: dict[str, Shape] = {"input_ids": tokens}
+    example: tuple[torch.Tensor, ...] = (torch.ones(2, 5, dtype=torch.int64),)
+    if merging:
+        inputs["image_features"] = ("num_image_tokens", width)
+        example += (torch.ones(3, width),)
+    module = Float32((Merging if merging else Embedding)(model), model.dtype)
+    graph = convert(module, example, Signature(inputs, {"inputs_embeds": (*tokens, width)}), opset=opset)
     name_tower(graph, "/embedding")
     forget_origin(graph)
     if table:
@@ -127,12 +151,21 @@ def _make_optional(model: ir.Model, name: str) -> None:
     model.graph.register_initializer(value)
 
 
-def write_model(model: ir.Model, path: Path) -> bool:
+def write_model(model: ir.Model, path: Path, *, always_outside: bool = False) -> bool:
     """Write one graph; True where its weights went into a file beside it."""
     stored = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     size = sum(tensor.nbytes for tensor in stored if tensor is not None)
-    if size <= EXTERNAL_ABOVE:
+    if size <= EXTERNAL_ABOVE and not always_outside:
         ir.save(model, path)
         return False
-    ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+    # onnxruntime-web finds no file for what a branch holds, so that stays in the graph.
+    branches = (graph for graph in model.graphs() if graph is not model.graph)
+    inside = [
+        value.const_value.nbytes
+        for graph in branches
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    ]
+    threshold = max([SMALL, *(size + 1 for size in inside)])
+    ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=threshold)
     return True

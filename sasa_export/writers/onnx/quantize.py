@@ -1,4 +1,4 @@
-"""Weight-only quantization: of matrix products by onnxruntime's own quantizer, of embeddings and kernels by the row."""
+"""Weight-only quantization: of matrix products by onnxruntime's own quantizer, of embeddings by ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import nn
 
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = {8: 64, 4: 32}  # weights of a matrix product that share one scale, by bits
-ROW = 32  # weights of an embedding that share one scale
+FINE = 32  # the same of embeddings and of the head, whose rounding no later block evens out
+HEAD = "/decoder/lm_head/"
 ACCURACY = 4  # the accuracy_level: states are rounded to 8 bits for each product, for which CPUs have fast code
 MATRIX = 2  # axes
 DOMAIN = "com.microsoft"  # of MatMulNBits, which onnxruntime documents in docs/ContribOperators.md
@@ -28,17 +29,19 @@ def quantize(model: ir.Model, dtype: str) -> None:
     Memory holds one weight's copies at a time: onnxruntime's own pass over a model would copy the whole graph.
     """
     graph = model.graph
-    pack = _packer(BITS[dtype])
+    bits = BITS[dtype]
+    coarse, fine = _packer(bits, BLOCKS[bits]), _packer(bits, FINE)
     packed: dict[ir.Value, list[ir.Value]] = {}
     for node in list(graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None or not _is_matrix(weight) or _is_gate(str(node.name)):
             continue
+        is_head = str(node.name).startswith(HEAD)
         if weight not in packed:
-            packed[weight] = pack(weight)
+            packed[weight] = (fine if is_head else coarse)(weight)
             for value in packed[weight]:
                 graph.register_initializer(value)
-        new = _product(node, packed[weight], BITS[dtype])
+        new = _product(node, packed[weight], bits, FINE if is_head else BLOCKS[bits])
         graph.insert_after(node, new)
         node.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
@@ -49,21 +52,17 @@ def quantize(model: ir.Model, dtype: str) -> None:
             del graph.initializers[weight.name]
 
 
-def round_kernels(model: ir.Model) -> None:
-    """Store the kernels of convolutions, such as those of patches, in 8 bits with a scale for each output, in place."""
+def halve_kernels(model: ir.Model) -> None:
+    """Store the kernels of convolutions, such as those of patches, in float16, in place."""
     graph = model.graph
     for node in [node for node in graph if node.op_type == "Conv"]:
         weight = node.inputs[1]
         assert weight is not None and weight.name is not None and weight.const_value is not None
-        kernel: NDArray[np.float32] = weight.const_value.numpy()  # (outputs, inputs, height, width)
-        rows, scales = _rounded(kernel.reshape(len(kernel), -1))
+        half = ir.tensor(weight.const_value.numpy().astype(np.float16), name=f"{weight.name}_half")
         tape = ir.tape.Tape()
-        stored = tape.initializer(ir.tensor(rows.reshape(kernel.shape), name=f"{weight.name}_Q8"))
-        scale = tape.initializer(ir.tensor(scales[:, 0], name=f"{weight.name}_scales"))
-        node.replace_input_with(1, tape.op("DequantizeLinear", [stored, scale], {"axis": 0}))
+        node.replace_input_with(1, tape.op("Cast", [tape.initializer(half)], {"to": ir.DataType.FLOAT}))
         graph.insert_before(node, tape.nodes)
-        for value in tape.initializers:
-            graph.register_initializer(value)
+        graph.register_initializer(tape.initializers[0])
         if not weight.uses():
             del graph.initializers[weight.name]
 
@@ -81,16 +80,19 @@ class Table:
         the template's tokens by their embeddings. A head that shared the weight keeps it as it was."""
         weight: NDArray[np.float32] = embedding.get_parameter("weight").detach().numpy()
         hidden = weight.shape[1]
-        table = cls(*_rounded(weight.reshape(len(weight), -1, ROW if hidden % ROW == 0 else hidden)))
+        blocks = weight.reshape(len(weight), -1, FINE if hidden % FINE == 0 else hidden)
+        scales = np.maximum(np.abs(blocks).max(-1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
+        table = cls(np.rint(blocks / scales).astype(np.int8), scales)
         rounded = torch.from_numpy((table.rows.astype(np.float32) * table.scales).reshape(weight.shape))
         embedding.register_parameter("weight", nn.Parameter(rounded, requires_grad=False))
         return table
 
     def store(self, model: ir.Model) -> None:
-        """Put the table in the place of the weight that the graph's one Gather looks up, in place."""
-        (node,) = (node for node in model.graph if node.op_type == "Gather")
-        (weight, ids), before = node.inputs, node.outputs[0]
-        assert weight is not None and weight.name is not None
+        """Put the table in the place of the weight that a Gather of the graph looks up, in place."""
+        nodes = (node for node in model.graph if node.op_type == "Gather")
+        node, weight = next((node, weight) for node in nodes if (weight := node.inputs[0]) and _is_matrix(weight))
+        ids, before = node.inputs[1], node.outputs[0]
+        assert weight.name is not None
         tape = ir.tape.Tape()
         rows = tape.initializer(ir.tensor(self.rows, name="embedding_Q8"))
         scales = tape.initializer(ir.tensor(self.scales, name="embedding_scales"))
@@ -107,12 +109,6 @@ class Table:
         del model.graph.initializers[weight.name]
 
 
-def _rounded(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Rows (..., columns) in 8 bits, and the scale of each, (..., 1)."""
-    scales = np.maximum(np.abs(rows).max(-1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
-    return np.rint(rows / scales).astype(np.int8), scales
-
-
 def _is_matrix(value: ir.Value) -> bool:
     return value.is_initializer() and value.const_value is not None and len(value.const_value.shape) == MATRIX
 
@@ -121,11 +117,11 @@ def _is_gate(name: str) -> bool:
     return name.startswith("/sasa/") and not name.startswith("/sasa/lane/")
 
 
-def _product(node: ir.Node, packed: list[ir.Value], bits: int) -> ir.Node:
+def _product(node: ir.Node, packed: list[ir.Value], bits: int, block: int) -> ir.Node:
     """The node that takes the place of a MatMul, whose weight (rows, columns) was `packed`."""
     assert node.inputs[1] is not None and node.inputs[1].const_value is not None
     rows, columns = node.inputs[1].const_value.shape.numpy()
-    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCKS[bits], "accuracy_level": ACCURACY}
+    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": ACCURACY}
     before = node.outputs[0]
     new = ir.node(
         "MatMulNBits", [node.inputs[0], *packed], attributes=attributes, domain=DOMAIN, name=node.name, num_outputs=1
@@ -134,7 +130,7 @@ def _product(node: ir.Node, packed: list[ir.Value], bits: int) -> ir.Node:
     return new
 
 
-def _packer(bits: int) -> Any:
+def _packer(bits: int, block: int) -> Any:
     """A function from a weight (rows, columns) to the initializers of its blocks and of their scales.
 
     Blocks are (columns, blocks, block * bits / 8), uint8, and scales (columns, blocks).
@@ -145,7 +141,7 @@ def _packer(bits: int) -> Any:
 
     root.handlers[:] = handlers  # importing it sets up logging for the whole process
     root.setLevel(level)
-    config = library.DefaultWeightOnlyQuantConfig(block_size=BLOCKS[bits], is_symmetric=True, bits=bits)
+    config = library.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
     quantizer = library.DefaultWeightOnlyQuantizer(config)
 
     def pack(weight: ir.Value) -> list[ir.Value]:

@@ -63,8 +63,7 @@ def _square_pictures(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
     hidden = model.config.get_text_config(decoder=True).hidden_size
     size = config.image_size
     shape = (getattr(config, "num_channels", 3), *(size if isinstance(size, list | tuple) else (size, size)))
-    tokens = "num_image_tokens"
-    signature = Signature({"pixel_values": ("num_images", *shape)}, {"image_features": ("num_images", tokens, hidden)})
+    signature = Signature({"pixel_values": ("num_images", *shape)}, {"image_features": ("num_image_tokens", hidden)})
     return (torch.ones(2, *shape),), signature
 
 
@@ -91,7 +90,7 @@ def _masked_tiles(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
             "pixel_values": ("batch_size", "num_images", config.num_channels, side, side),
             "pixel_attention_mask": ("batch_size", "num_images", side, side),
         },
-        {"image_features": ("num_real_images", "num_image_tokens", hidden)},
+        {"image_features": ("num_image_tokens", hidden)},
     )
     mask = torch.ones(2, 3, side, side, dtype=torch.bool)
     return (torch.ones(2, 3, config.num_channels, side, side), mask), signature

@@ -23,6 +23,13 @@ class Float32(nn.Module):
         return self.inner(*cast).float()
 
 
+class Features(Float32):
+    """A vision graph: what it gives are the features of all pictures in a row, (tokens, width)."""
+
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return super().forward(*arguments).flatten(0, -2)
+
+
 class Embedding(nn.Module):
     """input_ids (batch, tokens) -> inputs_embeds (batch, tokens, width), as wide as the features of a picture are."""
 
@@ -33,6 +40,25 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.pad(self.embed_tokens(input_ids), (0, self.added))
+
+
+class Merging(nn.Module):
+    """The same for runtimes that let a graph put the features of pictures, (tokens of pictures, width), in place."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.embedding = Embedding(model)
+        self.picture = model.config.image_token_id
+
+    def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
+        embeds = self.embedding(input_ids)  # (batch, tokens, width)
+        pictured = input_ids == self.picture  # (batch, tokens)
+        number = (pictured.flatten().cumsum(0) - 1).reshape(pictured.shape)  # (batch, tokens), among the features
+        count = image_features.shape[0]
+        # One row more, so that there is one to look up where there is no picture.
+        rows = nn.functional.pad(image_features, (0, 0, 0, 1))  # (tokens of pictures + 1, width)
+        given = (pictured & (number < count))[..., None]  # (batch, tokens, 1)
+        return torch.where(given, rows[number.clamp(0, count)].to(embeds.dtype), embeds)
 
 
 class Llava(nn.Module):
