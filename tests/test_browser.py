@@ -1,4 +1,4 @@
-"""The page of examples/browser in headless Chromium: it refuses as torch does, and answers as transformers.js in Node.
+"""The page of examples/browser in headless Chromium: it refuses as torch does, and answers the harmless alike.
 
 On smol-llava in int8, with the two pictures that the page offers; docs/browser.md says how they were picked.
 """
@@ -34,14 +34,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.smol, pytest.mark.xdist_group("brows
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the page's folder, with its library installed and beside it what drives and compares it."""
+    """A copy of the page's folder, with its library installed and beside it what drives it."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"NO {', '.join(missing).upper()} HERE: that the page refuses as torch does was NOT tested")
     place = tmp_path_factory.mktemp("browser") / "page"
     shutil.copytree(EXAMPLES / "browser", place, ignore=shutil.ignore_patterns("node_modules", "models"))
-    for script in (EXAMPLES / "transformers_js" / "chat.mjs", HERE / "javascript" / "browse.mjs"):
-        shutil.copy(script, place)
+    shutil.copy(HERE / "javascript" / "browse.mjs", place)
     install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline", DRIVER]
     subprocess.run(install, cwd=place, check=True, capture_output=True)
     return place
@@ -103,7 +102,8 @@ def judged(patched: Path, picture: Path) -> tuple[float, bool]:
     return float(found.unsafe_probability[0]), bool(found.refused[0])
 
 
-def test_the_page(patched: Path, models: Path, address: str, node: Callable[..., Any]) -> None:
+@pytest.mark.usefixtures("models")
+def test_the_page(patched: Path, address: str, node: Callable[..., Any]) -> None:
     pictures = {name: PICTURES / f"{name}.png" for name in ("harmful", "harmless")}
     ways = [
         f"{way}={pictures[name]}" for way, name in (("pick", "harmful"), ("drop", "harmless"), ("paste", "harmless"))
@@ -118,7 +118,5 @@ def test_the_page(patched: Path, models: Path, address: str, node: Callable[...,
     for name, shown in (("harmful", harmful), ("harmless", harmless)):
         probability, refused = judged(patched, pictures[name])
         assert refused == (name == "harmful")
-        for column, directory in (("before", "observed"), ("after", "guarded")):
+        for column in ("before", "after"):
             assert shown[column]["probability"] == pytest.approx(probability, abs=CLOSE)
-            arguments = (models / directory, QUESTION, pictures[name], "--json", "--max-new-tokens", TOKENS)
-            assert shown[column]["answer"].split() == node("chat.mjs", *arguments)["text"].split()
