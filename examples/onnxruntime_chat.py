@@ -4,7 +4,7 @@
 
 Nothing here knows of the guard: the graph judges the prompt, and a refused one makes it say the refusal. The cache
 stays where the decoder runs, on the GPU where onnxruntime has one. For families with plain position ids (LLaVA,
-LLaVA-NeXT, SmolVLM, Idefics3, Gemma 3).
+LLaVA-NeXT, InternVL, Mistral 3, SmolVLM, Idefics3, Gemma 3).
 """
 
 import argparse

@@ -78,7 +78,9 @@ def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, st
     assert configs["onnx"]["sasa"] == configs["safetensors"]["sasa"]
     external = {"decoder_model_merged": 1, "embed_tokens": 1, "vision_encoder": 1}
     assert configs["onnx"]["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": external}
-    assert (out / "onnx" / "onnx" / "decoder_model_merged.onnx_data").stat().st_size > 100_000
+    sizes = {path.name: path.stat().st_size for path in (out / "onnx" / "onnx").iterdir()}
+    assert sizes["decoder_model_merged.onnx_data"] > 100_000
+    assert sizes["embed_tokens_and_features.onnx"] < 10_000 < sizes["embed_tokens.onnx_data"], "a table stored twice"
     assert not list((out / "onnx").rglob("*.safetensors"))
     assert "✗" not in said
     for line in (
@@ -346,8 +348,6 @@ def test_a_failed_check_writes_nothing(
 
 
 def test_a_weight_that_is_stored_twice(both: tuple[Path, str], tmp_path: Path) -> None:
-    import onnx_ir as ir
-
     copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
     path = copy / "onnx" / "embed_tokens.onnx"
     model = ir.load(path)

@@ -104,6 +104,7 @@ def test_the_estimate_of_the_disk_is_an_upper_bound(dtype: str, graphs: Path, ti
     stored = sum(
         value.const_value.nbytes
         for graph in graphs.glob("onnx/*.onnx")
+        if "_and_features" not in graph.name  # whose table is that of embed_tokens
         for part in ir.load(graph).graphs()
         for value in part.initializers.values()
         if value.const_value is not None

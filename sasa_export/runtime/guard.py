@@ -66,6 +66,7 @@ class Guard(nn.Module):
         super().__init__()
         self.settings, self.ledger = sasa, ledger
         self.probe = Probe(features)
+        self.witness: Any = None  # by which an exported graph notices that its weights are others
 
     def forward(self, model: Any, kwargs: dict[str, Any], kept: list[Tensor], seen: Recording, output: Any) -> Any:
         """Judge what a call brought, keep it in the cache, whose ledger was `kept` before, and gate the logits of its
@@ -74,6 +75,9 @@ class Guard(nn.Module):
         entry, projection = project_taps(graph, seen)  # (batch, tokens, hidden)
         kept = kept or self.ledger.empty(projection)
         call, real, columns = self._read(model, kwargs, kept, seen.position_ids, tokens)
+        if self.witness is not None:
+            first = real & (real.cumsum(-1) == 1)  # (batch, context)
+            projection = self.witness(projection, kwargs["inputs_embeds"], first[:, kept[0].shape[2] :])
         due = find_due(call, tokens)
         exporting, observing, told = torch.compiler.is_exporting(), self.settings.get("gate") == "observe", asked.get()
         probability = torch.full(due.at.shape, float("nan"), device=due.at.device)  # (batch,)

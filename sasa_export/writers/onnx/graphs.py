@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -22,6 +23,7 @@ from sasa_export.writers.onnx.passes.weights import deduplicate
 from sasa_export.writers.onnx.quantize import BITS, Table, halve_kernels, quantize
 from sasa_export.writers.onnx.recipes import Recipe, recipe_of
 from sasa_export.writers.onnx.vision import Embedding, Features, Float32, Merging
+from sasa_export.writers.onnx.witness import Witness, first_token
 
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
 # built in memory as a whole.
@@ -53,9 +55,11 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     if write_embeddings(model, out / "onnx", opset=opset, dtype=dtype, merging=genai):
         external[EMBEDDING] = 1
     advance("exporting the decoder")
+    processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
+    if dtype not in BITS:  # the products of those are rounded already, by more than a change of theirs would tell
+        model.sasa.witness = Witness(model, first_token(processor))
     save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
     advance("writing configuration and processor")
-    processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
     write_files(patched, out, processor, dtype=dtype, external=external, gate=gate_layers(model))
     if genai:
         write_genai_config(out, model, dtype=dtype)
@@ -95,12 +99,20 @@ def write_embeddings(model: Any, folder: Path, *, opset: int, dtype: str, mergin
     outside = write_model(embedding_graph(model, table, opset=opset), path, always_outside=merging)
     if merging:
         graph = embedding_graph(model, table, opset=opset, merging=True)
-        stored = ir.load(path).graph.initializers
-        for name, value in graph.graph.initializers.items():
-            if name in stored and isinstance(stored[name].const_value, ir.ExternalTensor):
-                value.const_value = stored[name].const_value
+        share_file(graph, ir.load(path))
         ir.save(graph, folder / f"{MERGING}{SUFFIX[dtype]}.onnx")
     return outside
+
+
+def share_file(model: ir.Model, stored: ir.Model) -> None:
+    """Let a graph take from the file of another what that has outside of its graph, whatever either calls it."""
+    outside = [value.const_value for value in stored.graph.initializers.values()]
+    for value in model.graph.initializers.values():
+        own = value.const_value
+        assert own is not None
+        for tensor in outside:
+            if isinstance(tensor, ir.ExternalTensor) and (tensor.dtype, tensor.shape) == (own.dtype, own.shape):
+                value.const_value = tensor if np.array_equal(tensor.numpy(), own.numpy()) else own
 
 
 def embedding_graph(model: Any, table: Table | None, *, opset: int, merging: bool = False) -> ir.Model:

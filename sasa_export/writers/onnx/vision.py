@@ -39,7 +39,8 @@ class Embedding(nn.Module):
         self.added = deep_features(model) * self.embed_tokens.weight.shape[1]
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return nn.functional.pad(self.embed_tokens(input_ids), (0, self.added))
+        embeds = self.embed_tokens(input_ids)  # (batch, tokens, hidden)
+        return nn.functional.pad(embeds, (0, self.added)) if self.added else embeds
 
 
 class Merging(nn.Module):
