@@ -33,11 +33,13 @@ Guards = Callable[..., Guard]
 TOLERANCE = 1e-5
 TOKENS = 20
 
+GROUPS = {family: pytest.mark.xdist_group(family) for family in (*tiny.FAMILIES, *tiny_more.MAKERS)}
 FAMILIES = [
-    *(pytest.param(family, marks=[pytest.mark.xdist_group(family), pytest.mark.slow]) for family in tiny.FAMILIES),
-    *(pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in tiny_more.MAKERS),
+    pytest.param(family, marks=[group, *[pytest.mark.slow] * (family in tiny.FAMILIES)])
+    for family, group in GROUPS.items()
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES)
+each_of_them = pytest.mark.parametrize("family", [pytest.param(name, marks=group) for name, group in GROUPS.items()])
 
 
 @pytest.fixture
@@ -114,10 +116,10 @@ def test_pieces(guarded: Guard, family: str) -> None:
             assert torch.equal(found.logits[:, -1].argmax(-1) == guarded.refusal[0], refused), ends
 
 
-@every_family
+@each_of_them
 @torch.no_grad()
 def test_second_turn(guarded: Guard, family: str) -> None:
-    """A second question on the kept cache is judged with all that came before it."""
+    """A second question on the kept cache is judged with all that came before it; an answer's token never is."""
     inputs = guarded.batch(count=1)
     answer = torch.tensor([[70, 71, guarded.refusal[-1]]])  # (1, 3), the end of sequence last
     question = guarded.batch(images=False, count=1, seed=9)["input_ids"]  # (1, tokens)

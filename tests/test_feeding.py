@@ -43,25 +43,19 @@ def test_random_chunkings(guard: Guards, family: str, images: bool, count: int) 
             assert torch.equal(said == guarded.refusal[0], refused), ends
 
 
-@every_family
+@pytest.mark.parametrize(("family", "images"), [("qwen2_5_vl", False), ("gemma3", True)])
 @torch.no_grad()
-def test_turns_on_one_cache(guard: Guards, family: str) -> None:
-    """A second question behind an answer is judged with all that came before it; an answer token never is."""
+def test_drafted_tokens_have_types_too(guard: Guards, family: str, images: bool) -> None:
+    """Families that tell pictures by types of tokens get none for drafted tokens: those are text."""
     guarded = guard(family)
-    inputs = guarded.batch(count=1)
-    answer = torch.tensor([[70, 71, 72, guarded.refusal[-1]]])  # (1, 4), the end of sequence last
-    question = guarded.batch(images=False, count=1, seed=9)["input_ids"]  # (1, tokens)
-    ids = torch.cat([inputs["input_ids"], answer, question], dim=1)  # (1, context)
-    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            whole[name] = torch.nn.functional.pad(inputs[name], (0, ids.shape[1] - inputs[name].shape[1]))
-    start = inputs["input_ids"].shape[1]
-    with guarded.at(0.999):
-        during = feed(guarded, whole, [start, start + 1, start + 2, start + 3])
-        after = feed(guarded, whole, [start, start + 1, start + 2, start + 3, start + 4, ids.shape[1]])
-    assert during.unsafe_probability.isnan().all()
-    torch.testing.assert_close(after.unsafe_probability, guarded.expected(whole), rtol=0.0, atol=TOLERANCE)
+    inputs = guarded.batch(images=images, count=1)
+    drafted = {**inputs, "max_new_tokens": 12, "prompt_lookup_num_tokens": 3}
+    prompt = inputs["input_ids"].shape[1]
+    expected = guarded.stock.generate(**inputs, max_new_tokens=12)[:, prompt:]  # (1, up to 12)
+    for threshold in (0.0, 1.0):
+        with guarded.at(threshold):
+            found = guarded.model.generate(**drafted)[:, prompt:]  # (1, up to 12)
+        guarded.check_answers(found, expected, torch.tensor([threshold == 0.0]))
 
 
 @every_family
