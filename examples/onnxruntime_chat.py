@@ -4,7 +4,7 @@
 
 Nothing here knows of the guard: the graph judges the prompt, and a refused one makes it say the refusal. The cache
 stays where the decoder runs, on the GPU where onnxruntime has one. For families with plain position ids (LLaVA,
-LLaVA-NeXT, InternVL, Mistral 3, SmolVLM, Idefics3, Gemma 3).
+LLaVA-NeXT, InternVL, Mistral 3, SmolVLM, Idefics3, Gemma 3, LFM2-VL).
 """
 
 import argparse
@@ -58,11 +58,12 @@ class Chat:
         """The greedy token ids of the answer, the end token last."""
         embeds, extra = self.embed(prompt, image)  # (1, tokens, hidden)
         cache = {
-            value.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                [1, value.shape[1], 0, value.shape[3]], TYPES[value.type], self.device
+            value.name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros([1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], TYPES[value.type]),
+                self.device,
             )
             for value in self.decoder.get_inputs()
-            if value.name.startswith("past_key_values.")
+            if value.name.startswith("past_")
         }
         length = 0
         for _ in range(max_tokens):
@@ -101,10 +102,11 @@ class Chat:
             binding.bind_ortvalue_input(name, value)
         names = [value.name for value in self.decoder.get_outputs()]
         for name in names:
-            binding.bind_output(name, self.device if name.startswith("present.") else "cpu")
+            binding.bind_output(name, self.device if name.startswith("present") else "cpu")
         self.decoder.run_with_iobinding(binding)
         values = dict(zip(names, binding.get_outputs(), strict=True))
-        return values["logits"].numpy(), {name: values[name.replace("past_key_values.", "present.")] for name in cache}
+        present = (value for name, value in values.items() if name.startswith("present"))
+        return values["logits"].numpy(), dict(zip(cache, present, strict=True))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 import random
 from typing import Any
 
+import tiny_more
+import torch
 from conftest import Guard
 from torch import Tensor
+from transformers import DynamicCache
 
 
 def positions(guarded: Guard, inputs: dict[str, Any]) -> Tensor:
@@ -14,25 +17,28 @@ def positions(guarded: Guard, inputs: dict[str, Any]) -> Tensor:
     model = getattr(guarded.stock, "model", guarded.stock)
     if not hasattr(model, "get_rope_index"):
         return flat
-    if "image_grid_thw" not in inputs:
+    if "pixel_values" not in inputs:
         return flat.expand(3, -1, -1)
-    names = ("mm_token_type_ids", "image_grid_thw")
-    found, _ = model.get_rope_index(inputs["input_ids"], attention_mask=mask, **{n: inputs[n] for n in names})
+    names = ("mm_token_type_ids", "image_grid_thw", "target_sizes")
+    known = {name: inputs[name] for name in names if name in inputs}
+    found, _ = model.get_rope_index(inputs["input_ids"], attention_mask=mask, **known)
     return found
 
 
 def feed(guarded: Guard, inputs: dict[str, Any], ends: list[int]) -> Any:
     """Feed a prompt in pieces that end at `ends`; pictures come with the first. Returns the last call's output."""
     places = positions(guarded, inputs)  # (..., batch, tokens)
-    by_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    by_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
     pictures = {name: value for name, value in inputs.items() if name not in by_token}
-    cache, start, found = None, 0, None
+    cache = DynamicCache(config=guarded.stock.config) if guarded.family in tiny_more.GIVEN_CACHE else None
+    start, found = 0, None
     for end in ends:
         piece: dict[str, Any] = {
             name: inputs[name][:, :end] for name in ("attention_mask", "token_type_ids") if name in inputs
         }
-        if start == 0 and "mm_token_type_ids" in inputs:  # which only tokens of a picture need
-            piece["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, :end]
+        for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):  # which only tokens of a picture need
+            if start == 0 and name in inputs:
+                piece[name] = inputs[name][:, :end]
         piece |= {"input_ids": inputs["input_ids"][:, start:end], "position_ids": places[..., start:end]}
         found = guarded.model(**piece, **(pictures if start == 0 else {}), past_key_values=cache, use_cache=True)
         cache, start = found.past_key_values, end
@@ -54,8 +60,10 @@ def chunkings(tokens: int, first: int, count: int) -> list[list[int]]:
 
 
 def last_picture_token(guarded: Guard, inputs: dict[str, Any]) -> int:
-    """How many tokens of a batch reach to the end of its last picture."""
+    """How many tokens of a batch reach to the end of its last picture, with the marks around it that come from it."""
     config = guarded.model.config
     token = getattr(config, "image_token_id", None) or config.image_token_index
-    columns = (inputs["input_ids"] == token).any(dim=0).nonzero()  # (columns, 1)
+    tokens = torch.tensor([token, *getattr(config, "visual_indicator_token_ids", ())])
+    pictures = inputs.get("moe_mm_token_type_ids", torch.isin(inputs["input_ids"], tokens))  # (batch, tokens)
+    columns = pictures.any(dim=0).nonzero()  # (columns, 1)
     return int(columns.max()) + 1 if len(columns) else 1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Arrays = dict[str, NDArray[Any]]
 # Families that the stock transformers.js has a class for, and feeds as the original is fed.
-JAVASCRIPT = ("llava", "smolvlm", "idefics3", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3")
+JAVASCRIPT = ("llava", "smolvlm", "idefics3", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "lfm2_vl")
 KINDS: dict[str, Any] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
 }  # fmt: skip
@@ -48,6 +48,12 @@ class Runner:
 
     def prompt(self, inputs: Arrays, image_token: int, position_ids: NDArray[Any], **extra: NDArray[Any]) -> None:
         """Feed a processor's inputs, pictures and all."""
+        embeds = self.embed_prompt(inputs, image_token)
+        self.start(len(embeds))
+        self.call(embeds, inputs["attention_mask"], position_ids, **extra)
+
+    def embed_prompt(self, inputs: Arrays, image_token: int) -> NDArray[Any]:
+        """A processor's inputs with the features of the pictures in place, (batch, tokens, hidden)."""
         embeds = self.embed(inputs["input_ids"])  # (batch, tokens, hidden)
         if "pixel_values" in inputs:
             taken = [*self.vision.get_inputs(), *self.vision.get_overridable_initializers()]
@@ -57,15 +63,15 @@ class Runner:
             places = inputs["input_ids"] == image_token  # (batch, tokens)
             assert places.sum() == len(features)
             embeds[places] = features
-        self.start(len(embeds))
-        self.call(embeds, inputs["attention_mask"], position_ids, **extra)
+        return embeds
 
     def start(self, batch: int) -> None:
         """Forget everything: an empty cache for `batch` rows."""
         self.cache = {}
         for value in self.decoder.get_inputs():
-            if value.name.startswith("past_key_values."):
-                self.cache[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), KINDS[value.type])
+            if value.name.startswith("past_"):
+                sizes = [size if isinstance(size, int) else 0 for size in value.shape[1:]]
+                self.cache[value.name] = np.zeros((batch, *sizes), KINDS[value.type])
 
     def embed(self, ids: NDArray[Any]) -> NDArray[Any]:
         """(batch, tokens) -> (batch, tokens, hidden)."""
@@ -81,11 +87,8 @@ class Runner:
         values = dict(zip(self.names, self.decoder.run(self.names, feed), strict=True))
         self.logits = values["logits"][:, -1].astype(np.float32)
         self.probability = values.get("unsafe_probability")
-        self.cache = {
-            name.replace("present.", "past_key_values."): value
-            for name, value in values.items()
-            if name.startswith("present.")
-        }
+        present = (value for name, value in values.items() if name.startswith("present"))
+        self.cache = dict(zip(self.cache, present, strict=True))
 
     def step(self, ids: NDArray[Any], position_ids: NDArray[Any], **extra: NDArray[Any]) -> None:
         """One more token (batch,) for each row."""

@@ -40,7 +40,26 @@ BLOCKS: dict[str, str] = {
     "gemma4": "model.language_model.layers",
     "lfm2_vl": "model.language_model.layers",
     "llama4": "language_model.model.layers",
+    "minicpmv4_6": "model.language_model.layers",
+    "granite4_vision": "model.language_model.layers",
+    "perception_lm": "model.language_model.layers",
+    "glm4v_moe": "model.language_model.layers",
+    "exaone4_5": "model.language_model.layers",
+    "deepseek_vl": "model.language_model.layers",
+    "deepseek_vl_hybrid": "model.language_model.layers",
+    "llava_next_video": "model.language_model.layers",
+    "molmo2": "model.language_model.layers",
+    "kimi_k25": "model.language_model.layers",
+    "ovis2": "model.language_model.layers",
+    "ernie4_5_vl_moe": "model.language_model.layers",
+    "minicpmv4_7": "model.language_model.layers",
+    "gemma4_unified": "model.language_model.layers",
+    "lfm3_vl": "model.language_model.layers",
 }
+
+
+# Where logits are divided by `logits_scaling` behind the head; others have the field and do not.
+SCALED = ("granite4_vision",)
 
 
 def project(safety: Tensor, semantic: Tensor, eps: float = EPS) -> Tensor:
@@ -126,7 +145,8 @@ def folded(model: PreTrainedModel, weight_vocab: Tensor) -> Tensor:
     """The probe `weight_vocab` (vocabulary,) moved in front of the head: W_head^T w, of shape (hidden,)."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear) and head.bias is None
-    return head.weight.detach().float().T @ weight_vocab.float()  # (hidden,)
+    scale = model.config.get_text_config().logits_scaling if model.config.model_type in SCALED else 1.0
+    return head.weight.detach().float().T @ weight_vocab.float() / scale  # (hidden,)
 
 
 def last_positions(inputs: Mapping[str, Any]) -> Tensor:

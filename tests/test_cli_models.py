@@ -31,7 +31,7 @@ def test_an_unsupported_family_through_the_script(tmp_path: Path, place: Path) -
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     result = script(*flags(tmp_path, place / "out"))
     message = message_of(result.returncode, result.stderr)
-    assert "model type 'bert' is not supported. Supported: aya_vision, cohere2_vision, gemma3" in message
+    assert "model type 'bert' is not supported. Supported: aya_vision, cohere2_vision, deepseek_vl" in message
     assert not list(place.iterdir())
 
 

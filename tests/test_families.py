@@ -125,7 +125,7 @@ def test_second_turn(guarded: Guard, family: str) -> None:
     question = guarded.batch(images=False, count=1, seed=9)["input_ids"]  # (1, tokens)
     ids = torch.cat([inputs["input_ids"], answer, question], dim=1)  # (1, context)
     whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for name in ("token_type_ids", "mm_token_type_ids"):
+    for name in ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"):
         if name in inputs:
             whole[name] = torch.nn.functional.pad(inputs[name], (0, ids.shape[1] - inputs[name].shape[1]))
     start = inputs["input_ids"].shape[1]
@@ -214,6 +214,8 @@ def test_blocks_that_are_given_more_than_a_second_lane_has(tmp_path: Path) -> No
         ("mllama", "cross-attention blocks"),
         ("gemma3n", "per-layer inputs"),
         ("paligemma", "no chat model"),
+        ("janus", "draws pictures"),
+        ("phi4_multimodal", "vision-lora"),
     ],
 )
 def test_a_family_that_cannot_be_guarded_is_refused_by_name(tmp_path: Path, model_type: str, reason: str) -> None:

@@ -299,8 +299,8 @@ def test_a_family_without_a_recipe(
     result = run(*arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="both"))
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        "Error: model type 'llava' has no ONNX recipe. Supported: gemma3, idefics3, internvl, llava_next, mistral3, "
-        "qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm. Export it with --format safetensors, or add a recipe in "
+        "Error: model type 'llava' has no ONNX recipe. Supported: gemma3, idefics3, internvl, lfm2_vl, llava_next, "
+        "mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm. Export it with --format safetensors, or add a recipe in "
         "sasa_export/writers/onnx/recipes.py."
     ]
     assert not list(tmp_path.iterdir())

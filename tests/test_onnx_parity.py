@@ -13,7 +13,8 @@ from sasa_export.writers.onnx.recipes import RECIPES
 
 TOLERANCE = 1e-4
 STEPS = 15  # beyond the end of the refusal
-KINDS = ("llava", "gemma3", "qwen2_5_vl", "qwen3_vl")  # of decoders; those of the other families are like these
+# Of decoders; those of the other families are like these.
+KINDS = ("llava", "gemma3", "qwen2_5_vl", "qwen3_vl", "lfm2_vl")
 FAMILIES = [
     pytest.param(family, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family not in KINDS)])
     for family in (*tiny.FAMILIES, *tiny_more.MAKERS)

@@ -25,7 +25,12 @@ FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"onnx-{family}")
 # What a tiny model's stand-in of a processor is called in a published checkpoint.
 PROCESSORS = {
     "qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor",
-    "mistral3": "PixtralProcessor",
+    "mistral3": "PixtralProcessor", "lfm2_vl": "Lfm2VlProcessor",
+}  # fmt: skip
+# The settings of LFM2-VL's own image processor, for patches like those of the tiny model's stand-in.
+LFM2_IMAGES = {
+    "image_processor_type": "Lfm2VlImageProcessor", "encoder_patch_size": tiny.PATCH, "downsample_factor": 1,
+    "do_resize": False, "do_image_splitting": False, "min_image_tokens": 1, "max_image_tokens": 20,
 }  # fmt: skip
 pytestmark = pytest.mark.slow  # an export a family
 
@@ -61,12 +66,15 @@ def hub(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
         tokenizer = json.loads((copy / "tokenizer.json").read_text())
         (copy / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
         for path in copy.glob("*.json"):
-            stand_in = "PaddleOCRVLProcessor|LightOnOcrProcessor"
+            stand_in = r"PaddleOCRVLProcessor|LightOnOcrProcessor|\bPatches\b"
             path.write_text(re.sub(stand_in, PROCESSORS.get(guard.family, ""), path.read_text()))
         if guard.family == "mistral3":
             tokens = {f"image{kind}_token": f"[IMG{kind.upper()}]" for kind in ("", "_break", "_end")}
             processor = json.loads((copy / "processor_config.json").read_text())
             (copy / "processor_config.json").write_text(json.dumps({**processor, **tokens}))
+        if guard.family == "lfm2_vl":
+            images = json.loads((copy / "preprocessor_config.json").read_text())
+            (copy / "preprocessor_config.json").write_text(json.dumps({**images, **LFM2_IMAGES}))
         return copy
 
     return copied
@@ -154,7 +162,8 @@ def test_transformers_js_says_what_torch_says(family: str, split: Any, hub: Any,
 def fed(entry: Any, guard: Any) -> dict[str, torch.Tensor]:
     """What transformers.js fed, as torch's model takes it."""
     inputs = {}
-    for name in ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw"):
+    names = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw", "spatial_shapes")
+    for name in names:
         if name in entry["inputs"]:
             kind = torch.float32 if name == "pixel_values" else torch.int64
             value = entry["inputs"][name]

@@ -188,18 +188,42 @@ def test_a_change_behind_the_head_is_seen(stock: Stock, monkeypatch: pytest.Monk
     assert gate.inputs == ("after_head", "sasa.probe")
 
 
-@pytest.mark.parametrize("kind", ["positional", "named"])
+def test_logits_that_are_only_scaled(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family's file says so, and is believed no further than the numbers show."""
+    model, _ = stock("llava")
+    forward = type(model).forward
+    family = replace(family_of("llava"), scaled_logits=True)
+
+    def changed_by(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = forward(self, *args, **kwargs)
+            output.logits = change(output.logits)
+            return output
+
+        monkeypatch.setattr(model, "forward", types.MethodType(changing, model))
+
+    inputs = {"input_ids": torch.ones(1, 5, dtype=torch.long)}
+    changed_by(lambda logits: logits / 8)
+    assert trace(model, family_of("llava"), inputs).of("after_head")
+    assert not trace(model, family, inputs).of("after_head")
+    changed_by(lambda logits: torch.tanh(logits / 3) * 3)
+    assert trace(model, family, inputs).of("after_head")
+
+
+@pytest.mark.parametrize("kind", ["positional", "named", "ids"])
 def test_what_another_block_leaves_for_a_block_is_seen(stock: Stock, kind: str) -> None:
     """A block that needs it could not be replayed on another state alone."""
 
     def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kind == "named":
             return args, {**kwargs, "shared": {"keys": torch.ones(1)}}
+        if kind == "ids":
+            return args, {**kwargs, "experts": torch.ones(1, 5, dtype=torch.int32)}
         kwargs.pop("attention_mask")
         return (*args, torch.zeros(1, 1, 1, 1)), kwargs
 
     block = stock("llava")[0].get_submodule("model.language_model.layers.3")
-    said = "shared" if kind == "named" else "float32"
+    said = {"positional": "float32", "named": "shared", "ids": "experts"}[kind]
     with (
         hooked(block.register_forward_pre_hook(hook, with_kwargs=True)),
         pytest.raises(TraceError, match=rf"layers\.3 is given {said}"),

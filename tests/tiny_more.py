@@ -8,14 +8,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tiny
+import torch
 import transformers as hf
 from tiny import IMAGE_SIZE, PATCH
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 BLOCKS = 5
 SAFETY, SEMANTIC = 2, 3
-RECURRENT = ("qwen3_5", "qwen3_5_moe", "lfm2_vl")
+RECURRENT = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6", "minicpmv4_7", "lfm3_vl")
+GIVEN_CACHE = ("granite4_vision",)  # whose decoder makes no cache where it is given none
 
 Made = tuple[PreTrainedConfig, ProcessorMixin]
 
@@ -86,11 +89,104 @@ class SoftTokens(hf.LlavaProcessor):
         return ["num_soft_tokens_per_image"]
 
 
+class Slices(hf.LlavaProcessor):
+    """One token for each 16 patches of a picture and of its slices, between the marks of MiniCPM-V."""
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        counts = image_inputs["num_patches_per_image"]
+        first = sum(counts[:image_idx])
+        sizes = image_inputs["target_sizes"][first : first + counts[image_idx]]  # (slices, 2)
+        whole, *slices = [self.image_token * (int(patches) // 16) for patches in sizes.prod(-1)]
+        rows, columns = image_inputs["grids"][image_idx]
+        lines = [slices[row * columns : (row + 1) * columns] for row in range(rows)]
+        return f"<im>{whole}</im>" + "\n".join("".join(f"<slice>{part}</slice>" for part in line) for line in lines)
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["num_patches_per_image", "grids"]
+
+
+class TypedSlices(Slices):
+    """MiniCPM-V 4.7 finds its positions by the types of tokens."""
+
+    return_mm_token_type_ids = True
+
+
+class OneTile(hf.LlavaProcessor):
+    """Each picture as the only one of its tiles: pixel_values of shape (pictures, 1, channels, height, width)."""
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        found, replacements = super()._process_images(images, **kwargs)
+        found["pixel_values"] = torch.as_tensor(np.stack(found["pixel_values"]))[:, None]
+        return found, replacements
+
+
+class Untyped(hf.PaddleOCRVLProcessor):
+    """As Qwen's, without the types of tokens, which models with one axis of positions do not take."""
+
+    return_mm_token_type_ids = False
+
+
+class Squares(Untyped):
+    """Patches as small pictures, as Kimi takes them: pixel_values of shape (patches, channels, height, width)."""
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        found, replacements = super()._process_images(images, **kwargs)
+        found["pixel_values"] = torch.as_tensor(found["pixel_values"]).reshape(-1, 3, PATCH, PATCH)
+        return found, replacements
+
+
+class Pooled(hf.LlavaProcessor):
+    """Molmo's way with pictures: patches of each, and of which four of them a token is made."""
+
+    return_mm_token_type_ids = True
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        found, replacements = super()._process_images(images, **kwargs)
+        pictures = torch.as_tensor(np.stack(found["pixel_values"]))  # (pictures, 3, height, width)
+        side, count = pictures.shape[-1] // PATCH, len(pictures)
+        patches = torch.nn.functional.unfold(pictures, PATCH, stride=PATCH).mT  # (pictures, side * side, pixels)
+        numbers = torch.arange(count * side * side).reshape(count, side // 2, 2, side // 2, 2)
+        found = {
+            "pixel_values": patches,
+            "image_token_pooling": numbers.transpose(2, 3).reshape(-1, 4),
+            "image_grids": torch.tensor([[side // 2, side // 2, 0, 0]] * count),
+        }
+        return found, replacements
+
+
+class Routed(hf.PaddleOCRVLProcessor):
+    """As Qwen's, and by which experts ERNIE runs a token: those of pictures for the marks around a picture too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().__call__(*args, **kwargs)
+        marks = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])
+        found["moe_mm_token_type_ids"] = torch.isin(torch.as_tensor(found["input_ids"]), torch.tensor(marks)).long()
+        return found
+
+
+hf.AutoProcessor.register(hf.Kimi_K25Config, Squares, exist_ok=True)
+hf.AutoProcessor.register(hf.Molmo2Config, Pooled, exist_ok=True)
 hf.AutoProcessor.register(hf.Lfm2VlConfig, Patches, exist_ok=True)
 hf.AutoProcessor.register(hf.Gemma4Config, SoftTokens, exist_ok=True)
+hf.AutoProcessor.register(hf.MiniCPMV4_6Config, Slices, exist_ok=True)
+hf.AutoProcessor.register(hf.MiniCPMV4_7Config, TypedSlices, exist_ok=True)
+hf.AutoProcessor.register(hf.Gemma4UnifiedConfig, SoftTokens, exist_ok=True)
+hf.AutoProcessor.register(hf.Ernie4_5_VLMoeConfig, Routed, exist_ok=True)
+hf.AutoProcessor.register(hf.Lfm3VlConfig, Untyped, exist_ok=True)
+hf.AutoProcessor.register(hf.PerceptionLMConfig, OneTile, exist_ok=True)
+hf.AutoProcessor.register(hf.Exaone4_5_Config, Untyped, exist_ok=True)
 
 
-def _grid(overrides: dict[str, Any], *, name: str, vision: dict[str, Any], text: dict[str, Any]) -> Made:
+def _grid(
+    overrides: dict[str, Any],
+    *,
+    name: str,
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    processor: type = hf.PaddleOCRVLProcessor,
+    **more: Any,
+) -> Made:
     """Qwen's way with pictures: patches of any number in a row, and each picture's grid."""
     special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
     tokenizer = tiny.make_tokenizer(
@@ -100,8 +196,8 @@ def _grid(overrides: dict[str, Any], *, name: str, vision: dict[str, Any], text:
     ids = tokenizer.get_vocab()
     # Sections add up to half of the head dimension, 8.
     rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 1, 1]}
-    fields = _text(tokenizer, overrides, rope_parameters=rope, **text)
-    starts = "image" if name.startswith("Glm") else "vision"
+    fields = _text(tokenizer, overrides, **{"rope_parameters": rope, **text})
+    starts = "image" if name.startswith(("Glm", "Ernie")) else "vision"
     config = getattr(hf, f"{name}Config")(
         text_config=fields,
         vision_config={"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 2,
@@ -110,10 +206,12 @@ def _grid(overrides: dict[str, Any], *, name: str, vision: dict[str, Any], text:
         video_token_id=ids["<|video_pad|>"],
         **{f"{starts}_start_token_id": ids["<|vision_start|>"], f"{starts}_end_token_id": ids["<|vision_end|>"]},
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+        **more,
     )  # fmt: skip
     size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    images = hf.Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=2, size=size)
-    return config, hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=tiny.QWEN_TEMPLATE)
+    frames = vision.get("temporal_patch_size", 2)
+    images = hf.Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=frames, size=size)
+    return config, processor(images, tokenizer, chat_template=tiny.QWEN_TEMPLATE)
 
 
 _MERGED: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
@@ -290,12 +388,179 @@ def _gemma4(overrides: dict[str, Any]) -> Made:
     return config, SoftTokens(images, tokenizer, chat_template=tiny.LLAVA_TEMPLATE)
 
 
+def _gemma4_unified(overrides: dict[str, Any]) -> Made:
+    """Gemma 4 without a tower: each patch goes through one layer, and is a token."""
+    config, processor = _gemma4(overrides)
+    own = config.text_config.to_dict() | {"model_type": "gemma4_unified_text"}
+    unified = hf.Gemma4UnifiedConfig(
+        text_config=own,
+        vision_config={"patch_size": 4, "pooling_kernel_size": 3, "mm_embed_dim": 16, "output_proj_dims": 16,
+                       "mm_posemb_size": 80},
+        audio_config=None,
+        **{name: getattr(config, name) for name in ("image_token_id", "video_token_id", "audio_token_id",
+                                                    "boi_token_id", "eoi_token_id")},
+    )  # fmt: skip
+    images = hf.Gemma4ImageProcessorPil(patch_size=12, pooling_kernel_size=1, max_soft_tokens=70)
+    return unified, SoftTokens(images, processor.tokenizer, chat_template=tiny.LLAVA_TEMPLATE)
+
+
+def _minicpmv(overrides: dict[str, Any], *, name: str, processor: type) -> Made:
+    """MiniCPM-V: Qwen3.5 text, a picture and its slices as patches in a row, merged within the tower and behind."""
+    tokenizer = tiny.make_tokenizer(
+        "<unk> <s> </s> <image> <pad> <im> </im> <slice> </slice>", bos="<s>", eos="</s>", pad="<pad>",
+        template=tiny.LLAVA_TEMPLATE,
+    )  # fmt: skip
+    ids = tokenizer.get_vocab()
+    marks = {"image_start": "<im>", "image_end": "</im>", "slice_start": "<slice>", "slice_end": "</slice>"}
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 1, 1]}
+    config = getattr(hf, f"{name}Config")(
+        text_config=hf.Qwen3_5TextConfig(**_text(tokenizer, overrides, rope_parameters=rope, **_QWEN3_5)),
+        vision_config=_VISION | {"image_size": 64, "patch_size": 4},
+        insert_layer_id=0,
+        image_token_id=ids["<image>"],
+        video_token_id=ids["<unk>"],
+        **{f"{mark}_id": ids[token] for mark, token in marks.items()},
+        newline_id=tokenizer.encode("\n", add_special_tokens=False)[0],
+    )
+    # More than one token a slice: a product with one row rounds by where in memory the weights are.
+    images = hf.MiniCPMV4_6ImageProcessorPil(patch_size=4, scale_resolution=IMAGE_SIZE, max_slice_nums=3)
+    return config, processor(images, tokenizer, chat_template=tiny.LLAVA_TEMPLATE)
+
+
+def _granite4_vision(overrides: dict[str, Any]) -> Made:
+    """Granite Vision 4: features of SigLIP's layers are added in front of the first blocks, and none to the tokens."""
+    tokenizer = _llama_tokenizer()
+    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
+    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]}
+    granite = {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+    }  # fmt: skip
+    config = hf.Granite4VisionConfig(
+        text_config=hf.Granite4VisionTextConfig(**_text(tokenizer, overrides, **granite)),
+        # The width of a head of the window Q-Former is 64, whatever the tower's is.
+        vision_config=hf.SiglipVisionConfig(**_VISION | {"hidden_size": 64}, vision_use_head=False),
+        qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 24,
+                        "cross_attention_frequency": 1, "use_qformer_text_input": False},
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0]],
+        spatial_target_layers=[1, 2],
+        **tiles,
+    )  # fmt: skip
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **tiles)
+    return config, hf.Granite4VisionProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="full", downsample_rate="1/2",
+        chat_template=tiny.LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _perception_lm(overrides: dict[str, Any]) -> Made:
+    """Perception LM: Llama text, and CLIP in place of timm's tower, which is no part of transformers."""
+    vision = hf.CLIPVisionConfig(**_VISION, projection_dim=16, model_args={"embed_dim": 16})
+    config, processor = _square(
+        overrides, name="PerceptionLM", text=hf.LlamaConfig, cell=2 * PATCH, vision=vision, projector_pooling_ratio=2,
+        video_token_id=0,
+    )  # fmt: skip
+    return config, OneTile(
+        processor.image_processor, processor.tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
+        chat_template=tiny.LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _llava_next_video(overrides: dict[str, Any]) -> Made:
+    """LLaVA-NeXT-Video: as LLaVA-NeXT where it looks at pictures."""
+    tokenizer = _llama_tokenizer()
+    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
+    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]}
+    config = hf.LlavaNextVideoConfig(
+        text_config=hf.LlamaConfig(**_text(tokenizer, overrides)),
+        vision_config=hf.CLIPVisionConfig(**_VISION | {"patch_size": 2 * PATCH}, projection_dim=16),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        video_token_index=tokenizer.get_vocab()["<unk>"],
+        **tiles,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **tiles)
+    return config, hf.LlavaNextProcessor(
+        images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=tiny.LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _deepseek_vl_hybrid(overrides: dict[str, Any]) -> Made:
+    """DeepSeek-VL 7B: SAM, for the picture in a higher resolution, beside SigLIP."""
+    tokenizer = _llama_tokenizer(image_token="<image>")
+    sam = hf.SamVisionConfig(
+        hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=2 * IMAGE_SIZE,
+        patch_size=PATCH, global_attn_indexes=[1], window_size=4, mlp_dim=24, num_pos_feats=4,
+    )  # fmt: skip
+    config = hf.DeepseekVLHybridConfig(
+        text_config=hf.LlamaConfig(**_text(tokenizer, overrides)),
+        vision_config=hf.SiglipVisionConfig(**_VISION, vision_use_head=False),
+        high_res_vision_config=sam,
+        image_token_id=tokenizer.get_vocab()["<image>"],
+        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+    )
+    high = {"height": 2 * IMAGE_SIZE, "width": 2 * IMAGE_SIZE}
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.DeepseekVLHybridImageProcessorPil(size=size, high_res_size=high)
+    count = (IMAGE_SIZE // PATCH) ** 2
+    return config, hf.DeepseekVLHybridProcessor(
+        images, tokenizer, chat_template=tiny.LLAVA_TEMPLATE, num_image_tokens=count
+    )
+
+
+def _ovis2(overrides: dict[str, Any]) -> Made:
+    """Ovis2: Qwen2 text, and a tower that says which of a vocabulary of its own a patch is."""
+    marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    tokenizer = tiny.make_tokenizer(
+        f"<unk> <s> </s> <image> <pad> <IMG_ATOM> {' '.join(marks)}", bos="<s>", eos="</s>", pad="<pad>",
+        template=tiny.LLAVA_TEMPLATE,
+    )  # fmt: skip
+    text = hf.Qwen2Config(**_text(tokenizer, overrides))
+    config = hf.Ovis2Config(
+        text_config=text,
+        vision_config=hf.Ovis2VisionConfig(**_VISION, vocab_size=37, hidden_stride=2),
+        image_token_id=tokenizer.get_vocab()["<IMG_ATOM>"],
+        visual_indicator_token_ids=[tokenizer.get_vocab()[mark] for mark in marks],
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.Ovis2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=3)
+    return config, hf.Ovis2Processor(images, tokenizer, image_seq_length=4, chat_template=tiny.LLAVA_TEMPLATE)
+
+
+def _molmo2(overrides: dict[str, Any]) -> Made:
+    """Molmo 2: text of its own with scaled and plain rotary positions, features of several layers of the tower."""
+    tokenizer = _llama_tokenizer()
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    own = {"head_dim": 8, "additional_vocab_size": 8, "rope_scaling_layers": [1, 2, 4]}
+    config = hf.Molmo2Config(
+        text_config=_text(tokenizer, overrides, **own),
+        vision_config=_VISION | heads | {"image_size": [IMAGE_SIZE] * 2},
+        adapter_config={"vision_feature_layer": [0, 1], "hidden_size": 16, "intermediate_size": 24,
+                        "text_hidden_size": 32, **heads},
+        image_patch_id=tokenizer.get_vocab()["<image>"],
+    )  # fmt: skip
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+    return config, Pooled(
+        images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
+        chat_template=tiny.LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
 _QWEN3_5: dict[str, Any] = {
     "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"],
 }  # fmt: skip
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _STACKED = _MERGED | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
 
 MAKERS: dict[str, Callable[[dict[str, Any]], Made]] = {
@@ -325,9 +590,49 @@ MAKERS: dict[str, Callable[[dict[str, Any]], Made]] = {
     ),
     "lfm2_vl": _lfm2_vl,
     "gemma4": _gemma4,
+    "gemma4_unified": _gemma4_unified,
     "llama4": _llama4,
     "cohere2_vision": partial(
         _square, name="Cohere2Vision", text=hf.Cohere2Config, cell=2 * PATCH, own={"sliding_window": 8},
         vision=hf.SiglipVisionConfig(**_VISION, vision_use_head=False), alignment_intermediate_size=24,
+    ),
+    "minicpmv4_6": partial(_minicpmv, name="MiniCPMV4_6", processor=Slices),
+    "minicpmv4_7": partial(_minicpmv, name="MiniCPMV4_7", processor=TypedSlices),
+    "granite4_vision": _granite4_vision,
+    "perception_lm": _perception_lm,
+    "glm4v_moe": partial(_GLM, name="Glm4vMoe", text=_ROUTED | {"head_dim": 16}),
+    "exaone4_5": partial(
+        _grid, name="Exaone4_5_", processor=Untyped,
+        text={"model_type": "exaone4", "rope_parameters": None, "sliding_window": 8, "sliding_window_pattern": 3},
+        vision=_MERGED | {"window_size": 4 * PATCH, "fullatt_block_indexes": [1], "num_key_value_heads": 2},
+    ),
+    "deepseek_vl": partial(
+        _square, name="DeepseekVL", text=hf.LlamaConfig, cell=PATCH,
+        vision=hf.SiglipVisionConfig(**_VISION, vision_use_head=False),
+    ),
+    "deepseek_vl_hybrid": _deepseek_vl_hybrid,
+    "llava_next_video": _llava_next_video,
+    "ovis2": _ovis2,
+    "ernie4_5_vl_moe": partial(
+        _grid, name="Ernie4_5_VLMoe", processor=Routed,
+        vision={"hidden_size": 16, "intermediate_size": 24, "temporal_merge_size": 2, "temporal_patch_size": 1},
+        text={"moe_intermediate_size": [16, 16], "moe_num_experts": 4, "moe_k": 2,
+              "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0, "mrope_section": [1, 1, 2]}},
+    ),
+    "molmo2": _molmo2,
+    "kimi_k25": partial(
+        _grid, name="Kimi_K25", processor=Squares, projection_hidden_size=16,
+        vision={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "pos_emb_height": 8, "pos_emb_width": 8, "temporal_patch_size": 1},
+        text=_ROUTED | {"model_type": "deepseek_v3", "rope_parameters": None, "q_lora_rank": 16, "kv_lora_rank": 16,
+                        "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
+                        "first_k_dense_replace": 1, "num_key_value_heads": 4},
+    ),
+    "lfm3_vl": partial(
+        _grid, name="Lfm3Vl", processor=Untyped,
+        vision={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]},
+        text={"model_type": "lfm3", "rope_parameters": None, "head_dim": 8, "sliding_window": 8, "layer_types": [
+            "conv", "full_attention", "conv", "sliding_attention", "full_attention"]},
     ),
 }  # fmt: skip

@@ -41,6 +41,14 @@ NEEDS = {
     "qwen3_5": "padding in a prompt's first piece, as in the original",
     "qwen3_5_moe": "padding in a prompt's first piece, as in the original",
     "lfm2_vl": "padding in a prompt's first piece, as in the original",
+    "lfm3_vl": "padding in a prompt's first piece, as in the original",
+    "minicpmv4_6": "padding in a prompt's first piece, as in the original",
+    "minicpmv4_7": "padding in a prompt's first piece, as in the original; a trace that rounds positions",
+    "granite4_vision": "as qwen3_vl; logits that are scaled behind the head",
+    "perception_lm": "the timm package, for its tower; tried with CLIP in its place",
+    "molmo2": "a tensor of the files that makes several of the model",
+    "ernie4_5_vl_moe": "types of tokens, by which its experts run, in the second lane too",
+    "kimi_k25": "a tensor of the files that makes several of the model",
 }
 STANDS_FOR = {"pixtral": "llava", "granite_vision": "llava_next"}
 
@@ -112,8 +120,9 @@ def _worst(marks: list[str]) -> str:
 
 def _fits(alias: str, name: str, types: tuple[str, ...]) -> bool:
     """Aliases stand in the row of the tiny model that is built as their checkpoint is."""
-    variants = {"pixtral": "pixtral", "granite": "granite_vision", "idefics3": "idefics3", "30b": "qwen3_vl_moe",
-                "35b": "qwen3_5_moe", "4.6v": "glm46v"}  # fmt: skip
+    variants = {"pixtral": "pixtral", "granite-vision-4": "granite4_vision", "granite": "granite_vision",
+                "idefics3": "idefics3", "30b": "qwen3_vl_moe", "35b": "qwen3_5_moe", "4.6v": "glm46v",
+                "v-4.6": "minicpmv4_6", "v-4.7": "minicpmv4_7", "vl-7b": "deepseek_vl_hybrid"}  # fmt: skip
     of = next((model for part, model in variants.items() if part in alias), None)
     return of == name if of else name not in variants.values()
 

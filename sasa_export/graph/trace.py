@@ -15,6 +15,9 @@ from sasa_export.graph import LayerGraph, Node
 from sasa_export.models import Source
 from sasa_export.models.family import Family
 from sasa_export.models.load import skeleton
+from sasa_export.runtime.lane import TYPES
+
+KNOWN = ("attention_mask", "position_ids", "cache_position", *TYPES)  # whole numbers that the second lane has too
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
     if any(isinstance(value, torch.Tensor) and name.startswith("pixel") for name, value in inputs.items()):
         _check_vision(order, family)
     graph = _graph({call.path: call for call in calls}, expected, family)
-    if logits is not calls[-1].left:
+    if logits is not calls[-1].left and not (family.scaled_logits and _scaled(calls[-1].left, logits)):
         # Such as soft-capping: the probe must then see what the model's logits really are.
         graph = graph.add(Node("after_head", "after_head", ("head",)))
     return graph
@@ -192,16 +195,34 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
     return calls, logits
 
 
+def _scaled(head: Any, logits: torch.Tensor) -> bool:
+    """Are these the head's logits times a number? The probe then folds through the head as if it were not there.
+
+    Without weights there are no numbers to tell by, and the family's file is believed.
+    """
+    if head.is_meta:
+        return True
+    head, logits = head.float(), logits.float()
+    scale = (head * logits).sum() / (head * head).sum()
+    return torch.allclose(logits, scale * head, rtol=1e-2, atol=1e-4)
+
+
 def _changes(state: Any) -> int:
     """How often a tensor was changed in place so far."""
     return int(state._version) if isinstance(state, torch.Tensor) else 0
 
 
 def _more(args: tuple, kwargs: dict[str, Any]) -> str:
-    """What a block cannot be replayed without: a second tensor by position, or what another block left for it."""
+    """What a block cannot be replayed without: a second tensor by position, what another block left for it, or
+    whole numbers that the lane has none of."""
     second = [describe(value) for value in args[1:] if value is not None]
     left = [name for name, value in kwargs.items() if isinstance(value, Mapping) and value]
-    return ", ".join([*second, *left])
+    numbers = [
+        name
+        for name, value in kwargs.items()
+        if isinstance(value, torch.Tensor) and "int" in str(value.dtype) and name not in KNOWN
+    ]
+    return ", ".join([*second, *left, *numbers])
 
 
 def describe(value: Any) -> str:

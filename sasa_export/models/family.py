@@ -34,8 +34,8 @@ class Family:
     """What a file under graphs/ says of a family of models.
 
     `modules` holds the module paths by role; `peculiar` what the second lane has to respect; `files` the
-    files beside the weights that travel into a patched directory, as glob patterns. `refused` says why a family
-    cannot be guarded, and is all there is of one.
+    files beside the weights that travel into a patched directory, as glob patterns. `scaled_logits`: behind the head,
+    logits are multiplied by a number. `refused` says why a family cannot be guarded, and is all there is of one.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Family:
     layers: tuple[KnownLayers, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     peculiar: dict[str, str] = field(default_factory=dict)
+    scaled_logits: bool = False
     refused: str = ""
 
     def known_layers(self, blocks: int, hidden: int) -> KnownLayers | None:
@@ -77,6 +78,8 @@ def read(path: Path) -> Family:
         for role in MODULES:
             if not isinstance(family.modules[role], str):
                 raise ValueError(f"modules.{role} is no module path")
+        if not isinstance(family.scaled_logits, bool):
+            raise ValueError("scaled_logits is neither true nor false")
         if not all(isinstance(target, str) for target in family.aliases.values()):
             raise ValueError("an alias is not a string (an alias with a dot needs quotes)")
         return family

@@ -187,11 +187,13 @@ def _held(source: Source, model: Any) -> dict[str, tuple[int, ...] | None]:
     held: dict[str, tuple[int, ...] | None] = {}
     for shard in source.shards:
         for name, shape in zip(shard.keys, shard.shapes, strict=True):
-            whole = True
+            whole, more = True, []
             for transform in transforms:
                 name, pattern = transform.rename_source_key(name)
-                whole = whole and (pattern is None or isinstance(transform, WeightRenaming))
-            held[name] = shape if whole else None
+                if pattern is not None and not isinstance(transform, WeightRenaming):
+                    whole, (first, *others) = False, transform.target_patterns
+                    more = [name.replace(first, other) for other in others]  # it is named by the first of several
+            held |= dict.fromkeys([name, *more], shape if whole else None)
     return held
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 META = torch.device("meta")
+COUNTED = (torch.ops.aten.linspace.default,)  # which positions of a picture are rounded from, so that it is computed
 INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
@@ -42,6 +43,8 @@ class ShapesOnly(TorchDispatchMode):
 
     def _made(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A new tensor: without content if it is floating-point."""
+        if func in COUNTED:
+            return func(*args, **kwargs, device=torch.device("cpu"))
         made = func(*args, **kwargs, device=META) if "device" in _names(func) else func(*args, **kwargs)
         whole = isinstance(made, Tensor) and made.is_meta and not made.is_floating_point()
         return func(*args, **kwargs, device=torch.device("cpu")) if whole else made

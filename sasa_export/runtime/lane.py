@@ -16,7 +16,8 @@ from sasa_export.runtime.formulas import project
 Graph = list[dict[str, Any]]
 Arguments = dict[str, tuple[tuple, dict]]  # module path -> args, kwargs
 Values = dict[str, Tensor]  # of nodes, by their names
-TYPES = ("token_type_ids", "mm_token_type_ids")  # by which families tell a picture's tokens from text
+# By which families tell a picture's tokens from text; the first that there is counts.
+TYPES = ("moe_mm_token_type_ids", "token_type_ids", "mm_token_type_ids")
 ALONE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
 
 

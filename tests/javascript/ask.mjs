@@ -17,7 +17,7 @@ for (const prompt of prompts) {
   for (const pictures of [[image], []]) {
     const content = [...pictures.map(() => ({ type: "image" })), { type: "text", text: prompt }];
     const text = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
-    const picturesFirst = ["LlavaProcessor", "PixtralProcessor"].includes(processor.constructor.name);
+    const picturesFirst = ["LlavaProcessor", "PixtralProcessor", "Lfm2VlProcessor"].includes(processor.constructor.name);
     const both = picturesFirst ? [pictures, text] : [text, pictures];
     const inputs = pictures.length ? await processor(...both) : processor.tokenizer(text);
     const output = await model.generate({ ...inputs, max_new_tokens: Number(tokens), do_sample: false });

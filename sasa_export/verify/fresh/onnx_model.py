@@ -71,11 +71,9 @@ class Model:
     def _prompt(self, inputs: dict[str, Any]) -> tuple[NDArray[Any], float, dict[str, Any]]:
         """A whole prompt on an empty cache: logits (vocabulary,), P(unsafe), and the cache after it."""
         cache = {
-            value.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                [1, value.shape[1], 0, value.shape[3]], TYPES[value.type]
-            )
+            value.name: onnxruntime.OrtValue.ortvalue_from_numpy(empty(value.shape, TYPES[value.type]))
             for value in self.decoder.get_inputs()
-            if value.name.startswith("past_key_values.")
+            if value.name.startswith("past_")
         }
         optional = {value.name for value in self.decoder.get_overridable_initializers()}
         extra = {name: inputs[name].astype(np.int64) for name in optional if name in inputs}
@@ -91,7 +89,8 @@ class Model:
         }  # fmt: skip
         feed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in arrays.items()}
         values = dict(zip(self.names, self.decoder.run_with_ort_values(self.names, {**feed, **cache}), strict=True))
-        cache = {name: values[name.replace("past_key_values.", "present.")] for name in cache}
+        present = (value for name, value in values.items() if name.startswith("present"))
+        cache = dict(zip(cache, present, strict=True))  # in one order
         return values["logits"].numpy()[0, -1], float(values["unsafe_probability"].numpy()[0]), cache
 
     def _embed(self, inputs: dict[str, Any]) -> NDArray[Any]:
@@ -135,6 +134,11 @@ def session(path: Path, device: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=providers)
+
+
+def empty(shape: list[Any], dtype: Any) -> NDArray[Any]:
+    """What one input of the cache holds of one prompt before its first token, whose lengths go by names in `shape`."""
+    return np.zeros([1, *(size if isinstance(size, int) else 0 for size in shape[1:])], dtype)
 
 
 def penalised(logits: NDArray[Any], tokens: list[int], penalty: float) -> NDArray[Any]:

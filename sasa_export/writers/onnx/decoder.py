@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx.layout import stock_type
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values, (batch, key-value heads, tokens, head size)
+# What one layer of the cache holds: keys and values, (batch, key-value heads, tokens, head size), or, of a block with a
+# short convolution, what that saw last, (batch, hidden, kernel).
+Held = tuple[torch.Tensor, ...]
 Shape = tuple[str | int, ...]
 
 
@@ -39,6 +41,8 @@ class Decoder(nn.Module):
         text = model.config.get_text_config(decoder=True)
         self.guarded = hasattr(model, "sasa")
         self.layers = text.num_hidden_layers + gate_layers(model)
+        kinds = getattr(text, "layer_types", None) or ()
+        self.convolved = {layer for layer, kind in enumerate(kinds) if kind == "conv"}
         self.widths = [text.hidden_size] * (1 + deep_features(model))
         family = family_of(stock_type(model.config.model_type))
         self.deep = list(model.get_submodule(family.modules["blocks"]))[: deep_features(model)]
@@ -48,7 +52,7 @@ class Decoder(nn.Module):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: list[Pair],
+        past: list[Held],
         extra: dict[str, torch.Tensor],
     ) -> tuple[Any, ...]:
         """Logits of the last column, (batch, 1, vocabulary), and the cache after the call.
@@ -58,27 +62,26 @@ class Decoder(nn.Module):
                 picture adds something behind the first blocks too, that comes after it: (batch, tokens, n * hidden).
             attention_mask: (batch, past + tokens), int64.
             position_ids: (batch, tokens), or (3, batch, tokens) where a family has three axes.
-            past: keys and values of each layer, those of the gate's ledger behind those of the decoder's blocks.
+            past: of each layer, those of the gate's ledger behind those of the decoder's blocks.
             extra: further tensors (batch, tokens), int64, that the family's forward takes.
         """
         # An input that a runtime leaves out is one zero, (1, 1); the product makes it as wide as the others.
         extra = {name: value * attention_mask[:, -inputs_embeds.shape[1] :] for name, value in extra.items()}
         cache = DynamicCache()
-        cache.layers.extend(_filled(keys, values) for keys, values in past)
+        cache.layers.extend(_filled(*held) for held in past)
         embeds, *added = inputs_embeds.to(past[0][0].dtype).split(self.widths, dim=-1)  # (batch, tokens, hidden) each
         with adding(self.deep, added):
             output = self.model(
                 inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True, **extra,
             )  # fmt: skip
-        present = [(layer.keys, layer.values) for layer in cache.layers]
+        present = [_held(layer) for layer in cache.layers]
         judged = (output.unsafe_probability, output.is_due) if self.guarded else ()
         return output.logits.float(), present, *judged
 
     def signature(self, position_axes: int, extra: dict[str, Shape]) -> Signature:
         """Names and dimensions as runtimes expect them."""
         text = self.model.config.get_text_config(decoder=True)
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         tokens: Shape = ("batch_size", "sequence_length")
         inputs: dict[str, Shape] = {
             "inputs_embeds": (*tokens, sum(self.widths)),
@@ -86,13 +89,24 @@ class Decoder(nn.Module):
             "position_ids": tokens if position_axes == 1 else (position_axes, *tokens),
         }
         outputs: dict[str, Shape] = {"logits": ("batch_size", 1, text.vocab_size)}
-        for name in (f"{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")):
-            heads = text.num_key_value_heads
-            inputs[f"past_key_values.{name}"] = ("batch_size", heads, "past_sequence_length", size)
-            outputs[f"present.{name}"] = ("batch_size", heads, "total_sequence_length", size)
+        for layer in range(self.layers):
+            inputs |= self.held(layer, "past")
+            outputs |= self.held(layer, "present")
         if self.guarded:
             outputs |= {"unsafe_probability": ("batch_size",), "is_due": ()}
         return Signature(inputs | extra, outputs)
+
+    def held(self, layer: int, when: Literal["past", "present"]) -> dict[str, Shape]:
+        """Names and dimensions of what a layer of the cache holds before a call, or after it."""
+        text = self.model.config.get_text_config(decoder=True)
+        if layer in self.convolved:
+            return {f"{when}_conv.{layer}": ("batch_size", text.hidden_size, text.conv_L_cache)}
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        prefix, tokens = {
+            "past": ("past_key_values", "past_sequence_length"), "present": ("present", "total_sequence_length")
+        }[when]  # fmt: skip
+        shape: Shape = ("batch_size", text.num_key_value_heads, tokens, size)
+        return {f"{prefix}.{layer}.{kind}": shape for kind in ("key", "value")}
 
     def example(self, signature: Signature) -> tuple[Any, ...]:
         """Arguments to trace with: one call on top of a past, no two dimensions alike."""
@@ -104,7 +118,7 @@ class Decoder(nn.Module):
         embeds = made.pop("inputs_embeds")
         mask, positions = (made.pop(name).long() for name in ("attention_mask", "position_ids"))
         past = [
-            tuple(made.pop(f"past_key_values.{layer}.{kind}").to(self.model.dtype) for kind in ("key", "value"))
+            tuple(made.pop(name).to(self.model.dtype) for name in self.held(layer, "past"))
             for layer in range(self.layers)
         ]
         return embeds, mask, positions, past, {name: value.long() for name, value in made.items()}
@@ -130,8 +144,25 @@ def gate_layers(model: Any) -> int:
     return int(model.sasa.ledger.layers) if hasattr(model, "sasa") else 0
 
 
-def _filled(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
-    layer = DynamicLayer()
-    layer.dtype, layer.device = keys.dtype, keys.device
-    layer.keys, layer.values, layer.is_initialized = keys, values, True
+def _filled(*held: torch.Tensor) -> DynamicLayer | LinearAttentionLayer:
+    """A layer of the cache that holds this already."""
+    if len(held) == 1:
+        (state,) = held
+        layer = LinearAttentionLayer()
+        layer.conv_states[0], layer.conv_kernel_size[0] = state, state.shape[-1]
+        layer.is_conv_states_initialized[0] = layer.has_previous_state[0] = True
+        # Then it takes one token as it takes several, and the state that it was given stays as it is.
+        layer.activate_past_recording()
+    else:
+        layer = DynamicLayer()
+        layer.keys, layer.values = held
+        layer.is_initialized = True
+    layer.dtype, layer.device = held[0].dtype, held[0].device
     return layer
+
+
+def _held(layer: DynamicLayer | LinearAttentionLayer) -> Held:
+    """What a layer of the cache holds after a call."""
+    if isinstance(layer, DynamicLayer):
+        return layer.keys, layer.values
+    return (layer.conv_states[0][..., -layer.conv_kernel_size[0] :],)  # (batch, hidden, kernel)

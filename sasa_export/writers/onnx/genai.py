@@ -16,7 +16,7 @@ SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "n
 
 
 def write_genai_config(out: Path, model: Any, *, dtype: str) -> None:
-    """Write the file for a guarded model whose positions have one axis."""
+    """Write the file for a guarded model whose positions have one axis and whose cache has keys and values alone."""
     text, settings = model.config.get_text_config(decoder=True), model.generation_config.to_dict()
     decoder = Decoder(model)
     names = decoder.signature(1, {})

@@ -51,7 +51,8 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     advance("exporting the vision encoder")
     save(VISION, vision_graph(model, recipe, opset=opset, dtype=dtype))
     advance("exporting the embedding")
-    genai = recipe.position_axes == 1  # which onnxruntime-genai has a type for
+    # What onnxruntime-genai is told of: positions of one axis, and a cache of keys and values alone.
+    genai = recipe.position_axes == 1 and not Decoder(model).convolved
     if write_embeddings(model, out / "onnx", opset=opset, dtype=dtype, merging=genai):
         external[EMBEDDING] = 1
     advance("exporting the decoder")

@@ -46,6 +46,7 @@ def write_files(patched: Path, out: Path, processor: Any, *, dtype: str, externa
         "preprocessor_config": {
             **images.to_dict(),
             **_merging(processor),
+            **_sizing(images),
             "processor_class": type(processor).__name__,
             "image_processor_type": _plain(type(images).__name__),
         },
@@ -87,6 +88,12 @@ def _merging(processor: Any) -> dict[str, int]:
     (Mistral 3)."""
     names = ("patch_size", "spatial_merge_size")
     return {name: getattr(processor, name) for name in names} if hasattr(processor, names[1]) else {}
+
+
+def _sizing(images: Any) -> dict[str, bool]:
+    """What keeps transformers.js from resizing a picture to `size` where transformers never does: before it is resized
+    to as many patches as fit (LFM2-VL)."""
+    return {"do_resize": False} if hasattr(images, "smart_resize") else {}
 
 
 def _processor(config: dict[str, Any]) -> dict[str, Any]:

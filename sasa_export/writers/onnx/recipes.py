@@ -13,6 +13,7 @@ from torch import nn
 from sasa_export.errors import EmitError
 from sasa_export.writers.onnx import vision
 from sasa_export.writers.onnx.decoder import Signature, deep_features
+from sasa_export.writers.onnx.vision_lfm2 import Lfm2
 from sasa_export.writers.onnx.vision_llava_next import LlavaNext
 from sasa_export.writers.onnx.vision_pixtral import Mistral3
 from sasa_export.writers.onnx.vision_qwen import Qwen
@@ -121,6 +122,22 @@ def _patches(model: Any, grid: str = "image_grid_thw") -> tuple[tuple[torch.Tens
     return (torch.ones(8 * 4 + 4 * 12, pixels), grids), signature
 
 
+def _padded_patches(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+    """LFM2-VL: the patches of each picture, padded to equally many, and its grid."""
+    config, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    pixels, factor = config.num_channels * config.patch_size**2, model.config.downsample_factor
+    signature = Signature(
+        {
+            "pixel_values": ("num_images", "num_patches", pixels), "spatial_shapes": ("num_images", 2),
+            "pixel_attention_mask": ("num_images", "num_patches"),
+        },
+        {"image_features": ("num_image_tokens", hidden)},
+    )  # fmt: skip
+    grids = factor * torch.tensor([[2, 3], [4, 2]])
+    mask = (torch.arange(9 * factor**2) < grids.prod(-1, keepdim=True)).long()  # (2, patches)
+    return (torch.ones(*mask.shape, pixels), grids, mask), signature
+
+
 RECIPES: dict[str, Recipe] = {
     "llava": Recipe(vision.Llava, _square_pictures, towers=("clip_vision_model", "siglip_vision_model")),
     "llava_next": Recipe(LlavaNext, _tiles, towers=("clip_vision_model",)),
@@ -134,4 +151,5 @@ RECIPES: dict[str, Recipe] = {
     "qwen2_vl": Recipe(Qwen, partial(_patches, grid="grid_thw"), position_axes=3),
     "qwen2_5_vl": Recipe(Qwen, _patches, position_axes=3),
     "qwen3_vl": Recipe(Qwen, _patches, position_axes=3),
+    "lfm2_vl": Recipe(Lfm2, _padded_patches, towers=("siglip2_vision_model",)),
 }
