@@ -106,7 +106,7 @@ def mixed(guard: Guards, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     patched = guard("llava").directory
     onnx = root / "onnx"
     (onnx / "onnx").mkdir(parents=True)
-    write_files(patched, onnx, AutoProcessor.from_pretrained(patched), dtype="float32", external={}, gate=1)
+    write_files(patched, onnx, AutoProcessor.from_pretrained(patched), dtype="float32", external={}, kinds=(), gate=1)
     for name in GRAPHS:
         (onnx / "onnx" / f"{name}.onnx").touch()
     write_manifest(onnx, {})

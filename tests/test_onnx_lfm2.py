@@ -3,6 +3,8 @@
 Whole prompts and answers are compared in test_onnx_parity.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import transformers as hf
 from feeding import chunkings
 from onnx_runner import Runner, batch, image_token, positions, session
 
+from sasa_export.writers.onnx import layout
 from sasa_export.writers.onnx.graphs import vision_graph, write_model
 from sasa_export.writers.onnx.recipes import RECIPES
 
@@ -109,3 +112,16 @@ def test_pictures_of_any_size(normalised: bool, tmp_path: Path) -> None:
         wanted = torch.cat(model.get_image_features(**fed, return_dict=True).pooler_output)  # (tokens, hidden)
         (found,) = graph.run(None, {name: value.numpy() for name, value in fed.items()})
         np.testing.assert_allclose(found, wanted.numpy(), atol=TOLERANCE)
+
+
+def test_a_checkpoint_that_counts_blocks_with_attention(tmp_path: Path, guarded: Any) -> None:
+    """Older ones name those in `full_attn_idxs`, of which runtimes know nothing."""
+    patched, kinds = tmp_path / "patched", guarded.model.config.text_config.layer_types
+    shutil.copytree(guarded.directory, patched)
+    config = json.loads((patched / "config.json").read_text())
+    config["text_config"]["full_attn_idxs"] = [place for place, kind in enumerate(kinds) if kind == "full_attention"]
+    del config["text_config"]["layer_types"]
+    (patched / "config.json").write_text(json.dumps(config))
+    layout.write_files(patched, tmp_path, guarded.processor, dtype="float32", external={}, kinds=kinds, gate=2)
+    written = json.loads((tmp_path / "config.json").read_text())["text_config"]["layer_types"]
+    assert written == [*kinds, "full_attention", "full_attention"]

@@ -20,7 +20,7 @@ from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from sasa_export.writers.onnx.decoder import Signature
-from sasa_export.writers.onnx.passes.attention import share_key_value_heads
+from sasa_export.writers.onnx.passes.attention import share_key_value_heads, trust_finite_masks
 from sasa_export.writers.onnx.passes.weights import deduplicate, fold_transposes, folds
 
 # Of onnxscript's default rules those that find something here. `slice_split_rule` is left out: it tries every pair of
@@ -53,6 +53,7 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
         _simplify(model)
         onnx_fusions.fuse(model)
     share_key_value_heads(model)
+    trust_finite_masks(model)
     fold_transposes(model)
     deduplicate(model)
     common.RemoveUnusedNodesPass()(model)

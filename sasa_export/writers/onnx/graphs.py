@@ -61,7 +61,9 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
         model.sasa.witness = Witness(model, first_token(processor))
     save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
     advance("writing configuration and processor")
-    write_files(patched, out, processor, dtype=dtype, external=external, gate=gate_layers(model))
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    gate = gate_layers(model)
+    write_files(patched, out, processor, dtype=dtype, external=external, kinds=kinds, gate=gate)
     if genai:
         write_genai_config(out, model, dtype=dtype)
     _forget(model)

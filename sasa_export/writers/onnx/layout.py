@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def stock_type(model_type: str) -> str:
     return model_type.removeprefix("sasa_")
 
 
-def write_files(patched: Path, out: Path, processor: Any, *, dtype: str, external: dict[str, int], gate: int) -> None:
+def write_files(
+    patched: Path, out: Path, processor: Any, *, dtype: str, external: dict[str, int], kinds: Sequence[str], gate: int
+) -> None:
     """Write configuration, processor and tokenizer files.
 
     Args:
@@ -35,6 +38,7 @@ def write_files(patched: Path, out: Path, processor: Any, *, dtype: str, externa
         processor: what AutoProcessor makes of `patched`.
         dtype: of the graphs.
         external: the graphs that have a file of weights beside them, and how many.
+        kinds: the type of each of the decoder's blocks, where it has several types.
         gate: how many cache layers the gate takes.
     """
     for name in COPIED:
@@ -42,7 +46,7 @@ def write_files(patched: Path, out: Path, processor: Any, *, dtype: str, externa
             shutil.copyfile(patched / name, out / name)
     images = processor.image_processor
     written = {
-        "config": _config(read_config(patched), dtype, external, gate),
+        "config": _config(read_config(patched), dtype, external, kinds, gate),
         "preprocessor_config": {
             **images.to_dict(),
             **_merging(processor),
@@ -61,7 +65,9 @@ def write_files(patched: Path, out: Path, processor: Any, *, dtype: str, externa
         (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _config(config: dict[str, Any], dtype: str, external: dict[str, int], gate: int) -> dict[str, Any]:
+def _config(
+    config: dict[str, Any], dtype: str, external: dict[str, int], kinds: Sequence[str], gate: int
+) -> dict[str, Any]:
     """The stock configuration, except that its decoder has the gate's cache layers too."""
     out = {key: value for key, value in config.items() if key != "auto_map"}
     out["model_type"] = stock_type(config["model_type"])
@@ -72,8 +78,8 @@ def _config(config: dict[str, Any], dtype: str, external: dict[str, int], gate: 
     out["quantization_config"] = SEAL
     text = out["text_config"]
     text["num_hidden_layers"] += gate  # runtimes count the cache by this number
-    if "layer_types" in text:
-        text["layer_types"] = [*text["layer_types"], *["full_attention"] * gate]
+    if kinds:  # they go by it which blocks have keys and values; older checkpoints say it in other words
+        text["layer_types"] = [*kinds, *["full_attention"] * gate]
     if out["model_type"] in FLAT:
         out = {**text, **out}
     # What transformers.js loads where nobody names a type: by itself it looks for q8 in browsers and fp32 elsewhere.
