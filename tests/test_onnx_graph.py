@@ -13,12 +13,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from onnx_ir.passes import common
 from onnx_runner import Runner, batch, image_token, lane_of, positions
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from sasa_export.errors import EmitError
 from sasa_export.writers.onnx import export
 from sasa_export.writers.onnx.graphs import write_embeddings
+from sasa_export.writers.onnx.passes.attention import trust_finite_masks
 
 SINGLE_OPERATORS = {"Attention": 1, "RMSNormalization": 2, "RotaryEmbedding": 2}  # in each block
 BLOCKS, LANE = 6, 3  # of the tiny models; the lane is blocks 3, 4 and 5
@@ -179,3 +181,26 @@ def test_bad_settings(settings: dict[str, Any], message: str, tmp_path: Path) ->
     with pytest.raises(EmitError, match=message):
         export(tmp_path / "patched", tmp_path / "out", **settings)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "masked", "looks"), [("float", -3e38, 0), ("float", -np.inf, 1), ("float16", -60000.0, 1)]
+)
+def test_a_look_for_empty_rows_goes_where_there_can_be_none(kind: str, masked: float, looks: int) -> None:
+    """A mask of finite float32 numbers gives softmax no NaN; in float16 the sum with a score may be out of range."""
+    text = f"""<ir_version: 9, opset_import: ["" : 20]>
+        g ({kind}[2,3] scores, bool[2,3] allowed, {kind} zero, {kind} low) => ({kind}[2,3] weights) {{
+            added = Where (allowed, zero, low)
+            masked = Add (scores, added)
+            soft = Softmax (masked)
+            empty = IsNaN (soft)
+            kept = Where (empty, zero, soft)
+            weights = Identity (kept)
+        }}"""
+    model = ir.from_onnx_text(text)
+    dtype = np.float32 if kind == "float" else np.float16
+    for value, number in zip(model.graph.inputs[2:], (0.0, masked), strict=True):
+        value.const_value = ir.tensor(np.array(number, dtype))
+    trust_finite_masks(model)
+    common.RemoveUnusedNodesPass()(model)
+    assert sum(node.op_type == "IsNaN" for node in model.graph) == looks

@@ -6,6 +6,7 @@ Whole prompts and answers are compared in test_onnx_parity.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,3 +126,9 @@ def test_a_checkpoint_that_counts_blocks_with_attention(tmp_path: Path, guarded:
     layout.write_files(patched, tmp_path, guarded.processor, dtype="float32", external={}, kinds=kinds, gate=2)
     written = json.loads((tmp_path / "config.json").read_text())["text_config"]["layer_types"]
     assert written == [*kinds, "full_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(("resizing", "told"), [({"smart_resize": None}, {"do_resize": False}), ({}, {})])
+def test_only_a_processor_that_fits_patches_keeps_transformers_js_from_resizing(resizing: Any, told: Any) -> None:
+    """LFM2-VL's own one needs torchvision, so that a name stands for it here."""
+    assert layout._sizing(SimpleNamespace(**resizing)) == told

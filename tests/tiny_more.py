@@ -29,8 +29,17 @@ _SIZES: dict[str, Any] = {
 _VISION: dict[str, Any] = tiny.VISION | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 
 
+_TILES = {"image_grid_pinpoints": [[IMAGE_SIZE, 2 * IMAGE_SIZE], [2 * IMAGE_SIZE, IMAGE_SIZE], [2 * IMAGE_SIZE] * 2]}
+
+
 def _text(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any], **own: Any) -> dict[str, Any]:
     return tiny.text_fields(tokenizer, _SIZES | own | overrides)
+
+
+def _tile_images() -> hf.LlavaNextImageProcessorPil:
+    """LLaVA-NeXT's way with pictures: each whole, and cut into tiles."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **_TILES)
 
 
 def _llama_tokenizer(**named: str) -> PreTrainedTokenizerFast:
@@ -241,8 +250,6 @@ def _llava_onevision(overrides: dict[str, Any]) -> Made:
 def _granite_vision(overrides: dict[str, Any]) -> Made:
     """Granite Vision 3: a llava_next of Granite text, and features of several layers of SigLIP vision, without CLS."""
     tokenizer = _llama_tokenizer()
-    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
-    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]}
     granite = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
     config = hf.LlavaNextConfig(
         text_config=hf.GraniteConfig(**_text(tokenizer, overrides, **granite)),
@@ -250,12 +257,10 @@ def _granite_vision(overrides: dict[str, Any]) -> Made:
         image_token_index=tokenizer.get_vocab()["<image>"],
         vision_feature_layer=[-2, -1],
         vision_feature_select_strategy="full",
-        **tiles,
+        **_TILES,
     )
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **tiles)
     return config, hf.LlavaNextProcessor(
-        images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
+        _tile_images(), tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
         num_additional_image_tokens=0, chat_template=tiny.LLAVA_TEMPLATE,
     )  # fmt: skip
 
@@ -430,8 +435,6 @@ def _minicpmv(overrides: dict[str, Any], *, name: str, processor: type) -> Made:
 def _granite4_vision(overrides: dict[str, Any]) -> Made:
     """Granite Vision 4: features of SigLIP's layers are added in front of the first blocks, and none to the tokens."""
     tokenizer = _llama_tokenizer()
-    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
-    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]}
     granite = {
         "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0,
     }  # fmt: skip
@@ -446,12 +449,10 @@ def _granite4_vision(overrides: dict[str, Any]) -> Made:
         downsample_rate="1/2",
         deepstack_layer_map=[[-2, 0]],
         spatial_target_layers=[1, 2],
-        **tiles,
+        **_TILES,
     )  # fmt: skip
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **tiles)
     return config, hf.Granite4VisionProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="full", downsample_rate="1/2",
+        _tile_images(), tokenizer, patch_size=PATCH, vision_feature_select_strategy="full", downsample_rate="1/2",
         chat_template=tiny.LLAVA_TEMPLATE,
     )  # fmt: skip
 
@@ -472,19 +473,15 @@ def _perception_lm(overrides: dict[str, Any]) -> Made:
 def _llava_next_video(overrides: dict[str, Any]) -> Made:
     """LLaVA-NeXT-Video: as LLaVA-NeXT where it looks at pictures."""
     tokenizer = _llama_tokenizer()
-    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
-    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]}
     config = hf.LlavaNextVideoConfig(
         text_config=hf.LlamaConfig(**_text(tokenizer, overrides)),
         vision_config=hf.CLIPVisionConfig(**_VISION | {"patch_size": 2 * PATCH}, projection_dim=16),
         image_token_index=tokenizer.get_vocab()["<image>"],
         video_token_index=tokenizer.get_vocab()["<unk>"],
-        **tiles,
+        **_TILES,
     )
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **tiles)
     return config, hf.LlavaNextProcessor(
-        images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="default",
+        _tile_images(), tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=tiny.LLAVA_TEMPLATE,
     )  # fmt: skip
 

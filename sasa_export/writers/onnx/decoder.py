@@ -41,8 +41,8 @@ class Decoder(nn.Module):
         text = model.config.get_text_config(decoder=True)
         self.guarded = hasattr(model, "sasa")
         self.layers = text.num_hidden_layers + gate_layers(model)
-        kinds = getattr(text, "layer_types", None) or ()
-        self.convolved = {layer for layer, kind in enumerate(kinds) if kind == "conv"}
+        self.kinds = tuple(getattr(text, "layer_types", None) or ())  # of the blocks, where they are of several
+        self.convolved = {layer for layer, kind in enumerate(self.kinds) if kind == "conv"}
         self.widths = [text.hidden_size] * (1 + deep_features(model))
         family = family_of(stock_type(model.config.model_type))
         self.deep = list(model.get_submodule(family.modules["blocks"]))[: deep_features(model)]

@@ -52,7 +52,8 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     save(VISION, vision_graph(model, recipe, opset=opset, dtype=dtype))
     advance("exporting the embedding")
     # What onnxruntime-genai is told of: positions of one axis, and a cache of keys and values alone.
-    genai = recipe.position_axes == 1 and not Decoder(model).convolved
+    decoder = Decoder(model)
+    genai = recipe.position_axes == 1 and not decoder.convolved
     if write_embeddings(model, out / "onnx", opset=opset, dtype=dtype, merging=genai):
         external[EMBEDDING] = 1
     advance("exporting the decoder")
@@ -61,9 +62,8 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
         model.sasa.witness = Witness(model, first_token(processor))
     save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
     advance("writing configuration and processor")
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     gate = gate_layers(model)
-    write_files(patched, out, processor, dtype=dtype, external=external, kinds=kinds, gate=gate)
+    write_files(patched, out, processor, dtype=dtype, external=external, kinds=decoder.kinds, gate=gate)
     if genai:
         write_genai_config(out, model, dtype=dtype)
     _forget(model)
