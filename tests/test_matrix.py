@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from conftest import Guard
-from matrix import feeding, loading, options  # noqa: F401
+from matrix import feeding, hosts, loading, options  # noqa: F401
 from matrix.bench import Bench
 from matrix.graphs import Graphs
 from matrix.rows import ROWS, Row

@@ -18,7 +18,7 @@ from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
 from sasa_export.runtime.formulas import project
 from sasa_export.runtime.guard import Probe
-from sasa_export.runtime.lane import project_taps, recording, run_lane, watch
+from sasa_export.runtime.lane import Recording, current_recording, run_lane, start, watch, within
 
 Guards = Callable[..., Guard]
 
@@ -234,10 +234,12 @@ def test_the_probe_reads_capped_logits(
     model.sasa.probe.weight.copy_(weight)
     model.sasa.probe.bias.fill_(0.2)
     watch(model, graph)
-    with recording() as seen:
+    with within(current_recording, Recording()) as seen:
         model(**inputs)
-    values = dict([project_taps(graph, seen)])
-    found = run_lane(model, graph, values, seen.arguments, oracle.last_positions(inputs))["sasa.probe"]  # (batch,)
+    node, states = start(graph, seen)  # (batch, tokens, hidden)
+    found = run_lane(model, graph, {node: states}, seen.arguments, oracle.last_positions(inputs))[
+        "sasa.probe"
+    ]  # (batch,)
     logits, plain = (oracle.oracle_logits(one, inputs, 2, 4) for one in (model, stock("llava")[0]))
     expected = oracle.unsafe_probability(logits, weight, 0.2)  # (batch,)
     assert differs(found, expected) <= TOLERANCE

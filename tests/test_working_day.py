@@ -170,9 +170,9 @@ def test_settings_at_load(guard: Guards, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"treshold": 0.3}, "only threshold, refusal, gate can be changed"),
-        (0.3, "only threshold, refusal, gate can be changed"),
-        ({"refusal_token_ids": [5]}, "only threshold, refusal, gate can be changed"),
+        ({"treshold": 0.3}, "only threshold, refusal, gate, prove can be changed"),
+        (0.3, "only threshold, refusal, gate, prove can be changed"),
+        ({"refusal_token_ids": [5]}, "only threshold, refusal, gate, prove can be changed"),
         ({"threshold": 1}, "threshold 1"),
         ({"gate": "off"}, "gate 'off'"),
         ({"gate": None}, "gate None"),

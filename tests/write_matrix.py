@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import jinja2
-from matrix import feeding, loading, options  # noqa: F401
+from matrix import feeding, hosts, loading, options  # noqa: F401
 from matrix.rows import ROWS, Row
 
 TEMPLATE = """\

@@ -56,7 +56,7 @@ def reading(
     """
     import torch
 
-    from sasa_export.runtime.lane import project_taps, recording, run_lane
+    from sasa_export.runtime.lane import Recording, current_recording, run_lane, start, within
 
     nodes = graph.to_json()
     end = next(node for node in nodes if node["op"] == "lane_norm")
@@ -69,12 +69,12 @@ def reading(
     def read(prompts: Sequence[Prompt], rows: Sequence[int]) -> Read:
         inputs = place(encode(processor, [prompts[row] for row in rows]), model)
         seen_norm.clear()
-        with torch.no_grad(), recording() as seen:
+        with torch.no_grad(), within(current_recording, Recording()) as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
         at = last_real(inputs)  # (batch,)
         with torch.no_grad():
-            entry, states = project_taps(nodes, seen)  # (batch, tokens, hidden)
-            values = run_lane(model, nodes, {entry: states}, seen.arguments, at)
+            node, states = start(nodes, seen)  # (batch, tokens, hidden)
+            values = run_lane(model, nodes, {node: states}, seen.arguments, at)
             lane = values[nodes[-1]["name"]]  # (batch, features)
             main = run_lane(model, plain, {MAIN: seen_norm[0]}, {}, at)[plain[-1]["name"]]  # (batch, features)
             found = {name: run_lane(model, [node], values, {}, at) for name, node in others.items()}
@@ -123,7 +123,7 @@ def last_real(inputs: dict[str, Any]) -> Any:
     """The position of each row's last real token, (batch,), under any padding."""
     import torch
 
-    from sasa_export.runtime.guard import real_tokens
+    from sasa_export.runtime.host import real_tokens
 
     ids = inputs["input_ids"]  # (batch, tokens)
     real = real_tokens(inputs.get("attention_mask"), ids.shape[1], ids)  # (batch, tokens)

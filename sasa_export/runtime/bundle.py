@@ -8,13 +8,14 @@ from pathlib import Path
 MODELING_FILE = "modeling_sasa.py"
 
 # From what needs nothing to what needs all; the first stands in front of every other import.
-PARTS = ("version", "formulas", "settings", "ledger", "verdict", "lane", "guard", "model")
+PARTS = ("version", "formulas", "settings", "ledger", "host", "verdict", "lane", "guard", "proof", "model")
 
 HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637), and judges every prompt with it.
 
-From top to bottom: formulas, settings, what the cache keeps for the gate, when a verdict is due, the second lane, the
-gate, the classes. `config.sasa["graph"]` lists the steps; this file knows no model family.
+From top to bottom: formulas, settings, what the cache keeps for the gate, what is read of transformers, when a verdict
+is due, the second lane, the gate, its proof, the classes. `config.sasa["graph"]` lists the steps; this file knows no
+model family.
 """
 '''
 
@@ -78,7 +79,7 @@ def _title(text: str) -> str:
 def _imports(texts: list[str]) -> str:
     """What the parts import of others than of one another, each once."""
     nodes = [node for text in texts for node in ast.parse(text).body]
-    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} - {"transformers"}
     named: dict[str, set[str]] = {}  # module -> names
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("sasa_export."):

@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import functools
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sasa_export.runtime.formulas import project
+from sasa_export.runtime.host import OF_DECODER, alone, check_names
 
 Graph = list[dict[str, Any]]
 Arguments = dict[str, tuple[tuple, dict]]  # module path -> args, kwargs
 Values = dict[str, Tensor]  # of nodes, by their names
 # By which families tell a picture's tokens from text; the first that there is counts.
 TYPES = ("moe_mm_token_type_ids", "token_type_ids", "mm_token_type_ids")
-ALONE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
 
 
 @dataclass
@@ -27,8 +26,8 @@ class Recording:
 
     dry: bool = False  # blocks pass their input through: only what the decoder hands to them is wanted
     outputs: dict[str, Tensor] = field(default_factory=dict)  # module path -> (batch, tokens, hidden)
-    arguments: dict[str, tuple[tuple, dict]] = field(default_factory=dict)  # module path -> args, kwargs
-    position_ids: Tensor | None = None  # as the decoder got them
+    arguments: Arguments = field(default_factory=dict)  # of the decoder and its blocks
+    position_ids: Tensor | None = None  # as the decoder got them, or made them for its blocks
 
 
 current_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
@@ -39,12 +38,14 @@ def _watched(cls: type) -> type:
     """A class of the same name, by which device maps know it, that shows its calls to the current Recording."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        recording, (path, role) = current_recording.get(), self._sasa_watched
-        if recording is not None and role == "decoder":
-            recording.position_ids = kwargs.get("position_ids")
-        if recording is None or role == "decoder":  # the second lane runs the same blocks: nothing to see then
+        recording, (path, role, names) = current_recording.get(), self._sasa_watched
+        if recording is None:  # the second lane runs the same blocks: nothing to see then
             return cls.__call__(self, *args, **kwargs)
         recording.arguments[path] = (args, kwargs)
+        if recording.position_ids is None:
+            recording.position_ids = {**dict(zip(names, args, strict=False)), **kwargs}.get("position_ids")
+        if role == "decoder":
+            return cls.__call__(self, *args, **kwargs)
         if recording.dry:
             return args[0] if args else kwargs["hidden_states"]
         output = cls.__call__(self, *args, **kwargs)
@@ -64,7 +65,8 @@ def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[nn.Module]:
     watched = []
     for path, role in roles.items():
         module = model.get_submodule(path)
-        module._sasa_watched = (path, role)  # type: ignore[assignment]
+        names = check_names(type(module).forward, OF_DECODER if role == "decoder" else ())[1:]
+        module._sasa_watched = (path, role, names)  # type: ignore[assignment]
         module.__class__ = _watched(type(module))  # type: ignore[arg-type]
         watched.append(module)
     return watched
@@ -80,12 +82,7 @@ def within(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
         variable.reset(token)
 
 
-def recording(*, dry: bool = False) -> contextlib.AbstractContextManager[Recording]:
-    """A context in which watched modules leave their outputs and arguments in the Recording."""
-    return within(current_recording, Recording(dry))
-
-
-def project_taps(graph: Graph, seen: Recording) -> tuple[str, Tensor]:
+def start(graph: Graph, seen: Recording) -> tuple[str, Tensor]:
     """The node that the second lane starts from, and its value (batch, tokens, hidden): the projection of the tokens
     that the main lane just ran on, or, without one, what its last block put out."""
     outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
@@ -102,12 +99,12 @@ def context_arguments(model: Any, graph: Graph, states: Tensor, mask: Tensor, po
     path = next(node["module"] for node in graph if node["op"] == "block")
     decoder = model.get_submodule(path.partition(".")[0])  # what lies between the model and its blocks, outermost
     arguments = {"inputs_embeds": states, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-    taken = inspect.signature(decoder.forward).parameters
+    taken = check_names(decoder.forward, OF_DECODER)
     if types is not None:
         arguments |= {name: types for name in TYPES if name in taken}
     if "logits_to_keep" in taken:  # where it has the head in it
         arguments["logits_to_keep"] = 1
-    with recording(dry=True) as seen:
+    with within(current_recording, Recording(dry=True)) as seen:
         decoder(**arguments)
     return seen.arguments
 
@@ -137,7 +134,6 @@ def run_lane(model: nn.Module, graph: Graph, values: Values, arguments: Argument
 
 def replay(module: nn.Module, state: Tensor, seen: tuple[tuple, dict]) -> Tensor:
     """Run a block on another state (batch, context, hidden), without a cache."""
-    args, kwargs = seen
-    kwargs = {name: ALONE.get(name, value) for name, value in kwargs.items()}
+    args, kwargs = alone(*seen)
     output = module(state, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": state})
     return output[0] if isinstance(output, tuple) else output  # (batch, context, hidden)

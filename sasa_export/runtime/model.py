@@ -1,7 +1,6 @@
 """The class that a family's stock class is mixed with."""
 
 import functools
-import inspect
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from sasa_export.runtime.guard import Asked, Guard, asked
-from sasa_export.runtime.lane import recording, watch, within
+from sasa_export.runtime.guard import Guard, Request, current_request
+from sasa_export.runtime.host import OF_MODEL, UNKNOWN, check_names
+from sasa_export.runtime.lane import Recording, current_recording, watch, within
 from sasa_export.runtime.ledger import Ledger
+from sasa_export.runtime.proof import prove
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
@@ -26,20 +27,19 @@ UNGUARDED = ("assistant_early_exit", "assistant_ensemble_weight", "guidance_scal
 
 def guarded(forward: Callable) -> Callable:
     """The family's forward with the gate around it; generate() still reads the family's own signature."""
-    names = list(inspect.signature(forward).parameters)[1:]
+    names = check_names(forward, OF_MODEL)[1:]
 
     @functools.wraps(forward)
     def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(names, args, strict=False), **kwargs)
         as_dictionary = kwargs.pop("return_dict", None)
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
-            return forward(self, **kwargs)  # the family's own error says what is missing
+            raise ValueError("this guarded model judges what it reads. Pass input_ids or inputs_embeds.")
         if "paged" in str(self.config._attn_implementation) or kwargs.get("cu_seq_lens_q") is not None:
             raise NotImplementedError(f"packed prompts: {PACKED}")
-        kept = self.sasa.kept(kwargs.get("past_key_values"))
-        with recording() as seen:
+        with within(current_recording, Recording()) as seen:
             output = forward(self, **kwargs, return_dict=True)
-        output = self.sasa(self, kwargs, kept, seen, output)
+        output = self.sasa(self, kwargs, seen, output)
         return output if (self.config.return_dict if as_dictionary is None else as_dictionary) else output.to_tuple()
 
     return guarded_forward
@@ -72,6 +72,7 @@ class GuardedModel:
                 raise ValueError(f"the guarded model has {what}. {HOW_TO_LOAD}")
         model.sasa.probe.check()
         follow_refusal(model.config, directory, **{name: kwargs[name] for name in HUB if name in kwargs})
+        prove(model, super(GuardedModel, model).generate)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -95,12 +96,14 @@ class GuardedModel:
                 raise NotImplementedError(f"{name} would answer past the gate of this guarded model. Run without it.")
         prompt = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
         shapes = [value.shape[:2] for value in prompt if isinstance(value, Tensor) and value.dim() > 1] or [(1, None)]
-        call = Asked(max(length for _, length in shapes), max(rows for rows, _ in shapes), logged)
-        with within(asked, call):
+        request = Request(max(length for _, length in shapes), max(rows for rows, _ in shapes), logged)
+        with within(current_request, request):
             output = super().generate(inputs, *args, **kwargs)
-        found = torch.full((3, 1), float("nan")) if call.verdicts is None else call.verdicts  # (3, rows)
-        count = len(output["sequences"] if isinstance(output, dict) else output)
-        verdicts = found[:, torch.arange(count) * found.shape[1] // count]  # (3, sequences)
+        said = output["sequences"] if isinstance(output, dict) else output  # (sequences, tokens)
+        found = request.verdicts  # (3, rows)
+        if found is None or said.shape[1] > request.reached + 1:  # the last token is not fed
+            raise ValueError(f"{UNKNOWN}: {said.shape[1]} tokens were said, and {request.reached} judged.")
+        verdicts = found[:, torch.arange(len(said)) * found.shape[1] // len(said)]  # (3, sequences)
         if isinstance(output, dict):  # with return_dict_in_generate
             output["unsafe_probability"], output["refused"] = verdicts[1], verdicts[2] > 0
         return output, verdicts

@@ -8,7 +8,12 @@ SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretraine
 FORMAT = 3  # a directory of another format is refused
 LONGEST_REFUSAL = 250  # tokens; the cache counts how far the refusal is, and bfloat16 counts to 256
 NEEDED = ("threshold", "refusal", "refusal_token_ids", "generation_prompt_ids", "turn_token_ids", "graph")
-OPERATOR = ("threshold", "refusal", "gate")  # the operator's to change: there, or from_pretrained(..., sasa={...})
+OPERATOR = (
+    "threshold",
+    "refusal",
+    "gate",
+    "prove",
+)  # the operator's to change: there, or from_pretrained(..., sasa={...})
 GATES = ("enforce", "observe")  # observe: judge and report, and refuse nothing
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
@@ -24,6 +29,8 @@ def check_settings(sasa: Any) -> dict[str, Any]:
         raise ValueError(f"config.sasa's refusal is empty, or has more than {LONGEST_REFUSAL} tokens. Set another one.")
     if sasa.get("gate", GATES[0]) not in GATES:
         raise ValueError(f"config.sasa has the gate {sasa['gate']!r}. Set one of: {', '.join(GATES)}.")
+    if sasa.get("prove") not in (None, True, False):
+        raise ValueError(f"config.sasa has prove: {sasa['prove']!r}. Set true, false or nothing.")
     operations = [node["op"] for node in sasa["graph"]]
     if "tap" not in operations or operations[-2:] != ["probe", "gate"]:
         raise ValueError(f"config.sasa's graph does not end in a probe and a gate. {HOW_TO_LOAD}")

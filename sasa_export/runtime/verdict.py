@@ -30,6 +30,14 @@ class TemplateTokens(NamedTuple):
         number = {token: index + 1 for index, token in enumerate(table)}
         return cls(tuple(table), *(tuple(number[token] for token in tokens) for tokens in lists))
 
+    def numbers(self, ids: Tensor | None, embeddings: Any, model: Any) -> Tensor:
+        """The numbers (batch, tokens) of what came in: token ids, or the model's embeddings of them."""
+        if ids is not None:
+            return self.in_ids(ids)
+        return self.in_embeddings(
+            embeddings, model.get_input_embeddings()(torch.tensor(self.table).to(embeddings.device))
+        )
+
     def in_ids(self, ids: Tensor) -> Tensor:
         """The numbers of token ids (batch, tokens)."""
         table = torch.tensor(self.table, device=ids.device)  # (numbers,)

@@ -13,7 +13,7 @@ from sasa_export.graph import LayerGraph
 from sasa_export.models.load import place
 from sasa_export.probe.features import last_real, watching
 from sasa_export.prompts.prompt import Prompt, encode
-from sasa_export.runtime.lane import Recording, project_taps, recording, replay, run_lane
+from sasa_export.runtime.lane import Recording, current_recording, replay, run_lane, start, within
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MainLane:
     def run(self, prompts: Sequence[Prompt]) -> Batch:
         """Run the decoder once over a batch of prompts."""
         inputs = place(encode(self.processor, prompts), self.model)
-        with recording() as seen:
+        with within(current_recording, Recording()) as seen:
             self.model(**inputs, use_cache=False, logits_to_keep=1)
         return Batch(seen, last_real(inputs))
 
@@ -52,7 +52,7 @@ class MainLane:
     def second(self, batch: Batch, lane: LayerGraph) -> torch.Tensor:
         """The second lane of a rewritten graph on the batch: its normed state at the last token, (rows, hidden)."""
         nodes = [node.to_json() for node in lane if node.op != "lane_head"]
-        name, states = project_taps(nodes, batch.seen)  # (rows, tokens, hidden)
+        name, states = start(nodes, batch.seen)  # (rows, tokens, hidden)
         return run_lane(self.model, nodes, {name: states}, batch.seen.arguments, batch.judged)["sasa.lane.norm"]
 
     def again(self, batch: Batch, first: int) -> torch.Tensor:

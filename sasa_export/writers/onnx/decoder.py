@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from sasa_export.models.family import family_of
+from sasa_export.writers.onnx.guard import for_export
 from sasa_export.writers.onnx.layout import stock_type
 
 # What one layer of the cache holds: keys and values, (batch, key-value heads, tokens, head size), or, of a block with a
@@ -40,6 +42,10 @@ class Decoder(nn.Module):
         self.model = model
         text = model.config.get_text_config(decoder=True)
         self.guarded = hasattr(model, "sasa")
+        if self.guarded:
+            for_export(model)
+        taken = inspect.signature(model.forward).parameters
+        self.cache = "cache" if "cache" in taken else "past_key_values"  # its name since transformers 5.24, and before
         self.layers = text.num_hidden_layers + gate_layers(model)
         self.kinds = tuple(getattr(text, "layer_types", None) or ())  # of the blocks, where they are of several
         self.convolved = {layer for layer, kind in enumerate(self.kinds) if kind == "conv"}
@@ -73,7 +79,7 @@ class Decoder(nn.Module):
         with adding(self.deep, added):
             output = self.model(
                 inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True, **extra,
+                use_cache=True, logits_to_keep=1, return_dict=True, **{self.cache: cache}, **extra,
             )  # fmt: skip
         present = [_held(layer) for layer in cache.layers]
         judged = (output.unsafe_probability, output.is_due) if self.guarded else ()

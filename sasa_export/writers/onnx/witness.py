@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sasa_export.runtime.host import find_cache, read_ledger
+
 # Of the state's length. On smol-llava float16 is 0.001 away, weights in blocks of 8 bits 0.012, of 4 bits 0.19.
 TOLERANCE = 0.005
 
@@ -19,8 +21,9 @@ class Witness:
     @torch.no_grad()
     def __init__(self, model: Any, first: int) -> None:
         ids = torch.tensor([[first]])
-        guard, cache = model.sasa, model(input_ids=ids, use_cache=True).past_key_values
-        self.state = guard.ledger.unpack(guard.kept(cache))[1][0, 0].float()  # (hidden,)
+        cache = find_cache(model(input_ids=ids, use_cache=True).values())
+        kept = read_ledger(cache, model.sasa.ledger, 0)
+        self.state = model.sasa.ledger.unpack(kept)[1][0, 0].float()  # (hidden,)
         self.embedding = model.get_input_embeddings()(ids)[0, 0]  # (hidden,)
 
     def __call__(self, projection: torch.Tensor, embeddings: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

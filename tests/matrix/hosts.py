@@ -1,0 +1,290 @@
+"""Rows on a transformers that behaves as its next release might: each ends in the refusal, or in an error."""
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
+
+from matrix.bench import Bench, Inputs, Way, generate, single
+from matrix.by_hand import Loop
+from matrix.rows import LLAVA, LOUD, OTHERS, enter, enter_checks
+
+HOST = "Another transformers"
+NAMES = ("cache", "past_key_values")  # what the cache is called, since 5.24 and before
+Forward = Callable[..., Any]
+
+
+def named(arguments: dict[str, Any]) -> str:
+    """What the cache is called in some arguments, or would be."""
+    return next((name for name in NAMES if name in arguments), NAMES[0])
+
+
+def hosted(model: Any, forward: Callable[[Forward], Forward] | None = None, **methods: Any) -> Any:
+    """A copy of a model, guarded or not, on a transformers in which the family's forward or other methods differ."""
+    twin, cls = copy.deepcopy(model), type(model)
+    if forward is not None and hasattr(model, "sasa"):
+        methods["forward"] = sys.modules[cls.__module__].guarded(forward(cls.forward.__wrapped__))
+    elif forward is not None:
+        methods["forward"] = forward(cls.forward)
+    twin.__class__ = type(cls.__name__, (cls,), methods)
+    return twin
+
+
+def on(forward: Callable[[Forward], Forward] | None = None, **methods: Any) -> Way:
+    """The way of running that is `generate` on such a transformers."""
+    return lambda bench, model, inputs: generate(hosted(model, forward, **methods), inputs)
+
+
+def handing(change: Callable[[Any, dict[str, Any], str], None]) -> Callable[..., dict[str, Any]]:
+    """`generate` hands other arguments to forward in each call behind the first: `change` is given the model, them, and
+    what the cache is called."""
+
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super(type(self), self).prepare_inputs_for_generation(*args, **kwargs)
+        if not kwargs.get("is_first_iteration", False):
+            change(self, found, named(found))
+        return found
+
+    return prepare
+
+
+@dataclass
+class Renamed(ModelOutput):
+    """An output whose cache is called otherwise."""
+
+    logits: Any = None
+    memory: Any = None
+    past_key_values: Any = None
+
+
+def renamed(forward: Forward) -> Forward:
+    """The cache is called `memory`, in what goes in and in what comes out."""
+
+    def changed(self: Any, input_ids: Any = None, pixel_values: Any = None, attention_mask: Any = None,
+                position_ids: Any = None, memory: Any = None, inputs_embeds: Any = None, use_cache: Any = None,
+                logits_to_keep: Any = 0, **kwargs: Any) -> Any:  # fmt: skip
+        given = {name: value for name, value in locals().items() if name not in ("self", "forward", "kwargs", "memory")}
+        output = forward(self, **given, **{NAMES[1]: memory}, **kwargs)
+        return Renamed(logits=output.logits, memory=output[named(output)])
+
+    return changed
+
+
+def rename(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    found: dict[str, Any] = super(type(self), self).prepare_inputs_for_generation(*args, **kwargs)
+    return found | {"memory": found.pop(named(found), None)}
+
+
+def renaming(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    found: dict[str, Any] = super(type(self), self)._update_model_kwargs_for_generation(
+        outputs, model_kwargs, *args, **kwargs
+    )
+    return found | {named(found): outputs.memory}
+
+
+def positionally(self: Any, **kwargs: Any) -> Any:
+    """Forward is given all up to the cache by position."""
+    names = list(inspect.signature(self.forward).parameters)
+    first = names[: names.index(named(dict.fromkeys(names))) + 1]
+    args = [kwargs.pop(NAMES[0], None) or kwargs.pop(NAMES[1], None) if name in NAMES else kwargs.pop(name, None)
+            for name in first]  # fmt: skip
+    return super(type(self), self).__call__(*args, **kwargs)
+
+
+class OtherCache(DynamicCache):
+    pass
+
+
+class BareLayer(DynamicLayer):
+    """A layer of the cache that keeps what it holds under names of its own."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        held = getattr(self, "held", None)
+        pairs = [(key_states,), (value_states,)] if held is None else zip(held, (key_states, value_states), strict=True)
+        self.held = tuple(torch.cat(pair, dim=-2) for pair in pairs)
+        keys, values = self.held
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return 0 if getattr(self, "held", None) is None else int(self.held[0].shape[-2])
+
+
+def made_of(layer: type, count: int) -> Cache:
+    cache = DynamicCache()
+    cache.layers.extend(layer() for _ in range(count))
+    return cache
+
+
+def given(make: Callable[[Any], Any]) -> Way:
+    """`generate` with a cache that was made elsewhere."""
+
+    def way(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
+        return generate(model, {**inputs, NAMES[1]: make(model.config.get_text_config())})
+
+    return way
+
+
+def copied(self: Any, arguments: dict[str, Any], name: str) -> None:
+    arguments[name] = copy.deepcopy(arguments[name])
+
+
+def own_cache(forward: Forward) -> Forward:
+    """The decoder makes a cache of its own and holds on to it, and nobody hands it over."""
+
+    @functools.wraps(forward)
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.pop(named(kwargs), None)
+        first = given is None or not given.get_seq_length()
+        self.held = DynamicCache(config=self.config.get_text_config()) if first else self.held
+        return forward(self, *args, **kwargs, **{NAMES[1]: self.held})
+
+    return changed
+
+
+HOLDING = {
+    "the cache is called otherwise": on(
+        renamed, prepare_inputs_for_generation=rename, _update_model_kwargs_for_generation=renaming
+    ),
+    "the cache is handed over by position": on(__call__=positionally),
+    "the cache is of a class of its own": given(lambda text: OtherCache()),
+    "layers of the cache have no keys": given(lambda text: made_of(BareLayer, text.num_hidden_layers)),
+    "the cache is copied between calls": on(prepare_inputs_for_generation=handing(copied)),
+    "the decoder makes a cache of its own": on(own_cache),
+}
+# A forward written out as that of `renamed` is one family's.
+enter(HOST, {name: way for name, way in list(HOLDING.items())[:1]}, prompts=single, on=LLAVA)
+enter(HOST, {name: way for name, way in list(HOLDING.items())[1:]}, prompts=single, on=(*LLAVA, *OTHERS))
+
+
+def trimmed(self: Any, arguments: dict[str, Any], name: str) -> None:
+    layers, arguments[name] = arguments[name].layers, DynamicCache()
+    arguments[name].layers.extend(layers[: self.config.get_text_config().num_hidden_layers])
+
+
+def dropped(self: Any, arguments: dict[str, Any], name: str) -> None:
+    del arguments[name]
+
+
+def emptied(self: Any, arguments: dict[str, Any], name: str) -> None:
+    arguments[name] = DynamicCache()
+
+
+def grown(self: Any, arguments: dict[str, Any], name: str) -> None:
+    """A token went into the family's own layers, and not into the ledger's."""
+    if (mask := arguments.get("attention_mask")) is not None:  # (batch, context)
+        arguments["attention_mask"] = torch.cat([mask, mask[:, -1:]], dim=1)
+    for index, layer in enumerate(arguments[name].layers[: self.config.get_text_config().num_hidden_layers]):
+        last = (held[:, :, -1:] for held in (layer.keys, layer.values))
+        arguments[name].update(*last, index)
+
+
+def cut(forward: Forward) -> Forward:
+    """Logits come of the last two tokens, whatever was asked for."""
+
+    @functools.wraps(forward)
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **{**kwargs, "logits_to_keep": 0})
+        output.logits = output.logits[:, -2:].expand(-1, 2, -1)
+        return output
+
+    return changed
+
+
+def unseen(self: Any, **kwargs: Any) -> Any:
+    """`generate` runs the family's forward by itself, behind the first call."""
+    gated: Any = type(self).forward
+    first = not getattr(self, "called", False)
+    self.called = True
+    return (gated if first else gated.__wrapped__)(self, **kwargs)
+
+
+class NoCache:
+    """It holds a cache, and is none to whoever asks."""
+
+    def __init__(self) -> None:
+        self.cache = DynamicCache()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def disguised(forward: Forward) -> Forward:
+    """The decoder keeps the past in something that is no Cache, and hands nothing out."""
+
+    @functools.wraps(forward)
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        past = kwargs.pop(named(kwargs), None)
+        if past is None or not past.get_seq_length():
+            self.held = NoCache()
+        return Renamed(logits=forward(self, *args, **kwargs, **{NAMES[1]: self.held}).logits)
+
+    return changed
+
+
+UNKNOWN = "has not judged what stands before"
+LOST = {
+    "a call behind the first has no cache": dropped,
+    "a call behind the first has an empty cache": emptied,
+    "the cache is trimmed to the family's own layers": trimmed,
+    "the cache grew without the ledger": grown,
+}
+enter(
+    HOST, {name: on(prepare_inputs_for_generation=handing(change)) for name, change in LOST.items()},
+    prompts=single, on=(*LLAVA, *OTHERS), error=UNKNOWN,
+)  # fmt: skip
+enter(HOST, {"generate runs a forward that the gate does not see": on(__call__=unseen)}, prompts=single, error=UNKNOWN)
+enter(HOST, {"the past is in something that is no Cache": on(disguised)}, prompts=single, error=UNKNOWN)
+
+
+def cut_elsewhere(bench: Bench) -> None:
+    with bench.threshold(1e-6), pytest.raises(ValueError, match="gate expects logits"):
+        generate(hosted(bench.model, cut), single(bench)[0])
+
+
+enter_checks(HOST, {"logits are cut elsewhere": cut_elsewhere}, harmful=LOUD)
+
+
+def lone_token(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
+    """A token by hand whose past is in something that is no Cache, or whose positions or mask speak of a past."""
+    token = inputs["input_ids"][:, -1:]  # (1, 1)
+    return Loop(bench, hosted(model, disguised)).feed_prompt(inputs).feed({"input_ids": token}).logits
+
+
+def without_past(**further: Any) -> Way:
+    return lambda bench, model, inputs: model(input_ids=inputs["input_ids"][:, -1:], **further).logits
+
+
+BY_HAND = {
+    "by hand: the past is in something that is no Cache": lone_token,
+    "by hand: a token without a past, at position 9": without_past(position_ids=torch.tensor([[9]])),
+    "by hand: a token without a past, under a mask of nine": without_past(attention_mask=torch.ones(1, 9).long()),
+}
+enter(HOST, BY_HAND, prompts=single, error=UNKNOWN)
+
+
+def other_names(bench: Bench) -> None:
+    """The names of what is read are looked up when the class is made."""
+
+    def changed(self: Any, input_ids: Any = None, mask: Any = None, position_ids: Any = None, inputs_embeds: Any = None,
+                **kwargs: Any) -> Any:  # fmt: skip
+        raise AssertionError("it ran")
+
+    try:
+        hosted(bench.model, lambda forward: changed)
+    except ImportError as error:
+        assert "takes no attention_mask" in str(error)
+    else:
+        raise AssertionError("a mask that nobody reads")
+
+
+enter_checks(HOST, {"the mask is called otherwise": other_names}, harmful=LOUD)
