@@ -9,10 +9,13 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ALONE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest -n 2 --dist loadgroup
 
+# The patched directory that compat and bench-published ask.
+MODEL ?= build/patched
+
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow matrix families fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm clean
+.PHONY: setup demo test test-slow matrix families fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest oldest clean
 
 setup: $(STAMP)
 
@@ -38,6 +41,30 @@ test: setup
 
 test-slow: setup $(GENAI_STAMP)
 	@$(ALONE) $(BIN)/python $(PYTEST) -m slow $(ARGS)
+
+# The oldest of everything that pyproject.toml admits: the gate itself, and an export to each format.
+OLDEST := build/oldest-venv
+OLDEST_STAMP := $(OLDEST)/.installed
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	@touch $@
+
+OLDEST_TESTS := $(addprefix tests/test_,oracle.py forward.py feeding.py proof.py staging.py smol_llava.py matrix.py)
+test-oldest: $(OLDEST_STAMP)
+	@$(ALONE) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS) $(ARGS)
+
+# One patched directory on each minor version of transformers, each in an environment made by uv.
+compat: setup
+	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
+	@$(BIN)/python $(INSTALL) '.[compat]'
+	@$(BIN)/python tools/compatibility.py $(MODEL) --out docs/compatibility.md
+
+# To renew constraints-oldest.txt, behind the lines of its head.
+oldest: setup
+	@$(BIN)/python $(INSTALL) '.[compat]'
+	@$(BIN)/python -m uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
+		--resolution lowest-direct --extra test pyproject.toml
 
 # Every way of running, and what became of it as a table. With torchao installed everything that imports transformers
 # warns, so this environment is one of its own.
@@ -101,7 +128,6 @@ bench: setup
 	@$(BIN)/python benchmarks/torch_cost.py --out docs/cost.md
 
 # Judges a patched directory, one of smol-llava unless another is given: make bench-published MODEL=patched/
-MODEL ?= build/patched
 bench-published: setup
 	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
 	@$(BIN)/python benchmarks/published.py --model $(MODEL) --dtype bfloat16 --out docs/published.md

@@ -139,9 +139,10 @@ def test_second_turn(guarded: Guard, family: str) -> None:
 @every_family
 @torch.no_grad()
 def test_reload(guarded: Guard, family: str, tmp_path: Path) -> None:
-    """Saved and loaded again, it judges and answers as before."""
+    """Saved and loaded again, it proves its gate, and judges and answers as before."""
     guarded.model.save_pretrained(tmp_path)
-    again: Any = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    load = AutoModelForImageTextToText.from_pretrained
+    again: Any = load(tmp_path, trust_remote_code=True, sasa={"prove": True}).eval()
     inputs = guarded.batch()
     found, before = again(**inputs), guarded.model(**inputs)
     assert torch.equal(found.unsafe_probability, before.unsafe_probability)

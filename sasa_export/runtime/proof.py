@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from sasa_export.runtime.version import TRIED
 
-NEAR = 0.1  # how far P(unsafe) may move under padding: rounding in half precision stays below
+NEAR, NEAR_IN_HALF = 0.005, 0.1  # how far P(unsafe) may move under padding, which changes how numbers are rounded
 
 
 @torch.no_grad()
@@ -19,7 +19,8 @@ def prove(model: Any, unguarded: Callable) -> None:
     prompt is refused to the end of the refusal where the threshold says so, and gets the tokens of `unguarded`, the
     family's own generate, on the family's own forward where not."""
     asked = model.config.sasa.get("prove")
-    if model.device.type == "meta" or not (transformers.__version__ not in TRIED if asked is None else asked):
+    shapes_alone = set((getattr(model, "hf_device_map", None) or {"": model.device.type}).values()) == {"meta"}
+    if shapes_alone or not (transformers.__version__ not in TRIED if asked is None else asked):
         return
     try:
         problem = _problem(model, unguarded)
@@ -33,7 +34,8 @@ def prove(model: Any, unguarded: Callable) -> None:
 def _problem(model: Any, unguarded: Callable) -> str:
     """What does not hold, in two rows of which one is padded; empty where all does."""
     sasa, refusal = model.config.sasa, model.config.sasa["refusal_token_ids"]
-    ids = torch.tensor([[*refusal[:-1], *sasa["generation_prompt_ids"]]] * 2, device=model.device)  # (2, tokens)
+    device = "cpu" if model.device.type == "meta" else model.device  # the first weights may lie on disk
+    ids = torch.tensor([[*refusal[:-1], *sasa["generation_prompt_ids"]]] * 2, device=device)  # (2, tokens)
     mask, padding = torch.ones_like(ids), len(refusal) // 2  # (2, tokens)
     mask[1, :padding] = 0
     options = GenerationConfig(max_new_tokens=len(refusal), eos_token_id=refusal[-1], pad_token_id=refusal[-1])
@@ -50,4 +52,5 @@ def _problem(model: Any, unguarded: Callable) -> str:
     if say(model.generate, threshold=2.0) != original:
         return "an allowed answer is not the original's"
     padded, bare = model.judge(input_ids=ids, attention_mask=mask)[1], model.judge(input_ids=ids[1:, padding:])[0]
-    return "" if abs(padded - bare) < NEAR else "padding changes a verdict"
+    near = NEAR if model.dtype == torch.float32 else NEAR_IN_HALF
+    return "" if abs(padded - bare) < near else "padding changes a verdict"

@@ -19,7 +19,7 @@ class Model:
         refused = bypasses(directory)  # before the directory's code registers its classes in this process
         self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         self.model = AutoModelForImageTextToText.from_pretrained(
-            directory, trust_remote_code=True, dtype=getattr(torch, dtype), device_map=device
+            directory, trust_remote_code=True, dtype=getattr(torch, dtype), device_map=device, sasa={"prove": True}
         )
         self.about = {
             "provider": str(self.model.device),
