@@ -15,7 +15,7 @@ MODEL ?= build/patched
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow matrix families fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest oldest clean
+.PHONY: setup demo test test-slow matrix families fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest newest oldest clean
 
 setup: $(STAMP)
 
@@ -60,11 +60,12 @@ compat: setup
 	@$(BIN)/python $(INSTALL) '.[compat]'
 	@$(BIN)/python tools/compatibility.py $(MODEL) --out docs/compatibility.md
 
-# To renew constraints-oldest.txt, behind the lines of its head.
-oldest: setup
+# To renew constraints.txt and constraints-oldest.txt, behind the lines of their heads.
+COMPILE := $(BIN)/python -m uv pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml
+newest oldest: setup
 	@$(BIN)/python $(INSTALL) '.[compat]'
-	@$(BIN)/python -m uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
-		--resolution lowest-direct --extra test pyproject.toml
+	@$(COMPILE) $(if $(filter oldest,$@),--resolution lowest-direct --extra test,\
+		$(addprefix --extra ,test lint matrix training compat))
 
 # Every way of running, and what became of it as a table. With torchao installed everything that imports transformers
 # warns, so this environment is one of its own.
