@@ -230,7 +230,7 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, device: 
     checks, _ = check_written(directory, device=device, only_files=not patch.cases)
     _all_passed(checks, report)
     write_card(patch, checks, options.verify, directory)
-    operator = {name: patch.sasa[name] for name in OPERATOR if name in patch.sasa}  # who may edit these
+    operator = {name: patch.sasa[name] for name in OPERATOR}  # who may edit these
     write_manifest(
         directory, digests, options=options.to_json(), commit=patch.source.commit,
         layers_from=patch.sasa["layers_from"], operator=operator,

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import tiny_more
 import torch
+import transformers
 from conftest import Guard
 from feeding import chunkings, feed, last_picture_token
 from safetensors.torch import save_file
@@ -40,6 +41,14 @@ FAMILIES = [
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 each_of_them = pytest.mark.parametrize("family", [pytest.param(name, marks=group) for name, group in GROUPS.items()])
+
+
+@pytest.fixture(autouse=True)
+def _runs(request: pytest.FixtureRequest) -> None:
+    """Skip, loudly, what the stock model cannot do either on this transformers."""
+    found = getattr(getattr(request.node, "callspec", None), "params", {}).get("family")
+    if reason := tiny_more.BROKEN.get((str(found), transformers.__version__)):
+        pytest.skip(f"transformers {transformers.__version__} fails on {found}: {reason}")
 
 
 @pytest.fixture

@@ -1,15 +1,20 @@
 """The proof at load: where it is made, what it costs where not, and that it does not hold where the gate would leak."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from conftest import Guard
 from matrix import hosts
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+from sasa_export.cli import main
+from sasa_export.manifest import MANIFEST, digest
 from sasa_export.runtime.version import TRIED
 
 Guards = Callable[..., Guard]
@@ -38,7 +43,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("version", "settings", "proved"),
-    [(TRIED[0], {}, False), (UNTRIED, {}, True), (TRIED[-1], {"prove": True}, True), (UNTRIED, {"prove": False}, False)],
+    [
+        (TRIED[0], {}, False),
+        (UNTRIED, {}, True),
+        (TRIED[-1], {"prove": True}, True),
+        (UNTRIED, {"prove": False}, False),
+    ],
 )
 def test_where_it_is_made(
     guard: Guards, calls: list[int], monkeypatch: pytest.MonkeyPatch, version: str, settings: Any, proved: bool
@@ -108,6 +118,19 @@ def test_what_does_not_hold_is_said(
         monkeypatch.setattr(module, part, change(getattr(module, part)))
     with pytest.raises(RuntimeError, match=said):
         load(guarded, prove=True)
+
+
+@pytest.mark.slow
+def test_a_directory_of_before_is_told_to_be_patched_again(guard: Guards, tmp_path: Path) -> None:
+    """Its code knows nothing of a proof."""
+    directory = shutil.copytree(guard("llava").directory, tmp_path / "before")
+    source, manifest = (directory / name for name in ("modeling_sasa.py", MANIFEST))
+    assert CliRunner().invoke(main, ["verify", str(directory)]).exit_code == 0
+    before = digest(source)
+    source.write_text(source.read_text().replace("def prove(", "def proves("))
+    manifest.write_text(manifest.read_text().replace(before, digest(source)))
+    result = CliRunner().invoke(main, ["verify", str(directory)])
+    assert result.exit_code == 1 and "Patch the model again" in result.stderr
 
 
 def test_weights_without_numbers_are_not_asked(guard: Guards) -> None:

@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMix
 BLOCKS = 5
 SAFETY, SEMANTIC = 2, 3
 RECURRENT = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6", "minicpmv4_7", "lfm3_vl")
+# Of a version of transformers in which the stock model fails at each call.
+BROKEN = {("llama4", "5.24.0"): "its forward reads image_outputs, which its text model's output has not"}
 GIVEN_CACHE = ("granite4_vision",)  # whose decoder makes no cache where it is given none
 
 Made = tuple[PreTrainedConfig, ProcessorMixin]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 
@@ -18,6 +20,17 @@ from sasa_export.models.load import skeleton
 from sasa_export.runtime.lane import TYPES
 
 KNOWN = ("attention_mask", "position_ids", "cache_position", *TYPES)  # whole numbers that the second lane has too
+
+
+class Shared(UserDict):
+    """A mapping that blocks hand on to each other, and whether one read in it what another had left."""
+
+    def __init__(self, held: Mapping) -> None:
+        self.data, self.read = held, False  # type: ignore[assignment]
+
+    def __getitem__(self, key: Any) -> Any:
+        self.read = True
+        return self.data[key]
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,8 @@ def trace_source(source: Source, processor: Any) -> LayerGraph:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TraceError(
             f"a prompt with a picture cannot be run through {source.name}, to see what it adds to the decoder "
-            f"({reason}). Its processor and its config.json may not belong together: restore them from their source."
+            f"({reason}). transformers {transformers.__version__} may fail on this model: try another version. Or its "
+            "processor and its config.json do not belong together: restore them from their source."
         ) from error
     most = max((text, picture), key=lambda graph: len(graph.of("between")))
     for graph in (text, picture):
@@ -170,8 +184,9 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
     began: dict[str, int] = {}
 
     def begin(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             began[path] = _changes(args[0] if args else kwargs.get("hidden_states"))
+            return args, {key: Shared(held) if isinstance(held, Mapping) else held for key, held in kwargs.items()}
 
         return hook
 
@@ -216,7 +231,7 @@ def _more(args: tuple, kwargs: dict[str, Any]) -> str:
     """What a block cannot be replayed without: a second tensor by position, what another block left for it, or
     whole numbers that the lane has none of."""
     second = [describe(value) for value in args[1:] if value is not None]
-    left = [name for name, value in kwargs.items() if isinstance(value, Mapping) and value]
+    left = [name for name, value in kwargs.items() if isinstance(value, Shared) and value.read]
     numbers = [
         name
         for name, value in kwargs.items()

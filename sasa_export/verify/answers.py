@@ -51,10 +51,13 @@ def check_answers(
     Raises VerifyError where the directory does not run at all.
     """
     written, sasa = read_cases(directory), read_config(directory)["sasa"]
-    if not written:
+    if not written and graphs is not None:
         return [NOT_COMPARED], None
     prompts, before = ([], []) if calibration is None else draw(calibration, count)
-    found = run_fresh(directory, graphs, written["dtype"], device, prompts)
+    precision = written.get("dtype") or read_config(directory).get("dtype") or "float32"
+    found = run_fresh(directory, graphs, precision, device, prompts)
+    if not written:
+        return [*_loading(found["about"]), NOT_COMPARED], None
     sasa["refusal_token_ids"] = found["about"].get("refusal_token_ids", sasa["refusal_token_ids"])
     dtype = graphs or written["dtype"]
     checks = [*_loading(found["about"]), *compare(written, found, sasa, dtype, graphs=graphs is not None)]
@@ -71,7 +74,9 @@ def _loading(about: dict[str, Any]) -> list[Check]:
     if "model_class" not in about:
         return []
     guarded = about["model_class"].startswith("Sasa") and about["probe_dtype"] == "float32"
-    detail = f"{about['model_class']}, probe in {about['probe_dtype']}"
+    detail = (
+        f"{about['model_class']}, probe in {about['probe_dtype']}, gate proved on transformers {about['transformers']}"
+    )
     return [
         *(Check(f"loading {name} fails", said != "loaded", said) for name, said in about["bypasses"].items()),
         Check("it loads with plain from_pretrained", guarded, detail),

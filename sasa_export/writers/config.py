@@ -27,7 +27,7 @@ def sasa_settings(
 ) -> dict[str, Any]:
     """What config.json holds under `sasa`; the modeling file executes its `graph`.
 
-    An operator may change `threshold`, `refusal` and `gate` there.
+    An operator may change `threshold`, `refusal`, `gate` and `prove` there.
     """
     opening = generation_prompt_ids(processor)
     return {
@@ -38,6 +38,7 @@ def sasa_settings(
         "layers_from": layers_from,
         "epsilon": lane.epsilon,
         "gate": gate,
+        "prove": None,  # on a transformers that it was not tried on
         "threshold": threshold,
         "refusal": refusal,
         "tokenized_refusal": refusal,

@@ -23,7 +23,8 @@ def main(module: str, directory: Path, dtype: str, device: str, count: int, prom
     model = importlib.import_module(module).Model(directory, dtype, device)
     cases = []
     folder = directory / "sasa-verify"
-    for case in json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]:
+    written = folder / "cases.json"
+    for case in json.loads(written.read_text(encoding="utf-8"))["cases"] if written.exists() else ():
         probability, first, tokens = model.answer(read(model, case, folder), count)
         logits = [float(first[token]) for token, _ in case["logits"]]
         finite = bool(np.isfinite(first).all())

@@ -16,6 +16,10 @@ class Model:
     tensors = "pt"
 
     def __init__(self, directory: Path, dtype: str, device: str) -> None:
+        if "def prove(" not in (directory / "modeling_sasa.py").read_text(encoding="utf-8"):
+            raise ValueError(
+                "this directory is of an older sasa-export, whose gate is not proved. Patch the model again"
+            )
         refused = bypasses(directory)  # before the directory's code registers its classes in this process
         self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         self.model = AutoModelForImageTextToText.from_pretrained(
@@ -25,6 +29,7 @@ class Model:
             "provider": str(self.model.device),
             "not_followed": [],
             "bypasses": refused,
+            "transformers": transformers.__version__,
             "model_class": type(self.model).__name__,
             "refusal_token_ids": self.model.config.sasa["refusal_token_ids"],  # of an edited refusal too
             "probe_dtype": str(self.model.sasa.probe.weight.dtype).removeprefix("torch."),
