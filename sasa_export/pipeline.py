@@ -29,7 +29,7 @@ from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
-from sasa_export.writers.cases import Case, expect
+from sasa_export.writers.cases import Case, expect, known
 from sasa_export.writers.config import refusal_ids, sasa_settings
 from sasa_export.writers.directory import Patch, write_directory
 from sasa_export.writers.onnx.card import write_onnx_card
@@ -207,7 +207,7 @@ def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options:
     report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
     sasa = sasa_settings(
         plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
-        refusal=options.refusal, gate=options.gate,
+        refusal=options.refusal, gate=options.gate, known=known(measured.cases),
     )  # fmt: skip
     result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
     device = "auto" if measured.device == SPREAD else measured.device  # as transformers calls it

@@ -16,7 +16,7 @@ from sasa_export.runtime.guard import Guard, Request, current_request
 from sasa_export.runtime.host import OF_MODEL, UNKNOWN, check_names
 from sasa_export.runtime.lane import Recording, current_recording, watch, within
 from sasa_export.runtime.ledger import Ledger
-from sasa_export.runtime.proof import prove
+from sasa_export.runtime.proof import prove, recognise
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
@@ -73,6 +73,7 @@ class GuardedModel:
         model.sasa.probe.check()
         follow_refusal(model.config, directory, **{name: kwargs[name] for name in HUB if name in kwargs})
         prove(model, super(GuardedModel, model).generate)
+        recognise(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,5 @@
-"""The proof that the gate holds on a transformers that it was not tried on: asked of `generate` itself, on loading."""
+"""What a model is asked when it is loaded: does its gate hold on this transformers, and are its weights those that the
+probe was fitted on?"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +7,36 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from torch import nn
 from transformers import GenerationConfig
 
+from sasa_export.runtime.guard import logger
 from sasa_export.runtime.version import TRIED
 
+# How far P(unsafe) of known prompts may move: one of them without a warning, all on average without an error. On
+# smol-llava bfloat16 and 8 bits move none by more than 0.08, and 4 bits move one by 0.33 and more.
+MOVED, MOVED_FAR = 0.1, 0.25
 NEAR, NEAR_IN_HALF = 0.005, 0.1  # how far P(unsafe) may move under padding, which changes how numbers are rounded
+
+
+@torch.no_grad()
+def recognise(model: Any) -> None:
+    """Judge the prompts that config.sasa knows P(unsafe) of: a warning where one has moved, and a ValueError where they
+    have by far; nothing where the operator's `prove` is false."""
+    known = [] if _shapes_alone(model) else model.config.sasa.get("known") or []
+    if not known or model.config.sasa.get("prove") is False:
+        return
+    ids = [torch.tensor([int(number) for number in entry["ids"].split()]) for entry in known]
+    rows = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(_device(model))
+    found = model.judge(input_ids=rows.clamp_min(0), attention_mask=(rows >= 0).long()).cpu()  # (prompts,)
+    moved = (found - torch.tensor([entry["unsafe_probability"] for entry in known])).abs().nan_to_num(1.0)  # (prompts,)
+    what = f"P(unsafe) of known prompts has moved by up to {moved.max():.2f}, {moved.mean():.2f} on average"
+    why = "these are not the weights, or not in the precision, that the probe was fitted on"
+    todo = "Fine-tune or quantize first and patch then; `sasa-export verify` counts the verdicts that changed"
+    if moved.mean() > MOVED_FAR:
+        raise ValueError(f"{what}: {why}. {todo}. To load it all the same, pass sasa={{'prove': False}}.")
+    if moved.max() > MOVED:
+        logger.warning("%s: %s. %s.", what, why, todo)
 
 
 @torch.no_grad()
@@ -19,8 +45,7 @@ def prove(model: Any, unguarded: Callable) -> None:
     prompt is refused to the end of the refusal where the threshold says so, and gets the tokens of `unguarded`, the
     family's own generate, on the family's own forward where not."""
     asked = model.config.sasa.get("prove")
-    shapes_alone = set((getattr(model, "hf_device_map", None) or {"": model.device.type}).values()) == {"meta"}
-    if shapes_alone or not (transformers.__version__ not in TRIED if asked is None else asked):
+    if _shapes_alone(model) or not (transformers.__version__ not in TRIED if asked is None else asked):
         return
     try:
         problem = _problem(model, unguarded)
@@ -34,8 +59,7 @@ def prove(model: Any, unguarded: Callable) -> None:
 def _problem(model: Any, unguarded: Callable) -> str:
     """What does not hold, in two rows of which one is padded; empty where all does."""
     sasa, refusal = model.config.sasa, model.config.sasa["refusal_token_ids"]
-    device = "cpu" if model.device.type == "meta" else model.device  # the first weights may lie on disk
-    ids = torch.tensor([[*refusal[:-1], *sasa["generation_prompt_ids"]]] * 2, device=device)  # (2, tokens)
+    ids = torch.tensor([[*refusal[:-1], *sasa["generation_prompt_ids"]]] * 2, device=_device(model))  # (2, tokens)
     mask, padding = torch.ones_like(ids), len(refusal) // 2  # (2, tokens)
     mask[1, :padding] = 0
     options = GenerationConfig(max_new_tokens=len(refusal), eos_token_id=refusal[-1], pad_token_id=refusal[-1])
@@ -54,3 +78,13 @@ def _problem(model: Any, unguarded: Callable) -> str:
     padded, bare = model.judge(input_ids=ids, attention_mask=mask)[1], model.judge(input_ids=ids[1:, padding:])[0]
     near = NEAR if model.dtype == torch.float32 else NEAR_IN_HALF
     return "" if abs(padded - bare) < near else "padding changes a verdict"
+
+
+def _device(model: Any) -> Any:
+    """Where its inputs go: the first weights of a model may lie on disk."""
+    return "cpu" if model.device.type == "meta" else model.device
+
+
+def _shapes_alone(model: Any) -> bool:
+    """Has the model no weights to run with?"""
+    return set((getattr(model, "hf_device_map", None) or {"": model.device.type}).values()) == {"meta"}

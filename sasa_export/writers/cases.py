@@ -30,7 +30,8 @@ class Case:
     """One prompt with the expected P(unsafe), and the original's greedy answer as token ids.
 
     `logits` are the largest of its first token, as pairs of token id and value. `calibrated` is the P(unsafe) of the
-    calibration run, where the prompt ran in a batch, padded: in half precision that is another number.
+    calibration run, where the prompt ran in a batch, padded: in half precision that is another number. `ids` are the
+    prompt's, where it has no picture.
     """
 
     prompt: Prompt
@@ -38,6 +39,13 @@ class Case:
     tokens: tuple[int, ...]
     logits: tuple[tuple[int, float], ...] = ()
     calibrated: float | None = None
+    ids: tuple[int, ...] = ()
+
+
+def known(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """The prompts of text by which a patched model sees whether its weights are others, as config.json holds them."""
+    texts = [case for case in cases if case.ids]
+    return [{"ids": " ".join(map(str, case.ids)), "unsafe_probability": case.unsafe_probability} for case in texts]
 
 
 def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Prompt]:
@@ -63,7 +71,8 @@ def expect(
     """
     import torch
 
-    known = {} if scores is None else {prompt.name: float(score) for prompt, score in zip(prompts, scores, strict=True)}
+    found = () if scores is None else zip(prompts, scores, strict=True)
+    calibrated = {prompt.name: float(score) for prompt, score in found}
     for prompt in choose(prompts, scores):
         state = collect(model, processor, lane, [prompt], batch_size=1).projected.astype(np.float64)  # (1, features)
         score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
@@ -76,7 +85,8 @@ def expect(
         tokens = tuple(answer.sequences[0, inputs["input_ids"].shape[1] :].tolist())
         largest = answer.logits[0][0].float().topk(LOGITS)
         logits = tuple(zip(largest.indices.tolist(), largest.values.tolist(), strict=True))
-        yield Case(prompt, score, tokens, logits, known.get(prompt.name))
+        ids = () if prompt.image is not None else tuple(inputs["input_ids"][0].tolist())
+        yield Case(prompt, score, tokens, logits, calibrated.get(prompt.name), ids)
 
 
 def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:

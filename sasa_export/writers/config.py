@@ -24,10 +24,12 @@ def sasa_settings(
     threshold: float,
     refusal: str,
     gate: str,
+    known: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What config.json holds under `sasa`; the modeling file executes its `graph`.
 
-    An operator may change `threshold`, `refusal`, `gate` and `prove` there.
+    By the `known` prompts a model sees whether its weights are others. An operator may change `threshold`, `refusal`,
+    `gate` and `prove` there.
     """
     opening = generation_prompt_ids(processor)
     return {
@@ -39,6 +41,7 @@ def sasa_settings(
         "epsilon": lane.epsilon,
         "gate": gate,
         "prove": None,  # on a transformers that it was not tried on
+        "known": known,
         "threshold": threshold,
         "refusal": refusal,
         "tokenized_refusal": refusal,
