@@ -66,8 +66,8 @@ oldest: setup
 	@$(BIN)/python -m uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
 		--resolution lowest-direct --extra test pyproject.toml
 
-# Every way of running, and what became of it as a table. With torchao installed everything that imports transformers
-# warns, so this environment is one of its own.
+# Every way of running, and what became of it as a table; quantized sources. With torchao installed everything that
+# imports transformers warns, so this environment is one of its own.
 MATRIX := build/matrix-venv
 matrix:
 	@test -x $(MATRIX)/bin/pip || $(PYTHON) -m venv $(MATRIX)
@@ -75,6 +75,7 @@ matrix:
 	@rm -f build/matrix.xml
 	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/test_matrix.py
 	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
+	@$(ALONE) $(MATRIX)/bin/python $(PYTEST) tests/test_quantized.py
 
 # Every family, fast tests and slow ones, ONNX among them, and what became of it as a table.
 FAMILIES := $(addprefix tests/test_,families.py onnx_parity.py onnx_runtimes.py)
