@@ -67,8 +67,8 @@ newest oldest: setup
 	@$(COMPILE) $(if $(filter oldest,$@),--resolution lowest-direct --extra test,\
 		$(addprefix --extra ,test lint matrix training compat))
 
-# Every way of running, and what became of it as a table. With torchao installed everything that imports transformers
-# warns, so this environment is one of its own.
+# Every way of running, and what became of it as a table; quantized sources. With torchao installed everything that
+# imports transformers warns, so this environment is one of its own.
 MATRIX := build/matrix-venv
 matrix:
 	@test -x $(MATRIX)/bin/pip || $(PYTHON) -m venv $(MATRIX)
@@ -76,6 +76,7 @@ matrix:
 	@rm -f build/matrix.xml
 	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/test_matrix.py
 	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
+	@$(ALONE) $(MATRIX)/bin/python $(PYTEST) tests/test_quantized.py
 
 # Every family, fast tests and slow ones, ONNX among them, and what became of it as a table.
 FAMILIES := $(addprefix tests/test_,families.py onnx_parity.py onnx_runtimes.py)

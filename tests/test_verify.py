@@ -19,6 +19,7 @@ def failing(
     original: str = "float32",
     *,
     graphs: bool = False,
+    quantized: bool = False,
     not_followed: tuple[str, ...] = (),
     calibrated: float = 0.9,
     refused: dict[str, Any] | None = None,
@@ -35,7 +36,8 @@ def failing(
         {"unsafe_probability": 0.2, "tokens": [4, 5, 6], "logits": [3.0], "finite": True, **allowed},
     ]
     about = {"provider": "cpu", "not_followed": not_followed}
-    checks = compare({"dtype": original, "cases": cases}, {"about": about, "cases": found}, SASA, dtype, graphs=graphs)
+    written, have = {"dtype": original, "cases": cases}, {"about": about, "cases": found}
+    checks = compare(written, have, SASA, dtype, graphs=graphs, quantized=quantized)
     return {check.name for check in checks if not check.passed}
 
 
@@ -84,6 +86,10 @@ def test_graphs_may_round_as_their_type_does(dtype: str, found: dict[str, Any], 
 def test_batches_may_be_apart_in_half_precision(dtype: str, calibrated: float, wrong: set[str]) -> None:
     """A prompt alone and one in a padded batch round differently; what is far apart is padded wrongly."""
     assert failing(dtype, dtype, calibrated=calibrated) == wrong
+
+
+def test_batches_may_be_apart_where_the_original_is_quantized() -> None:
+    assert failing(quantized=True, calibrated=0.93) == set() and failing(quantized=True, calibrated=0.7) == {BATCHED}
 
 
 def test_torch_answers_the_same_in_half_precision_too() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from sasa_export.errors import OpenError
 from sasa_export.models import Source
 from sasa_export.models.memory import BYTES, fits
+from sasa_export.models.tensors import RESTORE, check_tensors
 
 SPREAD = "spread"  # over all devices there are, for models larger than one
-RESTORE = "The files do not belong together: restore them from their source."
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
 
     OpenError where weights are missing, unexpected, NaN or infinite.
     """
-    import torch
     from transformers import AutoModelForImageTextToText
 
     with _explained(f"{source.name} could not be loaded"):
@@ -89,18 +88,33 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
         if keys:
             raise OpenError(f"{source.name} has {len(keys)} {problem.replace('_', ' ')} ({keys[0]}). {RESTORE}")
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter).all():  # what was offloaded is read as it is used
+        if not parameter.is_meta and not _finite(parameter):  # what was offloaded is read as it is used
             raise OpenError(f"{source.name} has NaN or infinity in {name}. Restore the weights from their source.")
     return model.eval()
 
 
+def _finite(tensor: Any) -> bool:
+    """Is every number finite? torchao keeps a tensor in parts, and torch cannot ask one of 8 bits."""
+    import torch
+
+    if hasattr(tensor, "__tensor_flatten__"):
+        return all(_finite(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    narrow = tensor.is_floating_point() and tensor.itemsize == 1
+    return bool(torch.isfinite(tensor.float() if narrow else tensor).all())
+
+
 def head_weight(model: Any) -> Any:
     """The weights of a model's head, (vocabulary, hidden), float32 in numpy, even where they lie on disk."""
+    import torch
     from accelerate.utils import align_module_device
 
     head = model.get_output_embeddings()
-    with align_module_device(head, "cpu"):
-        return head.weight.detach().float().numpy()  # (vocabulary, hidden)
+    with align_module_device(head, "cpu"), torch.no_grad():
+        weight = getattr(head, "weight", None)
+        if type(weight) is torch.nn.Parameter and weight.dtype.itemsize > 1:
+            return weight.float().numpy()  # (vocabulary, hidden)
+        # Quantized: each scheme keeps numbers of its own, and all of them multiply.
+        return head(torch.eye(head.in_features, dtype=model.dtype, device=model.device)).float().cpu().numpy().T
 
 
 def place(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -140,6 +154,7 @@ def skeleton(source: Source) -> Iterator[Any]:
     import torch
     from transformers.initialization import no_init_weights
 
+    from sasa_export.models.quantized import as_stored
     from sasa_export.models.shapes import ShapesOnly
 
     _, model_class = stock_classes(source)
@@ -150,51 +165,9 @@ def skeleton(source: Source) -> Iterator[Any]:
     ):
         # In the stored type, since some experts run in no other.
         model = model_class._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
-    _check_tensors(source, model)
+    check_tensors(source, *as_stored(source, model))
     with ShapesOnly():
         yield model
-
-
-def _check_tensors(source: Source, model: Any) -> None:
-    """Raise OpenError where the shards lack a tensor that the model needs, or have it in another shape."""
-    held = _held(source, model)
-    tied = model.all_tied_weights_keys
-    wanted = dict(model.named_parameters())
-    missing = sorted(name for name in wanted if name not in held and tied.get(name, name) not in held)
-    if missing:
-        raise OpenError(
-            f"the shards of {source.name} lack {len(missing)} tensors of the model ({missing[0]}). "
-            "Restore the files from their source."
-        )
-    for name, tensor in wanted.items():
-        found = held.get(name)
-        if found is not None and found != tuple(tensor.shape):
-            raise OpenError(
-                f"{name} in the shards of {source.name} has shape {found}, and its config.json says "
-                f"{tuple(tensor.shape)}. {RESTORE}"
-            )
-
-
-def _held(source: Source, model: Any) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every tensor in the shards, by its name in the model, mapped as on loading.
-
-    None for what a mapping merges or splits: its shape changes on the way.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    transforms = get_model_conversion_mapping(model)
-    held: dict[str, tuple[int, ...] | None] = {}
-    for shard in source.shards:
-        for name, shape in zip(shard.keys, shard.shapes, strict=True):
-            whole, more = True, []
-            for transform in transforms:
-                name, pattern = transform.rename_source_key(name)
-                if pattern is not None and not isinstance(transform, WeightRenaming):
-                    whole, (first, *others) = False, transform.target_patterns
-                    more = [name.replace(first, other) for other in others]  # it is named by the first of several
-            held |= dict.fromkeys([name, *more], shape if whole else None)
-    return held
 
 
 @contextmanager

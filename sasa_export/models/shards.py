@@ -15,11 +15,12 @@ PICKLES = (".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file, the names of the tensors in it, and their shapes in the same order."""
+    """One safetensors file, the names of the tensors in it, and their shapes and types in the same order."""
 
     path: Path
     keys: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...] = field(repr=False)
+    types: tuple[str, ...] = field(repr=False)
 
 
 def read_shards(directory: Path) -> tuple[Shard, ...]:
@@ -61,7 +62,9 @@ def _shard(path: Path) -> Shard:
     try:
         with safe_open(path, framework="np") as file:  # reads the header, and checks it against the file's length
             keys = tuple(file.keys())
-            return Shard(path, keys, tuple(tuple(file.get_slice(key).get_shape()) for key in keys))
+            slices = [file.get_slice(key) for key in keys]
+            shapes, types = (tuple(part.get_shape()) for part in slices), (part.get_dtype() for part in slices)
+            return Shard(path, keys, tuple(shapes), tuple(types))
     except FileNotFoundError:
         raise OpenError(f"the shard {path} is missing. Restore the file from its source.") from None
     except (SafetensorError, OSError) as error:

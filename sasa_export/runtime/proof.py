@@ -7,7 +7,6 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from torch import nn
 from transformers import GenerationConfig
 
 from sasa_export.runtime.guard import logger
@@ -26,9 +25,8 @@ def recognise(model: Any) -> None:
     known = [] if _shapes_alone(model) else model.config.sasa.get("known") or []
     if not known or model.config.sasa.get("prove") is False:
         return
-    ids = [torch.tensor([int(number) for number in entry["ids"].split()]) for entry in known]
-    rows = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(_device(model))
-    found = model.judge(input_ids=rows.clamp_min(0), attention_mask=(rows >= 0).long()).cpu()  # (prompts,)
+    prompts = [torch.tensor([[int(number) for number in entry["ids"].split()]]) for entry in known]  # (1, tokens) each
+    found = torch.cat([model.judge(input_ids=ids.to(_device(model))).cpu() for ids in prompts])  # (prompts,)
     moved = (found - torch.tensor([entry["unsafe_probability"] for entry in known])).abs().nan_to_num(1.0)  # (prompts,)
     what = f"P(unsafe) of known prompts has moved by up to {moved.max():.2f}, {moved.mean():.2f} on average"
     why = "these are not the weights, or not in the precision, that the probe was fitted on"

@@ -13,6 +13,7 @@ from typing import Any
 
 from sasa_export.errors import VerifyError
 from sasa_export.models import read_config
+from sasa_export.models.quantized import scheme
 from sasa_export.probe import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
@@ -50,17 +51,19 @@ def check_answers(
 
     Raises VerifyError where the directory does not run at all.
     """
-    written, sasa = read_cases(directory), read_config(directory)["sasa"]
+    written, config = read_cases(directory), read_config(directory)
+    sasa, quantized = config["sasa"], scheme(config) is not None
     if not written and graphs is not None:
         return [NOT_COMPARED], None
     prompts, before = ([], []) if calibration is None else draw(calibration, count)
-    precision = written.get("dtype") or read_config(directory).get("dtype") or "float32"
+    precision = written.get("dtype") or config.get("dtype") or "float32"
     found = run_fresh(directory, graphs, precision, device, prompts)
     if not written:
         return [*_loading(found["about"]), NOT_COMPARED], None
     sasa["refusal_token_ids"] = found["about"].get("refusal_token_ids", sasa["refusal_token_ids"])
     dtype = graphs or written["dtype"]
-    checks = [*_loading(found["about"]), *compare(written, found, sasa, dtype, graphs=graphs is not None)]
+    checks = _loading(found["about"])
+    checks += compare(written, found, sasa, dtype, graphs=graphs is not None, quantized=quantized and graphs is None)
     if calibration is None:
         return checks, None
     apart = tolerance(dtype, written["dtype"], graphs=graphs is not None)

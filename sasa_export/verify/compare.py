@@ -25,7 +25,9 @@ def tolerance(dtype: str, original: str, *, graphs: bool) -> float:
     return max(ROUNDED[dtype], ROUNDED[original]) if graphs else SAME[original]
 
 
-def compare(written: Entry, found: Entry, sasa: dict[str, Any], dtype: str, *, graphs: bool) -> list[Check]:
+def compare(
+    written: Entry, found: Entry, sasa: dict[str, Any], dtype: str, *, graphs: bool, quantized: bool = False
+) -> list[Check]:
     """Checks of what a fresh process found against the cases.
 
     Args:
@@ -34,6 +36,7 @@ def compare(written: Entry, found: Entry, sasa: dict[str, Any], dtype: str, *, g
         sasa: the settings in config.json.
         dtype: what the directory ran in; for graphs, their type.
         graphs: whether ONNX graphs were run, and not torch.
+        quantized: whether the original is; it may round each state by what else is in its batch.
     """
     observed = sasa.get("gate") == "observe"
     pairs: Pairs = list(zip(written["cases"], found["cases"], strict=True))
@@ -45,7 +48,7 @@ def compare(written: Entry, found: Entry, sasa: dict[str, Any], dtype: str, *, g
     how = f"{dtype}{' graphs' * graphs} on {found['about']['provider']}, {written['dtype']} original"
     return [
         _probabilities(pairs, most, how),
-        *_batches(pairs, ROUNDED[written["dtype"]]),
+        *_batches(pairs, ROUNDED["int8" if quantized else written["dtype"]], quantized=quantized),
         _verdicts(pairs, sasa, most),
         _refusals(refused, sasa["refusal_token_ids"], observed=observed),
         _logits(allowed, None if dtype in QUANTIZED else most),
@@ -72,13 +75,15 @@ def _probabilities(pairs: Pairs, most: float, how: str) -> Check:
     return Check("P(unsafe) is the original's", apart <= most, detail)
 
 
-def _batches(pairs: Pairs, most: float) -> list[Check]:
+def _batches(pairs: Pairs, most: float, *, quantized: bool) -> list[Check]:
     """The calibration ran the same prompts in batches; a P(unsafe) that is far apart there was padded wrongly."""
     both = [(case["calibrated"], case["unsafe_probability"]) for case, _ in pairs if case.get("calibrated") is not None]
     if not both:
         return []
     apart = _apart(*zip(*both, strict=True))
     detail = f"largest difference {apart:.1e} over {len(both)} prompts, which ran in batches there, tolerance {most:g}"
+    if quantized and not apart <= most:
+        detail += "; states of 4 bits round by what shares their batch: calibrate with --batch-size 1"
     return [Check("P(unsafe) is that of the calibration", apart <= most, detail)]
 
 

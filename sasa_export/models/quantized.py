@@ -1,0 +1,47 @@
+"""Checkpoints that somebody quantized: whether their scheme runs here, and what its loader wants them to hold."""
+
+from __future__ import annotations
+
+import copy
+import io
+from contextlib import redirect_stderr
+from typing import Any
+
+from sasa_export.errors import OpenError
+from sasa_export.models import Source
+
+
+def scheme(config: dict[str, Any]) -> str | None:
+    """The scheme that config.json says the weights are quantized by; None where they are plain."""
+    places = [place for place in (config, config.get("text_config")) if isinstance(place, dict)]
+    found = next(filter(None, (place.get("quantization_config") for place in places)), None)
+    named = isinstance(found, dict) and found.get("quant_method")
+    return None if found is None else str(named or "a scheme without a name")
+
+
+def as_stored(source: Source, model: Any) -> tuple[Any, Any]:
+    """A skeleton with the tensors that the shards hold, and the scheme's loader; as it is, and None, where plain.
+
+    Raises OpenError where the scheme does not run here.
+    """
+    import torch
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    name = scheme(source.config)
+    if name is None:
+        return model, None
+    model = copy.deepcopy(model)
+    shards = [str(shard.path) for shard in source.shards]
+    try:
+        loader, _, places = get_hf_quantizer(model.config, None, {"": "cpu"}, weights_only=True, user_agent={})
+        if loader is None:  # transformers would load the numbers as they are
+            raise ValueError("transformers has no loader of this name")
+        with torch.device("meta"), redirect_stderr(io.StringIO()):  # of progress bars
+            loader.preprocess_model(model, model.dtype, device_map=places, checkpoint_files=shards, use_kernels=False)
+    except Exception as error:  # of the scheme's own library
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OpenError(
+            f"{source.name} is quantized by {name}, which does not run here ({reason}). Install what it asks for "
+            "(docs/quantized.md lists what was tried), or give the model that it was quantized from."
+        ) from None
+    return model, loader
