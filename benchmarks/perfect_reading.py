@@ -27,9 +27,9 @@ from torch import Tensor
 
 from sasa_export.models.smol_llava import pieces
 from sasa_export.models.wheels import fetch
+from sasa_export.probe.intervals import share
 from sasa_export.prompts import Prompt, encode, load, render
 from sasa_export.report import quiet
-from sasa_export.research.intervals import share
 from sasa_export.research.report import markdown_table
 
 BATCH = 10

@@ -29,12 +29,12 @@ from sasa_export.probe import Fitted, calibrate
 from sasa_export.probe.features import batches, collect
 from sasa_export.probe.fit import probability
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe
+from sasa_export.probe.intervals import auc_of, mean_of, share
 from sasa_export.prompts import Prompt, check_disjoint, load
 from sasa_export.prompts.picture import open_picture
 from sasa_export.report import Console, quiet
 from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.evaluate.subject import Subject, open_subject
-from sasa_export.research.intervals import auc_of, mean_of, share
 from sasa_export.research.report import last_name, markdown_table
 
 PYRIT = Wheel(

@@ -198,6 +198,8 @@ def _say_figures(calibration: Calibration, report: Silent) -> None:
         f"{overall.false_positive_rate:.1%} of the ordinary ones refused (cross-validated)",
     )
     report.step("", verdict_on_projection(calibration.figures).strip("*"))
+    for warning in calibration.warnings():
+        report.warn(warning)
 
 
 def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent) -> None:

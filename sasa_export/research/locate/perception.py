@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from sasa_export.probe.folds import FOLDS
+from sasa_export.probe.intervals import Comparable, auc_of
 from sasa_export.report import Silent
-from sasa_export.research.intervals import Comparable, auc_of
 from sasa_export.research.prompts import labels_and_groups
 from sasa_export.research.work import Results
 

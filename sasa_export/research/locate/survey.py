@@ -16,9 +16,9 @@ import torch
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.models.load import head_weight
 from sasa_export.probe.fit import head_metric
+from sasa_export.probe.intervals import Comparable
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
-from sasa_export.research.intervals import Comparable
 from sasa_export.research.locate.expression import Expression, expression, token_texts
 from sasa_export.research.locate.lane import Batch, MainLane
 from sasa_export.research.locate.pairs import Pair
