@@ -69,7 +69,7 @@ class Options(Settings):
         (),
         'Labelled prompts, a JSON object a line: {"image": path or null, "prompt": text, "label": 0 or 1}. Or a data '
         "set of the field as name:PATH, options behind commas: mm-safetybench, figstep, vlguard, jailbreakv, xstest. "
-        "Give it several times to combine them. Default: the built-in set.",
+        "Give it several times to combine them; builtin is the built-in set, which is the default.",
         common=True,
     )
     probe: Path | None = probing(

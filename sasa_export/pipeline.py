@@ -16,14 +16,13 @@ from sasa_export.graph.trace import check_traces, trace_source
 from sasa_export.manifest import check_ours, write_manifest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
-from sasa_export.models.smol_llava import pieces
 from sasa_export.options import Options
 from sasa_export.probe import Calibration, bundled, calibrate, with_threshold
 from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
-from sasa_export.prompts import Prompt, builtin, calibration_prompts, lopsided
+from sasa_export.prompts import Prompt, calibration_prompts, for_model, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
@@ -43,7 +42,8 @@ SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification 
 class Plan:
     """A model that was opened and traced, and what is to be made of it; nothing of it is in memory.
 
-    `settings` are stand-ins where the layers are still to be found. `given` is the probe of `--probe`.
+    `settings` are stand-ins where the layers are still to be found. `given` is the probe of `--probe`. `prompts` are
+    what is calibrated and verified with; none where neither is done.
     """
 
     source: Source
@@ -53,6 +53,7 @@ class Plan:
     settings: LaneSettings
     layers_from: str
     given: Probe | None
+    prompts: list[Prompt]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
 def open_and_trace(options: Options, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
     given = read_probe(options.probe, options.threshold) if options.probe else None
+    prompts = [] if given is not None and options.verify == "files" else _prompts(options, report)
     source = open_source(options.model, options.revision, report)
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
     if options.format != "safetensors":
@@ -118,7 +120,7 @@ def open_and_trace(options: Options, report: Silent) -> Plan:
     full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
     check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
-    return Plan(source, sizes, processor, graph, settings, layers_from, given)
+    return Plan(source, sizes, processor, graph, settings, layers_from, given, for_model(prompts, processor))
 
 
 def _layers(
@@ -145,12 +147,10 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     """Calibrate where no probe is given, and ask the original model what verification compares with."""
     settings, layers_from, calibration, scores = plan.settings, plan.layers_from, None, None
     dtype, device = running(plan.source, options.dtype, options.device)
-    if plan.given is not None and options.verify == "files":
+    prompts = plan.prompts
+    if not prompts:
+        assert plan.given is not None
         return Measured(plan.given, None, (), dtype, device, settings, layers_from)
-    prompts = _prompts(options, plan.processor, report)  # before the weights are loaded: data may be wrong
-    warning = lopsided(prompts)
-    if warning is not None:
-        report.warn(warning)
     report.step("load", f"{dtype} on {device}")
     model = load_model(plan.source, dtype=dtype, device=device)
     pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
@@ -184,10 +184,13 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     return Measured(probe, calibration, cases, dtype, device, settings, layers_from)
 
 
-def _prompts(options: Options, processor: Any, report: Silent) -> list[Prompt]:
-    if options.calibration:
-        return calibration_prompts(options.calibration, pieces=pieces(processor.tokenizer), report=report)
-    return builtin(processor)
+def _prompts(options: Options, report: Silent) -> list[Prompt]:
+    """What is calibrated on, read before the model is opened, which may take minutes."""
+    prompts = calibration_prompts(options.calibration, report)
+    warning = lopsided(prompts)
+    if warning is not None:
+        report.warn(warning)
+    return prompts
 
 
 def _say_figures(calibration: Calibration, report: Silent) -> None:

@@ -15,10 +15,9 @@ from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source, read_config
 from sasa_export.models.load import load_processor, read_sizes, running
-from sasa_export.models.smol_llava import pieces
 from sasa_export.options import AUTO
 from sasa_export.probe import Fitted, bundled
-from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
+from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.prompts import counts, share_of
@@ -133,12 +132,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     """Open all that is evaluated. Raises SasaExportError where something is missing or does not belong together."""
     sasa, manifest = _read_patched(options.model)
     made = manifest.get("options") or {}
-    source = _open_baseline(options, sasa, made, manifest, report)
-    check_apart(options.out, options.model, source.directory)
-    report.step("open", f"{options.model}, made from {source.name}")
-    processor = load_processor(source)
-    count = pieces(processor.tokenizer)
-    prompts = load_all(options.data, pieces=count, report=report) if options.data else builtin_evaluation(processor)
+    prompts = load_all(options.data, report=report) if options.data else builtin_evaluation()
     for label, (what, measures, example) in MISSING.items():
         if not any(prompt.label == label for prompt in prompts):
             raise EvaluateError(
@@ -146,8 +140,13 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
                 f"another --data, for example --data {example}."
             )
     specs = options.calibration or made.get("calibration") or ()
-    calibration = calibration_prompts(specs, pieces=count, report=report) if specs else builtin(processor)
+    calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)
+    source = _open_baseline(options, sasa, made, manifest, report)
+    check_apart(options.out, options.model, source.directory)
+    report.step("open", f"{options.model}, made from {source.name}")
+    processor = load_processor(source)
+    prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
     found = counts(evaluation)
