@@ -36,7 +36,9 @@ class Options(Settings):
 
     model: str = what("", "Alias, hub id (owner/name) or local directory.", common=True, required=True)
     out: Path = what(Path(), "Directory to write the patched model to.", common=True, required=True)
-    force: bool = what(False, "Replace what an earlier export wrote to --out.", common=True)
+    force: bool = what(
+        False, "Replace what an earlier export wrote to --out, and discard other unfinished work.", common=True
+    )
     link: bool = what(
         False,
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "

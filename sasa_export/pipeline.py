@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import VerifyError
-from sasa_export.files import check_apart, check_disk, check_free, claimed, staged
+from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
 from sasa_export.graph.trace import check_traces, trace_source
@@ -17,11 +16,12 @@ from sasa_export.manifest import check_ours, write_manifest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
 from sasa_export.options import Options
-from sasa_export.probe import Calibration, bundled, calibrate, with_threshold
-from sasa_export.probe.features import trace_loaded
+from sasa_export.probe import Calibration, Fitted, bundled, calibrate, with_threshold
+from sasa_export.probe.features import collect_on_disk, trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
+from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
@@ -82,23 +82,20 @@ class Patched:
 def patch(options: Options, report: Silent | None = None) -> Patched:
     """Turn a vision-language model into a guarded one. Raises SasaExportError; then nothing is written.
 
-    Several processes (`sasa_export.workers`) share the calibration, and the first of them writes.
+    Several processes (`sasa_export.workers`) share the calibration, and the first of them writes. An interrupted
+    calibration goes on where it stopped (`resumable`).
     """
     team = workers()
     report = report if report is not None and team.leads else Silent()
     options = replace(options, device=team.device(options.device))
     options.check()
-    # The second of two runs on one output is told at once, and not after its calibration.
-    with claimed(options.out) if team.leads else nullcontext():
-        check_free(options.out, force=options.force)
-        check_ours(options.out)
+    with resumable(options.out, force=options.force, report=report) as work:
         team.wait()  # nobody writes while another still looks
         plan = open_and_trace(options, report)
-        measured = measure(plan, options, report)
+        measured = measure(plan, options, work, report)
         graph = rewrite(plan.graph, measured.settings)
         if team.leads:
             write_and_verify(plan, measured, graph, options, report)
-        team.wait()
     return Patched(options.out, graph, measured.probe, measured.calibration)
 
 
@@ -143,7 +140,7 @@ def _layers(
     return LaneSettings(safety, semantic, options.epsilon, sizes.softcap, options.probe_block), layers_from
 
 
-def measure(plan: Plan, options: Options, report: Silent) -> Measured:
+def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
     """Calibrate where no probe is given, and ask the original model what verification compares with."""
     settings, layers_from, calibration, scores = plan.settings, plan.layers_from, None, None
     dtype, device = running(plan.source, options.dtype, options.device)
@@ -151,6 +148,7 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     if not prompts:
         assert plan.given is not None
         return Measured(plan.given, None, (), dtype, device, settings, layers_from)
+    _begin(plan, options, work, report, dtype=dtype, device=device.partition(":")[0])
     report.step("load", f"{dtype} on {device}")
     model = load_model(plan.source, dtype=dtype, device=device)
     pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
@@ -159,17 +157,16 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     if options.finds_layers():
         from sasa_export.research.locate.auto import choose_layers
 
-        found = choose_layers(model, plan.processor, plan.graph, prompts, settings, options, report)
+        found = choose_layers(model, plan.processor, plan.graph, prompts, settings, options, work, report)
         settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
     lane = rewrite_lane(plan.graph, settings)
     if plan.given is None:
-        fitted = bundled.read(plan.source.name, settings, options.calibration, options.regularization)
+        fitted = _shipped(plan, settings, options)
         if fitted is None:
-            with report.bar(len(prompts), "calibrate") as advance:
-                fitted = calibrate(
-                    model, plan.processor, lane, prompts, batch_size=options.batch_size,
-                    regularization=options.regularization_value(), advance=advance,
-                )  # fmt: skip
+            features = collect_on_disk(
+                model, plan.processor, lane, prompts, work, report, batch_size=options.batch_size
+            )
+            fitted = calibrate(model, lane, features, prompts, options.regularization_value())
         calibration = with_threshold(
             fitted, prompts, max_false_positive_rate=options.max_false_positive_rate,
             max_borderline_rate=options.max_borderline_rate, threshold=options.threshold, judged=held_out,
@@ -182,6 +179,20 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     if options.verify == "full":
         cases = tuple(expect(model, plan.processor, lane, probe, prompts, scores))
     return Measured(probe, calibration, cases, dtype, device, settings, layers_from)
+
+
+def _begin(plan: Plan, options: Options, work: Work, report: Silent, **running: str) -> None:
+    """Begin to calibrate, or go on with what an interrupted run has left, before the weights are loaded."""
+    shipped = not options.finds_layers() and _shipped(plan, plan.settings, options) is not None
+    if plan.given is None and not shipped:
+        if workers().leads:
+            running |= {"epsilon": str(options.epsilon), "batch_size": str(options.batch_size)}
+            work.open(fingerprint(plan.source, plan.prompts, **running), discard=options.force, report=report)
+        workers().wait()
+
+
+def _shipped(plan: Plan, settings: LaneSettings, options: Options) -> Fitted | None:
+    return bundled.read(plan.source.name, settings, options.calibration, options.regularization)
 
 
 def _prompts(options: Options, report: Silent) -> list[Prompt]:

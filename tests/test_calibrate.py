@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, ProcessorMixin
 
-import sasa_export.probe as calibration
 from sasa_export.cli import main
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph, Node
@@ -29,9 +28,9 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
 from sasa_export.probe import Calibration, calibrate, with_threshold
-from sasa_export.probe.features import Features, batches, collect
+from sasa_export.probe.features import Features, collect
 from sasa_export.probe.fit import probability, threshold_for
-from sasa_export.prompts.prompt import Prompt, encode
+from sasa_export.prompts.prompt import Prompt, batches, encode
 
 Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
 
@@ -46,21 +45,20 @@ class Head(torch.nn.Linear):
 
 
 @pytest.fixture
-def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibration]:
+def calibrated() -> Callable[..., Calibration]:
     """`calibrated(projected, plain, labels, operations, **options)`: a calibration on given features."""
 
     def run(
         projected: np.ndarray, plain: np.ndarray, labels: np.ndarray, operations: str = "projection", **options: Any
     ) -> Calibration:
         found = Features(projected.astype(np.float32), plain.astype(np.float32))
-        monkeypatch.setattr(calibration, "collect", lambda *args, **kwargs: found)
         graph = LayerGraph(tuple(Node(name, name) for name in ["embed", *operations.split()]))
         channels = "tp" * (len(labels) // 4) + "pt" * (len(labels) // 4)
         torch.manual_seed(0)
         head = Head(5 if "lane_head" in operations else projected.shape[1], 200, bias=False)  # logits are no states
         prompts = prompts_of(labels, channels)
         strength = options.pop("regularization", None)
-        fitted = calibrate(head, None, graph, prompts, batch_size=4, regularization=strength)
+        fitted = calibrate(head, graph, found, prompts, strength)
         return with_threshold(fitted, prompts, **{"max_false_positive_rate": 0.05, **options})
 
     return run

@@ -38,12 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("version", "settings", "proved"),
-    [
-        (TRIED[0], {}, False),
-        (UNTRIED, {}, True),
-        (TRIED[-1], {"prove": True}, True),
-        (UNTRIED, {"prove": False}, False),
-    ],
+    [(TRIED[0], {}, False), (UNTRIED, {}, True), (TRIED[-1], {"prove": True}, True), (UNTRIED, {"prove": False}, False)],
 )
 def test_where_it_is_made(
     guard: Guards, calls: list[int], monkeypatch: pytest.MonkeyPatch, version: str, settings: Any, proved: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 from sasa_export.models.load import head_weight
 from sasa_export.probe.channels import CHANNELS, Linear, lower_pictures, picture_detector, picture_offset
-from sasa_export.probe.features import collect
+from sasa_export.probe.features import Features
 from sasa_export.probe.figures import Figure, KindFigure, figures, kind_figures
 from sasa_export.probe.fit import (
     CANDIDATES,
@@ -79,23 +79,14 @@ class Calibration:
 
 
 def calibrate(
-    model: Any,
-    processor: Any,
-    graph: LayerGraph,
-    prompts: Sequence[Prompt],
-    *,
-    batch_size: int,
-    regularization: float | None = None,
-    advance: Callable[[int], None] = lambda count: None,
+    model: Any, graph: LayerGraph, features: Features, prompts: Sequence[Prompt], regularization: float | None = None
 ) -> Fitted:
-    """Fit a probe on the lane of `graph` (`rewrite_lane`).
+    """Fit a probe on what the lane of `graph` (`rewrite_lane`) made of the prompts.
 
     Args:
         graph: where it has no projection, the probe reads the main lane.
         regularization: the probe's C; None chooses it by cross-validation, for each feature on its own.
-        advance: called with the number of prompts done since the last call.
     """
-    features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
     lanes = {"plain": features.projected}  # without a projection, what the probe reads is the main lane's end
     if graph.of("projection"):
         lanes = {"projected": features.projected, "plain": features.plain}

@@ -17,12 +17,12 @@ from sasa_export.models import Source, layers_of, open_source, read_config
 from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.options import AUTO
 from sasa_export.probe import Fitted, bundled
+from sasa_export.probe.work import fingerprint
 from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.prompts import counts, share_of
 from sasa_export.research.report import command_line, last_name
-from sasa_export.research.work import fingerprint
 from sasa_export.verify import FORMATS
 from sasa_export.verify.files import check_manifest
 from sasa_export.verify.onnx import dtype_of

@@ -15,6 +15,7 @@ from sasa_export.models import Source, open_source
 from sasa_export.models.family import KnownLayers
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
 from sasa_export.probe.features import trace_loaded
+from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.report import Silent
 from sasa_export.research.locate.ablation import ablate
@@ -31,7 +32,6 @@ from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.research.locate.sweep import held_out
 from sasa_export.research.prompts import counts, spaced
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
-from sasa_export.research.work import Work, fingerprint, resumable
 from sasa_export.workers import workers
 
 DRAWN_PROMPTS = 300  # as points of the t-SNE pictures
@@ -65,7 +65,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     options.check()
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
-    with resumable(options.out, force=options.force) as work:
+    with resumable(options.out, force=options.force, report=report) as work:
         plan = _plan(options, report)
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
         if processes.leads:
