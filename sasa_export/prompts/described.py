@@ -55,10 +55,10 @@ class DataSet:
     base: Mapping[str, Any]
     options: Mapping[str, Option]
 
-    def read(self, path: Path, chosen: Chosen, report: Silent) -> Iterator[Prompt]:
+    def read(self, path: Path, chosen: Chosen, report: Silent, *, labelled: bool = True) -> Iterator[Prompt]:
         """One prompt a record and way of asking it. `path` is a table, the set's directory, or an id of the hub."""
         tables: dict[Path, list[Way]] = {}
-        ways = list(self._ways(chosen))
+        ways = [way if labelled else way | {"label": 0} for way in self._ways(chosen)]
         # Where ways differ in their table, a path that is a file is meant for those that have one of its name.
         ways = [way for way in ways if path.name in map(os.path.basename, way["file"])] or ways
         if path.is_file() and len({tuple(way["file"]) for way in ways}) > 1:

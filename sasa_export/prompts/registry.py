@@ -26,13 +26,14 @@ KINDS = {  # what to add where one label is missing
 }
 
 
-def load(spec: str, flag: str = "--data", report: Silent = QUIET) -> list[Prompt]:
+def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: bool = True) -> list[Prompt]:
     """The prompts of one data set, in its own order.
 
     Args:
         spec: `name:PATH`, options behind commas, the bare path of a JSONL file (see `sasa_export.prompts.spec`), or
             `builtin`, the built-in set of the flag.
         flag: where the user gave the spec.
+        labelled: whether labels are needed and read; all prompts have the label 0 where they are not.
 
     Raises DataError, which names the file and the record that is wrong, or the picture that cannot be read.
     """
@@ -42,7 +43,7 @@ def load(spec: str, flag: str = "--data", report: Silent = QUIET) -> list[Prompt
     what = f"{flag.strip('-')} file"
     if "hub" not in DATA_SETS[name].base and not os.path.exists(path):
         raise DataError(f"there is no {what} or directory {path}. Check {flag} {spec}.")
-    found = DATA_SETS[name].read(path, chosen, report)
+    found = DATA_SETS[name].read(path, chosen, report, labelled=labelled)
     prompts = [replace(prompt, source=name, kind=prompt.kind or f"{name}/{prompt.attack}") for prompt in found]
     if not prompts:
         raise DataError(f"{path} has no prompts, or none that the options leave. Check {flag} {spec}.")
