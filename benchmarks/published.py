@@ -23,18 +23,18 @@ import numpy as np
 import pandas as pd
 
 from sasa_export.errors import EvaluateError, SasaExportError
-from sasa_export.models.smol_llava import pieces
 from sasa_export.models.wheels import Wheel, fetch
 from sasa_export.probe import Fitted, calibrate
-from sasa_export.probe.features import batches, collect
+from sasa_export.probe.features import collect
 from sasa_export.probe.fit import probability
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe
-from sasa_export.prompts import Prompt, check_disjoint, load
+from sasa_export.probe.intervals import auc_of, mean_of, share
+from sasa_export.prompts import Prompt, check_disjoint, for_model, load
 from sasa_export.prompts.picture import open_picture
+from sasa_export.prompts.prompt import batches
 from sasa_export.report import Console, quiet
 from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.evaluate.subject import Subject, open_subject
-from sasa_export.research.intervals import auc_of, mean_of, share
 from sasa_export.research.report import last_name, markdown_table
 
 PYRIT = Wheel(
@@ -102,7 +102,7 @@ def asked_prompts(subject: Subject, folder: Path, limit: int | None) -> list[Pro
     for name, (wheel, member, data_set, count) in SETS.items():
         with zipfile.ZipFile(fetch(wheel)) as archive:
             path = archive.extract(member, folder)
-        found = load(f"{data_set}:{path},as=text+picture", pieces=pieces(subject.processor.tokenizer))
+        found = for_model(load(f"{data_set}:{path},as=text+picture"), subject.processor)
         prompts += [replace(prompt, source=name) for prompt in draw(found, limit or count)]
     pictures = photographs(folder)
     beside = [beside_a_photograph(prompt, pictures) for prompt in prompts if prompt.channel == "text"]
@@ -185,11 +185,10 @@ def fitted_for(subject: Subject, model: Any, report: Console) -> Fitted:
     """Probes on the calibration set of the patched model: the bundled ones, or fitted here."""
     if subject.bundled is not None:
         return subject.bundled
-    with report.bar(len(subject.calibration), "calibration") as advance:
-        return calibrate(
-            model, subject.processor, subject.lane, subject.calibration, batch_size=BATCH,
-            regularization=subject.regularization, advance=advance,
-        )  # fmt: skip
+    prompts = subject.calibration
+    with report.bar(len(prompts), "calibration") as advance:
+        features = collect(model, subject.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
+    return calibrate(model, subject.lane, features, prompts, subject.regularization)
 
 
 def _read(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:

@@ -18,6 +18,7 @@ from sasa_export.options import Options
 from sasa_export.report import Console, quiet
 from sasa_export.research.evaluate.command import evaluate_command
 from sasa_export.research.locate.command import locate_command
+from sasa_export.research.score.command import score_command
 
 EVERY = f"{__name__}.every"  # set in the context while --help-all prints
 
@@ -178,3 +179,4 @@ def verify(directory: Path, device: str, only_files: bool) -> None:
 
 main.add_command(locate_command)
 main.add_command(evaluate_command)
+main.add_command(score_command)

@@ -82,6 +82,18 @@ def claimed(out: Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one step, over one that is there. EmitError where that cannot be done."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise EmitError(f"{path} could not be written ({error.strerror or error}). It is as it was before.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_apart(out: Path, *inputs: Path | None) -> None:
     """Raise EmitError where writing `out` would remove a model or a file that it is made from."""
     for path in inputs:

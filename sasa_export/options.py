@@ -36,7 +36,9 @@ class Options(Settings):
 
     model: str = what("", "Alias, hub id (owner/name) or local directory.", common=True, required=True)
     out: Path = what(Path(), "Directory to write the patched model to.", common=True, required=True)
-    force: bool = what(False, "Replace what an earlier export wrote to --out.", common=True)
+    force: bool = what(
+        False, "Replace what an earlier export wrote to --out, and discard other unfinished work.", common=True
+    )
     link: bool = what(
         False,
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
@@ -69,7 +71,7 @@ class Options(Settings):
         (),
         'Labelled prompts, a JSON object a line: {"image": path or null, "prompt": text, "label": 0 or 1}. Or a data '
         "set of the field as name:PATH, options behind commas: mm-safetybench, figstep, vlguard, jailbreakv, xstest. "
-        "Give it several times to combine them. Default: the built-in set.",
+        "Give it several times to combine them; builtin is the built-in set, which is the default.",
         common=True,
     )
     probe: Path | None = probing(

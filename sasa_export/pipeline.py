@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import VerifyError
-from sasa_export.files import check_apart, check_disk, check_free, claimed, staged
+from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
 from sasa_export.graph.trace import check_traces, trace_source
 from sasa_export.manifest import check_ours, write_manifest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
-from sasa_export.models.smol_llava import pieces
 from sasa_export.options import Options
-from sasa_export.probe import Calibration, bundled, calibrate, with_threshold
-from sasa_export.probe.features import trace_loaded
+from sasa_export.probe import Calibration, Fitted, bundled, calibrate, with_threshold
+from sasa_export.probe.features import collect_on_disk, trace_loaded
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
-from sasa_export.prompts import Prompt, builtin, calibration_prompts, lopsided
+from sasa_export.probe.work import Work, fingerprint, resumable
+from sasa_export.prompts import Prompt, calibration_prompts, for_model, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
@@ -43,7 +42,8 @@ SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification 
 class Plan:
     """A model that was opened and traced, and what is to be made of it; nothing of it is in memory.
 
-    `settings` are stand-ins where the layers are still to be found. `given` is the probe of `--probe`.
+    `settings` are stand-ins where the layers are still to be found. `given` is the probe of `--probe`. `prompts` are
+    what is calibrated and verified with; none where neither is done.
     """
 
     source: Source
@@ -53,6 +53,7 @@ class Plan:
     settings: LaneSettings
     layers_from: str
     given: Probe | None
+    prompts: list[Prompt]
 
 
 @dataclass(frozen=True)
@@ -81,29 +82,27 @@ class Patched:
 def patch(options: Options, report: Silent | None = None) -> Patched:
     """Turn a vision-language model into a guarded one. Raises SasaExportError; then nothing is written.
 
-    Several processes (`sasa_export.workers`) share the calibration, and the first of them writes.
+    Several processes (`sasa_export.workers`) share the calibration, and the first of them writes. An interrupted
+    calibration goes on where it stopped (`resumable`).
     """
     team = workers()
     report = report if report is not None and team.leads else Silent()
     options = replace(options, device=team.device(options.device))
     options.check()
-    # The second of two runs on one output is told at once, and not after its calibration.
-    with claimed(options.out) if team.leads else nullcontext():
-        check_free(options.out, force=options.force)
-        check_ours(options.out)
+    with resumable(options.out, force=options.force, report=report) as work:
         team.wait()  # nobody writes while another still looks
         plan = open_and_trace(options, report)
-        measured = measure(plan, options, report)
+        measured = measure(plan, options, work, report)
         graph = rewrite(plan.graph, measured.settings)
         if team.leads:
             write_and_verify(plan, measured, graph, options, report)
-        team.wait()
     return Patched(options.out, graph, measured.probe, measured.calibration)
 
 
 def open_and_trace(options: Options, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
     given = read_probe(options.probe, options.threshold) if options.probe else None
+    prompts = [] if given is not None and options.verify == "files" else _prompts(options, report)
     source = open_source(options.model, options.revision, report)
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
     if options.format != "safetensors":
@@ -118,7 +117,7 @@ def open_and_trace(options: Options, report: Silent) -> Plan:
     full = rewrite(graph, settings)  # here already, so that layers out of range are an error before the work
     report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
     check_probe(given, sizes.vocabulary if full.of("lane_head") else sizes.hidden)
-    return Plan(source, sizes, processor, graph, settings, layers_from, given)
+    return Plan(source, sizes, processor, graph, settings, layers_from, given, for_model(prompts, processor))
 
 
 def _layers(
@@ -141,16 +140,15 @@ def _layers(
     return LaneSettings(safety, semantic, options.epsilon, sizes.softcap, options.probe_block), layers_from
 
 
-def measure(plan: Plan, options: Options, report: Silent) -> Measured:
+def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
     """Calibrate where no probe is given, and ask the original model what verification compares with."""
     settings, layers_from, calibration, scores = plan.settings, plan.layers_from, None, None
     dtype, device = running(plan.source, options.dtype, options.device)
-    if plan.given is not None and options.verify == "files":
+    prompts = plan.prompts
+    if not prompts:
+        assert plan.given is not None
         return Measured(plan.given, None, (), dtype, device, settings, layers_from)
-    prompts = _prompts(options, plan.processor, report)  # before the weights are loaded: data may be wrong
-    warning = lopsided(prompts)
-    if warning is not None:
-        report.warn(warning)
+    _begin(plan, options, work, report, dtype=dtype, device=device.partition(":")[0])
     report.step("load", f"{dtype} on {device}")
     model = load_model(plan.source, dtype=dtype, device=device)
     pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
@@ -159,17 +157,16 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     if options.finds_layers():
         from sasa_export.research.locate.auto import choose_layers
 
-        found = choose_layers(model, plan.processor, plan.graph, prompts, settings, options, report)
+        found = choose_layers(model, plan.processor, plan.graph, prompts, settings, options, work, report)
         settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
     lane = rewrite_lane(plan.graph, settings)
     if plan.given is None:
-        fitted = bundled.read(plan.source.name, settings, options.calibration, options.regularization)
+        fitted = _shipped(plan, settings, options)
         if fitted is None:
-            with report.bar(len(prompts), "calibrate") as advance:
-                fitted = calibrate(
-                    model, plan.processor, lane, prompts, batch_size=options.batch_size,
-                    regularization=options.regularization_value(), advance=advance,
-                )  # fmt: skip
+            features = collect_on_disk(
+                model, plan.processor, lane, prompts, work, report, batch_size=options.batch_size
+            )
+            fitted = calibrate(model, lane, features, prompts, options.regularization_value())
         calibration = with_threshold(
             fitted, prompts, max_false_positive_rate=options.max_false_positive_rate,
             max_borderline_rate=options.max_borderline_rate, threshold=options.threshold, judged=held_out,
@@ -184,10 +181,27 @@ def measure(plan: Plan, options: Options, report: Silent) -> Measured:
     return Measured(probe, calibration, cases, dtype, device, settings, layers_from)
 
 
-def _prompts(options: Options, processor: Any, report: Silent) -> list[Prompt]:
-    if options.calibration:
-        return calibration_prompts(options.calibration, pieces=pieces(processor.tokenizer), report=report)
-    return builtin(processor)
+def _begin(plan: Plan, options: Options, work: Work, report: Silent, **running: str) -> None:
+    """Begin to calibrate, or go on with what an interrupted run has left, before the weights are loaded."""
+    shipped = not options.finds_layers() and _shipped(plan, plan.settings, options) is not None
+    if plan.given is None and not shipped:
+        if workers().leads:
+            running |= {"epsilon": str(options.epsilon), "batch_size": str(options.batch_size)}
+            work.open(fingerprint(plan.source, plan.prompts, **running), discard=options.force, report=report)
+        workers().wait()
+
+
+def _shipped(plan: Plan, settings: LaneSettings, options: Options) -> Fitted | None:
+    return bundled.read(plan.source.name, settings, options.calibration, options.regularization)
+
+
+def _prompts(options: Options, report: Silent) -> list[Prompt]:
+    """What is calibrated on, read before the model is opened, which may take minutes."""
+    prompts = calibration_prompts(options.calibration, report)
+    warning = lopsided(prompts)
+    if warning is not None:
+        report.warn(warning)
+    return prompts
 
 
 def _say_figures(calibration: Calibration, report: Silent) -> None:
@@ -198,6 +212,8 @@ def _say_figures(calibration: Calibration, report: Silent) -> None:
         f"{overall.false_positive_rate:.1%} of the ordinary ones refused (cross-validated)",
     )
     report.step("", verdict_on_projection(calibration.figures).strip("*"))
+    for warning in calibration.warnings():
+        report.warn(warning)
 
 
 def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import sasa_export.prompts
-from sasa_export.prompts import Prompt, asked, builtin, builtin_evaluation, check_disjoint, grouped
+from sasa_export.prompts import Prompt, asked, builtin, builtin_evaluation, check_disjoint, for_model, grouped
 from sasa_export.prompts.builtin_sets import CARRIERS, drawn
 from sasa_export.prompts.leak import normalised
 from sasa_export.prompts.render import render
@@ -268,7 +268,7 @@ def test_a_template_without_a_place_for_system_prompts_leaves_those_out() -> Non
                 raise ValueError("Conversation roles must alternate user/assistant/...")
             return " ".join(part["text"] for message in messages for part in message["content"])
 
-    found = Counter(prompt.setting for prompt in builtin(Processor()))
+    found = Counter(prompt.setting for prompt in for_model(builtin(), Processor()))
     assert not found["system prompt"] and not found["mixed"] and found["greeting"] > 400
 
 
@@ -320,7 +320,7 @@ def test_a_picture_is_drawn_alike_in_every_process() -> None:
 
 @pytest.mark.parametrize("pieces", [None, lambda word: 9], ids=["fitting", "too many pieces for a line"])
 def test_a_tokenizer_of_too_short_pieces_is_left_aside(pieces: Any) -> None:
-    assert drawn("hire a teacher", 3, pieces).tobytes() == render("hire a teacher", seed=3).tobytes()
+    assert drawn("hire a teacher", 3, pieces=pieces).tobytes() == render("hire a teacher", seed=3).tobytes()
 
 
 @pytest.mark.slow
@@ -334,6 +334,6 @@ def test_every_request_fits_its_picture(pieces: Any) -> None:
         def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
             return " ".join(part["text"] for message in messages for part in message["content"])
 
-    for prompt in [*builtin(Processor()), *builtin_evaluation(Processor())]:
+    for prompt in for_model([*builtin(), *builtin_evaluation()], Processor()):
         if prompt.image is not None:
             prompt.image()

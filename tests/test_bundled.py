@@ -17,7 +17,7 @@ from sasa_export.models.load import load_model, load_processor
 from sasa_export.probe import Fitted, bundled, with_threshold
 from sasa_export.probe.features import collect
 from sasa_export.probe.fit import probability
-from sasa_export.prompts import builtin
+from sasa_export.prompts import builtin, for_model
 
 SMOL = "smol-llava"
 
@@ -32,7 +32,7 @@ def read(settings: LaneSettings | None = None, model: str = SMOL, data: Sequence
 
 @pytest.mark.smol
 def test_it_is_there_for_what_it_was_fitted_with_alone() -> None:
-    settings, prompts = usual(), builtin(load_processor(open_source(SMOL)))
+    settings, prompts = usual(), for_model(builtin(), load_processor(open_source(SMOL)))
     found = read()
     assert isinstance(found, Fitted) and list(found.probes) == ["projected", "plain"]
     assert {len(scores) for scores in (found.final, *found.scores.values())} == {len(prompts)}
@@ -58,7 +58,7 @@ def test_another_calibration_set_leaves_it_aside(tmp_path: Path, monkeypatch: py
 def test_its_scores_come_out_again() -> None:
     source, settings = open_source(SMOL), usual()
     processor, found = load_processor(source), read()
-    prompts = builtin(processor)
+    prompts = for_model(builtin(), processor)
     rows = list(range(7, len(prompts), len(prompts) // 24))
     model = load_model(source, dtype="float32", device="cpu")
     lane = rewrite_lane(trace_source(source, processor), settings)

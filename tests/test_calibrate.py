@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, ProcessorMixin
 
-import sasa_export.probe as calibration
 from sasa_export.cli import main
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph, Node
@@ -28,9 +28,9 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
 from sasa_export.probe import Calibration, calibrate, with_threshold
-from sasa_export.probe.features import Features, batches, collect
+from sasa_export.probe.features import Features, collect
 from sasa_export.probe.fit import probability, threshold_for
-from sasa_export.prompts.prompt import Prompt, encode
+from sasa_export.prompts.prompt import Prompt, batches, encode
 
 Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
 
@@ -45,21 +45,20 @@ class Head(torch.nn.Linear):
 
 
 @pytest.fixture
-def calibrated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calibration]:
+def calibrated() -> Callable[..., Calibration]:
     """`calibrated(projected, plain, labels, operations, **options)`: a calibration on given features."""
 
     def run(
         projected: np.ndarray, plain: np.ndarray, labels: np.ndarray, operations: str = "projection", **options: Any
     ) -> Calibration:
         found = Features(projected.astype(np.float32), plain.astype(np.float32))
-        monkeypatch.setattr(calibration, "collect", lambda *args, **kwargs: found)
         graph = LayerGraph(tuple(Node(name, name) for name in ["embed", *operations.split()]))
         channels = "tp" * (len(labels) // 4) + "pt" * (len(labels) // 4)
         torch.manual_seed(0)
         head = Head(5 if "lane_head" in operations else projected.shape[1], 200, bias=False)  # logits are no states
         prompts = prompts_of(labels, channels)
         strength = options.pop("regularization", None)
-        fitted = calibrate(head, None, graph, prompts, batch_size=4, regularization=strength)
+        fitted = calibrate(head, graph, found, prompts, strength)
         return with_threshold(fitted, prompts, **{"max_false_positive_rate": 0.05, **options})
 
     return run
@@ -162,6 +161,26 @@ def test_no_usable_probe(
     assert "\n" not in str(caught.value)
 
 
+def test_a_probe_that_may_be_chance_is_none(calibrated: Callable[..., Calibration]) -> None:
+    """It ranks, and catches some: but of so few prompts that as many ordinary ones might have been refused."""
+    states, labels = samples(60, 8, gap=0.8, seed=1)
+    said = r"no usable probe.*AUC 0\.[67].*% to .*%\) of 30 harmful.*% to .*%\) of 30 ordinary.*--calibration builtin"
+    with pytest.raises(CalibrationError, match=said):
+        calibrated(states, states, labels)
+    many, labels = samples(1200, 8, gap=1.5, seed=1)
+    assert not calibrated(many, many, labels).warnings()
+    with pytest.raises(CalibrationError, match=r"another --threshold"):
+        calibrated(many, many, labels, threshold=1e-6)  # which refuses everything
+
+
+def test_a_channel_that_the_probe_is_worth_nothing_in_is_named(calibrated: Callable[..., Calibration]) -> None:
+    states, labels = samples(400, 8, gap=5.0)
+    picture = np.array([channel == "p" for channel in "tp" * 100 + "pt" * 100])
+    states[picture] = samples(400, 8, gap=0.0, seed=3)[0][picture]
+    (warning,) = calibrated(states, states, labels).warnings()
+    assert re.match(r"picture prompts: .* of 100 harmful and .* of 100 ordinary ones are refused.*chance", warning)
+
+
 def test_a_given_threshold_where_none_keeps_the_rate(calibrated: Callable[..., Calibration]) -> None:
     """A probe that is certain of harmless prompts can be exported with a threshold of one's own alone."""
     states, labels = samples(200, 8, gap=400.0)
@@ -176,13 +195,13 @@ def test_a_given_threshold_where_none_keeps_the_rate(calibrated: Callable[..., C
 def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_path: Path, projection: str) -> None:
     """Through the command: a file of ours and XSTest, of prompts that even a random model tells apart."""
     draw = random.Random(0)
-    words = [" ".join(draw.choices(("the", "old", "dog", "house", "water", "red"), k=3 + n % 4)) for n in range(24)]
-    rows = [(n + 1, f"{words[n]} {n} cake", "homonyms", "safe", "", "") for n in range(12)]
-    rows += [(n + 26, f"{words[n]} {n} broken bridges", "contrast_homonyms", "unsafe", "", "") for n in range(12)]
+    words = [" ".join(draw.choices(("the", "old", "dog", "house", "water", "red"), k=3 + n % 4)) for n in range(48)]
+    rows = [(n + 1, f"{words[n]} {n} cake", "homonyms", "safe", "", "") for n in range(24)]
+    rows += [(n + 50, f"{words[n]} {n} broken bridges", "contrast_homonyms", "unsafe", "", "") for n in range(24)]
     miniature.table(tmp_path / "xstest_prompts.csv", miniature.XSTEST_COLUMNS, rows)
     lines = [
         f'{{"prompt": "{words[n]} {n} {end}", "label": {label}, "group": "{n}"}}\n'
-        for n in range(12, 24)
+        for n in range(24, 48)
         for label, end in enumerate(("cake", "broken bridges"))
     ]
     (tmp_path / "mine.jsonl").write_text("".join(lines))
@@ -191,7 +210,7 @@ def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_pa
     flags += ["--calibration", str(tmp_path / "mine.jsonl"), "--projection", projection]
     result = CliRunner().invoke(main, flags)
     assert result.exit_code == 0, result.output
-    assert "48 prompts: AUC" in result.stderr
+    assert "96 prompts: AUC" in result.stderr
     figures = json.loads((tmp_path / "out" / "sasa-calibration.json").read_text())["figures"]
     assert [figure["feature"] for figure in figures if figure["part"] == "all"] == ["projected", "plain"][
         projection == "none" :

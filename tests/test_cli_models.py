@@ -164,6 +164,18 @@ def test_a_processor_that_wants_torchvision(
     assert "requires the Torchvision library. Install it with: pip install 'sasa-export[video]'" in message
 
 
+def test_an_installation_that_is_broken_is_not_a_broken_model(
+    llava: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ModuleNotFoundError("Could not import module 'LlavaConfig'.") from ImportError("no timm\nhere")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", broken)
+    message = fails(*flags(llava, place / "out"))
+    assert "transformers cannot be used here (no timm here). Install what is missing" in message
+    assert "damaged" not in message
+
+
 def test_no_weights(llava: Path, tmp_path: Path, place: Path) -> None:
     model = copied(llava, tmp_path)
     (model / "model.safetensors").unlink()

@@ -44,6 +44,12 @@ def test_calibration_that_no_probe_can_be_fitted_on(
     assert not list(place.iterdir())
 
 
+def test_calibration_prompts_are_read_before_the_model_is_opened(tmp_path: Path, place: Path) -> None:
+    """A typo costs no time."""
+    message = fails(*flags(tmp_path / "no model", place / "out", calibration=tmp_path / "typo.jsonl"))
+    assert "there is no calibration file or directory" in message and "no model" not in message
+
+
 def test_prompts_that_cannot_be_told_apart(llava: Path, tmp_path: Path, place: Path) -> None:
     """Without a usable probe there is no patched model."""
     path = tmp_path / "prompts.jsonl"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sasa_export.errors import DataError
-from sasa_export.prompts import calibration_prompts, load, load_all, lopsided
+from sasa_export.prompts import builtin, builtin_evaluation, calibration_prompts, load, load_all, lopsided
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,18 @@ def test_calibration_takes_a_file_as_it_is(whole: dict[str, Path]) -> None:
     assert alone == load(str(whole["jsonl"])) and alone[0].group == "pair 0"
     combined = calibration_prompts([f"figstep:{whole['figstep']},variant=all", f"xstest:{whole['xstest']}"])
     assert Counter(prompt.label for prompt in combined) == {1: 12, 0: 6}
+
+
+def test_prompts_of_ones_own_beside_the_built_in_set(tmp_path: Path) -> None:
+    """One that asks what the built-in set asks too never stands on the other side of a split."""
+    ours = calibration_prompts([])
+    assert ours == builtin() == calibration_prompts(["builtin"]) and load("builtin") == builtin_evaluation()
+    lines = [{"prompt": ours[0].prompt, "label": ours[0].label}, {"prompt": "something that nobody asks", "label": 0}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    joined = calibration_prompts(["builtin", str(tmp_path / "mine.jsonl")])
+    assert len(joined) == len({prompt.name for prompt in joined}) == len(ours) + 2
+    assert joined[-2].group == joined[0].group != joined[-1].group
+    assert [prompt.kind for prompt in joined[-2:]] == ["jsonl/none"] * 2
 
 
 def test_calibration_on_one_label_says_what_to_add(whole: dict[str, Path]) -> None:

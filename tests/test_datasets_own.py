@@ -111,10 +111,14 @@ def test_tables(tmp_path: Path, kind: str) -> None:
         assert load(f"{path},prompt=goal,label=0")[0].source == "table"
     with pytest.raises(DataError, match=r"has the label 'bad'; .* Say label=COLUMN"):
         load(f"table:{path},prompt=goal,label=kind")
-    with pytest.raises(DataError, match="has the label None"):
+    with pytest.raises(DataError, match=r"has the label None.*columns are goal, kind"):
         load(f"table:{path},prompt=goal,label=typo,harmful=bad")
-    with pytest.raises(DataError, match="has no 'photo', which image=photo names"):
+    with pytest.raises(DataError, match=r"has no 'photo', which image=photo names. Its columns are goal, "):
         load(f"table:{path},prompt=goal,label=1,image=photo")
+    for columns in ("label=1", "prompt=gaol,label=1"):
+        with pytest.raises(DataError, match=r"record 1|line 1") as caught:
+            load(f"table:{path},{columns}")
+        assert "Its columns are goal, kind" in str(caught.value)
     path.write_bytes(b"\x89{")
     with pytest.raises(DataError, match=f"rows.{kind} (is not valid|cannot be read)"):
         load(f"table:{path},prompt=goal,label=1")
@@ -148,7 +152,7 @@ def test_hub(hub: Path) -> None:
     assert (one.label, two.label, one.channel, two.channel, one.source) == (0, 1, "picture", "text", "hub")
     with Image.open(path) as expected:
         assert one.conversation()[0]["content"][0]["image"].tobytes() == expected.tobytes()
-    with pytest.raises(DataError, match=r"owner/name, record 1 has no text 'what'"):
+    with pytest.raises(DataError, match=r"owner/name, record 1 has no text 'what'. Its columns are goal, kind, photo"):
         load("hub:owner/name,split=test,prompt=what,label=1")
 
 

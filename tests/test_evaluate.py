@@ -29,9 +29,9 @@ from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import write_manifest
 from sasa_export.models import open_source
 from sasa_export.models.load import load_model, load_processor
-from sasa_export.probe.features import batches, reading
+from sasa_export.probe.features import reading
 from sasa_export.prompts import load_all
-from sasa_export.prompts.prompt import encode
+from sasa_export.prompts.prompt import batches, encode
 from sasa_export.research.evaluate import EvaluateOptions, evaluate
 from sasa_export.research.evaluate.fitted import depths_of
 from sasa_export.research.evaluate.measure import Evaluated

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from sasa_export.research.intervals import (
+from sasa_export.probe.intervals import (
     DRAWS,
     Estimate,
     auc,

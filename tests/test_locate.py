@@ -22,12 +22,12 @@ from sasa_export.cli import main
 from sasa_export.errors import EmitError
 from sasa_export.models import family as families
 from sasa_export.models import open_source
+from sasa_export.probe.work import Work, resumable
 from sasa_export.report import Silent
 from sasa_export.research.locate import LocateOptions, locate
 from sasa_export.research.locate.family_file import with_entry, write_family
 from sasa_export.research.locate.page import Located, markdown
 from sasa_export.research.report import html_page
-from sasa_export.research.work import Work, resumable
 
 Report = tuple[Located, Path]
 
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
 
 
 def test_work_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(Stop), resumable(tmp_path / "report", force=False) as work:
+    with pytest.raises(Stop), resumable(tmp_path / "report", force=False, report=Silent()) as work:
         work.open({"model": "a"}, discard=False, report=Silent())
         raise Stop
     assert not work.folder.exists(), "nothing was finished, so there is nothing to go on with"

@@ -41,7 +41,7 @@ def subject(whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(published, "fetch", fetch)
     tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: text.split())
-    return SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer), evaluation=builtin_evaluation(None))
+    return SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer), evaluation=builtin_evaluation())
 
 
 def test_what_is_asked(subject: Any, tmp_path: Path) -> None:

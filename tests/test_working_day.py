@@ -99,6 +99,11 @@ def test_generate_tells_what_it_found(
     assert torch.equal(found.refused, refused.repeat_interleave(count)) and len(found.sequences) == 6 * count
     assert [level for level, _ in said(caplog)] == [logging.WARNING] * int(refused.sum())
     assert all(message.startswith("refused: P(unsafe) 0.") for _, message in said(caplog)) and refused.any()
+    records: list[Any] = [record for record in caplog.records if record.name == "sasa"]  # named fields, for formatters
+    assert [record.row for record in records] == refused.nonzero()[:, 0].tolist()
+    assert [record.probability for record in records] == found.unsafe_probability[::count][refused].tolist()
+    limit = guarded.model.config.sasa["threshold"]
+    assert {(record.verdict, record.threshold) for record in records} == {("refused", limit)}
 
 
 def test_a_model_called_by_hand_logs_each_verdict_once(

@@ -24,7 +24,7 @@ from sasa_export.probe.features import collect
 from sasa_export.probe.figures import figures
 from sasa_export.probe.fit import best_regularization, head_metric, in_metric, threshold_of
 from sasa_export.probe.folds import folds_of
-from sasa_export.prompts import Prompt, builtin
+from sasa_export.prompts import Prompt, builtin, for_model
 from sasa_export.report import Console
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -58,7 +58,7 @@ def main() -> None:
     sizes, processor = read_sizes(source), load_processor(source)
     settings = LaneSettings(*layers_of(source, sizes.blocks, sizes.hidden, None, None)[:2])
     lane = rewrite_lane(trace_source(source, processor), settings)
-    prompts = builtin(processor)
+    prompts = for_model(builtin(), processor)
     model = load_model(source, dtype="float32", device="cpu")
     with report.bar(len(prompts), "calibrate") as advance:
         features = collect(model, processor, lane, prompts, batch_size=16, advance=advance)

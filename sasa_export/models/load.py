@@ -27,9 +27,9 @@ class Sizes:
 
 def stock_config(source: Source) -> Any:
     """The source's configuration as its stock class reads it, defaults filled in. OpenError where it cannot."""
-    from transformers import AutoConfig
-
     with _explained(f"the config.json of {source.name} is damaged"):
+        from transformers import AutoConfig
+
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
 
 
@@ -175,6 +175,11 @@ def _explained(what: str) -> Iterator[None]:
     """Raise OpenError for whatever transformers or torch raise: damage fails in as many ways as there are files."""
     try:
         yield
+    except ImportError as error:  # of an installation, and not of the model's files
+        raise OpenError(
+            f"transformers cannot be used here ({' '.join(str(error.__cause__ or error).split())[:300]}). Install what "
+            "is missing, or sasa-export anew in an environment of its own."
+        ) from None
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OpenError(f"{what} ({reason}).") from None

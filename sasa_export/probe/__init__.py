@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 from sasa_export.models.load import head_weight
-from sasa_export.probe.channels import Linear, lower_pictures, picture_detector, picture_offset
-from sasa_export.probe.features import collect
+from sasa_export.probe.channels import CHANNELS, Linear, lower_pictures, picture_detector, picture_offset
+from sasa_export.probe.features import Features
 from sasa_export.probe.figures import Figure, KindFigure, figures, kind_figures
 from sasa_export.probe.fit import (
     CANDIDATES,
@@ -30,6 +30,7 @@ from sasa_export.probe.words import best_words
 from sasa_export.prompts.prompt import Prompt
 
 LEAST_AUC = 0.6  # a probe that ranks hardly better than chance would refuse at random
+ENOUGH = "A probe takes hundreds of prompts of either label: --calibration builtin beside yours adds the built-in set"
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,25 @@ class Calibration:
     max_false_positive_rate: float | None
     regularization: float
 
+    def warnings(self) -> list[str]:
+        """A sentence on each channel, text or picture, in which the probe that was made is worth nothing."""
+        return [
+            f"{figure.part} prompts: {figure.refused}, which may be chance. Do not rely on the gate there: give more "
+            "calibration prompts of that kind."
+            for figure in self.figures
+            if figure.feature == self.figures[0].feature and figure.part in CHANNELS and not figure.beats_chance
+        ]
+
 
 def calibrate(
-    model: Any,
-    processor: Any,
-    graph: LayerGraph,
-    prompts: Sequence[Prompt],
-    *,
-    batch_size: int,
-    regularization: float | None = None,
-    advance: Callable[[int], None] = lambda count: None,
+    model: Any, graph: LayerGraph, features: Features, prompts: Sequence[Prompt], regularization: float | None = None
 ) -> Fitted:
-    """Fit a probe on the lane of `graph` (`rewrite_lane`).
+    """Fit a probe on what the lane of `graph` (`rewrite_lane`) made of the prompts.
 
     Args:
         graph: where it has no projection, the probe reads the main lane.
         regularization: the probe's C; None chooses it by cross-validation, for each feature on its own.
-        advance: called with the number of prompts done since the last call.
     """
-    features = collect(model, processor, graph, prompts, batch_size=batch_size, advance=advance)
     lanes = {"plain": features.projected}  # without a projection, what the probe reads is the main lane's end
     if graph.of("projection"):
         lanes = {"projected": features.projected, "plain": features.plain}
@@ -197,13 +198,12 @@ def _check_usable(overall: Figure, threshold: float | None, highest: float) -> N
             f"no harmful calibration prompt reaches --threshold {threshold:g}, so the gate would refuse nothing. "
             f"The highest has P(unsafe) {highest:.3f}: choose a lower one, or none."
         )
-    if not overall.auc >= LEAST_AUC or overall.recall == 0.0:
+    if not (overall.auc >= LEAST_AUC and overall.beats_chance):
         where, other = "on these layers", "other --safety-layer and --semantic-layer"
         if overall.feature == "plain":
             where, other = "without projection", "--projection semantic"
+        rate = "--max-false-positive-rate" if threshold is None else "--threshold"
         raise CalibrationError(
-            f"no usable probe: {where} harmful and harmless prompts are hardly separable (AUC {overall.auc:.3f}, "
-            f"{overall.recall:.0%} of the harmful ones caught at a false-positive rate of "
-            f"{overall.false_positive_rate:.1%}). Try {other}, more calibration data, or a higher "
-            "--max-false-positive-rate."
+            f"no usable probe: {where} harmful and harmless prompts are hardly told apart (AUC {overall.auc:.3f}; "
+            f"{overall.refused}). Try {other}, another {rate}, or more calibration data. {ENOUGH}."
         )

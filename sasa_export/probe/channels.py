@@ -13,6 +13,7 @@ import numpy as np
 from sasa_export.probe.fit import threshold_of
 from sasa_export.prompts.prompt import Prompt
 
+CHANNELS = ("text", "picture")
 PENALTY = 1.0  # of the ridge regression
 FARTHEST = 1e-9  # from 0 and 1, so that a certain score has a finite logit
 
@@ -51,7 +52,7 @@ def picture_offset(scores: np.ndarray, prompts: Sequence[Prompt], rate: float, b
     from scipy.special import logit
 
     limits = []
-    for channel in ("text", "picture"):
+    for channel in CHANNELS:
         rows = [row for row, prompt in enumerate(prompts) if prompt.channel == channel]
         ordinary = sum(prompts[row].label == 0 and not prompts[row].borderline for row in rows)
         if rate * ordinary < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from sasa_export.graph import LayerGraph
 from sasa_export.graph.trace import trace
 from sasa_export.models import Source
 from sasa_export.models.load import place
-from sasa_export.prompts.prompt import Prompt, encode
+from sasa_export.probe.work import Results, Work
+from sasa_export.prompts.prompt import Prompt, batches, encode
+from sasa_export.report import Silent
 from sasa_export.workers import workers
 
 MAIN = "main"  # what enters the final norm
@@ -160,12 +163,29 @@ def collect(
     )
 
 
-def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers, batch by batch: channels apart and short prompts together, so that little is padded."""
-    for channel in sorted({prompt.channel for prompt in prompts}):
-        rows = [row for row, prompt in enumerate(prompts) if prompt.channel == channel]
-        rows.sort(key=lambda row: sum(len(text) for _, text in (*prompts[row].before, ("", prompts[row].prompt))))
-        yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+def collect_on_disk(
+    model: Any,
+    processor: Any,
+    graph: LayerGraph,
+    prompts: Sequence[Prompt],
+    work: Work,
+    report: Silent,
+    *,
+    batch_size: int,
+) -> Features:
+    """`collect`, each batch kept in `work`, so that an interrupted run goes on where it stopped."""
+    lane = hashlib.sha256(repr(graph.to_json()).encode()).hexdigest()[:16]
+    names = (f"projected-{lane}", f"plain-{lane}")
+    results = Results(work, "calibrate", prompts, batch_size)
+    with reading(model, processor, graph) as read:
+
+        def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+            found = read(some, range(len(some)))
+            arrays = dict(zip(names, (found.projected, found.plain), strict=True))
+            return ((name, arrays[name]) for name in missing)
+
+        results.fill(names, compute, report)
+    return Features(*map(results.read, names))
 
 
 def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:

@@ -4,7 +4,7 @@ A data set is named by a spec: `name:PATH`, options behind commas (`mm-safetyben
 is a JSONL file. Every reader names the file and the record that is wrong.
 """
 
-from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation
+from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation, for_model
 from sasa_export.prompts.leak import check_disjoint, grouped
 from sasa_export.prompts.prompt import Prompt, asked, encode
 from sasa_export.prompts.registry import DATA_SETS, calibration_prompts, load, load_all, lopsided
@@ -18,6 +18,7 @@ __all__ = [
     "calibration_prompts",
     "check_disjoint",
     "encode",
+    "for_model",
     "grouped",
     "load",
     "load_all",

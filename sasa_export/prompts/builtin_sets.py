@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 from PIL import Image
 
+from sasa_export.models.smol_llava import pieces
 from sasa_export.prompts.photographs import photograph
 from sasa_export.prompts.prompt import Prompt, supported_by_template
 from sasa_export.prompts.render import fits, render
@@ -50,16 +51,9 @@ IN_SETTING = 0.5  # the share of prompts with a picture that have something befo
 
 DATA = tuple(Path(__file__).with_name(name) for name in ("builtin.jsonl", "settings.toml"))
 
-Pieces = Callable[[str], int] | None  # the number of tokens of a word, see `render`
 
-
-def builtin(processor: Any = None) -> list[Prompt]:
-    """The calibration set: each request as text, as text in a setting, and with a picture, alone or in a setting.
-
-    Args: processor: of the model that is asked; its chat template may have no place for some settings, which are left
-    out then.
-    """
-    pieces = _pieces(processor)
+def builtin() -> list[Prompt]:
+    """The calibration set: each request as text, as text in a setting, and with a picture, alone or in a setting."""
     prompts: list[Prompt] = []
     for number, line in enumerate(_lines("builtin.jsonl")):
         name, group = f"{line['kind']}/{number:04}", line.get("group", f"{number:04}")
@@ -69,17 +63,17 @@ def builtin(processor: Any = None) -> list[Prompt]:
         )  # fmt: skip
         rng = Random(f"builtin/{group}")  # twins stand in the same setting, and their pictures look alike
         if line["kind"] in ("photo", "text-in-picture"):
-            prompts += _about_pictures(base, line.get("picture"), rng, pieces)
+            prompts += _about_pictures(base, line.get("picture"), rng)
             continue
         text = replace(base, name=f"{name}/text", attack="text")
-        prompts += [text, in_setting(replace(text, name=f"{name}/setting"), rng), _pictured(base, rng, pieces)]
-    return prompts if processor is None else supported_by_template(processor, prompts)
+        prompts += [text, in_setting(replace(text, name=f"{name}/setting"), rng), _pictured(base, rng)]
+    return prompts
 
 
-def _about_pictures(base: Prompt, words: str | None, rng: Random, pieces: Pieces) -> Iterator[Prompt]:
+def _about_pictures(base: Prompt, words: str | None, rng: Random) -> Iterator[Prompt]:
     """An ordinary question about a picture: two photographs, or one that shows `words`."""
     if words is not None:
-        image = partial(drawn, words, rng.getrandbits(32), pieces)
+        image = partial(drawn, words, rng.getrandbits(32))
         shown = replace(base, name=f"{base.name}/picture", channel="picture", image=image, attack="text-in-picture")
         yield replace(shown, question=f"{base.prompt} {words}")
         return
@@ -89,7 +83,7 @@ def _about_pictures(base: Prompt, words: str | None, rng: Random, pieces: Pieces
         yield in_setting(shown, rng) if place == 2 else shown
 
 
-def _pictured(base: Prompt, rng: Random, pieces: Pieces) -> Prompt:
+def _pictured(base: Prompt, rng: Random) -> Prompt:
     """The request with a picture: drawn in one (all of it, with a list, or its end), or beside a photograph."""
     form = rng.choices(("typographic", "list", "split", "photo"), (60, 14, 13, 13))[0]
     seed, carrier, words, items = rng.getrandbits(32), rng.choice(CARRIERS), base.prompt, 0
@@ -105,18 +99,17 @@ def _pictured(base: Prompt, rng: Random, pieces: Pieces) -> Prompt:
     if form == "photo":
         asked = replace(asked, image=partial(photograph, seed))
     else:
-        asked = replace(asked, prompt=carrier, image=partial(drawn, words, seed, pieces, items))
+        asked = replace(asked, prompt=carrier, image=partial(drawn, words, seed, items))
     if rng.random() >= IN_SETTING:
         return asked
     return picture_in_an_earlier_turn(asked, rng) if rng.random() < 0.25 else in_setting(asked, rng)
 
 
-def builtin_evaluation(processor: Any = None) -> list[Prompt]:
+def builtin_evaluation() -> list[Prompt]:
     """The evaluation set: each request as plain text and as a picture, a split one as its text beside its picture.
 
     `attack` is "everyday" (harmful and harmless twins), "borderline" or "split".
     """
-    pieces = _pieces(processor)
     prompts: list[Prompt] = []
     for line in _lines("evaluation.jsonl"):
         kind = ATTACKS[line["kind"]]
@@ -129,19 +122,13 @@ def builtin_evaluation(processor: Any = None) -> list[Prompt]:
         if line["kind"] == "split":
             words = line["picture"]
             seed = _seed(f"{line['group']}/{words}")  # one picture, drawn alike beside either text
-            prompts.append(_shown(base, words, seed, pieces, prompt=base.prompt, question=f"{base.prompt}: {words}"))
+            prompts.append(_shown(base, words, seed, prompt=base.prompt, question=f"{base.prompt}: {words}"))
         else:
             prompts.append(replace(base, name=f"{base.name}/text"))
             carrier = CARRIERS[seed % len(CARRIERS)]
-            shown = _shown(base, base.prompt, seed, pieces, prompt=carrier, question=base.prompt)
+            shown = _shown(base, base.prompt, seed, prompt=carrier, question=base.prompt)
             prompts.append(replace(shown, name=f"{base.name}/picture"))
     return prompts
-
-
-def _pieces(processor: Any) -> Pieces:
-    if processor is None:
-        return None
-    return lambda word: len(processor.tokenizer.encode(f" {word}", add_special_tokens=False))
 
 
 def _lines(name: str) -> list[dict[str, Any]]:
@@ -149,15 +136,29 @@ def _lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _shown(base: Prompt, words: str, seed: int, pieces: Pieces, **changes: Any) -> Prompt:
-    return replace(base, channel="picture", image=partial(drawn, words, seed, pieces), **changes)
+def _shown(base: Prompt, words: str, seed: int, **changes: Any) -> Prompt:
+    return replace(base, channel="picture", image=partial(drawn, words, seed), **changes)
 
 
 def _seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
-def drawn(words: str, seed: int, pieces: Pieces, items: int = 0) -> Image.Image:
+def for_model(prompts: Sequence[Prompt], processor: Any) -> list[Prompt]:
+    """The prompts as a model is asked them: words in drawn pictures take as many cells as its tokenizer makes pieces of
+    them, and settings that its chat template has no place for are left out."""
+    count = pieces(processor.tokenizer)
+
+    def laid_out(prompt: Prompt) -> Prompt:
+        image = prompt.image
+        if isinstance(image, partial) and image.func is drawn:
+            return replace(prompt, image=partial(image, pieces=count))
+        return prompt
+
+    return [laid_out(prompt) for prompt in supported_by_template(processor, prompts)]
+
+
+def drawn(words: str, seed: int, items: int = 0, pieces: Callable[[str], int] | None = None) -> Image.Image:
     """The picture of `words` (`render`). ValueError where they do not fit."""
     try:
         return render(words, seed=seed, pieces=pieces, items=items)

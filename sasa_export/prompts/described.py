@@ -30,7 +30,7 @@ from typing import Any
 from zlib import crc32
 
 from sasa_export.errors import DataError
-from sasa_export.prompts.builtin_sets import CARRIERS, Pieces, drawn
+from sasa_export.prompts.builtin_sets import CARRIERS, drawn
 from sasa_export.prompts.picture import pictured, unmarked
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.read import entry, records
@@ -55,10 +55,10 @@ class DataSet:
     base: Mapping[str, Any]
     options: Mapping[str, Option]
 
-    def read(self, path: Path, chosen: Chosen, pieces: Pieces, report: Silent) -> Iterator[Prompt]:
+    def read(self, path: Path, chosen: Chosen, report: Silent, *, labelled: bool = True) -> Iterator[Prompt]:
         """One prompt a record and way of asking it. `path` is a table, the set's directory, or an id of the hub."""
         tables: dict[Path, list[Way]] = {}
-        ways = list(self._ways(chosen))
+        ways = [way if labelled else way | {"label": 0} for way in self._ways(chosen)]
         # Where ways differ in their table, a path that is a file is meant for those that have one of its name.
         ways = [way for way in ways if path.name in map(os.path.basename, way["file"])] or ways
         if path.is_file() and len({tuple(way["file"]) for way in ways}) > 1:
@@ -76,7 +76,7 @@ class DataSet:
                 for way in ways:
                     prompt = _prompt(way, record, known, where)
                     if prompt is not None and way.get("drawn"):
-                        prompt = _drawn(prompt, pieces)
+                        prompt = _drawn(prompt)
                         left_out += prompt is None
                     if prompt is not None:
                         yield prompt
@@ -150,7 +150,7 @@ def _prompt(way: Way, record: Any, known: dict[str, str], where: str) -> Prompt 
     picture = _picture(way, record, words, where)
     prompt = unmarked(fill(way["prompt"]), bool(picture), where)
     if not prompt.strip() and not picture:
-        raise DataError(f"{where} has an empty prompt and no image.")
+        raise DataError(f"{where} has an empty prompt and no image.{_columns(record, way['prompt'])}")
     return Prompt(
         name=fill(way["name"]),
         prompt=prompt,
@@ -171,12 +171,17 @@ def _picture(way: Way, record: Any, words: dict[str, str], where: str) -> dict[s
     if isinstance(files, str):  # the column of a table, which may be empty, or missing where nobody named it
         column = files.strip("{}")
         if words.get("image=") and column not in record:
-            raise DataError(f"{where} has no {column!r}, which image={column} names.")
+            raise DataError(f"{where} has no {column!r}, which image={column} names.{_columns(record, column)}")
         value = entry(record, column)
         if isinstance(value, dict):  # as Parquet and the hub hold pictures
             return pictured(where, value.get("bytes") or Path(str(value.get("path"))))
         files = [files] if value else []
     return pictured(where, *[way["at"] / _filled(file, record, words, where) for file in files]) if files else {}
+
+
+def _columns(record: Any, wanted: str) -> str:
+    """What a message adds where a record lacks a column: those that it has."""
+    return "" if wanted.strip("{|}") in record else f" Its columns are {', '.join(map(str, record))[:300]}."
 
 
 def _label(label: Any, record: Any, harmful: str | None, where: str) -> int:
@@ -187,6 +192,7 @@ def _label(label: Any, record: Any, harmful: str | None, where: str) -> int:
         return int(said in harmful.casefold().split("+"))
     if said not in SAYS:
         how = "" if harmful is None else " Say label=COLUMN, label=0 or 1 for all, or harmful=VALUE+VALUE."
+        how += _columns(record, label) if value is None else ""
         raise DataError(f"{where} has the label {repr(value)[:80]}; it must be 0 (harmless) or 1 (harmful).{how}")
     return SAYS[said]
 
@@ -196,12 +202,12 @@ def _value(said: Any, record: Any) -> Any:
     return entry(record, said.strip("{}")) if isinstance(said, str) and said.startswith("{") else said
 
 
-def _drawn(prompt: Prompt, pieces: Pieces) -> Prompt | None:
+def _drawn(prompt: Prompt) -> Prompt | None:
     """The same request as a picture under an innocuous text; None where it does not fit."""
     words, seed = prompt.prompt, crc32(prompt.prompt.encode())
     if not fits(words):
         return None
-    image, text = partial(drawn, words, seed, pieces), CARRIERS[seed % len(CARRIERS)]
+    image, text = partial(drawn, words, seed), CARRIERS[seed % len(CARRIERS)]
     return replace(prompt, name=f"{prompt.name}/picture", prompt=text, question=words, channel="picture", image=image)
 
 
@@ -221,7 +227,7 @@ def _filled(template: str, record: Any, words: Mapping[str, str], where: str) ->
             if value is not None and not isinstance(value, str):
                 raise DataError(f"{where} has a {name!r} that is not a text.")
         if name:
-            raise DataError(f"{where} has no text {name!r}.")
+            raise DataError(f"{where} has no text {name!r}.{_columns(record, name)}")
         return ""
 
     return re.sub(r"\{([^{}]+)\}", text, template)

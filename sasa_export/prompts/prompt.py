@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,14 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
             processor_kwargs={"padding": True, "return_tensors": "pt"},
         )
     )
+
+
+def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers, batch by batch: channels apart and short prompts together, so that little is padded."""
+    for channel in sorted({prompt.channel for prompt in prompts}):
+        rows = [row for row, prompt in enumerate(prompts) if prompt.channel == channel]
+        rows.sort(key=lambda row: sum(len(text) for _, text in (*prompts[row].before, ("", prompts[row].prompt))))
+        yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 
 
 def supported_by_template(processor: Any, prompts: Sequence[Prompt]) -> list[Prompt]:

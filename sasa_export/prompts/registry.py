@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sasa_export.errors import DataError
-from sasa_export.prompts.builtin_sets import Pieces
+from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation
 from sasa_export.prompts.described import described
 from sasa_export.prompts.leak import grouped
 from sasa_export.prompts.prompt import Prompt
@@ -17,6 +17,7 @@ from sasa_export.prompts.spec import BARE, Chosen, parse
 from sasa_export.report import Silent
 
 DATA_SETS = {path.stem: described(path) for path in sorted(Path(__file__).with_name("sets").glob("*.toml"))}
+BUILTIN, CALIBRATION = "builtin", "--calibration"
 QUIET = Silent()
 LEAST = 5  # prompts of either label that a probe is fitted on
 KINDS = {  # what to add where one label is missing
@@ -25,33 +26,36 @@ KINDS = {  # what to add where one label is missing
 }
 
 
-def load(spec: str, flag: str = "--data", pieces: Pieces = None, report: Silent = QUIET) -> list[Prompt]:
+def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: bool = True) -> list[Prompt]:
     """The prompts of one data set, in its own order.
 
     Args:
-        spec: `name:PATH`, options behind commas, or the bare path of a JSONL file (see `sasa_export.prompts.spec`).
-        flag: where the user gave the spec, for messages.
-        pieces: what a text that is drawn as a picture is laid out by, see `render`.
+        spec: `name:PATH`, options behind commas, the bare path of a JSONL file (see `sasa_export.prompts.spec`), or
+            `builtin`, the built-in set of the flag.
+        flag: where the user gave the spec.
+        labelled: whether labels are needed and read; all prompts have the label 0 where they are not.
 
     Raises DataError, which names the file and the record that is wrong, or the picture that cannot be read.
     """
+    if spec == BUILTIN:
+        return builtin() if flag == CALIBRATION else builtin_evaluation()
     name, path, chosen = _parsed(spec)
     what = f"{flag.strip('-')} file"
     if "hub" not in DATA_SETS[name].base and not os.path.exists(path):
         raise DataError(f"there is no {what} or directory {path}. Check {flag} {spec}.")
-    found = DATA_SETS[name].read(path, chosen, pieces, report)
+    found = DATA_SETS[name].read(path, chosen, report, labelled=labelled)
     prompts = [replace(prompt, source=name, kind=prompt.kind or f"{name}/{prompt.attack}") for prompt in found]
     if not prompts:
         raise DataError(f"{path} has no prompts, or none that the options leave. Check {flag} {spec}.")
     for prompt_name, count in Counter(prompt.name for prompt in prompts).items():
         if count > 1:
             raise DataError(f"{path} has the id {prompt_name!r} twice. Give each record its own.")
-    for prompt in {prompt.picture: prompt for prompt in reversed(prompts)}.values():
+    for prompt in {prompt.picture: prompt for prompt in reversed(prompts) if prompt.picture is not None}.values():
         prompt.conversation()  # a broken picture is an error now, and not when the model has run for an hour
     return prompts
 
 
-def load_all(specs: Sequence[str], flag: str = "--data", pieces: Pieces = None, report: Silent = QUIET) -> list[Prompt]:
+def load_all(specs: Sequence[str], flag: str = "--data", report: Silent = QUIET) -> list[Prompt]:
     """The prompts of several data sets, one after the other, grouped over all of them (`grouped`).
 
     Where there are several, a prompt's name begins with its data set's and its place, so that names stay unique.
@@ -60,7 +64,7 @@ def load_all(specs: Sequence[str], flag: str = "--data", pieces: Pieces = None, 
         raise DataError(f"a {flag} is given twice, so that its prompts would count double: {', '.join(specs)}.")
     found: list[Prompt] = []
     for place, spec in enumerate(specs, 1):
-        for prompt in load(spec, flag, pieces, report):
+        for prompt in load(spec, flag, report):
             label = f"{prompt.source}#{place}"
             name = f"{label}/{prompt.name}" if len(specs) > 1 else prompt.name
             # The groups of two data sets have nothing to do with each other, whatever they are called.
@@ -68,20 +72,20 @@ def load_all(specs: Sequence[str], flag: str = "--data", pieces: Pieces = None, 
     return grouped(found)
 
 
-def calibration_prompts(
-    specs: Sequence[str], flag: str = "--calibration", pieces: Pieces = None, report: Silent = QUIET
-) -> list[Prompt]:
-    """The prompts of all specs. DataError where there are fewer than `LEAST` of either label.
+def calibration_prompts(specs: Sequence[str], report: Silent = QUIET) -> list[Prompt]:
+    """The prompts of all specs, or the built-in set. DataError where there are fewer than `LEAST` of either label.
 
-    A single JSONL file keeps its own groups; otherwise prompts that share a picture or a question are one group.
+    The built-in set alone, or a single JSONL file, keeps its own groups; otherwise prompts that share a picture or a
+    question are one group.
     """
-    alone = len(specs) == 1 and _parsed(specs[0])[0] == BARE
-    prompts = load(specs[0], flag) if alone else load_all(specs, flag, pieces, report)
+    specs = specs or (BUILTIN,)
+    alone = len(specs) == 1 and (specs[0] == BUILTIN or _parsed(specs[0])[0] == BARE)
+    prompts = load(specs[0], CALIBRATION) if alone else load_all(specs, CALIBRATION, report)
     for label, (what, example) in KINDS.items():
         if sum(prompt.label == label for prompt in prompts) < LEAST:
             raise DataError(
                 f"{' and '.join(specs)}: fewer than {LEAST} {what} prompts (label {label}), and a probe needs both "
-                f"classes. Add them with another {flag}, for example {flag} {example}."
+                f"classes. Add them with another {CALIBRATION}, for example {CALIBRATION} {example}."
             )
     return prompts
 

@@ -183,6 +183,7 @@ class Guard(nn.Module):
             verdicts = request.verdicts[:, ::beams] if last and not request.logged else verdicts[:, :0]
             request.logged |= last
         limit, would = self.settings["threshold"], "would be " * (self.settings.get("gate") == "observe")
-        for found in verdicts[1, verdicts[0] > 0].tolist():  # those that were due
+        for row, found in ((row, found) for row, (due, found) in enumerate(verdicts[:2].T.tolist()) if due):
             level, what = (logging.INFO, "allowed") if found < limit else (logging.WARNING, f"{would}refused")
-            logger.log(level, "%s: P(unsafe) %.4f, threshold %.4f", what, found, limit)
+            said = {"probability": found, "threshold": limit, "verdict": what, "row": row}  # for formatters
+            logger.log(level, "%s: P(unsafe) %.4f, threshold %.4f", what, found, limit, extra=said)

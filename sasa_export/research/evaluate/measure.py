@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sasa_export.probe.intervals import Estimate, Share, auc, bootstrap, share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, fitted_arm
 from sasa_export.research.evaluate.figures import (
@@ -25,7 +26,6 @@ from sasa_export.research.evaluate.fitted import Features, Fitted, depth_curve, 
 from sasa_export.research.evaluate.judge import Judge
 from sasa_export.research.evaluate.subject import Subject
 from sasa_export.research.evaluate.timing import Timing
-from sasa_export.research.intervals import Estimate, Share, auc, bootstrap, share
 from sasa_export.research.prompts import labels_and_groups
 
 

@@ -15,6 +15,7 @@ from sasa_export.errors import EvaluateError
 from sasa_export.models import read_config
 from sasa_export.models.load import SPREAD, place
 from sasa_export.prompts.prompt import Prompt, encode
+from sasa_export.verify import FORMATS
 
 
 class TorchModel:
@@ -76,12 +77,7 @@ class OnnxModel:
     """The same of a directory of graphs. EvaluateError where they do not run here, or would not answer alike."""
 
     def __init__(self, directory: Path, dtype: str, device: str, tokens: int) -> None:
-        from sasa_export.verify.fresh.onnx_model import Model
-        from sasa_export.writers.onnx import SUFFIX
-
-        with _loading(directory):
-            self.model = Model(directory, SUFFIX[dtype], "cuda" if device.startswith("cuda") else "cpu")
-        self.tokens = tokens
+        self.model, self.tokens = load_graphs(directory, dtype, device), tokens
         if self.model.about["not_followed"]:
             raise EvaluateError(
                 f"generation_config.json of {directory} sets {', '.join(self.model.about['not_followed'])}, which is "
@@ -107,8 +103,34 @@ class OnnxModel:
     begin = judge
 
 
+def read_gate(directory: Path) -> dict[str, Any]:
+    """The settings of a patched directory's gate. Raises EvaluateError where it has none, OpenError for no model."""
+    both = [directory / name for name in FORMATS]
+    if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
+        raise EvaluateError(f"{directory} holds two patched models. Give {both[0]} or {both[1]} instead.")
+    sasa = read_config(directory).get("sasa")
+    if not isinstance(sasa, dict):
+        raise EvaluateError(
+            f"{directory} is no patched model: its config.json has no gate. Patch it first: sasa-export --model "
+            f"{directory} --out patched/."
+        )
+    return sasa
+
+
+def load_graphs(directory: Path, dtype: str, device: str) -> Any:
+    """The graphs of an ONNX directory, of this type. Raises EvaluateError where they do not load."""
+    from sasa_export.verify.fresh.onnx_model import Model
+    from sasa_export.writers.onnx import SUFFIX
+
+    with _loading(directory):
+        return Model(directory, SUFFIX[dtype], "cuda" if device.startswith("cuda") else "cpu")
+
+
 def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
-    """The patched model and its processor, as a user loads them. Raises EvaluateError where it does not load."""
+    """The patched model and its processor, as a user loads them. Raises EvaluateError where it does not load.
+
+    Args: dtype: as torch calls it, or auto: the one that is stored.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     # What it would refuse is measured where it only observes, too.
@@ -117,7 +139,7 @@ def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
     with _loading(directory):
         model = AutoModelForImageTextToText.from_pretrained(
             directory,
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             device_map="auto" if device == SPREAD else device,
             trust_remote_code=True,
             use_safetensors=True,

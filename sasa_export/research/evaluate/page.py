@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from sasa_export.probe.intervals import Estimate
 from sasa_export.research import report
 from sasa_export.research.evaluate.figures import Figures
 from sasa_export.research.evaluate.measure import Evaluated
 from sasa_export.research.evaluate.pictures import pictures
-from sasa_export.research.intervals import Estimate
 
 TITLES = {  # of the columns of figures
     "attack": "attack success",

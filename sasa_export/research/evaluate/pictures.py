@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
 from sasa_export.research.evaluate.figures import ATTACK, OVER_REFUSAL
 from sasa_export.research.evaluate.measure import Evaluated
-from sasa_export.research.intervals import Estimate
 
 COLOURS = {"patched": theme.SAFETY, "with": theme.SEMANTIC, "without": theme.SEMANTIC, "words": theme.HARMLESS}
 BINS = np.linspace(0, 1, 41)

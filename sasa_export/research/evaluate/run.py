@@ -15,6 +15,7 @@ from sasa_export.manifest import write_manifest
 from sasa_export.models.load import head_weight, load_model
 from sasa_export.probe.features import reading
 from sasa_export.probe.fit import head_metric
+from sasa_export.probe.work import Results, Work, resumable
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
@@ -27,7 +28,6 @@ from sasa_export.research.evaluate.page import write_report
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.evaluate.timing import choose, timed
 from sasa_export.research.report import SPARE_BYTES
-from sasa_export.research.work import Results, Work, resumable
 from sasa_export.workers import workers
 
 Model = Callable[[], Any]  # loads the model when it is first asked for
@@ -44,7 +44,7 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     check_values(options)
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
-    with resumable(options.out, force=options.force) as work:
+    with resumable(options.out, force=options.force, report=report) as work:
         judge = None if options.judge is None else load_judge(options.judge)
         subject = open_subject(options, report)
         if processes.leads:

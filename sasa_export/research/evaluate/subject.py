@@ -13,18 +13,17 @@ from sasa_export.graph import LayerGraph, blocks_again
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
-from sasa_export.models import Source, layers_of, open_source, read_config
+from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import load_processor, read_sizes, running
-from sasa_export.models.smol_llava import pieces
 from sasa_export.options import AUTO
 from sasa_export.probe import Fitted, bundled
-from sasa_export.prompts import Prompt, builtin, builtin_evaluation, calibration_prompts, check_disjoint, load_all
+from sasa_export.probe.work import fingerprint
+from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.command import EvaluateOptions
+from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.prompts import counts, share_of
 from sasa_export.research.report import command_line, last_name
-from sasa_export.research.work import fingerprint
-from sasa_export.verify import FORMATS
 from sasa_export.verify.files import check_manifest
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.workers import workers
@@ -133,12 +132,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     """Open all that is evaluated. Raises SasaExportError where something is missing or does not belong together."""
     sasa, manifest = _read_patched(options.model)
     made = manifest.get("options") or {}
-    source = _open_baseline(options, sasa, made, manifest, report)
-    check_apart(options.out, options.model, source.directory)
-    report.step("open", f"{options.model}, made from {source.name}")
-    processor = load_processor(source)
-    count = pieces(processor.tokenizer)
-    prompts = load_all(options.data, pieces=count, report=report) if options.data else builtin_evaluation(processor)
+    prompts = load_all(options.data, report=report) if options.data else builtin_evaluation()
     for label, (what, measures, example) in MISSING.items():
         if not any(prompt.label == label for prompt in prompts):
             raise EvaluateError(
@@ -146,8 +140,13 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
                 f"another --data, for example --data {example}."
             )
     specs = options.calibration or made.get("calibration") or ()
-    calibration = calibration_prompts(specs, pieces=count, report=report) if specs else builtin(processor)
+    calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)
+    source = _open_baseline(options, sasa, made, manifest, report)
+    check_apart(options.out, options.model, source.directory)
+    report.step("open", f"{options.model}, made from {source.name}")
+    processor = load_processor(source)
+    prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
     found = counts(evaluation)
@@ -164,15 +163,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
 
 def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of the gate and the manifest. Raises EvaluateError, or OpenError for no model."""
-    both = [directory / name for name in FORMATS]
-    if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
-        raise EvaluateError(f"{directory} holds two patched models. Give {both[0]} or {both[1]} as --model.")
-    sasa = read_config(directory).get("sasa")
-    if not isinstance(sasa, dict):
-        raise EvaluateError(
-            f"{directory} is no patched model: its config.json has no gate. Patch it first: sasa-export --model "
-            f"{directory} --out patched/."
-        )
+    sasa = read_gate(directory)
     if sasa.get("gate") == "observe" and dtype_of(directory) is not None:
         raise EvaluateError(f"the graphs in {directory} only observe. Export them again with --gate enforce.")
     check, _ = check_manifest(directory)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from sasa_export.probe.intervals import Estimate
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.intervals import Estimate
 from sasa_export.research.prompts import spaced
 
 ROUNDS = 5

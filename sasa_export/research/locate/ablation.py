@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from sasa_export.errors import LocateError
+from sasa_export.probe.work import Results, Work
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.locate.lane import Batch, MainLane
-from sasa_export.research.work import Results, Work
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "wo", "dense")  # as the families of transformers name them
 INTACT = "all"  # the name of the states with all heads

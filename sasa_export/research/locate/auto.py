@@ -6,16 +6,14 @@ took no part in the choice; the probe itself is fitted on both.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.options import AUTO, Options
+from sasa_export.probe.work import Work
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.locate.command import LIMIT
@@ -24,7 +22,6 @@ from sasa_export.research.locate.pairs import possible, with_layer
 from sasa_export.research.locate.prompts import halves, limited
 from sasa_export.research.locate.propose import Proposal, propose
 from sasa_export.research.locate.survey import Evidence, survey
-from sasa_export.research.work import Work
 from sasa_export.workers import workers
 
 
@@ -44,6 +41,7 @@ def choose_layers(
     prompts: Sequence[Prompt],
     settings: LaneSettings,
     options: Options,
+    work: Work,
     report: Silent,
 ) -> Chosen:
     """Choose the layers that `options` leave open. `settings` give what is no layer.
@@ -55,23 +53,18 @@ def choose_layers(
     choosing, held_out = halves(prompts)
     chosen_on, _ = (limited([prompts[row] for row in half], LIMIT) for half in (choosing, held_out))
     processes = workers()
-    folder = Path(processes.tell(tempfile.mkdtemp(prefix="sasa-export-layers-") if processes.leads else ""))
-    try:
-        with watched(model, processor, graph) as lane:
-            evidence = survey(
-                lane, chosen_on, pairs, settings, Work(folder), report, batch_size=options.batch_size,
-                regularization=options.regularization_value(),
-            )  # fmt: skip
-        found = None
-        if evidence is not None:
-            proposal = propose(evidence)
-            for reason in proposal.reason:
-                report.step("", reason)
-            found = proposal.pair, _in_words(evidence, proposal, both=given == [None, None])
-        (safety, semantic), layers_from = processes.tell(found)  # type: ignore[misc]
-    finally:
-        if processes.leads:
-            shutil.rmtree(folder, ignore_errors=True)
+    with watched(model, processor, graph) as lane:
+        evidence = survey(
+            lane, chosen_on, pairs, settings, work, report, batch_size=options.batch_size,
+            regularization=options.regularization_value(),
+        )  # fmt: skip
+    found = None
+    if evidence is not None:
+        proposal = propose(evidence)
+        for reason in proposal.reason:
+            report.step("", reason)
+        found = proposal.pair, _in_words(evidence, proposal, both=given == [None, None])
+    (safety, semantic), layers_from = processes.tell(found)  # type: ignore[misc]
     report.step("locate", f"safety layer {safety}, semantic layer {semantic}")
     settings = replace(settings, safety_layer=safety, semantic_layer=semantic)
     return Chosen(settings, layers_from, tuple(held_out.tolist()))

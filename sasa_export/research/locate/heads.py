@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sasa_export.probe.work import Results
 from sasa_export.research.locate.ablation import INTACT, without
-from sasa_export.research.work import Results
 
 OUTLIER = 4.0  # robust standard deviations above the median score that make a head stand out
 SAFETY_ONLY = 2.0  # and so many times the angle on ordinary prompts

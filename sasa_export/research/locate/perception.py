@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from sasa_export.probe.folds import FOLDS
+from sasa_export.probe.intervals import Comparable, auc_of
+from sasa_export.probe.work import Results
 from sasa_export.report import Silent
-from sasa_export.research.intervals import Comparable, auc_of
 from sasa_export.research.prompts import labels_and_groups
-from sasa_export.research.work import Results
 
 STRENGTH = 1e-3  # the inverse strength of regularization, on features of unit variance
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from sasa_export.research.intervals import Comparable, best, is_below, within_noise
+from sasa_export.probe.intervals import Comparable, best, is_below, within_noise
 from sasa_export.research.locate.heads import HeadScores
 from sasa_export.research.locate.pairs import Pair
 from sasa_export.research.locate.survey import Evidence

@@ -14,9 +14,9 @@ from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.family import KnownLayers
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
-from sasa_export.models.smol_llava import pieces
 from sasa_export.probe.features import trace_loaded
-from sasa_export.prompts import Prompt, builtin, calibration_prompts
+from sasa_export.probe.work import Work, fingerprint, resumable
+from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.report import Silent
 from sasa_export.research.locate.ablation import ablate
 from sasa_export.research.locate.command import LocateOptions
@@ -32,7 +32,6 @@ from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.research.locate.sweep import held_out
 from sasa_export.research.prompts import counts, spaced
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
-from sasa_export.research.work import Work, fingerprint, resumable
 from sasa_export.workers import workers
 
 DRAWN_PROMPTS = 300  # as points of the t-SNE pictures
@@ -66,7 +65,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     options.check()
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
-    with resumable(options.out, force=options.force) as work:
+    with resumable(options.out, force=options.force, report=report) as work:
         plan = _plan(options, report)
         report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
         if processes.leads:
@@ -89,6 +88,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
 
 def _plan(options: LocateOptions, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
+    prompts = calibration_prompts(options.calibration, report)
     source = open_source(options.model, options.revision, report)
     check_apart(options.out, source.directory)
     if options.write_family is not None:
@@ -97,12 +97,7 @@ def _plan(options: LocateOptions, report: Silent) -> Plan:
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
     processor = load_processor(source)
-    count = pieces(processor.tokenizer)
-    if options.calibration:
-        prompts = calibration_prompts(options.calibration, pieces=count, report=report)
-    else:
-        prompts = builtin(processor)
-    prompts = limited(prompts, options.limit)
+    prompts = limited(for_model(prompts, processor), options.limit)
     dtype, device = running(source, options.dtype, workers().device(options.device))
     graph = trace_source(source, processor)
     pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)

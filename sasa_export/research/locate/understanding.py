@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sasa_export.research.intervals import Comparable, mean_of
-from sasa_export.research.work import Results
+from sasa_export.probe.intervals import Comparable, mean_of
+from sasa_export.probe.work import Results
 
 CONTROLS = ("text_only", "image_dominant")
 

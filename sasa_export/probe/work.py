@@ -12,18 +12,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import SasaExportError
+from sasa_export.errors import CalibrationError, SasaExportError
 from sasa_export.files import check_free, claimed
-from sasa_export.manifest import check_ours
+from sasa_export.manifest import check_ours, digest
 from sasa_export.models import Source
-from sasa_export.probe.features import batches
-from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.prompt import Prompt, batches
 from sasa_export.report import Silent
 from sasa_export.workers import workers
 
@@ -151,11 +151,11 @@ class Results:
 
 
 @contextmanager
-def resumable(out: Path, *, force: bool) -> Iterator[Work]:
-    """The work of a report that will be written to `out`, in a folder beside it, which is removed when all is done.
+def resumable(out: Path, *, force: bool, report: Silent) -> Iterator[Work]:
+    """The work of what will be written to `out`, in a folder beside it, which is removed when all is done.
 
-    Where the block fails, what is finished stays for the next run. The second of two runs on one output is told at
-    once. Raises EmitError where `out` cannot be written.
+    Where the block fails, what is finished stays for the next run, unless that needs other prompts or layers. The
+    second of two runs on one output is told at once. Raises EmitError where `out` cannot be written.
     """
     processes, out = workers(), out.resolve()
     work = Work(out.parent / f".{out.name}.work")
@@ -164,9 +164,12 @@ def resumable(out: Path, *, force: bool) -> Iterator[Work]:
         check_ours(out)
         try:
             yield work
-        except BaseException:
-            if processes.leads and not any(work.folder.glob("*.npy")):
-                work.remove()
+        except BaseException as error:
+            if isinstance(error, CalibrationError) or not any(work.folder.glob("*.npy")):
+                if processes.leads:
+                    work.remove()
+            else:
+                report.step("kept", f"what is finished is in {work.folder}; the same command goes on from there")
             raise
         processes.wait()
         if processes.leads:
@@ -176,9 +179,12 @@ def resumable(out: Path, *, force: bool) -> Iterator[Work]:
 def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> dict[str, Any]:
     """What finished work depends on, as a JSON object: equal objects mean that it may be used again.
 
-    It covers the model's files, the prompts to the pixel, the packages' versions, and `running`, how the model runs.
+    It covers the model's files, the prompts with their pictures, the packages' versions, and `running`, how the model
+    runs.
     """
-    model = hashlib.sha256((source.directory / "config.json").read_bytes())
+    model = hashlib.sha256()
+    for path in sorted([*source.directory.glob("*.json"), *source.directory.glob("*.jinja")]):
+        model.update(path.read_bytes())
     for shard in source.shards:  # size, time and head, since shards are too large to be read whole
         state = shard.path.stat()
         model.update(f"{shard.path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
@@ -188,11 +194,18 @@ def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> di
     for prompt in prompts:
         asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.before)).encode())
         if prompt.image is not None:
-            picture = prompt.image()
-            asked.update(repr(picture.size).encode() + picture.tobytes())
+            asked.update(_which(prompt).encode())
     return {
         "model": model.hexdigest(),
         "prompts": asked.hexdigest(),
         "versions": {name: version(name) for name in ("sasa-export", "torch", "transformers", "numpy", "pillow")},
         **running,
     }
+
+
+def _which(prompt: Prompt) -> str:
+    """Which picture it is: the bytes of its file, or by what it is drawn, since drawing thousands takes a minute."""
+    if prompt.picture is not None:
+        return digest(prompt.picture)
+    assert isinstance(prompt.image, partial)
+    return repr((prompt.image.func.__name__, prompt.image.args))

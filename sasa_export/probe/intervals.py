@@ -58,13 +58,20 @@ class Comparable(Estimate):
 
 def share(flags: np.ndarray) -> Share | None:
     """The share of flags (prompts,), bool, that hold, with Wilson's interval; None where there are no prompts."""
+    return wilson(int(flags.sum()), len(flags)) if len(flags) else None
+
+
+def wilson(count: int, total: int) -> Share:
+    """The share that `count` of `total` prompts are, with Wilson's interval."""
     from scipy.stats import binomtest
 
-    if not len(flags):
-        return None
-    count = int(flags.sum())
-    interval = binomtest(count, len(flags)).proportion_ci(CONFIDENCE, method="wilson")
-    return Share(count / len(flags), float(interval.low), float(interval.high), count, len(flags))
+    interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
+    return Share(count / total, float(interval.low), float(interval.high), count, total)
+
+
+def is_above(higher: Share, lower: Share) -> bool:
+    """Is a share above one of other prompts by more than noise (Newcombe 1998, method 10)?"""
+    return higher.value - lower.value > np.hypot(higher.value - higher.low, lower.high - lower.value)
 
 
 # ------------------------------------------------------------------------------------------- comparable figures

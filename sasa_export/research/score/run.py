@@ -1,0 +1,145 @@
+"""The way through: prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a threshold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sasa_export.errors import CalibrationError, EmitError, EvaluateError, SasaExportError
+from sasa_export.files import write_whole
+from sasa_export.models import read_config
+from sasa_export.models.load import place
+from sasa_export.probe.fit import threshold_for
+from sasa_export.probe.intervals import Share, share
+from sasa_export.prompts import Prompt, for_model, load
+from sasa_export.prompts.prompt import batches, encode
+from sasa_export.report import Silent
+from sasa_export.research.evaluate.models import load_graphs, load_patched, read_gate
+from sasa_export.verify.onnx import dtype_of
+from sasa_export.writers.config import config_text
+
+BARS, LONGEST = 10, 40  # of the histogram; characters of its longest bar
+
+Judge = Callable[[list[Prompt]], Any]  # P(unsafe), (prompts,)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """P(unsafe) of prompts, (prompts,), the threshold of their gate, and the one that --refuse-at-most proposes."""
+
+    prompts: list[Prompt]
+    probabilities: np.ndarray
+    threshold: float
+    proposed: float | None
+
+    def refused(self, threshold: float) -> Share:
+        """How many prompts a threshold refuses."""
+        found = share(self.probabilities >= threshold)
+        assert found is not None
+        return found
+
+    def lines(self) -> Iterator[str]:
+        """A JSON object a prompt, with the names that the log record of a verdict has."""
+        for prompt, probability in zip(self.prompts, self.probabilities.tolist(), strict=True):
+            verdict = "refused" if probability >= self.threshold else "allowed"
+            yield json.dumps({"id": prompt.name, "probability": probability, "verdict": verdict}) + "\n"
+
+    def summary(self) -> Iterator[str]:
+        """How many are refused, how P(unsafe) is spread, and what the proposed threshold would refuse."""
+        refused, total = self.refused(self.threshold), len(self.prompts)
+        yield f"{total} prompts, {refused.count} refused at the threshold {self.threshold:.4f}: {refused}"
+        counts, edges = np.histogram(self.probabilities, BARS, (0.0, 1.0))
+        for count, low, high in zip(counts, edges, edges[1:], strict=False):
+            mark = "  <- threshold" if low <= self.threshold < high else ""
+            yield f"{low:.1f} to {high:.1f} {count:>8} {'#' * round(LONGEST * count / max(counts))}{mark}"
+        if self.proposed is not None:
+            would = self.refused(self.proposed)
+            yield f"the threshold {self.proposed:.6g} would refuse {would.count}: {would}"
+
+
+def score(
+    directory: Path,
+    data: str,
+    out: Path,
+    *,
+    refuse_at_most: float | None = None,
+    write_threshold: bool = False,
+    batch_size: int = 16,
+    device: str = "auto",
+    report: Silent | None = None,
+) -> Scored:
+    """Judge prompts with a patched directory, and write `out`, a line each. SasaExportError; then nothing is written.
+
+    Args: as the command line has them (`sasa-export score --help`).
+    """
+    report = report or Silent()
+    sasa, graphs = read_gate(directory), dtype_of(directory)
+    if write_threshold and refuse_at_most is None:
+        raise SasaExportError("--write-threshold has no effect without --refuse-at-most. Give both, or neither.")
+    if write_threshold and graphs is not None:
+        raise SasaExportError(
+            f"the threshold lies within the graphs of {directory}. Leave --write-threshold out, and export them again "
+            "with --threshold and what is proposed."
+        )
+    _check_new(out)
+    asked = load(data, "DATA", report, labelled=False)
+    judge, processor = _judge(directory, graphs, device)
+    prompts = for_model(asked, processor)
+    probabilities = np.zeros(len(prompts))
+    with report.bar(len(prompts), "score") as advance:
+        for rows in batches(prompts, batch_size):
+            probabilities[rows] = judge([prompts[row] for row in rows])
+            advance(len(rows))
+    if np.isnan(probabilities).any():
+        raise EvaluateError(f"{directory} gives no verdict on some prompts. Export the model again.")
+    proposed = None if refuse_at_most is None else _propose(probabilities, refuse_at_most)
+    found = Scored(prompts, probabilities, sasa["threshold"], proposed)
+    write_whole(out, "".join(found.lines()))
+    report.step("done", str(out))
+    if write_threshold:
+        config = read_config(directory)
+        config["sasa"]["threshold"] = proposed
+        write_whole(directory / "config.json", config_text(config))
+        report.step("threshold", f"{proposed:.6g} stands in {directory / 'config.json'}")
+    return found
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise EmitError(f"{out} is there already. Give another --out, or move it away.")
+    if not out.parent.is_dir():
+        raise EmitError(f"{out.parent} is no directory. Make it, or give another --out.")
+
+
+def _judge(directory: Path, graphs: str | None, device: str) -> tuple[Judge, Any]:
+    """What judges a batch, and the processor. Graphs take one prompt at a time."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if graphs is not None:
+        runner = load_graphs(directory, graphs, device)
+
+        def one(prompt: Prompt) -> float:
+            inputs = encode(runner.processor, [prompt])
+            return runner.judge({name: tensor.numpy() for name, tensor in inputs.items()})
+
+        return lambda prompts: [one(prompt) for prompt in prompts], runner.processor
+    model, processor = load_patched(directory, "auto", device)
+    return lambda prompts: model.judge(**place(encode(processor, prompts), model)).float().cpu().numpy(), processor
+
+
+def _propose(probabilities: np.ndarray, most: float) -> float:
+    """The lowest threshold that refuses at most that share. EvaluateError where there is none."""
+    try:
+        return threshold_for(probabilities, np.zeros(len(probabilities)), most)
+    except CalibrationError:
+        raise EvaluateError(
+            f"P(unsafe) is 1 for more than {most:g} of the prompts, so no threshold refuses as few. Raise "
+            "--refuse-at-most, or calibrate anew with prompts like these."
+        ) from None
