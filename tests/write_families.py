@@ -34,7 +34,7 @@ RUNTIMES = {
 }
 # What a type needs beside its file under graphs/; a tiny model may stand for a checkpoint of another type.
 NEEDS = {
-    "llama4": "masks made by the outermost module that holds the blocks",
+    "llama4": "masks made by the outermost module that holds the blocks; transformers 5.23, since 5.24.0 fails on it",
     "gemma3": "types of tokens kept for the second lane",
     "qwen3_vl": "a trace with a picture; a safety layer behind what a picture adds between blocks",
     "qwen3_vl_moe": "as qwen3_vl",
