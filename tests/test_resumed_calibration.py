@@ -16,10 +16,21 @@ import sasa_export
 from sasa_export import Options
 from sasa_export.errors import SasaExportError
 from sasa_export.probe.work import Work
+from sasa_export.report import Silent
 
 
 class Stop(BaseException):
     """Stands for Ctrl-C."""
+
+
+class Said(Silent):
+    """Keeps the stages that a run tells of."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def step(self, stage: str, text: str) -> None:
+        self.stages.append(stage)
 
 
 @pytest.fixture
@@ -54,7 +65,8 @@ def test_an_interrupted_calibration_goes_on_and_ends_alike(
     for stop in (3, 7):
         written = stopped_at(stop)
         with pytest.raises(Stop):
-            sasa_export.patch(options)
+            sasa_export.patch(options, said := Said())
+        assert said.stages[-1] == "kept" and ("resume" in said.stages) == (stop > 3)
         assert [path.name for path in place.iterdir()] == [".out.work"]
         assert {path.stem for path in (place / ".out.work").glob("*.npy")} == set(written)
     with pytest.raises(SasaExportError, match=r"unfinished work of another run \(other: batch_size\).*--force"):
