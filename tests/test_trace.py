@@ -211,8 +211,10 @@ def test_logits_that_are_only_scaled(stock: Stock, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", ["positional", "named", "ids"])
-def test_what_another_block_leaves_for_a_block_is_seen(stock: Stock, kind: str) -> None:
-    """A block that needs it could not be replayed on another state alone."""
+def test_what_another_block_leaves_for_a_block_is_seen(
+    stock: Stock, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that needs it could not be replayed on another state alone; one that reads nothing of it could."""
 
     def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kind == "named":
@@ -223,6 +225,13 @@ def test_what_another_block_leaves_for_a_block_is_seen(stock: Stock, kind: str) 
         return (*args, torch.zeros(1, 1, 1, 1)), kwargs
 
     block = stock("llava")[0].get_submodule("model.language_model.layers.3")
+    if kind == "named":
+        own = block.forward
+        with hooked(block.register_forward_pre_hook(hook, with_kwargs=True)):
+            traced(stock)
+        monkeypatch.setattr(
+            block, "forward", lambda *args, shared, **kwargs: own(*args, **kwargs) * shared.get("keys", 0)
+        )
     said = {"positional": "float32", "named": "shared", "ids": "experts"}[kind]
     with (
         hooked(block.register_forward_pre_hook(hook, with_kwargs=True)),
