@@ -11,6 +11,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, QuantoConfig, TorchAoConfig
 
@@ -74,9 +75,12 @@ def torchao(bench: Bench) -> Models:
 
 
 def adapted(model: Any) -> Any:
-    """The model with a LoRA adapter of random weights on its blocks."""
+    """The model with a LoRA adapter of random weights on its blocks, where transformers takes the peft that is there."""
     import peft
+    from transformers.integrations.peft import MIN_PEFT_VERSION
 
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"transformers {transformers.__version__} takes no peft below {MIN_PEFT_VERSION}")
     targets = r".*language_model\.layers\..*(q_proj|v_proj|up_proj)"
     torch.manual_seed(3)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
