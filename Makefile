@@ -50,9 +50,10 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
 	@touch $@
 
-OLDEST_TESTS := $(addprefix tests/test_,oracle.py forward.py feeding.py proof.py staging.py smol_llava.py matrix.py)
+OLDEST_TESTS := $(addprefix tests/test_,oracle.py forward.py feeding.py proof.py staging.py smol_llava.py)
 test-oldest: $(OLDEST_STAMP)
 	@$(ALONE) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS) $(ARGS)
+	@$(ALONE) $(OLDEST)/bin/python -m pytest -q tests/test_matrix.py -k by_hand__whole_llava_onnx $(ARGS)
 
 # One patched directory on each minor version of transformers, each in an environment made by uv.
 compat: setup

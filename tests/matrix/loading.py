@@ -75,7 +75,7 @@ def torchao(bench: Bench) -> Models:
 
 
 def adapted(model: Any) -> Any:
-    """The model with a LoRA adapter of random weights on its blocks, where transformers takes the peft that is there."""
+    """The model with a LoRA adapter of random weights on its blocks, where transformers takes this peft."""
     import peft
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
