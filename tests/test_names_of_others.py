@@ -5,7 +5,7 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from conftest import Guard
 
 MODELING = "modeling_sasa.py"
+HOLDS, RAISES = "holds", "raises"
 
 
 def words(source: str) -> list[str]:
@@ -33,21 +34,22 @@ def words(source: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def answers(guard: Callable[..., Guard], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """What a model answers in whose code a word is another one everywhere, as if transformers called it otherwise."""
+    """What becomes of a model in whose code a word is another one, as if transformers called it otherwise."""
     guarded, root = guard("llava"), tmp_path_factory.mktemp("names")
     inputs = guarded.batch(images=True, count=2)
     source = (guarded.directory / MODELING).read_text()
 
     def tried(word: str) -> str:
+        """HOLDS, RAISES, or what it answers where the refusal is due."""
         directory = shutil.copytree(guarded.directory, root / f"without_{word}")
         (directory / MODELING).write_text(re.sub(rf"(?<![\w/'.-]){word}(?!\w)|(?<=\.){word}(?!\w)", f"{word}_", source))
-        return "".join(_answers(guarded, directory, inputs))
+        return _answer(guarded, directory, inputs)
 
     return tried
 
 
-def _answers(guarded: Guard, directory: Path, inputs: dict[str, Any]) -> Iterator[str]:
-    """What is said through `generate` and by hand by rows that the threshold refuses, where it is not the refusal."""
+def _answer(guarded: Guard, directory: Path, inputs: dict[str, Any]) -> str:
+    """What is said through `generate` and by hand by rows that the threshold refuses."""
     try:
         # Not by an Auto class, which would take what it took before for this type of model.
         spec: Any = importlib.util.spec_from_file_location(directory.name, directory / MODELING)
@@ -57,25 +59,22 @@ def _answers(guarded: Guard, directory: Path, inputs: dict[str, Any]) -> Iterato
         model.config.sasa["threshold"] = 1e-6
         said = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]  # (2, 6)
         if said.tolist() != [guarded.refusal[:6]] * 2:
-            yield f"generate says {said.tolist()}"
+            return f"generate says {said.tolist()}"
+        return _by_hand(guarded, model, inputs)
     except Exception:  # of any kind: it is loud
-        pass
-    else:
-        yield from _by_hand(guarded, model, inputs)
+        return RAISES
 
 
 @torch.no_grad()
-def _by_hand(guarded: Guard, model: Any, inputs: dict[str, Any]) -> Iterator[str]:
+def _by_hand(guarded: Guard, model: Any, inputs: dict[str, Any]) -> str:
     output, mask = model(**inputs, use_cache=True), inputs["attention_mask"]
     for wanted in guarded.refusal[:4]:
         token = output.logits[:, -1].argmax(-1, keepdim=True)  # (2, 1)
         if token.tolist() != [[wanted]] * 2:
-            yield f"by hand it says {token.tolist()} where {wanted} is due"
+            return f"by hand it says {token.tolist()} where {wanted} is due"
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        try:
-            output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
-        except Exception:
-            return
+        output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+    return HOLDS
 
 
 @pytest.mark.slow
@@ -83,6 +82,9 @@ def _by_hand(guarded: Guard, model: Any, inputs: dict[str, Any]) -> Iterator[str
 def test_no_name_opens_the_gate(answers: Callable[[str], str], guard: Callable[..., Guard]) -> None:
     """Each name in the file that travels is changed in turn."""
     found = words((guard("llava").directory / MODELING).read_text())
-    assert {"Cache", "past_key_values", "attention_mask", "get_seq_length", "update", "layers"} & set(found)
-    opened = {word: said for word in found if (said := answers(word))}
+    assert {"Cache", "attention_mask", "get_seq_length", "update", "layers"} <= set(found)
+    became = {word: answers(word) for word in ["no_such_word", *found]}
+    assert became["no_such_word"] == HOLDS and became["StaticLayer"] == RAISES
+    opened = {word: said for word, said in became.items() if said not in (HOLDS, RAISES)}
     assert not opened, opened
+    assert min(list(became.values()).count(end) for end in (HOLDS, RAISES)) > 50
