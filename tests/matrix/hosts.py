@@ -175,6 +175,12 @@ def dropped(self: Any, arguments: dict[str, Any], name: str) -> None:
     del arguments[name]
 
 
+def stripped(self: Any, arguments: dict[str, Any], name: str) -> None:
+    """Nothing that is handed over speaks of a past."""
+    for each in (name, "position_ids", "attention_mask"):
+        arguments.pop(each, None)
+
+
 def emptied(self: Any, arguments: dict[str, Any], name: str) -> None:
     arguments[name] = DynamicCache()
 
@@ -235,6 +241,7 @@ UNKNOWN = "has not judged what stands before"
 LOST = {
     "a call behind the first has no cache": dropped,
     "a call behind the first has an empty cache": emptied,
+    "a call behind the first has no cache, no positions and no mask": stripped,
     "the cache is trimmed to the family's own layers": trimmed,
     "the cache grew without the ledger": grown,
 }
