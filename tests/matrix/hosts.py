@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,6 +252,19 @@ enter(
 )  # fmt: skip
 enter(HOST, {"generate runs a forward that the gate does not see": on(__call__=unseen)}, prompts=single, error=UNKNOWN)
 enter(HOST, {"the past is in something that is no Cache": on(disguised)}, prompts=single, error=UNKNOWN)
+
+
+def streamed(bench: Bench) -> None:
+    """The error comes in the call that lost its past, before a streamer hands on what that says."""
+    got: list[Tensor] = []
+    streamer = SimpleNamespace(put=got.append, end=lambda: None)
+    model = hosted(bench.model, prepare_inputs_for_generation=handing(stripped))
+    with bench.threshold(1e-6), pytest.raises(ValueError, match=UNKNOWN):
+        generate(model, single(bench)[0], streamer=streamer)
+    assert len(got) <= 2, "more than the prompt and one token"
+
+
+enter_checks(HOST, {"a stream whose past is lost": streamed}, harmful=LOUD)
 
 
 def cut_elsewhere(bench: Bench) -> None:
