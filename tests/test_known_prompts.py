@@ -64,7 +64,7 @@ def test_a_moved_verdict_is_told(knowing: Path, caplog: pytest.LogCaptureFixture
     edit(knowing, known=[{**entry, "unsafe_probability": entry["unsafe_probability"] + 0.15} for entry in entries])
     with caplog.at_level(logging.WARNING, logger="sasa"):
         load(knowing)
-    assert "has moved by up to 0.15" in caplog.text and "patch then" in caplog.text
+    assert "has moved by up to 0.15" in caplog.text and "patch the result" in caplog.text
 
 
 def test_other_weights_are_an_error_unless_the_operator_says_otherwise(knowing: Path) -> None:

@@ -1,7 +1,9 @@
 """The proof at load: where it is made, what it costs where not, and that it does not hold where the gate would leak."""
 
 import shutil
+import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def test_an_observing_model_can_be_proved(guard: Guards) -> None:
 
 
 def other_answers(own: Any) -> Any:
-    """A gate that lets no row be as it was."""
+    """A Guard that lets no row be as it was."""
 
     def forced(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = own(self, *args, **kwargs)
@@ -103,7 +105,7 @@ def test_a_host_that_loses_the_past_loads_nothing(
     ("part", "change", "said"),
     [
         ("gate", lambda own: lambda logits, *others: logits, "a refusal is cut short"),
-        ("other_answers", other_answers, "an allowed answer is not the original's"),
+        ("Guard.forward", other_answers, "an allowed answer is not the original's"),
         ("real_tokens", lambda own: lambda mask, *others: own(None, *others), "padding changes a verdict"),
     ],
 )
@@ -111,11 +113,9 @@ def test_what_does_not_hold_is_said(
     guard: Guards, monkeypatch: pytest.MonkeyPatch, part: str, change: Callable[[Any], Any], said: str
 ) -> None:
     guarded = guard("llava")
-    module = __import__("sys").modules[type(guarded.model).__module__]
-    if part == "other_answers":
-        monkeypatch.setattr(module.Guard, "forward", change(module.Guard.forward))
-    else:
-        monkeypatch.setattr(module, part, change(getattr(module, part)))
+    *path, name = part.split(".")
+    owner = reduce(getattr, path, sys.modules[type(guarded.model).__module__])
+    monkeypatch.setattr(owner, name, change(getattr(owner, name)))
     with pytest.raises(RuntimeError, match=said):
         load(guarded, prove=True)
 

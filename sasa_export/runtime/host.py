@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer  # Cache: 4.36, with layers: 4.54
 
 from sasa_export.runtime.ledger import Ledger
+from sasa_export.runtime.version import TRIED
 
 # What a family's forward and its decoder's take by name (4.56 and before); others are looked for by what they are.
 OF_MODEL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -24,9 +25,8 @@ def check_names(forward: Callable, names: Iterable[str]) -> list[str]:
     """The names of a forward's arguments. ImportError where it takes none by one of these."""
     taken = list(inspect.signature(forward).parameters)
     if lacking := sorted(set(names) - set(taken)):
-        raise ImportError(
-            f"{forward.__qualname__} of this transformers takes no {lacking[0]}, so the gate cannot read."
-        )
+        what = f"{forward.__qualname__} of this transformers takes no {lacking[0]}, which the gate reads"
+        raise ImportError(f"{what}. Install one that it was tried on: pip install transformers=={TRIED[-1]}")
     return taken
 
 
@@ -59,9 +59,7 @@ def read_ledger(cache: Cache | None, ledger: Ledger, count: int) -> list[Tensor]
     lengths = (cache.get_seq_length(), cache.get_seq_length(ledger.first))
     seen, past = (int(length) if isinstance(length, Tensor) else length for length in lengths)
     if len(layers) not in (0, ledger.layers) or (seen != past + count and (seen or past)):
-        raise ValueError(
-            f"{UNKNOWN}: the attention saw {seen} tokens of the cache, and the ledger knows {past + count}."
-        )
+        raise ValueError(f"{UNKNOWN}: the attention saw {seen} tokens, and the ledger knows {past + count}.")
     return [tensor[:, :, :past] for layer in layers for tensor in (layer.keys, layer.values)] if past else []
 
 
@@ -93,7 +91,7 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
 
 
 def check_start(positions: Tensor, real: Tensor) -> None:
-    """ValueError where the first real token of a row, by `real` (batch, tokens), has a position behind its place in the
+    """ValueError where the first real token of a row, by `real` (batch, tokens), has a position after its place in the
     call, positions being (axes, batch or 1, tokens), though the ledger knows of nothing before it."""
     first = real & (real.cumsum(-1) == 1)  # (batch, tokens)
     ahead = (positions[0] - torch.arange(real.shape[1], device=real.device)) * first  # (batch, tokens)

@@ -30,7 +30,7 @@ def recognise(model: Any) -> None:
     moved = (found - torch.tensor([entry["unsafe_probability"] for entry in known])).abs().nan_to_num(1.0)  # (prompts,)
     what = f"P(unsafe) of known prompts has moved by up to {moved.max():.2f}, {moved.mean():.2f} on average"
     why = "these are not the weights, or not in the precision, that the probe was fitted on"
-    todo = "Fine-tune or quantize first and patch then; `sasa-export verify` counts the verdicts that changed"
+    todo = "Fine-tune or quantize first, and patch the result"
     if moved.mean() > MOVED_FAR:
         raise ValueError(f"{what}: {why}. {todo}. To load it all the same, pass sasa={{'prove': False}}.")
     if moved.max() > MOVED:

@@ -28,6 +28,8 @@ def write_card(
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from sasa_export.runtime.version import TRIED
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -48,6 +50,7 @@ def write_card(
         calibration=patch.calibration,
         projection=None if patch.calibration is None else verdict_on_projection(patch.calibration.figures),
         checks=checks,
+        tried=" and ".join(TRIED),
         verified=verified,
         **values,
     )
