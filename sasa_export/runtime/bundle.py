@@ -20,7 +20,7 @@ model family.
 '''
 
 FOOTER = """
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from {config_module} import {config_class}
 from {model_module} import {model_class}
@@ -30,7 +30,8 @@ class Sasa{config_class}(GuardedConfig, {config_class}):
     model_type = "{model_type}"
 
 
-class Sasa{model_class}(GuardedModel, {model_class}):
+# Without GenerationMixin among its bases transformers makes another class of it, which pickle does not find.
+class Sasa{model_class}(GuardedModel, {model_class}, GenerationMixin):
     config_class = Sasa{config_class}
     forward = guarded({model_class}.forward)
 

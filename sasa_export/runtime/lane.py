@@ -53,7 +53,15 @@ def _watched(cls: type) -> type:
             recording.outputs[path] = output[0] if isinstance(output, tuple) else output
         return output
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    def reduce(self: Any, protocol: Any) -> Any:  # pickle finds classes by their names, and would find `cls`
+        return _new_watched, (cls,), self.__dict__
+
+    said = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {"__call__": call, "__reduce_ex__": reduce, **said})
+
+
+def _new_watched(cls: type) -> Any:
+    return object.__new__(_watched(cls))
 
 
 def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[nn.Module]:
