@@ -164,17 +164,19 @@ def fetch(model: str, revision: str | None, out: Path) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--device", default="cpu", show_default=True, help="Where to load it.")
 @click.option("--files", "only_files", is_flag=True, help="Check what needs no model in memory.")
-def verify(directory: Path, device: str, only_files: bool) -> None:
+@click.option("--load", help="Load it as one is served, and say what that costs: bfloat16, bnb-nf4, quanto-int8 ...")
+def verify(directory: Path, device: str, only_files: bool, load: str | None) -> None:
     """Check a patched directory again: its files, its verdicts, its answers."""
     quiet()
     from sasa_export.verify import verify_directory
 
-    checks = verify_directory(directory, device=device, only_files=only_files)
+    checks = verify_directory(directory, device=device, only_files=only_files, load=load)
     report = Console()
     for check in checks:
         report.check(check.passed, check.name, check.detail)
-    if any(check.passed is False for check in checks):
-        raise SasaExportError(f"{directory} failed its verification. Do not serve it; export the model again.")
+    if not all(check.passed or (check.passed is None and not only_files) for check in checks):
+        todo = f" with --load {load}: quantize the original, and export that" if load else "; export the model again"
+        raise SasaExportError(f"{directory} failed its verification. Do not serve it{todo}.")
 
 
 main.add_command(locate_command)

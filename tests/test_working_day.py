@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cli_steps import fails, flags, succeeds
+from cli_steps import fails, flags, invoke, succeeds
 from conftest import Guard
 from labelled import write_set
 from onnx_runner import Runner, image_token, positions
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sasa_export.verify import answers
 
@@ -265,10 +265,46 @@ def saved(guard: Guards, tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_verify_of_a_saved_model_says_what_it_cannot_check(saved: Path) -> None:
-    said = succeeds("verify", str(saved)).stderr
+def fails_verification(directory: Path | str, *switches: str) -> str:
+    """All that it says of its checks."""
+    result = invoke("verify", str(directory), *switches)
+    assert result.exit_code == 1 and "failed its verification. Do not serve it" in result.stderr
+    return str(result.stderr)
+
+
+def test_verify_of_a_saved_model_fails_where_it_has_no_cases(saved: Path) -> None:
+    said = fails_verification(saved)
     assert "– files are those that were exported: not checked" in said
-    assert "– answers are the original's: not checked" in said and "✗" not in said
+    assert "✗ answers are the original's: not checked, since there are no cases" in said and said.count("✗") == 1
+    assert "not checked" in fails_verification(saved, "--files")
+
+
+def save_again(model: Any, written: Path, to: Path) -> str:
+    model.save_pretrained(to)
+    AutoProcessor.from_pretrained(written).save_pretrained(to)
+    return str(to)
+
+
+def test_verify_counts_the_verdicts_that_training_moves(llava: Path, calibration: Path, place: Path) -> None:
+    """Cases go along with save_pretrained: they hold where it is the same model, and not where weights moved."""
+    written = place / "written"
+    succeeds(*flags(llava, written, calibration=calibration, max_false_positive_rate=0.1))
+    model = load(written)
+    said = succeeds("verify", save_again(model, written, place / "saved")).stderr
+    assert "– files are those that were exported" in said and "0 of 16 changed" in said and "✗" not in said
+    said = succeeds("verify", str(place / "saved"), "--load", "bfloat16").stderr
+    assert "tolerance 0.15 (bfloat16 on cpu, float32 original)" in said
+    assert "Choose one of: bfloat16" in fails("verify", str(written), "--load", "nf4")
+
+    torch.manual_seed(0)
+    for block in model.model.language_model.layers:
+        block.mlp.down_proj.weight.data += torch.randn_like(block.mlp.down_proj.weight)
+    said = fails_verification(save_again(model, written, place / "trained"))
+    assert "✗ verdicts are the original's" in said and "0 of 16 changed" not in said
+
+    (place / "saved" / "modeling_sasa.py").open("a").write("raise SystemExit('it ran')\n")
+    said = fails_verification(place / "saved")
+    assert "no manifest vouches for modeling_sasa.py, and another version wrote it" in said and "it ran" not in said
 
 
 def test_evaluate_of_a_saved_model(saved: Path, llava: Path, tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ class GuardedModel:
         super().save_pretrained(save_directory, *args, **kwargs)
         owner = next(cls for cls in type(self).__mro__ if GuardedModel in cls.__bases__)
         shutil.copyfile(str(sys.modules[owner.__module__].__file__), Path(save_directory, "modeling_sasa.py"))
+        cases, kept = (Path(directory, "sasa-verify").resolve() for directory in (self.name_or_path, save_directory))
+        if cases.is_dir() and cases != kept:  # what `sasa-export verify` asks
+            shutil.copytree(cases, kept, dirs_exist_ok=True)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         return self._generate(inputs, *args, **kwargs)[0]

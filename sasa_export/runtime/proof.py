@@ -15,7 +15,8 @@ from sasa_export.runtime.version import TRIED
 # How far P(unsafe) of known prompts may move: one of them without a warning, all on average without an error. On
 # smol-llava bfloat16 and 8 bits move none by more than 0.08, and 4 bits move one by 0.33 and more.
 MOVED, MOVED_FAR = 0.1, 0.25
-NEAR, NEAR_IN_HALF = 0.005, 0.1  # how far P(unsafe) may move under padding, which changes how numbers are rounded
+# How far P(unsafe) may move under padding, which changes how numbers are rounded; the second where they have few bits.
+NEAR, NEAR_ROUNDED = 0.005, 0.1
 
 
 @torch.no_grad()
@@ -74,7 +75,8 @@ def _problem(model: Any, unguarded: Callable) -> str:
     if say(model.generate, threshold=2.0) != original:
         return "an allowed answer is not the original's"
     padded, bare = model.judge(input_ids=ids, attention_mask=mask)[1], model.judge(input_ids=ids[1:, padding:])[0]
-    near = NEAR if model.dtype == torch.float32 else NEAR_IN_HALF
+    rounded = model.dtype != torch.float32 or getattr(model.config, "quantization_config", None) is not None
+    near = NEAR_ROUNDED if rounded else NEAR
     return "" if abs(padded - bare) < near else "padding changes a verdict"
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from sasa_export.errors import VerifyError
 from sasa_export.probe import Calibration
 from sasa_export.report import Check
-from sasa_export.verify.answers import NOT_COMPARED, check_answers
-from sasa_export.verify.files import check_files, check_manifest
+from sasa_export.runtime.bundle import MODELING_FILE
+from sasa_export.verify.answers import LOADS, NOT_COMPARED, check_answers
+from sasa_export.verify.files import check_files, check_manifest, is_ours
 from sasa_export.verify.onnx import check_graphs, dtype_of, dtypes_of
 from sasa_export.verify.verdicts import ChangedVerdicts
 
@@ -18,26 +19,36 @@ FORMATS = ("safetensors", "onnx")  # the two directories of --format both
 __all__ = ["FORMATS", "Check", "check_written", "verify_directory"]
 
 
-def verify_directory(directory: Path | str, *, device: str = "cpu", only_files: bool = False) -> list[Check]:
+def verify_directory(
+    directory: Path | str, *, device: str = "cpu", only_files: bool = False, load: str | None = None
+) -> list[Check]:
     """Check a patched directory: its files, and, unless `only_files`, the model in a fresh process.
 
-    What `--format both` wrote is checked one directory after the other. A check that could not be made, of a directory
-    that was saved again or exported with `--verify files`, has None as `passed`.
+    What `--format both` wrote is checked one directory after the other. The files of a directory that was saved again
+    have None as `passed`. `load` is the name of a quantization (loads.json) with which the model is loaded.
 
     Raises SasaExportError where there is nothing to check, or the model does not even load.
     """
     directory = Path(directory)
     both = [directory / name for name in FORMATS]
     if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
-        return [check for path in both for check in verify_directory(path, device=device, only_files=only_files)]
+        options = {"device": device, "only_files": only_files, "load": load}
+        return [check for path in both for check in verify_directory(path, **options)]
     manifest, changed = check_manifest(directory)
     graphs = dtype_of(directory) is not None
+    if load is not None and (graphs or load not in LOADS):
+        why = "is for directories of safetensors" if graphs else f"has no {load}. Choose one of: {', '.join(LOADS)}"
+        raise VerifyError(f"--load {why}.")
     if changed and graphs:
         return [manifest, *([] if only_files else _changed_graphs(directory, changed, device))]
-    # Loading runs the directory's code, which is trusted only where the manifest knows every file. Graphs hold none.
-    runs = not only_files and (bool(manifest.passed) or graphs)
-    checks, _ = check_written(directory, device=device, only_files=not runs)
-    return [manifest, *checks, *([NOT_COMPARED] if manifest.passed is None and not only_files and not runs else [])]
+    # Loading runs the directory's code, which is trusted only where the manifest knows every file, or the code is what
+    # is written here. Graphs hold none.
+    trusted = graphs or (is_ours(directory) if manifest.passed is None else manifest.passed)
+    checks, _ = check_written(directory, device=device, only_files=only_files or not trusted, load=load)
+    if manifest.passed is None and not only_files and not trusted:
+        why = f"not checked, since no manifest vouches for {MODELING_FILE}, and another version wrote it"
+        checks.append(replace(NOT_COMPARED, detail=why))
+    return [manifest, *checks]
 
 
 def _changed_graphs(directory: Path, changed: list[str], device: str) -> list[Check]:
@@ -65,6 +76,7 @@ def check_written(
     calibration: Calibration | None = None,
     count: int = 0,
     most: float = 0.0,
+    load: str | None = None,
 ) -> tuple[list[Check], ChangedVerdicts | None]:
     """All checks but that of the manifest, and how many verdicts of an export's calibration its graphs changed.
 
@@ -74,5 +86,7 @@ def check_written(
     checks = check_files(directory) if graphs is None else check_graphs(directory, graphs)
     if only_files or not all(check.passed for check in checks):
         return checks, None
-    answers, changed = check_answers(directory, graphs, device=device, calibration=calibration, count=count, most=most)
+    answers, changed = check_answers(
+        directory, graphs, device=device, calibration=calibration, count=count, most=most, load=load
+    )
     return [*checks, *answers], changed

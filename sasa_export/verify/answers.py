@@ -19,16 +19,16 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
 from sasa_export.verify.compare import compare, tolerance
 from sasa_export.verify.verdicts import ChangedVerdicts, count_changed, draw
-from sasa_export.writers.cases import TOKENS, read_cases, write_prompts
+from sasa_export.writers.cases import FOLDER, TOKENS, read_cases, write_prompts
 from sasa_export.writers.onnx import SUFFIX
 
 FRESH = Path(__file__).with_name("fresh")
-
+LOADS = json.loads(Path(__file__).with_name("loads.json").read_text(encoding="utf-8"))  # name -> from_pretrained(...)
 
 NOT_COMPARED = Check(
     "answers are the original's",
-    None,
-    "not checked, since there are no cases: the model was exported with --verify files, or saved again since",
+    False,
+    f"not checked, since there are no cases in {FOLDER}/: keep those that sasa-export wrote, or patch the model again",
 )
 
 
@@ -40,6 +40,7 @@ def check_answers(
     calibration: Calibration | None = None,
     count: int = 0,
     most: float = 0.0,
+    load: str | None = None,
 ) -> tuple[list[Check], ChangedVerdicts | None]:
     """Verdicts, refusals and answers beside the original's, and how many verdicts of a calibration changed.
 
@@ -48,6 +49,7 @@ def check_answers(
         graphs: the type of its ONNX graphs; None where it holds safetensors.
         device: torch's name of one. Where onnxruntime cannot use it, the CPU runs, and the checks say so.
         calibration: prompts that are judged again, if any; `count` of them, of which the share `most` may change.
+        load: the name in loads.json of a quantization with which it is loaded.
 
     Raises VerifyError where the directory does not run at all.
     """
@@ -57,11 +59,11 @@ def check_answers(
         return [NOT_COMPARED], None
     prompts, before = ([], []) if calibration is None else draw(calibration, count)
     precision = written.get("dtype") or config.get("dtype") or "float32"
-    found = run_fresh(directory, graphs, precision, device, prompts)
+    found = run_fresh(directory, graphs, precision, device, prompts, load)
     if not written:
         return [*_loading(found["about"]), NOT_COMPARED], None
     sasa["refusal_token_ids"] = found["about"].get("refusal_token_ids", sasa["refusal_token_ids"])
-    dtype = graphs or written["dtype"]
+    dtype = graphs or load or written["dtype"]
     checks = _loading(found["about"])
     checks += compare(written, found, sasa, dtype, graphs=graphs is not None, quantized=quantized and graphs is None)
     if calibration is None:
@@ -87,13 +89,14 @@ def _loading(about: dict[str, Any]) -> list[Check]:
 
 
 def run_fresh(
-    directory: Path, graphs: str | None, dtype: str, device: str, prompts: Sequence[Prompt]
+    directory: Path, graphs: str | None, dtype: str, device: str, prompts: Sequence[Prompt], load: str | None = None
 ) -> dict[str, Any]:
     """The JSON object that the program in `fresh/` prints for the directory's cases, and for `prompts` to judge.
 
     Raises VerifyError where it does not get to its end.
     """
-    engine = ["torch_model", str(directory.absolute()), dtype, device]
+    options = {"dtype": dtype, **(LOADS[load] if load else {})}
+    engine = ["torch_model", str(directory.absolute()), json.dumps(options), device]
     if graphs is not None:
         provider = "cuda" if device.startswith("cuda") else "cpu"
         engine = ["onnx_model", str(directory.absolute()), SUFFIX[graphs], provider]

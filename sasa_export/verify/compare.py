@@ -13,8 +13,8 @@ from sasa_export.writers.cases import TOKENS
 # Largest difference of P(unsafe), and of logits relative to the largest of them: where torch runs a prompt alone once
 # more, and where a padded batch or another runtime rounds otherwise.
 SAME = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
-ROUNDED = {"float32": 1e-4, "bfloat16": 0.15, "float16": 2e-2, "int8": 0.15, "int4": 0.15}
-QUANTIZED = ("int8", "int4")  # their logits are not held to the original's
+ROUNDED = {"float32": 1e-4, "bfloat16": 0.15, "float16": 2e-2}
+QUANTIZED = 0.15  # any other type, whose logits are not held to the original's
 
 Entry = dict[str, Any]
 Pairs = list[tuple[Entry, Entry]]  # a case as it was written, and what was found for it
@@ -22,7 +22,8 @@ Pairs = list[tuple[Entry, Entry]]  # a case as it was written, and what was foun
 
 def tolerance(dtype: str, original: str, *, graphs: bool) -> float:
     """Of P(unsafe), between a directory that runs in `dtype` and an original that ran in `original`."""
-    return max(ROUNDED[dtype], ROUNDED[original]) if graphs else SAME[original]
+    rounded = max(ROUNDED.get(dtype, QUANTIZED), ROUNDED[original])
+    return rounded if graphs or dtype != original else SAME[original]
 
 
 def compare(
@@ -34,7 +35,7 @@ def compare(
         written: what `read_cases` gives.
         found: what `fresh/` printed.
         sasa: the settings in config.json.
-        dtype: what the directory ran in; for graphs, their type.
+        dtype: what the directory ran in: a type, or for graphs theirs, or the quantization that it was loaded with.
         graphs: whether ONNX graphs were run, and not torch.
         quantized: whether the original is; it may round each state by what else is in its batch.
     """
@@ -48,10 +49,10 @@ def compare(
     how = f"{dtype}{' graphs' * graphs} on {found['about']['provider']}, {written['dtype']} original"
     return [
         _probabilities(pairs, most, how),
-        *_batches(pairs, ROUNDED["int8" if quantized else written["dtype"]], quantized=quantized),
+        *_batches(pairs, QUANTIZED if quantized else ROUNDED[written["dtype"]], quantized=quantized),
         _verdicts(pairs, sasa, most),
         _refusals(refused, sasa["refusal_token_ids"], observed=observed),
-        _logits(allowed, None if dtype in QUANTIZED else most),
+        _logits(allowed, most if dtype in ROUNDED else None),
         _answers(allowed, sasa["refusal_token_ids"], found["about"]["not_followed"], exact=exact),
     ]
 
@@ -133,7 +134,7 @@ def _answers(allowed: Pairs, refusal: list[int], not_followed: list[str], *, exa
     if not_followed:
         detail += f" (not required: generation_config.json sets {', '.join(not_followed)}, which is not followed here)"
     elif not exact:
-        detail += " (required only where graphs and original are float32)"
+        detail += " (required only where both run in the same type, and graphs in float32)"
     if refused:
         detail += f"; {refused} refused in spite of their verdict"
     return Check(name, not refused and (not others or not exact or bool(not_followed)), detail)

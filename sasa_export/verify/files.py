@@ -15,7 +15,7 @@ from sasa_export.models.contents import outside
 from sasa_export.models.shards import read_shards
 from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
 from sasa_export.report import Check
-from sasa_export.runtime.bundle import MODELING_FILE
+from sasa_export.runtime.bundle import MODELING_FILE, modeling_source
 from sasa_export.writers.config import config_text
 
 
@@ -99,6 +99,17 @@ def _modeling(directory: Path) -> Check:
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     foreign = sorted({module.split(".")[0] for module in imported} & {"sasa_export", "sklearn", "numpy", ""})
     return Check(name, not foreign, f"imports {', '.join(foreign)}" if foreign else "torch and transformers alone")
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether the modeling file is, byte for byte, what is written for the directory's class."""
+    import transformers
+
+    name, *_ = read_config(directory).get("architectures") or [""]
+    stock, path = getattr(transformers, str(name).removeprefix("Sasa"), None), directory / MODELING_FILE
+    if not path.is_file() or not hasattr(stock, "config_class"):
+        return False
+    return path.read_bytes() == modeling_source(stock.config_class, stock).encode()
 
 
 def _weights(directory: Path) -> list[Check]:

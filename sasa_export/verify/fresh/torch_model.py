@@ -1,6 +1,7 @@
 """A patched directory of safetensors, loaded by plain transformers."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,34 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 
 class Model:
-    """The guarded model. `about` says what it is, and what became of attempts to load it without its gate."""
+    """The guarded model, loaded with `options` in JSON, among them a `quantization_config` as config.json has it.
+
+    `about` says what it is, and what became of attempts to load it without its gate.
+    """
 
     tensors = "pt"
 
-    def __init__(self, directory: Path, dtype: str, device: str) -> None:
+    def __init__(self, directory: Path, options: str, device: str) -> None:
         if "def prove(" not in (directory / "modeling_sasa.py").read_text(encoding="utf-8"):
             raise ValueError(
                 "this directory is of an older sasa-export, whose gate is not proved. Patch the model again"
             )
         refused = bypasses(directory)  # before the directory's code registers its classes in this process
         self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+        given = json.loads(options)
+        if "quantization_config" in given:
+            given["quantization_config"] = AutoQuantizationConfig.from_dict(given["quantization_config"])
+        # With its gate proved, but without an error where its weights are others: the cases say what that costs.
         self.model = AutoModelForImageTextToText.from_pretrained(
-            directory, trust_remote_code=True, dtype=getattr(torch, dtype), device_map=device, sasa={"prove": True}
+            directory, trust_remote_code=True, device_map=device, sasa={"prove": False}, **given
         )
+        code = sys.modules[type(self.model).__module__]
+        self.model.config.sasa["prove"] = True
+        code.prove(self.model, super(code.GuardedModel, self.model).generate)
         self.about = {
             "provider": str(self.model.device),
             "not_followed": [],
