@@ -47,7 +47,13 @@ class Main(click.Group):
             return super().main(*args, **kwargs)
         except SasaExportError as error:
             click.echo(f"Error: {error}", err=True)
-            sys.exit(1)
+        except ModuleNotFoundError as error:
+            if error.name is None:
+                raise
+            package = error.name.partition(".")[0]
+            what = f"this needs the package {package}, which is not installed, as in a lean installation"
+            click.echo(f"Error: {what}. Install sasa-export again, with all that it asks for.", err=True)
+        sys.exit(1)
 
 
 def help_all(context: click.Context, parameter: click.Parameter, value: bool) -> None:

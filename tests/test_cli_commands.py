@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
-from cli_steps import Tiny, contents, copied, fails, flags, flip, invoke, message_of, succeeds
+from cli_steps import Tiny, contents, copied, fails, flags, flip, invoke, message_of, offline, succeeds
 
 from sasa_export.models import family as families
 
@@ -182,3 +182,24 @@ def test_verify_of_an_operators_edit(patched: Path, tmp_path: Path, entry: str, 
 def test_verify_of_what_is_no_patched_directory(llava: Path, tmp_path: Path) -> None:
     for directory in (llava, tmp_path / "none", tmp_path):
         fails("verify", str(directory), "--files")
+
+
+# ------------------------------------------------------------------------------------------------- a lean installation
+
+# What docs/architecture.md says may be left out.
+LEFT_OUT = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "datasets", "pyarrow", "gguf")
+LEAN = f"import sys; sys.modules.update(dict.fromkeys({LEFT_OUT})); from sasa_export.cli import main; main()"
+
+
+def test_safetensors_need_no_onnx_installed(llava: Path, probe: Path, place: Path) -> None:
+    def lean(*options: str) -> Any:
+        arguments = flags(llava, place / "out", *options, probe=probe, verify="files")
+        command = [sys.executable, "-c", LEAN, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=offline(), timeout=120, check=False)
+
+    assert lean().returncode == 0 and (place / "out" / "config.json").exists()
+    result = lean("--format", "onnx", "--force")
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1] == (
+        "Error: this needs the package onnx, which is not installed, as in a lean installation. "
+        "Install sasa-export again, with all that it asks for."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ def check_possible(source: Source, options: Options) -> None:
             f"{source.name} is quantized by {name}, and ONNX graphs are made of plain weights. Give the model that it "
             "was quantized from (--onnx-dtype int8 or int4 makes graphs as small), or --format safetensors."
         )
+    for package in ("onnx", "onnx_ir", "onnxruntime", "onnxscript"):  # a lean installation has none
+        importlib.import_module(package)
     config = stock_config(source)
     check_tower(config.model_type, config.vision_config.model_type)
     check_memory(source, options)
