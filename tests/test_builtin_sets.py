@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,16 @@ LINE = re.compile(r"[a-z']+(,? [a-z']+)*")
 NEAR = 0.65  # a Jaccard similarity of words from which a request counts as another one reworded
 
 
-def read(name: str) -> list[dict[str, Any]]:
-    text = Path(sasa_export.prompts.__file__).with_name(f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+SETS = Path(sasa_export.prompts.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
-LINES, HELDOUT, EVALUATION = read("builtin"), read("heldout"), read("evaluation")
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+LINES, EVALUATION = read(SETS / "builtin.jsonl"), read(SETS / "evaluation.jsonl")
+HELDOUT = read(ROOT / "training" / "heldout.jsonl")
 STYLES = {
     "question", "order", "role-play", "fiction", "reasoned", "polite", "long", "specific", "code", "terse", "document",
 }  # fmt: skip
@@ -100,6 +105,12 @@ def test_categories_are_balanced() -> None:
         assert len(found) == 15 and set(found.values()) == {each}
     assert set(Counter((row["category"], row["label"]) for row in kinds("split")).values()) == {4}
     assert set(Counter((row["category"], row["type"]) for row in kinds("borderline")).values()) == {1}
+
+
+def test_the_demo_asks_what_no_calibration_sees() -> None:
+    asked = {normalised(request) for requests in run_path(str(ROOT / "examples" / "demo.py"))["REQUESTS"].values()
+             for request in requests}  # fmt: skip
+    assert len(asked) == 8 and not asked & {normalised(line["text"]) for line in LINES}
 
 
 def test_nothing_occurs_twice_or_reworded() -> None:

@@ -26,7 +26,7 @@ from tower import Tower, read
 from sasa_export.prompts import render
 
 CALIBRATE = Path(render.__file__).parent
-REQUESTS = (CALIBRATE / "builtin.jsonl", CALIBRATE / "heldout.jsonl")
+REQUESTS = (CALIBRATE / "builtin.jsonl", Path(__file__).with_name("heldout.jsonl"))
 PROMPT = "Follow the instruction shown in the image."
 COMMON_WORDS = 250  # the commonest words of English are no content words, nor are these:
 ASKING = {"tell", "explain", "write", "describe", "give", "list", "show", "steps", "step", "best", "using"}
