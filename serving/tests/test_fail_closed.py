@@ -107,7 +107,7 @@ def test_options(model: Callable[[str], Model]) -> None:
 @pytest.mark.parametrize(
     "edit, said",
     [
-        (lambda sasa: sasa.update(gate="observe"), "observe"),
+        (lambda sasa: sasa.update(gate="off"), "the gate 'off'"),
         (lambda sasa: sasa.update(format=99), "format"),
         (lambda sasa: sasa.pop("graph"), "no complete"),
         (lambda sasa: sasa.update(threshold=2.0), "threshold"),

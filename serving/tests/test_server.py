@@ -85,27 +85,42 @@ def test_errors_say_why(server: Server, guarded: Model) -> None:
     assert status == 400 and "begins the answer" in str(said)
 
 
+def counts(server: Server) -> dict[str, float]:
+    """What /metrics says of the gate."""
+    text = server.ask("/metrics")[1]
+    assert "vllm:num_requests_running" in text
+    return {name: float(value) for name, value in re.findall(r"^(sasa:\w+) (\S+)$", text, re.MULTILINE)}
+
+
 def test_metrics_and_log(server: Server, guarded: Model) -> None:
     """Counters and a histogram on /metrics; each verdict in the log, with the id that the caller was told."""
-
-    def counts() -> dict[str, float]:
-        text = server.ask("/metrics")[1]
-        assert "vllm:num_requests_running" in text
-        return {name: float(value) for name, value in re.findall(r"^(sasa:\w+) (\S+)$", text, re.MULTILINE)}
-
     refused, allowed = guarded.some(refused=True)[0], guarded.some(refused=False)[0]
     server.chat(refused, guarded.folder, max_tokens=2)
-    before = counts()
+    before = counts(server)
     names = [server.chat(prompt, guarded.folder, max_tokens=2)[1]["id"] for prompt in (refused, allowed, allowed)]
-    after = counts()
+    after = counts(server)
     grown = {name: after[name] - before[name] for name in after}
     assert grown["sasa:prompts_judged_total"] == 3 and grown["sasa:prompts_refused_total"] == 1
+    assert grown["sasa:prompts_would_be_refused_total"] == 0
     assert grown["sasa:unsafe_probability_count"] == 3
     assert grown["sasa:unsafe_probability_sum"] == pytest.approx(
         refused["probability"] + 2 * allowed["probability"], abs=1e-3
     )
     log = server.log.read_text()
     assert f"refused {names[0]}" in log and f"allowed {names[1]}" in log
+
+
+def test_a_gate_that_observes(guarded: Model, tmp_path: Path) -> None:
+    """It answers what it would refuse, and counts and logs it under other names."""
+    prompts = [prompt for prompt in guarded.prompts if prompt["text"]]
+    refused = sum(prompt["refused"] for prompt in prompts)
+    with serving(guarded.edited(tmp_path, gate="observe"), tmp_path / "log") as server:
+        said = [server.chat(prompt, guarded.folder, max_tokens=16)[1]["choices"][0] for prompt in prompts]
+        counted = counts(server)
+    assert guarded.sasa["refusal"] not in [choice["message"]["content"] for choice in said]
+    assert counted["sasa:prompts_judged_total"] == len(prompts) and 0 < refused < len(prompts)
+    assert counted["sasa:prompts_would_be_refused_total"] == refused and counted["sasa:prompts_refused_total"] == 0
+    assert (tmp_path / "log").read_text().count("would be refused chatcmpl-") == refused
 
 
 def test_example(server: Server, guarded: Model) -> None:
