@@ -46,11 +46,12 @@ class Model:
         return out
 
     def check(self, found: list[dict[str, Any]], prompts: list[dict[str, Any]]) -> None:
-        """Fail where P(unsafe), the verdict or the greedy answer is not that of transformers."""
+        """Fail where P(unsafe), verdict or greedy answer are not those of transformers, or a refusal is not named."""
         for outcome, prompt in zip(found, prompts, strict=True):
             assert outcome["error"] is None and outcome["ids"] == prompt["ids"]
             assert outcome["probability"] == pytest.approx(prompt["probability"], abs=1e-4)
             assert same(outcome["answers"][0], prompt["answer"])
+            assert (outcome["reasons"][0] == "content_filter") == prompt["refused"]
 
 
 def same(found: list[int], expected: list[int]) -> bool:

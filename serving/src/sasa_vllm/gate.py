@@ -37,6 +37,7 @@ class Gate:
         if not self.enforcing:
             logger.warning("the gate of this model only observes: prompts are judged, and none is refused.")
         self.requests: dict[str, Request] = {}
+        self.said: set[str] = set()  # the requests to which the last step said the refusal
         self.probability: torch.Tensor | None = None  # (rows,), of the step that runs
 
     def schedule(self, step: Any) -> None:
@@ -78,7 +79,9 @@ class Gate:
             said = 0 if known is None else known.seen - known.prompt  # tokens; below 0 within the prompt
             if known is None or known.refused or (known.refused is None and said >= 0):
                 wanted[row] = tokens[min(max(said, 0), len(tokens) - 1)]
-        return wanted if self.enforcing else {}
+        wanted = wanted if self.enforcing else {}
+        self.said = {names[row] for row in wanted}
+        return wanted
 
     def _judge(self, name: str, request: Any, probability: float) -> None:
         request.refused = not probability < self.sasa["threshold"]  # NaN could not be judged
