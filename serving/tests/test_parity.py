@@ -11,8 +11,8 @@ from conftest import Model
 from engine import serve
 
 NAMES = (
-    "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3", "none", "block",
-    "start", "smol",
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3",
+    "mistral3", "internvl", "glm4v", "none", "block", "start", "smol",
 )  # fmt: skip
 
 

@@ -24,6 +24,10 @@ FAMILIES = {
     "Gemma3Config": "Gemma3ForConditionalGeneration",
     "Qwen2VLConfig": "Qwen2VLForConditionalGeneration",
     "Qwen3VLConfig": "Qwen3VLForConditionalGeneration",
+    "LlavaOnevisionConfig": "LlavaOnevisionForConditionalGeneration",
+    "Mistral3Config": "Mistral3ForConditionalGeneration",
+    "Glm4vConfig": "Glm4vForConditionalGeneration",
+    "InternVLConfig": "InternVLForConditionalGeneration",
 }
 
 

@@ -18,7 +18,9 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.gemma3 import Gemma3Model
+from vllm.model_executor.models.glm4 import Glm4Model
 from vllm.model_executor.models.llama import LlamaModel
+from vllm.model_executor.models.mistral import MistralModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3_vl import Qwen3LLMModel
 from vllm.platforms import current_platform
@@ -30,7 +32,7 @@ from sasa_vllm.settings import HOW_TO_LOAD, check_settings, follow_refusal
 logger = init_logger("vllm.sasa")
 
 # Decoders whose forward is the loop over blocks that `GuardedDecoder.forward` writes out.
-DECODERS = (LlamaModel, Qwen2Model, Qwen3LLMModel, Gemma3Model)
+DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3LLMModel, Gemma3Model, Glm4Model)
 
 
 class GuardedModel:
