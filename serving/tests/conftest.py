@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,12 +36,22 @@ class Model:
     def some(self, *, refused: bool) -> list[dict[str, Any]]:
         return [prompt for prompt in self.prompts if prompt["refused"] == refused]
 
+    def edited(self, folder: Path, **settings: Any) -> Path:
+        """A copy of the patched directory in `folder`, beside the pictures, with other settings in config.json."""
+        out = shutil.copytree(self.directory, folder / "patched")
+        (folder / "pictures").symlink_to(self.folder / "pictures")
+        config = json.loads((out / "config.json").read_text())
+        config["sasa"] |= settings
+        (out / "config.json").write_text(json.dumps(config))
+        return out
+
     def check(self, found: list[dict[str, Any]], prompts: list[dict[str, Any]]) -> None:
-        """Fail where P(unsafe), the verdict or the greedy answer is not that of transformers."""
+        """Fail where P(unsafe), verdict or greedy answer are not those of transformers, or a refusal is not named."""
         for outcome, prompt in zip(found, prompts, strict=True):
             assert outcome["error"] is None and outcome["ids"] == prompt["ids"]
             assert outcome["probability"] == pytest.approx(prompt["probability"], abs=1e-4)
             assert same(outcome["answers"][0], prompt["answer"])
+            assert (outcome["reasons"][0] == "content_filter") == prompt["refused"]
 
 
 def same(found: list[int], expected: list[int]) -> bool:

@@ -22,11 +22,16 @@ ENGINE = {
 VERDICT = re.compile(r"(refused|allowed) (\S+): P\(unsafe\) = (\S+),")
 
 
-def serve(model: Path, *batches: list[dict[str, Any]], **options: Any) -> tuple[list[Any], dict[str, float]]:
-    """The outcomes of batches of prompts, each with its `probability`; and the engine's counters."""
+def serve(
+    model: Path, *batches: list[dict[str, Any]], before: str = "", **options: Any
+) -> tuple[list[Any], dict[str, float]]:
+    """The outcomes of batches of prompts, each with its `probability`; and the engine's counters.
+
+    Args: before: Python code that runs before the engine is made, with sasa-vllm registered.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         job, out = Path(scratch, "job.json"), Path(scratch, "out.json")
-        job.write_text(json.dumps({"model": str(model), "batches": batches, "options": options}))
+        job.write_text(json.dumps({"model": str(model), "batches": batches, "before": before, "options": options}))
         done = subprocess.run(
             [sys.executable, __file__, job, out], capture_output=True, text=True, env=environment(), timeout=1500
         )
@@ -50,7 +55,10 @@ def environment(**more: str) -> dict[str, str]:
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
+    from vllm.plugins import load_general_plugins
 
+    load_general_plugins()
+    exec(job["before"], {})
     llm = LLM(job["model"], **{**ENGINE, **job["options"]})
     batches = [run(llm, Path(job["model"]).parent, batch) for batch in job["batches"]]
     counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}

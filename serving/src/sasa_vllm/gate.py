@@ -33,7 +33,11 @@ class Gate:
 
     def __init__(self, sasa: dict[str, Any], metrics: Metrics) -> None:
         self.sasa, self.metrics = sasa, metrics
+        self.enforcing = sasa.get("gate") != "observe"
+        if not self.enforcing:
+            logger.warning("the gate of this model only observes: prompts are judged, and none is refused.")
         self.requests: dict[str, Request] = {}
+        self.said: set[str] = set()  # the requests to which the last step said the refusal
         self.probability: torch.Tensor | None = None  # (rows,), of the step that runs
 
     def schedule(self, step: Any) -> None:
@@ -57,7 +61,8 @@ class Gate:
         return Request(new.prompt_len, refused=True if unfit else None)
 
     def refused(self, names: list[str]) -> dict[int, int]:
-        """The rows of the requests `names` that are refused, and the token of the refusal that each has to say."""
+        """The rows of the requests `names` that are refused, and the token of the refusal that each has to say. None,
+        where the gate observes."""
         probability, self.probability = self.probability, None
         if probability is None or len(probability) != len(names):
             raise RuntimeError("the gate did not see P(unsafe) of the tokens that are sampled, so nothing is.")
@@ -74,12 +79,14 @@ class Gate:
             said = 0 if known is None else known.seen - known.prompt  # tokens; below 0 within the prompt
             if known is None or known.refused or (known.refused is None and said >= 0):
                 wanted[row] = tokens[min(max(said, 0), len(tokens) - 1)]
+        wanted = wanted if self.enforcing else {}
+        self.said = {names[row] for row in wanted}
         return wanted
 
     def _judge(self, name: str, request: Any, probability: float) -> None:
         request.refused = not probability < self.sasa["threshold"]  # NaN could not be judged
-        self.metrics.count(probability, request.refused)
-        verdict = "refused" if request.refused else "allowed"
+        self.metrics.count(probability, request.refused, enforced=self.enforcing)
+        verdict = "allowed" if not request.refused else "refused" if self.enforcing else "would be refused"
         logger.debug("%s %s: P(unsafe) = %.6f, threshold %.4f", verdict, name, probability, self.sasa["threshold"])
 
 

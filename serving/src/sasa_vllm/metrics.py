@@ -38,11 +38,12 @@ class Metrics:
             values.ValueClass = values.MultiProcessValue()
         self.judged = Counter("sasa:prompts_judged", "Prompts that were judged.")
         self.refused = Counter("sasa:prompts_refused", "Prompts that were refused.")
+        self.spared = Counter("sasa:prompts_would_be_refused", "Prompts that a gate that observes let pass.")
         steps = [step / 20 for step in range(1, 21)]
         self.spread = Histogram("sasa:unsafe_probability", "P(unsafe) of the prompts that were judged.", buckets=steps)
 
-    def count(self, probability: float, refused: bool) -> None:
+    def count(self, probability: float, refused: bool, *, enforced: bool) -> None:
         if self.reporting:
             self.judged.inc()
-            self.refused.inc(refused)
+            (self.refused if enforced else self.spared).inc(refused)
             self.spread.observe(probability)

@@ -18,19 +18,21 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.gemma3 import Gemma3Model
+from vllm.model_executor.models.glm4 import Glm4Model
 from vllm.model_executor.models.llama import LlamaModel
+from vllm.model_executor.models.mistral import MistralModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3_vl import Qwen3LLMModel
 from vllm.platforms import current_platform
 
-from sasa_vllm.config import FAMILIES, WORKER, check_engine, check_gate, check_version
+from sasa_vllm.config import FAMILIES, WORKER, check_engine, check_version
 from sasa_vllm.formulas import project, unsafe_probability
 from sasa_vllm.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 logger = init_logger("vllm.sasa")
 
 # Decoders whose forward is the loop over blocks that `GuardedDecoder.forward` writes out.
-DECODERS = (LlamaModel, Qwen2Model, Qwen3LLMModel, Gemma3Model)
+DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3LLMModel, Gemma3Model, Glm4Model)
 
 
 class GuardedModel:
@@ -43,7 +45,7 @@ class GuardedModel:
         check_engine(vllm_config)
         warn_of_causal_pictures(vllm_config)
         config = vllm_config.model_config.hf_config
-        check_gate(check_settings(getattr(config, "sasa", None)))
+        check_settings(getattr(config, "sasa", None))
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         follow_refusal(config, vllm_config.model_config.model)
         self.sasa = config.sasa

@@ -1,6 +1,7 @@
 """Requests that could only be answered wrongly are refused with an error that says why."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -9,20 +10,24 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 def register() -> None:
     """Check what vLLM's frontend makes of each request of a guarded model."""
-    process = InputProcessor.process_inputs
-    if hasattr(process, "checked_by_sasa"):
-        return
+    wrap(InputProcessor, "process_inputs", process_inputs)
 
-    @functools.wraps(process)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = process(self, *args, **kwargs)
-        sasa = getattr(self.model_config.hf_config, "sasa", None)
-        if sasa is not None:
-            check_request(sasa, request)
-        return request
 
-    process_inputs.checked_by_sasa = True
-    InputProcessor.process_inputs = process_inputs
+def process_inputs(process: Callable, processor: Any, *args: Any, **kwargs: Any) -> Any:
+    request = process(processor, *args, **kwargs)
+    sasa = getattr(processor.model_config.hf_config, "sasa", None)
+    if sasa is not None:
+        check_request(sasa, request)
+    return request
+
+
+def wrap(owner: Any, name: str, around: Callable) -> None:
+    """Let `around(method, self, ...)` stand in the place of a method, once."""
+    method = getattr(owner, name)
+    if not hasattr(method, "wrapped_by_sasa"):
+        wrapped = functools.wraps(method)(lambda *args, **kwargs: around(method, *args, **kwargs))
+        wrapped.wrapped_by_sasa = True
+        setattr(owner, name, wrapped)
 
 
 def check_request(sasa: dict[str, Any], request: Any) -> None:

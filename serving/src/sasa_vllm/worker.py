@@ -5,6 +5,7 @@ from typing import Any
 from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 
+from sasa_vllm.answers import note_refused
 from sasa_vllm.gate import Gate, GatedSampler
 from sasa_vllm.metrics import Metrics
 
@@ -31,3 +32,6 @@ class GuardedWorker(Worker):
     def execute_model(self, scheduler_output: Any) -> Any:
         self.gate.schedule(scheduler_output)
         return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return note_refused(super().sample_tokens(grammar_output), self.gate.said)
