@@ -15,7 +15,7 @@ MODEL ?= build/patched
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow matrix families fuzz lint bench bench-published bench-gate bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest newest oldest clean
+.PHONY: setup demo test test-slow matrix families fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest newest oldest clean
 
 setup: $(STAMP)
 
@@ -137,6 +137,11 @@ bench-published: setup
 
 bench-gate: setup
 	@$(BIN)/python benchmarks/gate_cost.py --out docs/gate-cost.md
+
+bench-score: setup
+	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
+	@test -d $(MODEL)-onnx || $(BIN)/sasa-export --model smol-llava --format onnx --out $(MODEL)-onnx
+	@$(BIN)/python benchmarks/score_cost.py $(MODEL) $(MODEL)-onnx --out docs/score-cost.md
 
 bench-onnx: setup
 	@$(BIN)/python benchmarks/onnx_cost.py --tokens 256 --out docs/onnx-cost.md

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sasa_export.graph.trace import check_traces, trace_source
 from sasa_export.manifest import check_ours, write_manifest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.quantized import check_scheme
 from sasa_export.options import Options
 from sasa_export.probe import Calibration, Fitted, bundled, calibrate, with_threshold
 from sasa_export.probe.features import collect_on_disk, trace_loaded
@@ -103,9 +105,10 @@ def open_and_trace(options: Options, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
     given = read_probe(options.probe, options.threshold) if options.probe else None
     prompts = [] if given is not None and options.verify == "files" else _prompts(options, report)
-    source = open_source(options.model, options.revision, report)
+    plain = options.format != "safetensors"
+    source = open_source(options.model, options.revision, report, partial(check_scheme, plain=plain))
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
-    if options.format != "safetensors":
+    if plain:
         check_possible(source, options)
     check_disk(options.out, _needed_disk(source, options))
     report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")

@@ -95,8 +95,9 @@ def observe(module: Any) -> None:
 def gptqmodel(plain: Path, out: Path, *, method: str, layout: str) -> None:
     """GPTQ and AWQ differ in how they choose numbers, and in how they lay them out; here they are rounded alike."""
     wanted("gptqmodel", "gptqmodel optimum")
-    from gptqmodel.quantization import METHOD
+    from gptqmodel.quantization import METHOD, QuantizeConfig
     from gptqmodel.utils.importer import hf_select_quant_linear_v2
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     group = 32
     same: dict[str, Any] = {"bits": 4, "group_size": group, "desc_act": False, "sym": True}
@@ -111,6 +112,8 @@ def gptqmodel(plain: Path, out: Path, *, method: str, layout: str) -> None:
             sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": False}
             layer = packed(**same, **sizes, register_buffers=True)
             layer.pack(linear, scales, torch.full_like(scales, 8), torch.arange(linear.in_features) // group)
+            if method == "gptq":  # in files, zero points are stored less one
+                convert_gptq_v2_to_v1_format_module(layer, QuantizeConfig(**same))
             model.set_submodule(name, layer)
     model.save_pretrained(out)
     more = {"zero_point": True, "version": layout, "modules_to_not_convert": KEPT} if method == "awq" else {}

@@ -20,6 +20,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 from labelled import SAFETY, SEMANTIC, write_set
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import sasa_export
@@ -84,7 +85,7 @@ def test_the_patched_arm_is_what_the_oracle_says(run: tuple[Evaluated, Path], sp
 
 def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path]) -> None:
     found, out = run
-    pictures = {"answers.png", "roc.png", "scores.png", "reliability.png", "depth.png"}
+    pictures = {"answers.png", "roc.png", "scores.png", "depth.png"}
     texts = {"report.html", "report.md", "card_section.md", "evaluate.json", "answers.jsonl"}
     assert {path.name for path in out.iterdir()} == texts | pictures | {"sasa-export.json"}
     report, card = (out / "report.md").read_text(), (out / "card_section.md").read_text()
@@ -101,8 +102,10 @@ def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path
             over = sum(not row["label"] and row[f"{arm}_refused"] for row in part)
             assert of[arm]["over_refusal"]["count"] == over
     assert data["timing"]["allowed"]["prompts"] == data["timing"]["refused"]["prompts"] == 1
-    for target in found.targets:
-        assert f"{target.name}: " in card and str(target) in report and str(target) in card
+    said = (
+        f"success rate is {found.arms['patched']['attack']}, its over-refusal {found.arms['patched']['over_refusal']}"
+    )
+    assert said in report and said in card and "Against" not in report
     words = found.arms["words"]["auc"]
     assert words.value == 1.0 and f"| words alone | {words} |" in report
     assert found.gain["model"].value < 0 and "**Words alone tell more than the patched model**" in report
@@ -153,7 +156,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     evaluate(options)
     whole = len(list(batches(load_all(options.data), 8)))
     assert len(calls) == 2 * whole + 1  # nothing but the batch that was cut off ran twice
-    same = ("arms", "parts", "targets", "identical", "emitted", "reliability")
+    same = ("arms", "parts", "identical", "emitted")
     before, after = (json.loads((out / "evaluate.json").read_text()) for out in (run[1], options.out))
     assert {name: before[name] for name in same} == {name: after[name] for name in same}
     assert (options.out / "answers.jsonl").read_bytes() == (run[1] / "answers.jsonl").read_bytes()
@@ -200,10 +203,40 @@ def test_the_command(options: EvaluateOptions, tmp_path: Path) -> None:
     arguments += [*options.calibration, "--out", str(tmp_path / "report"), "--limit", "8", "--timing", "0"]
     result = CliRunner().invoke(main, [*arguments, "--max-new-tokens", "2"])
     assert result.exit_code == 0, result.output
-    assert "✗ AUC" in result.stderr or "✓ AUC" in result.stderr
+    assert "attack success " in result.stderr and ", AUC " in result.stderr
     assert json.loads((tmp_path / "report/evaluate.json").read_text())["subject"]["left_out"] == 16
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "is not empty" in again.stderr and "Traceback" not in again.output
+
+
+def test_which_verdicts_changed(options: EvaluateOptions, run: tuple[Evaluated, Path], tmp_path: Path) -> None:
+    """Of a copy that refuses what P(unsafe) is lowest of, and whose decoder was changed a little and saved again."""
+    table = run[0].answers
+    other = Path(shutil.copytree(options.model, tmp_path / "tuned"))
+    (other / "sasa-export.json").unlink()
+    config = json.loads((other / "config.json").read_text())
+    config["sasa"]["threshold"] = float(np.sort(table.patched_unsafe_probability)[2])
+    (other / "config.json").write_text(json.dumps(config))
+    shard = other / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    norm = next(name for name in tensors if name.endswith("layers.5.mlp.down_proj.weight"))
+    save_file({**tensors, norm: tensors[norm] * 1.01}, shard, {"format": "pt"})
+    found = evaluate(replace(options, out=tmp_path / "report", against=other))
+    assert found is not None
+    before, after = table.patched_unsafe_probability, found.answers.against_unsafe_probability  # (prompts,) each
+    old, new = before >= found.arms["patched"]["threshold"], after >= config["sasa"]["threshold"]
+    assert (found.answers.patched_unsafe_probability == before).all() and 0 < (after - before).abs().max() < 0.1
+    groups = {(of["part"], of["label"]): of for of in found.changes}
+    assert set(groups) >= {(part, label) for part in ("all", "text", "picture") for label in (0, 1)}
+    for (part, label), of in groups.items():
+        rows = (table.label == label) & ((part == "all") | (table.channel == part) | (table.category == part))
+        assert of["prompts"] == rows.sum() and of["largest"] == (after - before).abs()[rows].max()
+        assert (of["before"].count, of["after"].count) == (old[rows].sum(), new[rows].sum())
+        assert (of["now_refused"], of["now_allowed"]) == ((new & ~old)[rows].sum(), (old & ~new)[rows].sum())
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert f"Of {len(table)} verdicts, {(new & ~old).sum()} changed from allowed to refused and " in report
+    assert "## Against tuned" in report and "| refused by tuned |" in report and "| harmful, picture |" in report
+    assert found.arms["against"]["attack"].count == (~found.answers.against_refused & (table.label == 1)).sum()
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -249,6 +282,7 @@ def both_formats(out: Path) -> Path:
         (lambda o, tmp, tiny: {"model": both_formats(tmp / "both")}, "holds two patched models"),
         (lambda o, tmp, tiny: {"model": tiny("llava")}, "has no gate"),
         (lambda o, tmp, tiny: {"model": damaged(o.model, tmp / "code")}, "1 differ"),
+        (lambda o, tmp, tiny: {"against": tiny("llava")}, "has no gate"),
         (lambda o, tmp, tiny: {"model": remade(o.model, tmp / "moved", model="gone")}, "Or give --baseline"),
         (lambda o, tmp, tiny: {"model": remade(o.model, tmp / "bare", model="")}, "does not say what it was made from"),
         (lambda o, tmp, tiny: {"baseline": str(tiny("llava", seed=5))}, "whose weights are others"),

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, roc_auc_score, roc_curve
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, roc_curve
 
 from sasa_export.probe import fit_probes
 from sasa_export.probe.intervals import Estimate, Share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, fitted_arm
-from sasa_export.research.evaluate.figures import Target, figures, lowest_attack, parts, reliability
+from sasa_export.research.evaluate.figures import changes, figures, parts
 from sasa_export.research.evaluate.fitted import probe, words
 from sasa_export.research.evaluate.judge import is_refusal, load_judge
 from sasa_export.research.evaluate.timing import ROUNDS, choose, timed
@@ -56,28 +56,18 @@ def test_detection_is_scikit_learns() -> None:
     assert "auc" not in figures(arm, np.flatnonzero(labels), prompts_of(labels), 0.1)
 
 
-def test_reliability_by_hand() -> None:
-    scores, labels = np.array([0.05, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1])
-    found = reliability(scores, labels)
-    assert found["brier"] == pytest.approx(brier_score_loss(labels, scores))
-    assert found["brier_of_the_base_rate"] == pytest.approx(0.75 * 0.25)
-    assert found["expected_calibration_error"] == pytest.approx((2 * 0.45 + 2 * 0.025) / 4)
-    expected = [{"said": 0.05, "found": 0.5, "prompts": 2}, {"said": 0.975, "found": 1.0, "prompts": 2}]
-    assert found["bins"] == [pytest.approx(one) for one in expected]
-
-
-@pytest.mark.parametrize(
-    ("refused", "most", "expected"),
-    [
-        (NOBODY, 0.0, {"attack": 0.5, "over_refusal": 0.0}),
-        (NOBODY, 0.25, {"attack": 0.25, "over_refusal": 0.25}),
-        (np.arange(8) == 3, 0.25, {"attack": 0.0, "over_refusal": 0.25}),  # the model itself refuses the last
-        (np.arange(8) == 4, 0.0, None),  # and here a harmless one
-    ],
-)
-def test_the_best_threshold_in_hindsight(refused: np.ndarray, most: float, expected: Any) -> None:
-    scores = np.array([0.9, 0.8, 0.5, 0.2, 0.6, 0.4, 0.1, 0.05])
-    assert lowest_attack(scores, refused, np.arange(8) < 4, most) == expected
+def test_changes_between_two_gates_by_hand() -> None:
+    before = Arm("before", NOBODY[:5], scores=np.array([0.9, 0.2, 0.8, 0.1, 0.1]), threshold=0.5)
+    after = Arm("after", NOBODY[:5], scores=np.array([0.4, 0.9, 0.85, 0.2, 0.3]), threshold=0.3)
+    channels = ["text", "text", "text", "picture", "picture"]
+    found = changes(before, after, prompts_of([1, 1, 0, 0, 1], channel=channels))
+    rows = [tuple(of[name] for name in ("part", "label", "prompts", "now_refused", "now_allowed")) for of in found]
+    assert rows[:2] == [("all", 1, 3, 2, 0), ("all", 0, 2, 0, 0)]
+    assert rows[2:] == [("picture", 1, 1, 1, 0), ("picture", 0, 1, 0, 0), ("text", 1, 2, 1, 0), ("text", 0, 1, 0, 0)]
+    assert [of["largest"] for of in found] == pytest.approx([0.7, 0.1, 0.2, 0.1, 0.7, 0.05])
+    assert (found[0]["before"].count, found[0]["after"].count) == (1, 3)
+    back = changes(after, before, prompts_of([1, 1, 0, 0, 1], channel=channels))
+    assert [(of["now_refused"], of["now_allowed"]) for of in back] == [(row[4], row[3]) for row in rows]
 
 
 def test_a_split_request_is_a_channel() -> None:
@@ -186,32 +176,24 @@ def test_timing_alternates_and_leaves_out_the_first_calls() -> None:
     assert all(of.verdict.low <= of.verdict.value <= of.verdict.high for of in found.values())
 
 
-def card(best: dict[str, float] | None, given_threshold: float | None, met: bool) -> str:
+def card(given_threshold: float | None) -> str:
     """The card's section where the plain model refuses 40 % of the harmless prompts, and the gate 2 %."""
     many, gain = Share(0.4, 0.2, 0.6, 4, 10), Estimate(0.0, -0.1, 0.1)
-    arm = {"over_refusal": many, "false_positives": Share(0.02, 0.0, 0.1, 1, 50)}
+    arm = {"attack": many, "over_refusal": many, "false_positives": Share(0.02, 0.0, 0.1, 1, 50), "auc": gain}
     names = ("data", "left_out", "calibrated_on", "graphs", "dtype", "device", "batch_size", "max_new_tokens", "judge",
              "harmful", "harmless", "groups", "command", "blocks", "lane_blocks", "safety_layer")  # fmt: skip
     subject = {**dict.fromkeys(names, 0), "safety_layer": None, "false_positive_rate": 0.01}
-    targets = [Target("Attack success rate", many, 1.0 if met else 0.1), Target("Over-refusal", many, 0.5)]
-    found = {
-        "targets": targets, "best": best, "parts": {}, "gain": {"projection": gain, "model": gain}, "depth": [],
-        "identical": None, "emitted": None, "timing": {},
-    }  # fmt: skip
+    gains = {"projection": gain, "model": gain}
+    found: dict[str, Any] = {"parts": {}, "gain": gains, "depth": [], "identical": None, "emitted": None, "timing": {}}
     return render(
         "evaluate_card.md.j2", found=found, subject={**subject, "given_threshold": given_threshold},
         arms={"patched": arm, "plain": arm}, tables={"answers": pd.DataFrame(), "detection": pd.DataFrame()},
     )  # fmt: skip
 
 
-def test_why_a_target_is_missed() -> None:
+def test_what_the_figures_say() -> None:
     """The report says what the plain model refuses itself, and that only a chosen threshold promised a rate."""
-    chosen, given, overlap, met = (
-        card(None, None, False), card(None, 0.5, False), card({"attack": 0.3}, None, False), card(None, None, True)
-    )  # fmt: skip
-    assert "**Met: Over-refusal. Missed: Attack success rate.**" in chosen and "**All targets are met.**" in met
-    assert "- Attack success rate: **missed**, 40.0% (20.0% to 60.0%), target: at most 10%." in chosen
+    chosen, given = card(None), card(0.5)
     assert "refusal phrase for 40.0% of the harmless prompts" in chosen and "the gate flags 2.0% of them" in chosen
     assert "is 2.0% here: these prompts are not like those" in chosen and "not like those" not in given
-    assert "the scores of harmful and harmless prompts overlap" in overlap and "refusal phrase for" not in overlap
-    assert "refusal phrase for" not in met and "Projection neither helps nor hurts" in met
+    assert "Projection neither helps nor hurts" in chosen

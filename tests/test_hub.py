@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli_steps import Tiny, fails, flags, succeeds
+from quantized import write_scheme
 from stand_in_hub import TOKEN, Hub, Repository, serving
 
 from sasa_export.errors import OpenError
@@ -138,6 +139,19 @@ def test_a_file_that_comes_down_damaged(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(OpenError, match="came down damaged and was removed"):
         open_source(NAME)
     assert open_source(NAME).weight_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format", "said"),
+    [
+        ("unheard-of", "safetensors", "is quantized by unheard-of, which does not run here"),
+        ("fp8", "onnx", "is quantized by fp8, and ONNX graphs are made of plain weights"),
+    ],
+)
+def test_a_model_that_is_refused_is_not_fetched(hub: Hub, place: Path, scheme: str, format: str, said: str) -> None:
+    write_scheme(hub.repositories[NAME].revisions["main"], {"quant_method": scheme})
+    assert said in fails(*flags(NAME, place / "out", format=format))
+    assert {path.rpartition("/")[2] for _, path, _ in hub.asked if "/resolve/" in path} == {"config.json"}
 
 
 def test_gated_and_private_models(hub: Hub, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

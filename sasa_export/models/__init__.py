@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +43,42 @@ class Source:
         return sum(shard.path.stat().st_size for shard in self.shards)
 
 
-def open_source(name: str, revision: str | None = None, report: Silent = SILENT) -> Source:
+def open_source(
+    name: str,
+    revision: str | None = None,
+    report: Silent = SILENT,
+    check: Callable[[Source], None] = lambda source: None,
+) -> Source:
     """Find the model, fetching it where it is not on this machine, and check what can be checked unloaded.
 
-    Args: revision: a branch, tag or commit on the hub.
+    Args:
+        revision: a branch, tag or commit on the hub.
+        check: a further check, of what config.json says, before any weights are fetched or looked at.
 
     Raises OpenError: unknown model, unsupported family, corrupt or missing files, pickled weights, code of its own.
     """
     repository = _repository(name)
     if revision is not None and repository is None:
         raise OpenError(f"--revision {revision} is of a model on the hub, and {name} is none. Leave it out.")
+    described = partial(_described, name, repository)
     if repository is not None:
-        directory = fetch(repository, revision, report)
+        directory = fetch(repository, revision, report, lambda directory: check(described(directory)))
     else:
         directory = _embedded() if name == EMBEDDED else Path(name)
+    source = described(directory)
+    check(source)
+    check_contents(directory)
+    return replace(source, shards=read_shards(directory))
+
+
+def _described(name: str, repository: str | None, directory: Path) -> Source:
+    """The model as its config.json describes it, without its weights."""
     config = read_config(directory)
     model_type = config.get("model_type")
     if str(model_type).startswith("sasa_"):
         raise OpenError(f"{name} is a patched model already. Give the model that it was made from.")
-    family = family_of(model_type)
-    check_contents(directory)
     commit = None if repository is None else directory.name  # as the hub's cache names a snapshot
-    return Source(name, directory, config, family, read_shards(directory), repository, commit)
+    return Source(name, directory, config, family_of(model_type), (), repository, commit)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sasa_export.errors import OpenError
@@ -17,14 +18,19 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LIC
 UNWANTED = ["*/*", "*.bin.index.json"]  # the same weights in other formats, and the index of pickles
 
 
-def fetch(repository: str, revision: str | None, report: Silent) -> Path:
+Check = Callable[[Path], object]  # told of a directory with config.json, before the weights are fetched
+
+
+def fetch(repository: str, revision: str | None, report: Silent, check: Check) -> Path:
     """The model's snapshot in the hub's cache, which the hub need not be reached for. OpenError where there is none."""
     from huggingface_hub import constants, snapshot_download
 
     files: dict[str, Any] = {"revision": revision, "allow_patterns": WANTED, "ignore_patterns": UNWANTED}
     try:
-        _fetch_weights(repository, revision, report)
+        _fetch_weights(repository, revision, report, check)
         return Path(snapshot_download(repository, **files))
+    except OpenError:
+        raise
     except Exception as error:  # of the hub's client, of its transport, of the system
         try:
             return Path(snapshot_download(repository, local_files_only=True, **files))
@@ -32,9 +38,9 @@ def fetch(repository: str, revision: str | None, report: Silent) -> Path:
             raise OpenError(_said(repository, revision, constants.ENDPOINT, error)) from None
 
 
-def _fetch_weights(repository: str, revision: str | None, report: Silent) -> None:
+def _fetch_weights(repository: str, revision: str | None, report: Silent, check: Check) -> None:
     """Fetch the shards. huggingface_hub resumes a file too, but only as long as one run lasts."""
-    from huggingface_hub import HfApi, constants, hf_hub_url
+    from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
     from huggingface_hub.file_download import repo_folder_name
 
     info = HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -43,6 +49,10 @@ def _fetch_weights(repository: str, revision: str | None, report: Silent) -> Non
     shards = {file.lfs.sha256: file for file in weights}
     blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
     missing = {blobs / name: file for name, file in shards.items() if not (blobs / name).exists()}
+    if missing and any(file.rfilename == "config.json" for file in info.siblings or ()):
+        with TemporaryDirectory() as place:  # and not in the cache, which would have a snapshot of it alone
+            hf_hub_download(repository, "config.json", revision=info.sha, local_dir=place)
+            check(Path(place))
     with report.bar(sum(file.size for file in missing.values()), "fetch") as advance:
         for blob, file in missing.items():
             with claimed(blob, wait=True):  # another run may be fetching it

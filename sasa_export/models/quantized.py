@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from sasa_export.errors import OpenError
 from sasa_export.models import Source
+from sasa_export.models.load import stock_config
 
 
 def scheme(config: dict[str, Any]) -> str | None:
@@ -19,29 +21,55 @@ def scheme(config: dict[str, Any]) -> str | None:
     return None if found is None else str(named or "a scheme without a name")
 
 
+def check_scheme(source: Source, *, plain: bool = False) -> None:
+    """Raise OpenError where a scheme does not run here, as far as config.json tells, or weights have to be `plain`."""
+    name = scheme(source.config)
+    if name is not None and plain:
+        raise OpenError(
+            f"{source.name} is quantized by {name}, and ONNX graphs are made of plain weights. Give the model that it "
+            "was quantized from (--onnx-dtype int8 or int4 makes graphs as small), or --format safetensors."
+        )
+    if name is not None:
+        with _runs_here(source, name):
+            _loader(stock_config(source))
+
+
 def as_stored(source: Source, model: Any) -> tuple[Any, Any]:
     """A skeleton with the tensors that the shards hold, and the scheme's loader; as it is, and None, where plain.
 
     Raises OpenError where the scheme does not run here.
     """
     import torch
-    from transformers.quantizers.auto import get_hf_quantizer
 
     name = scheme(source.config)
     if name is None:
         return model, None
     model = copy.deepcopy(model)
     shards = [str(shard.path) for shard in source.shards]
+    with _runs_here(source, name), torch.device("meta"), redirect_stderr(io.StringIO()):  # of progress bars
+        loader, places = _loader(model.config)
+        loader.preprocess_model(model, model.dtype, device_map=places, checkpoint_files=shards, use_kernels=False)
+    return model, loader
+
+
+def _loader(config: Any) -> tuple[Any, Any]:
+    """The scheme's loader, and where it puts the weights."""
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    loader, _, places = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
+    if loader is None:  # transformers would load the numbers as they are
+        raise ValueError("transformers has no loader of this name")
+    return loader, places
+
+
+@contextmanager
+def _runs_here(source: Source, name: str) -> Iterator[None]:
+    """Raise OpenError for whatever a scheme's own library raises."""
     try:
-        loader, _, places = get_hf_quantizer(model.config, None, {"": "cpu"}, weights_only=True, user_agent={})
-        if loader is None:  # transformers would load the numbers as they are
-            raise ValueError("transformers has no loader of this name")
-        with torch.device("meta"), redirect_stderr(io.StringIO()):  # of progress bars
-            loader.preprocess_model(model, model.dtype, device_map=places, checkpoint_files=shards, use_kernels=False)
-    except Exception as error:  # of the scheme's own library
+        yield
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OpenError(
             f"{source.name} is quantized by {name}, which does not run here ({reason}). Install what it asks for "
             "(docs/quantized.md lists what was tried), or give the model that it was quantized from."
         ) from None
-    return model, loader

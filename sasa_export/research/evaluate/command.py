@@ -21,6 +21,9 @@ class EvaluateOptions(Settings):
     out: Path = option(Path(), "Directory to write the report to.", required=True)
     force: bool = option(False, "Replace the report that is there, and discard other unfinished work.")
     baseline: str | None = option(None, "The model it was made from. Default: what its sasa-export.json names.")
+    against: Path | None = option(
+        None, "Another patched directory, such as one fine-tuned or quantized since: which verdicts changed."
+    )
     data: tuple[str, ...] = option(
         (),
         "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "

@@ -12,16 +12,7 @@ import pandas as pd
 from sasa_export.probe.intervals import Estimate, Share, auc, bootstrap, share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, fitted_arm
-from sasa_export.research.evaluate.figures import (
-    OVER_REFUSAL,
-    Figures,
-    Target,
-    figures,
-    lowest_attack,
-    parts,
-    reliability,
-    targets_of,
-)
+from sasa_export.research.evaluate.figures import Figures, changes, figures, parts
 from sasa_export.research.evaluate.fitted import Features, Fitted, depth_curve, fitted_arms
 from sasa_export.research.evaluate.judge import Judge
 from sasa_export.research.evaluate.subject import Subject
@@ -36,29 +27,32 @@ class Evaluated:
     Attributes:
         subject: what was evaluated, on what, and how it ran.
         answers: a row a prompt: what was asked, what was answered, and what each arm made of it.
-        arms: title, threshold and figures of each arm over all prompts, by key: plain, patched, with or without (the
-            probe that the patched model does not have), and words.
+        arms: title, threshold and figures of each arm over all prompts, by key: plain, patched, against (--against),
+            with or without (the probe that the patched model does not have), and words.
         parts: `parts["channel"]["text"]`: the number of `prompts`, and the figures of each arm on them.
-        best: attack success rate and over-refusal at the best threshold, which is chosen on these very prompts.
         gain: differences of AUC. "projection": a probe with it less one without, both fitted here alike; "model": the
             patched model less words alone.
         identical: harmless prompts that the patched model allows, answered token for token as by the original.
         emitted: flagged prompts that are answered with the refusal.
-        reliability: of each arm that detects; timing: by kind of prompt, allowed or refused; depth: see `depth_curve`.
+        changes: from the patched model to that of --against, see `changes`; none without.
+        timing: by kind of prompt, allowed or refused; depth: see `depth_curve`.
     """
 
     subject: dict[str, Any]
     answers: pd.DataFrame
     arms: dict[str, dict[str, Any]]
     parts: dict[str, dict[str, dict[str, Any]]]
-    targets: list[Target]
-    best: dict[str, float] | None
     gain: dict[str, Estimate]
     identical: Share | None
     emitted: Share | None
-    reliability: dict[str, dict[str, Any]]
+    changes: list[dict[str, Any]]
     timing: dict[str, Timing]
     depth: list[dict[str, Any]]
+
+    @property
+    def detecting(self) -> list[str]:
+        """The arms that have scores, by key."""
+        return [key for key in self.arms if f"{key}_unsafe_probability" in self.answers]
 
 
 def measure(
@@ -72,7 +66,7 @@ def measure(
     """All arms and all figures.
 
     Args:
-        answers: of the "plain" and the "patched" model.
+        answers: of the "plain" and the "patched" model, and of that of --"against".
         features: of the "evaluation" prompts, and of the "calibration" prompts where something is fitted on them.
         metric: the head's (`head_metric`), in which it is fitted; None where the features are logits.
     """
@@ -98,15 +92,13 @@ def measure(
             kind: {part: {"prompts": len(rows), **on(rows)} for part, rows in of.items()}
             for kind, of in parts(prompts).items()
         },
-        targets=targets_of(overall["patched"]),
-        best=lowest_attack(scores["patched"], arms["plain"].refused, labels, OVER_REFUSAL),
         gain={
             "projection": gained(fitted["with"][0], fitted["without"][0]),
             "model": gained(scores["patched"], scores["words"]),
         },
         identical=share(same[(labels == 0) & ~flagged]),
         emitted=share(answers["patched"].are(subject.sasa["refusal_token_ids"])[flagged]),
-        reliability={key: reliability(of, labels) for key, of in scores.items()},
+        changes=changes(arms["patched"], arms["against"], prompts) if "against" in arms else [],
         timing=timing,
         depth=depth_curve(subject, features, metric) if subject.options.depth_curve else [],
     )
@@ -115,14 +107,20 @@ def measure(
 def _arms(
     subject: Subject, answers: dict[str, Answers], fitted: dict[str, Fitted], judge: Judge | None
 ) -> dict[str, Arm]:
-    prompts, said, threshold = subject.evaluation, answers["patched"], float(subject.sasa["threshold"])
+    prompts = subject.evaluation
     own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
     plain = answering_arm("plain model", answers["plain"], np.zeros(len(prompts), bool), prompts, judge)
-    assert said.scores is not None  # it has a gate
-    gate = said.are(subject.sasa["refusal_token_ids"]) & (said.scores >= threshold)  # (prompts,)
+
+    def guarded(title: str, said: Answers, sasa: dict[str, Any]) -> Arm:
+        assert said.scores is not None  # it has a gate
+        gate = said.are(sasa["refusal_token_ids"]) & (said.scores >= sasa["threshold"])  # (prompts,)
+        return answering_arm(title, said, gate, prompts, judge, float(sasa["threshold"]))
+
+    against = None if subject.against is None else guarded(subject.beside, answers["against"], subject.against)
     return {
         "plain": plain,
-        "patched": answering_arm(f"patched model (probe {own} projection)", said, gate, prompts, judge, threshold),
+        "patched": guarded(f"patched model (probe {own} projection)", answers["patched"], subject.sasa),
+        **({} if against is None else {"against": against}),
         other: fitted_arm(f"probe {other} projection", plain, *fitted[other]),
         "words": fitted_arm("words alone", plain, *fitted["words"]),
     }

@@ -31,7 +31,6 @@ def write_report(found: Evaluated, directory: Path) -> None:
     values = {"found": found, "subject": found.subject, "arms": found.arms, "tables": tables(found)}
     title = f"{found.subject['model']} against {found.subject['baseline']}"
     figures = {name: value for name, value in vars(found).items() if name != "answers"}
-    figures["targets"] = [{**vars(target), "met": target.met} for target in found.targets]
     text = report.render("evaluate_report.md.j2", **values)
     report.write_report(directory, title, text, pictures(found), "evaluate", figures)
     (directory / "card_section.md").write_text(report.render("evaluate_card.md.j2", **values), encoding="utf-8")
@@ -44,20 +43,32 @@ def tables(found: Evaluated) -> dict[str, pd.DataFrame]:
     titles = {key: arm["title"] for key, arm in found.arms.items()}
     answered = [name for name in ("attack", "judged", "over_refusal") if name in found.arms["plain"]]
     detected = ["auc", "caught", "false_positives", "accuracy", "f1", "recall_at_rate"]
-    errors = ("brier", "brier_of_the_base_rate", "expected_calibration_error")
-    reliable = [[titles[key], *(f"{of[name]:.3f}" for name in errors)] for key, of in found.reliability.items()]
     timing = [[kind, of.prompts, f"{of.verdict:.2f}", f"{of.first_token:.2f}"] for kind, of in found.timing.items()]
     depth = [[of["block"], f"{of['cost']:.2f}", f"{of['auc']}", f"{of['recall_at_rate']}"] for of in found.depth]
     return {
         "answers": _table(found.arms, titles, answered),
-        "detection": _table(found.arms, {key: titles[key] for key in found.reliability}, detected),
-        "reliability": pd.DataFrame(
-            reliable, columns=["arm", "Brier score", "of the base rate", "expected calibration error"]
-        ),
+        "detection": _table(found.arms, {key: titles[key] for key in found.detecting}, detected),
+        "changes": _changes_table(found),
         "timing": pd.DataFrame(timing, columns=["verdict", "prompts", "time to verdict", "time to first token"]),
         "depth": pd.DataFrame(depth, columns=["block", "cost", "AUC", "recall at rate"]),
         **{f"by {kind}": _part_table(found, kind, titles) for kind in found.parts},
     }
+
+
+def _changes_table(found: Evaluated) -> pd.DataFrame:
+    """A row for the harmful and one for the harmless prompts of each part."""
+    return pd.DataFrame(
+        {
+            "prompts": ("harmless", "harmful")[of["label"]] + ("" if of["kind"] == "all" else f", {of['part']}"),
+            "number": of["prompts"],
+            "refused": of["before"],
+            f"refused by {found.subject['against']}": of["after"],
+            "now refused": of["now_refused"],
+            "now allowed": of["now_allowed"],
+            "largest change of P": f"{of['largest']:.3f}",
+        }
+        for of in found.changes
+    )
 
 
 def _part_table(found: Evaluated, kind: str, titles: dict[str, str]) -> pd.DataFrame:

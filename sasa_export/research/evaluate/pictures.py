@@ -9,44 +9,44 @@ import numpy as np
 
 from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
-from sasa_export.research.evaluate.figures import ATTACK, OVER_REFUSAL
 from sasa_export.research.evaluate.measure import Evaluated
 
-COLOURS = {"patched": theme.SAFETY, "with": theme.SEMANTIC, "without": theme.SEMANTIC, "words": theme.HARMLESS}
+COLOURS = {
+    "patched": theme.SAFETY,
+    "against": theme.HARMFUL,
+    "with": theme.SEMANTIC,
+    "without": theme.SEMANTIC,
+    "words": theme.HARMLESS,
+}
 BINS = np.linspace(0, 1, 41)
 BORDERLINE = "borderline"  # the category or attack of harmless prompts that are made to look harmful
 
 
 def pictures(found: Evaluated) -> dict[str, bytes]:
     """All pictures by name."""
-    drawn = {"answers": bars(found), "roc": roc(found), "scores": scores(found), "reliability": reliability(found)}
+    drawn = {"answers": bars(found), "roc": roc(found), "scores": scores(found)}
     return {**drawn, "depth": depth(found)} if found.depth else drawn
 
 
 def bars(found: Evaluated) -> bytes:
-    """Attack success rate and over-refusal of every arm, with intervals and targets."""
+    """Attack success rate and over-refusal of every arm, with intervals."""
     arms = list(found.arms.values())
     with theme.drawing(1.2 + 0.52 * len(arms)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        _bars(left, "Attack success", [arm["attack"] for arm in arms], theme.HARMFUL, ATTACK)
-        _bars(right, "Over-refusal", [arm["over_refusal"] for arm in arms], theme.HARMLESS, OVER_REFUSAL)
+        _bars(left, "Attack success", [arm["attack"] for arm in arms], theme.HARMFUL)
+        _bars(right, "Over-refusal", [arm["over_refusal"] for arm in arms], theme.HARMLESS)
         left.set_yticks(range(len(arms)), [arm["title"].replace(" (", "\n(") for arm in arms])
         left.invert_yaxis()
         return theme.png(figure)
 
 
-def _bars(axis: Any, title: str, shares: Sequence[Estimate], colour: str, target: float) -> None:
+def _bars(axis: Any, title: str, shares: Sequence[Estimate], colour: str) -> None:
     for place, share in enumerate(shares):
         axis.barh(place, 100 * share.value, 0.62, color=colour, alpha=0.85)
         axis.plot([100 * share.low, 100 * share.high], [place, place], "|-", color=theme.INK, linewidth=1)
         axis.annotate(share.short, (100 * share.high, place), (6, 0), textcoords="offset points", va="center")
-    axis.axvline(100 * target, color=theme.THIRD, linewidth=1, linestyle=":")
     # Each side has its own scale, or the bars of a small share could not be told apart.
-    axis.set(
-        xlim=(0, 130 * max(0.1, *(share.high for share in shares))),
-        xlabel=f"% (dotted: target, {target:.0%})",
-        title=title,
-    )
+    axis.set(xlim=(0, 130 * max(0.1, *(share.high for share in shares))), xlabel="%", title=title)
 
 
 def roc(found: Evaluated) -> bytes:
@@ -55,7 +55,7 @@ def roc(found: Evaluated) -> bytes:
 
     with theme.drawing(5.2, 5.6) as figure:
         axis = _unit_square(figure, "share of harmless prompts flagged", "share of harmful prompts flagged")
-        for key in found.reliability:
+        for key in found.detecting:
             arm, scored = found.arms[key], found.answers[f"{key}_unsafe_probability"]
             wrong, caught, _ = roc_curve(found.answers.label, scored, drop_intermediate=False)
             area = f", AUC {arm['auc'].short}" if "auc" in arm else ""
@@ -76,9 +76,9 @@ def scores(found: Evaluated) -> bytes:
         "harmless, borderline": (theme.SAFETY, (asked.label == 0) & near),
         "harmful": (theme.HARMFUL, asked.label == 1),
     }
-    with theme.drawing(0.9 + 1.6 * len(found.reliability)) as figure:
-        axes = figure.subplots(len(found.reliability), 1, sharex=True)
-        for axis, key in zip(axes, found.reliability, strict=True):
+    with theme.drawing(0.9 + 1.6 * len(found.detecting)) as figure:
+        axes = figure.subplots(len(found.detecting), 1, sharex=True)
+        for axis, key in zip(axes, found.detecting, strict=True):
             for name, (colour, rows) in kinds.items():
                 if rows.any():
                     weights = np.full(rows.sum(), 100 / rows.sum())
@@ -91,20 +91,6 @@ def scores(found: Evaluated) -> bytes:
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9)
         axes[-1].set(xlim=(0, 1), xlabel="P(unsafe); dashed: the threshold of the calibration")
-        return theme.png(figure)
-
-
-def reliability(found: Evaluated) -> bytes:
-    """Whether the probabilities are true: what each arm says against what is so, bin by bin."""
-    with theme.drawing(5.0, 5.6) as figure:
-        axis = _unit_square(figure, "P(unsafe), mean of a bin", "share of harmful prompts in it")
-        for key, of in found.reliability.items():
-            said, share, prompts = np.array([list(one.values()) for one in of["bins"]]).T  # (bins,) each
-            label = f"{found.arms[key]['title']}, error {of['expected_calibration_error']:.3f}"
-            axis.plot(said, share, color=COLOURS[key], linewidth=1.2, label=label)
-            axis.scatter(said, share, 12 + 260 * prompts / len(found.answers), color=COLOURS[key])
-        axis.set_title("Dotted: as it should be; large dots: many prompts")
-        axis.legend(loc="upper left", fontsize=8.5)
         return theme.png(figure)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from sasa_export.research.evaluate.page import write_report
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.evaluate.timing import choose, timed
 from sasa_export.research.report import SPARE_BYTES
+from sasa_export.verify.onnx import dtype_of
 from sasa_export.workers import workers
 
 Model = Callable[[], Any]  # loads the model when it is first asked for
@@ -50,12 +52,15 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
         if processes.leads:
             work.open(subject.fingerprint(), discard=options.force, report=report)
         processes.wait()
-        plain, patched = cache(lambda: _plain(subject)), cache(lambda: _patched(subject))
+        plain, patched = cache(lambda: _plain(subject)), cache(lambda: _patched(subject, options.model))
         features = _features(subject, plain, work, report)
         metric = _metric(subject, plain) if "calibration" in features else None
         answers = {"plain": _answers(subject, plain, "plain", work, report)}
         if not (processes.leads and options.timing):
             plain.cache_clear()
+        if options.against is not None:  # out of memory again behind this
+            other = partial(_patched, subject, options.against)
+            answers["against"] = _answers(subject, cache(other), "against", work, report)
         answers["patched"] = _answers(subject, patched, "patched", work, report)
         if not processes.leads:
             return None
@@ -70,8 +75,8 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(found, staging)
             write_manifest(staging, {})
-    for target in found.targets:
-        report.check(target.met, target.name, str(target))
+    said = found.arms["patched"]
+    report.step("", f"attack success {said['attack']}, over-refusal {said['over_refusal']}, AUC {said['auc']}")
     report.step("done", f"{options.out / 'report.html'}")
     return found
 
@@ -81,10 +86,10 @@ def _plain(subject: Subject) -> TorchModel:
     return TorchModel(model, subject.processor, subject.options.max_new_tokens)
 
 
-def _patched(subject: Subject) -> TorchModel | OnnxModel:
-    directory, tokens = subject.options.model, subject.options.max_new_tokens
-    if subject.graphs is not None:
-        return OnnxModel(directory, subject.graphs, subject.device, tokens)
+def _patched(subject: Subject, directory: Path) -> TorchModel | OnnxModel:
+    graphs, tokens = dtype_of(directory), subject.options.max_new_tokens
+    if graphs is not None:
+        return OnnxModel(directory, graphs, subject.device, tokens)
     return TorchModel(*load_patched(directory, subject.dtype, subject.device), tokens)
 
 
@@ -116,11 +121,11 @@ def _metric(subject: Subject, plain: Model) -> np.ndarray | None:
 
 
 def _answers(subject: Subject, model: Model, kind: str, work: Work, report: Silent) -> Answers:
-    """The answers of a "plain" or a "patched" model. EvaluateError where a patched one gives no verdict."""
+    """The answers of a "plain" or a patched model. EvaluateError where a patched one gives no verdict."""
 
     def compute(prompts: list[Prompt], missing: list[str]) -> Arrays:
         found = model().answers(prompts)
-        if kind == "patched" and np.isnan(found["scores"]).any():
+        if kind != "plain" and np.isnan(found["scores"]).any():
             raise EvaluateError("the patched model gives no verdict on some prompts. Export it again.")
         yield from ((name, found[name]) for name in missing)
 

@@ -41,6 +41,7 @@ class Subject:
     Attributes:
         graphs: the type of the patched model's ONNX graphs; None where it is a directory of safetensors.
         sasa: the settings of its gate; made: the options it was made with, as its sasa-export.json says.
+        against: the settings of the gate of --against; None without.
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
         lane: the second lane, from which the fitted arms read their features.
@@ -50,6 +51,7 @@ class Subject:
     options: EvaluateOptions
     graphs: str | None
     sasa: dict[str, Any]
+    against: dict[str, Any] | None
     made: dict[str, Any]
     source: Source
     processor: Any
@@ -88,18 +90,25 @@ class Subject:
         return fingerprint(
             self.source,
             [*self.evaluation, *(self.calibration if self.bundled is None else [])],
-            patched=[digest(path) for path in self._told()],
+            patched=[digest(path) for path in self._told(self.options.model)],
+            against=[] if self.options.against is None else [digest(path) for path in self._told(self.options.against)],
             dtype=self.dtype,
             device=self.device.partition(":")[0],
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
         )
 
-    def _told(self) -> list[Path]:
+    @staticmethod
+    def _told(directory: Path) -> list[Path]:
         """The files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
-        manifest = self.options.model / MANIFEST
-        weights = sorted(self.options.model.glob("*.safetensors"))
-        return [manifest] if manifest.exists() else [self.options.model / "config.json", *weights]
+        manifest = directory / MANIFEST
+        weights = sorted(directory.glob("*.safetensors"))
+        return [manifest] if manifest.exists() else [directory / "config.json", *weights]
+
+    @property
+    def beside(self) -> str:
+        """The directory of --against by its last name."""
+        return "" if self.options.against is None else self.options.against.resolve().name
 
     def described(self) -> dict[str, Any]:
         """What was evaluated, on what, and how it ran; `command` makes the report again."""
@@ -108,6 +117,7 @@ class Subject:
             "model": self.options.model.resolve().name,
             "baseline": last_name(self.source.name),
             "family": self.source.family.name,
+            "against": self.beside,
             "graphs": self.graphs,
             "safety_layer": self.sasa["safety_layer"],
             "semantic_layer": self.sasa["semantic_layer"],
@@ -131,6 +141,7 @@ class Subject:
 def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     """Open all that is evaluated. Raises SasaExportError where something is missing or does not belong together."""
     sasa, manifest = _read_patched(options.model)
+    against = None if options.against is None else _read_patched(options.against)[0]
     made = manifest.get("options") or {}
     prompts = load_all(options.data, report=report) if options.data else builtin_evaluation()
     for label, (what, measures, example) in MISSING.items():
@@ -155,8 +166,8 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     lane = _lane(sasa, source)
     graph = rewrite_lane(trace_source(source, processor), lane)
     return Subject(
-        options, dtype_of(options.model), sasa, made, source, processor, evaluation, len(prompts) - len(evaluation),
-        calibration, ", ".join(specs) or "the built-in calibration set", graph,
+        options, dtype_of(options.model), sasa, against, made, source, processor, evaluation,
+        len(prompts) - len(evaluation), calibration, ", ".join(specs) or "the built-in calibration set", graph,
         bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
     )  # fmt: skip
 

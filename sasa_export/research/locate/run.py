@@ -14,6 +14,7 @@ from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.family import KnownLayers
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.quantized import check_scheme
 from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
@@ -89,7 +90,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
 def _plan(options: LocateOptions, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
     prompts = calibration_prompts(options.calibration, report)
-    source = open_source(options.model, options.revision, report)
+    source = open_source(options.model, options.revision, report, check_scheme)
     check_apart(options.out, source.directory)
     if options.write_family is not None:
         check_family(options.write_family, source)

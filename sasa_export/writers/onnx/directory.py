@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sasa_export.errors import EmitError
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source
 from sasa_export.models.load import stock_config
-from sasa_export.models.quantized import scheme
 from sasa_export.options import Options
 from sasa_export.writers.cases import FOLDER
 from sasa_export.writers.files import LICENCES
@@ -27,11 +25,6 @@ def check_possible(source: Source, options: Options) -> None:
     """Raise EmitError before any work where the ONNX directory could not be made."""
     from sasa_export.writers.onnx.recipes import check_tower
 
-    if (name := scheme(source.config)) is not None:
-        raise EmitError(
-            f"{source.name} is quantized by {name}, and ONNX graphs are made of plain weights. Give the model that it "
-            "was quantized from (--onnx-dtype int8 or int4 makes graphs as small), or --format safetensors."
-        )
     for package in ("onnx", "onnx_ir", "onnxruntime", "onnxscript"):  # a lean installation has none
         importlib.import_module(package)
     config = stock_config(source)
