@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from sasa_export.errors import VerifyError
@@ -32,8 +33,8 @@ def verify_directory(
     directory = Path(directory)
     both = [directory / name for name in FORMATS]
     if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
-        options = {"device": device, "only_files": only_files, "load": load}
-        return [check for path in both for check in verify_directory(path, **options)]
+        verify = partial(verify_directory, device=device, only_files=only_files, load=load)
+        return [check for path in both for check in verify(path)]
     manifest, changed = check_manifest(directory)
     graphs = dtype_of(directory) is not None
     if load is not None and (graphs or load not in LOADS):

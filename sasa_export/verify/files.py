@@ -106,7 +106,8 @@ def is_ours(directory: Path) -> bool:
     import transformers
 
     name, *_ = read_config(directory).get("architectures") or [""]
-    stock, path = getattr(transformers, str(name).removeprefix("Sasa"), None), directory / MODELING_FILE
+    stock: Any = getattr(transformers, str(name).removeprefix("Sasa"), None)
+    path = directory / MODELING_FILE
     if not path.is_file() or not hasattr(stock, "config_class"):
         return False
     return path.read_bytes() == modeling_source(stock.config_class, stock).encode()

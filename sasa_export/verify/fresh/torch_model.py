@@ -36,7 +36,7 @@ class Model:
         )
         code = sys.modules[type(self.model).__module__]
         self.model.config.sasa["prove"] = True
-        code.prove(self.model, super(code.GuardedModel, self.model).generate)
+        code.prove(self.model, super(code.GuardedModel, self.model).generate)  # type: ignore[misc]
         self.about = {
             "provider": str(self.model.device),
             "not_followed": [],
