@@ -27,7 +27,6 @@ running = partial(option, group="Running")
 # What a value must be, in words, and whether it is: NaN is nowhere.
 SHARE = ("at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
 AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
-ABOVE_ZERO = ("a number above 0", lambda value: 0.0 < value < float("inf"))
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ class Options(Settings):
         "none: the probe reads the end of the main lane, which costs nothing more.",
         choices=("semantic", "none"),
     )
-    epsilon: float = layers(1e-6, "Least squared norm in the projection's denominator.", valid=ABOVE_ZERO)
 
     calibration: tuple[str, ...] = probing(
         (),
@@ -87,12 +85,6 @@ class Options(Settings):
         0.02,
         "Largest share of ordinary harmless calibration prompts that the threshold may refuse.",
         common=True,
-        valid=SHARE,
-    )
-    max_borderline_rate: float | None = probing(
-        None,
-        "Largest share of borderline prompts, harmless but sounding harmful, that the threshold may refuse as well. "
-        "Default: they are reported and not limited.",
         valid=SHARE,
     )
     regularization: float | str = probing(
@@ -140,18 +132,6 @@ class Options(Settings):
         "Type of the graphs. int8 and int4 are of the weights alone. The gate computes in float32 in all of them.",
         common=True,
         choices=ONNX_DTYPES,
-    )
-    max_changed_verdicts: float = onnx(
-        0.02,
-        "Largest share of the calibration prompts whose verdict the graphs may change, before nothing is written. "
-        "The default is what the threshold itself may get wrong of the harmless ones.",
-        valid=SHARE,
-    )
-    verdict_prompts: int = onnx(
-        200,
-        "How many calibration prompts the graphs judge again, drawn evenly from labels and channels; all where there "
-        "are no more.",
-        valid=AT_LEAST_ONE,
     )
 
     batch_size: int = running(16, "Prompts at a time in calibration.", valid=AT_LEAST_ONE)
@@ -214,14 +194,10 @@ class Options(Settings):
     def _check_effects(self) -> None:
         """Raise SasaExportError where something is set that would change nothing."""
         without_effect = (
-            (
-                self.format == "safetensors",
-                ("opset", "onnx_dtype", "max_changed_verdicts", "verdict_prompts"),
-                "without --format onnx or both",
-            ),
+            (self.format == "safetensors", ("opset", "onnx_dtype"), "without --format onnx or both"),
             (
                 self.probe is not None,
-                ("regularization", "max_false_positive_rate", "max_changed_verdicts", "verdict_prompts", "batch_size"),
+                ("regularization", "max_false_positive_rate", "batch_size"),
                 "with --probe, since nothing is calibrated",
             ),
             (
@@ -229,8 +205,6 @@ class Options(Settings):
                 ("max_false_positive_rate",),
                 "with --threshold, which it would choose",
             ),
-            (self.verify == "files", ("max_changed_verdicts", "verdict_prompts"), "with --verify files"),
-            (self.projection == "none", ("epsilon",), "with --projection none"),
         )
         for given, names, why in without_effect:
             for entry in fields(self):

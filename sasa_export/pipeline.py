@@ -38,6 +38,9 @@ from sasa_export.writers.onnx.directory import check_possible, write_onnx_direct
 from sasa_export.writers.onnx.memory import needed_bytes
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
+# Calibration prompts that graphs judge again, and the largest share whose verdict may change: what the threshold itself
+# may get wrong of the harmless ones.
+JUDGED_AGAIN, MOST_CHANGED = 200, 0.02
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def _layers(
         safety, semantic = possible(with_layer(sizes.blocks, *given), graph.earliest_safety_layer())[0]
     elif "not measured" in layers_from:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
-    return LaneSettings(safety, semantic, options.epsilon, sizes.softcap, options.probe_block), layers_from
+    return LaneSettings(safety, semantic, softcap=sizes.softcap, probe_block=options.probe_block), layers_from
 
 
 def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
@@ -172,7 +175,7 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Measure
             fitted = calibrate(model, lane, features, prompts, options.regularization_value())
         calibration = with_threshold(
             fitted, prompts, max_false_positive_rate=options.max_false_positive_rate,
-            max_borderline_rate=options.max_borderline_rate, threshold=options.threshold, judged=held_out,
+            threshold=options.threshold, judged=held_out,
         )  # fmt: skip
         _say_figures(calibration, report)
         scores = calibration.final
@@ -189,8 +192,8 @@ def _begin(plan: Plan, options: Options, work: Work, report: Silent, **running: 
     shipped = not options.finds_layers() and _shipped(plan, plan.settings, options) is not None
     if plan.given is None and not shipped:
         if workers().leads:
-            running |= {"epsilon": str(options.epsilon), "batch_size": str(options.batch_size)}
-            work.open(fingerprint(plan.source, plan.prompts, **running), discard=options.force, report=report)
+            told = fingerprint(plan.source, plan.prompts, **running, batch_size=str(options.batch_size))
+            work.open(told, discard=options.force, report=report)
         workers().wait()
 
 
@@ -264,11 +267,11 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
     if options.format == "onnx":
         shutil.rmtree(plain)
     if patch.cases and patch.calibration is not None:
-        judged = min(options.verdict_prompts, len(patch.calibration.prompts))
+        judged = min(JUDGED_AGAIN, len(patch.calibration.prompts))
         report.step("verify", f"the graphs judge {judged} calibration prompts again")
     checks, changed = check_written(
-        directory, device=device, only_files=not patch.cases, calibration=patch.calibration,
-        count=options.verdict_prompts, most=options.max_changed_verdicts,
+        directory, device=device, only_files=not patch.cases, calibration=patch.calibration, count=JUDGED_AGAIN,
+        most=MOST_CHANGED,
     )  # fmt: skip
     if patch.cases and patch.calibration is None:
         said = "not checked, since the probe was given (--probe), so there are no calibration prompts"

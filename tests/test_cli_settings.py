@@ -132,11 +132,8 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ({"threshold": 0.0}, "--threshold is 0.0; it must be between 0 and 1."),
         ({"threshold": float("nan")}, "--threshold is nan;"),
         ({"max_false_positive_rate": 1.0}, "--max-false-positive-rate is 1.0; it must be at least 0 and below 1."),
-        ({"max_changed_verdicts": -0.1}, "--max-changed-verdicts is -0.1;"),
-        ({"epsilon": float("inf")}, "--epsilon is inf; it must be a number above 0."),
         ({"regularization": -1.0}, "--regularization is -1.0; it must be auto or a number above 0."),
         ({"batch_size": 0}, "--batch-size is 0; it must be at least 1."),
-        ({"verdict_prompts": 0}, "--verdict-prompts is 0;"),
         ({"refusal": " "}, "--refusal is ' '; it must be a sentence."),
         ({"onnx_dtype": "bfloat16"}, "--onnx-dtype is 'bfloat16'; it must be one of float32, float16, int8, int4."),
         ({"calibration": ("a.jsonl",), **GIVEN}, "--probe and --calibration exclude each other"),
@@ -147,16 +144,12 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ({"gate": "off"}, "--gate is 'off'; it must be one of enforce, observe."),
         ({"onnx_dtype": "int8"}, "--onnx-dtype has no effect without --format onnx or both. Leave it out."),
         ({"opset": 20}, "--opset has no effect without --format onnx"),
-        ({"verdict_prompts": 5}, "--verdict-prompts has no effect without --format onnx"),
-        ({"verdict_prompts": 5, "format": "onnx", "verify": "files"}, "--verdict-prompts has no effect with --verify"),
-        ({"max_changed_verdicts": 0.1, "format": "onnx", **GIVEN}, "--max-changed-verdicts has no effect with --probe"),
         ({"regularization": 1.0, **GIVEN}, "--regularization has no effect with --probe, since nothing is calibrated"),
         ({"max_false_positive_rate": 0.1, **GIVEN}, "--max-false-positive-rate has no effect with --probe"),
         (
             {"max_false_positive_rate": 0.1, "threshold": 0.5},
             "--max-false-positive-rate has no effect with --threshold",
         ),
-        ({"projection": "none", "epsilon": 0.1}, "--epsilon has no effect with --projection none"),
     ],
 )
 def test_settings_out_of_range_or_at_odds(options: dict[str, Any], said: str) -> None:

@@ -79,7 +79,7 @@ def test_a_source_behind_links(llava: Path, probe: Path, place: Path, tmp_path: 
 
 
 def test_the_settings_that_are_written(llava: Path, probe: Path, place: Path) -> None:
-    options = {"safety_layer": 1, "semantic_layer": 4, "threshold": 0.7, "epsilon": 1e-5, "refusal": "the old house"}
+    options = {"safety_layer": 1, "semantic_layer": 4, "threshold": 0.7, "refusal": "the old house"}
     succeeds(*flags(llava, place / "out", probe=probe, verify="files", **options))
     config = json.loads((place / "out" / "config.json").read_text())
     assert config["model_type"] == "sasa_llava"

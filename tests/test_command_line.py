@@ -20,9 +20,9 @@ def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
     )  # fmt: skip
     said = "sasa-export evaluate --model 'my model' --data xstest:x.csv --data b.jsonl --limit 7 --depth-curve"
     assert command_line("evaluate", options) == f"{said} --out report"
-    family = LocateOptions("smol-llava", tmp_path / "out", write_family=tmp_path / "llava.toml", ablation_prompts=0)
-    said = "sasa-export locate --model smol-llava --ablation-prompts 0 --write-family llava.toml"
-    assert command_line("locate", family) == f"{said} --out report"
+    located = LocateOptions("smol-llava", tmp_path / "out", ablation_prompts=0)
+    said = "sasa-export locate --model smol-llava --ablation-prompts 0"
+    assert command_line("locate", located) == f"{said} --out report"
 
 
 @pytest.mark.parametrize("command", ["locate", "evaluate"])

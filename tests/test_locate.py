@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,12 +19,9 @@ from PIL import Image
 from sasa_export import Options, SasaExportError, patch
 from sasa_export.cli import main
 from sasa_export.errors import EmitError
-from sasa_export.models import family as families
-from sasa_export.models import open_source
 from sasa_export.probe.work import Work, resumable
 from sasa_export.report import Silent
 from sasa_export.research.locate import LocateOptions, locate
-from sasa_export.research.locate.family_file import with_entry, write_family
 from sasa_export.research.locate.page import Located, markdown
 from sasa_export.research.report import html_page
 
@@ -187,54 +183,18 @@ def test_work_that_cannot_be_used(tmp_path: Path) -> None:
     assert not work.has("one") and not work.has("two")
 
 
-# ---------------------------------------------------------------------------------------- family files
-
-ENTRY = families.KnownLayers("a/b", planted.BLOCKS, planted.HIDDEN, 1, 2, 'say "so" \\ é')
-
-
-def test_an_entry_is_written_behind_the_others_and_then_over_itself(planted_model: Path, tmp_path: Path) -> None:
-    path, source = tmp_path / "fresh.toml", open_source(str(planted_model))
-    write_family(path, source, ENTRY)  # a new file begins as the family's own
-    write_family(path, source, replace(ENTRY, safety=0))
-    own, found = families.families()["llava"], families.read(path)
-    assert found == replace(own, name="fresh", layers=(*own.layers, replace(ENTRY, safety=0)))
-    before = (families.directory() / "llava.toml").read_text(encoding="utf-8")
-    assert path.read_text(encoding="utf-8").startswith(before.rstrip())
-    # An inline list of layers is valid, and nothing can be put behind it: it stays as it is.
-    inline = 'layers = [{checkpoint = "x", blocks = 8, hidden = 32, safety = 0, semantic = 1, source = "y"}]\n'
-    path.write_text(inline + before.partition("[[layers]]")[0], encoding="utf-8")
-    text = path.read_text(encoding="utf-8")
-    with pytest.raises(SasaExportError):
-        write_family(path, source, ENTRY)
-    assert path.read_text(encoding="utf-8") == text and list(tmp_path.iterdir()) == [path]
-
-
-def test_an_entry_is_replaced_where_it_stands() -> None:
-    first = '[[layers]]\n# why\ncheckpoint = "a/b"\nblocks = 8\nhidden = 32\nsafety = 0\nsemantic = 1\nsource = "old"\n'
-    rest = (
-        '\n# about the next\n[[layers]]\ncheckpoint = "c/d"\nblocks = 5\nhidden = 8\nsafety = 0\nsemantic = 1\n'
-        'source = "[not a table]"\n\n[peculiar]\nmasks = "none"\n'
-    )
-    found = with_entry('model_types = ["x"]\n\n' + first + rest, ENTRY)
-    assert found.startswith('model_types = ["x"]\n\n[[layers]]') and found.endswith(rest)
-    assert [entry["source"] for entry in tomllib.loads(found)["layers"]] == [ENTRY.source, "[not a table]"]
-
-
 # ------------------------------------------------------------------------------------- the command line
 
 
 def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts: str) -> None:
-    family = tmp_path / "llava.toml"
     arguments = ["locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), "--calibration", texts]
-    arguments += ["--limit", "12", "--ablation-prompts", "0", "--write-family", str(family)]
+    arguments += ["--limit", "12", "--ablation-prompts", "0"]
     result = invoke(*arguments, "--pairs", "2:5,3:5")
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "report/locate.json").read_text(encoding="utf-8"))
     assert data["proposal"]["safety_layer"] == 2 and data["proposal"]["semantic_layer"] == 5
     assert data["safety_heads"] is None and data["semantic_understanding"] is None
     assert not (tmp_path / "report/heads.png").exists()
-    entry = families.read(family).known_layers(planted.BLOCKS, planted.HIDDEN)
-    assert entry is not None and (entry.safety, entry.semantic) == (2, 5) and "24 prompts" in entry.source
     result = invoke(*arguments)
     assert result.exit_code == 1 and "not empty" in result.output and result.output.count("\n") == 1
 
@@ -246,9 +206,6 @@ def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts
         (("--limit", "3"), "raise --limit"),
         (("--ablation-prompts", "0", "--blocks", "1-2"), "leaves that out"),
         (("--blocks", "3-9"), "--blocks has '3-9'"),
-        (("--write-family", "layers.json"), "ends in .toml"),
-        (("--write-family", "nowhere/llava.toml"), "is not a directory"),
-        (("--write-family", str(families.directory() / "gemma3.toml")), "file of the model's own family"),
         (("--calibration", "nothing.jsonl"), "nothing.jsonl"),
     ],
 )

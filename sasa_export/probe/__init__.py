@@ -135,7 +135,7 @@ def metric_of(states: np.ndarray, prompts: Sequence[Prompt], metric: np.ndarray 
 
 
 def choose_threshold(
-    fitted: Fitted, lane: str, prompts: Sequence[Prompt], rate: float, borderline_rate: float | None, at: float | None
+    fitted: Fitted, lane: str, prompts: Sequence[Prompt], rate: float, at: float | None
 ) -> tuple[Probe, np.ndarray, float]:
     """The probe of a lane with its threshold, its cross-validated scores (prompts,), and what pictures were lowered by.
 
@@ -143,9 +143,9 @@ def choose_threshold(
     """
     scores, by = fitted.scores[lane], 0.0
     if at is None:
-        by = picture_offset(scores, prompts, rate, borderline_rate)
+        by = picture_offset(scores, prompts, rate)
         scores = lower_pictures(scores, fitted.detected[lane], by) if by else scores
-    limit = threshold_of(scores, prompts, rate, borderline_rate) if at is None else at
+    limit = threshold_of(scores, prompts, rate) if at is None else at
     (weight, bias), (mark, offset) = fitted.probes[lane], fitted.detectors[lane]
     return Probe((weight - by * mark).astype(np.float32), bias - by * offset, limit), scores, by
 
@@ -155,14 +155,13 @@ def with_threshold(
     prompts: Sequence[Prompt],
     *,
     max_false_positive_rate: float,
-    max_borderline_rate: float | None = None,
     threshold: float | None = None,
     judged: Sequence[int] | None = None,
 ) -> Calibration:
     """The probe with its threshold, and what it does there. CalibrationError where it is of no use.
 
     Args:
-        max_false_positive_rate: chooses the threshold, with `max_borderline_rate`, unless there is a `threshold`.
+        max_false_positive_rate: chooses the threshold, unless there is a `threshold`.
         judged: the rows of the prompts that the figures are of, where others took part in choosing the layers.
     """
     rows = list(range(len(prompts)) if judged is None else judged)
@@ -170,7 +169,7 @@ def with_threshold(
     found: list[Figure] = []
     lanes = {}
     for name in fitted.probes:
-        lanes[name] = choose_threshold(fitted, name, prompts, max_false_positive_rate, max_borderline_rate, threshold)
+        lanes[name] = choose_threshold(fitted, name, prompts, max_false_positive_rate, threshold)
         found += figures(name, lanes[name][1][rows], shown, lanes[name][0].threshold)
     read = next(iter(lanes))
     probe, judged_scores, by = lanes[read]

@@ -44,7 +44,7 @@ def lower_pictures(scores: np.ndarray, detected: np.ndarray, by: float) -> np.nd
     return expit(logit(np.clip(scores, FARTHEST, 1 - FARTHEST)) - by * detected)
 
 
-def picture_offset(scores: np.ndarray, prompts: Sequence[Prompt], rate: float, borderline_rate: float | None) -> float:
+def picture_offset(scores: np.ndarray, prompts: Sequence[Prompt], rate: float) -> float:
     """How much higher, in logits, the threshold for pictures is than that for text; 0 where either has few prompts.
 
     Args: as of `threshold_of`, which gives both.
@@ -57,5 +57,5 @@ def picture_offset(scores: np.ndarray, prompts: Sequence[Prompt], rate: float, b
         ordinary = sum(prompts[row].label == 0 and not prompts[row].borderline for row in rows)
         if rate * ordinary < 1:
             return 0.0
-        limits.append(threshold_of(scores[rows], [prompts[row] for row in rows], rate, borderline_rate))
+        limits.append(threshold_of(scores[rows], [prompts[row] for row in rows], rate))
     return float(logit(limits[1]) - logit(limits[0]))

@@ -143,22 +143,9 @@ def best_regularization(
     return best, scores[best]
 
 
-def threshold_of(
-    scores: np.ndarray,
-    prompts: Sequence[Prompt],
-    max_false_positive_rate: float,
-    max_borderline_rate: float | None = None,
-) -> float:
-    """The lowest threshold that keeps both rates: of ordinary harmless prompts, and of borderline ones if it is given.
-
-    Args: scores: P(unsafe), (prompts,).
-    """
-    ordinary = ordinary_rows(prompts)
-    borderline = np.array([prompt.borderline for prompt in prompts])
-    limits = [threshold_for(scores, ~ordinary, max_false_positive_rate)]
-    if max_borderline_rate is not None and borderline.any():
-        limits.append(threshold_for(scores, ~borderline, max_borderline_rate))
-    return max(limits)
+def threshold_of(scores: np.ndarray, prompts: Sequence[Prompt], max_false_positive_rate: float) -> float:
+    """The lowest threshold that keeps the rate of ordinary harmless prompts, given P(unsafe) of all, (prompts,)."""
+    return threshold_for(scores, ~ordinary_rows(prompts), max_false_positive_rate)
 
 
 def threshold_for(scores: np.ndarray, labels: np.ndarray, max_false_positive_rate: float) -> float:

@@ -47,7 +47,7 @@ def probe(found: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequ
         rate: the largest share of ordinary calibration prompts that may be flagged.
     """
     try:
-        chosen = probes.choose_threshold(found, lane, prompts, rate, None, None)[0]
+        chosen = probes.choose_threshold(found, lane, prompts, rate, None)[0]
         weight, bias, threshold = chosen.weight.astype(float), chosen.bias, chosen.threshold
     except CalibrationError:  # it is certain of too many harmless prompts
         (weight, bias), threshold = found.probes[lane], None

@@ -10,7 +10,7 @@ import click
 
 from sasa_export.errors import LocateError
 from sasa_export.flags import Settings, check_values, flags, option
-from sasa_export.options import ABOVE_ZERO, AT_LEAST_ONE, DTYPES
+from sasa_export.options import AT_LEAST_ONE, DTYPES
 from sasa_export.report import Console, quiet
 
 LIMIT = 400  # groups that layers are chosen on; the states of all blocks are kept for each of their prompts
@@ -42,11 +42,6 @@ class LocateOptions(Settings):
         "Pairs to sweep: 13:15, or ranges, 10-16:14-20, several behind commas. Default: all pairs of seven layers "
         "over the depth, each with one close behind it, and what the family's file says.",
     )
-    write_family: Path | None = option(
-        None,
-        "Write the layers found into this family file; one that is not there begins as a copy of the model's own.",
-    )
-    epsilon: float = option(1e-6, "Least squared norm in the projection's denominator.", valid=ABOVE_ZERO)
     batch_size: int = option(16, "Prompts at a time.", valid=AT_LEAST_ONE)
     device: str = option(
         "auto",

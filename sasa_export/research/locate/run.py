@@ -12,7 +12,6 @@ from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import check_traces, trace_source
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
-from sasa_export.models.family import KnownLayers
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
 from sasa_export.models.quantized import check_scheme
 from sasa_export.probe.features import trace_loaded
@@ -21,7 +20,6 @@ from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.report import Silent
 from sasa_export.research.locate.ablation import ablate
 from sasa_export.research.locate.command import LocateOptions
-from sasa_export.research.locate.family_file import check_family, write_family
 from sasa_export.research.locate.heads import HeadScores, head_scores
 from sasa_export.research.locate.lane import watched
 from sasa_export.research.locate.page import Located, write_report
@@ -79,8 +77,6 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(located, staging)
             write_manifest(staging, {})
-        if options.write_family is not None:
-            write_family(options.write_family, plan.source, _entry(plan, located))
     safety, semantic = located.proposal.pair
     report.step("propose", f"safety layer {safety}, semantic layer {semantic}")
     report.step("done", f"{options.out / 'report.html'}")
@@ -92,8 +88,6 @@ def _plan(options: LocateOptions, report: Silent) -> Plan:
     prompts = calibration_prompts(options.calibration, report)
     source = open_source(options.model, options.revision, report, check_scheme)
     check_apart(options.out, source.directory)
-    if options.write_family is not None:
-        check_family(options.write_family, source)
     sizes = read_sizes(source)
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
@@ -112,7 +106,6 @@ def _fingerprint(plan: Plan, options: LocateOptions) -> dict[str, Any]:
     return fingerprint(
         plan.source,
         plan.prompts,
-        epsilon=options.epsilon,
         batch_size=options.batch_size,
         dtype=plan.dtype,
         device=plan.device.partition(":")[0],
@@ -127,7 +120,7 @@ def _measure(
     model = load_model(plan.source, dtype=plan.dtype, device=plan.device)
     pictured = next((prompt for prompt in plan.prompts if prompt.image is not None), plan.prompts[0])
     check_traces(plan.graph, trace_loaded(model, plan.processor, plan.source, pictured))
-    settings = LaneSettings(None, None, options.epsilon, plan.sizes.softcap)
+    settings = LaneSettings(None, None, softcap=plan.sizes.softcap)
     with watched(model, plan.processor, plan.graph) as lane:
         heads = None
         if plan.ablated_on:
@@ -172,13 +165,3 @@ def _example(evidence: Evidence, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "prompt": f'a picture that says "{question}", with: {asked}' if question else asked,
         "words": [[evidence.vocabulary[token] for token in ranked] for ranked in evidence.results.read("tokens")[row]],
     }
-
-
-def _entry(plan: Plan, located: Located) -> KnownLayers:
-    """The proposal as a family's file holds it."""
-    subject, proposal = located.subject, located.proposal
-    measured = (
-        f"measured with sasa-export locate: AUC {located.evidence.sweep.pairs[proposal.pair]} on {len(plan.prompts)} "
-        f"prompts ({subject['source']}), {len(proposal.tied) - 1} other pairs within noise"
-    )
-    return KnownLayers(subject["model"], plan.sizes.blocks, plan.sizes.hidden, *proposal.pair, measured)
