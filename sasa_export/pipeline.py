@@ -141,7 +141,7 @@ def _layers(
         from sasa_export.research.locate.pairs import possible, with_layer
 
         safety, semantic = possible(with_layer(sizes.blocks, *given), graph.earliest_safety_layer())[0]
-    elif "not measured" in layers_from:
+    elif None in given and source.family.known_layers(sizes.blocks, sizes.hidden) is None:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
     return LaneSettings(safety, semantic, softcap=sizes.softcap, probe_block=options.probe_block), layers_from
 
@@ -217,7 +217,7 @@ def _say_figures(calibration: Calibration, report: Silent) -> None:
         f"{len(calibration.prompts)} prompts: AUC {overall.auc:.3f}, {overall.recall:.1%} of the harmful caught, "
         f"{overall.false_positive_rate:.1%} of the ordinary ones refused (cross-validated)",
     )
-    report.step("", verdict_on_projection(calibration.figures).strip("*"))
+    report.step("", verdict_on_projection(calibration.figures))
     for warning in calibration.warnings():
         report.warn(warning)
 

@@ -157,7 +157,7 @@ def verdict_on_projection(figures: Sequence[Figure]) -> str:
     by_feature = {figure.feature: figure for figure in figures if figure.part == "all"}
     plain, projected = by_feature["plain"], by_feature.get("projected")
     if projected is None:
-        return f"**Made without projection (--projection none): AUC {plain.auc:.3f}.**"
+        return f"Made without projection (--projection none): AUC {plain.auc:.3f}."
     # Two AUCs on the same prompts: differences below this are noise. Prompts of one group are not independent.
     margin = 1.0 / projected.groups**0.5 / 2
     word = "Projection neither helps nor hurts on this model beyond noise"
@@ -165,4 +165,4 @@ def verdict_on_projection(figures: Sequence[Figure]) -> str:
         word = "Projection helps on this model"
     elif projected.auc < plain.auc - margin:
         word = "Projection does not help on this model: it is worse than the plain probe"
-    return f"**{word}: AUC {projected.auc:.3f} with it, {plain.auc:.3f} without.**"
+    return f"{word}: AUC {projected.auc:.3f} with it, {plain.auc:.3f} without."
