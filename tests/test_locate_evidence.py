@@ -14,11 +14,11 @@ import pytest
 import tiny
 import torch
 
+from sasa_export.errors import LocateError
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models import family as families
 from sasa_export.prompts import Prompt, builtin, encode
-from sasa_export.research.locate import LocateError
 from sasa_export.research.locate.ablation import Heads
 from sasa_export.research.locate.expression import is_readable, onset, token_texts
 from sasa_export.research.locate.heads import HeadScores, safety_heads
