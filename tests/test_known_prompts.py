@@ -74,6 +74,23 @@ def test_other_weights_are_an_error_unless_the_operator_says_otherwise(knowing: 
     load(knowing, sasa={"prove": False})
 
 
+def test_training_is_told_when_its_result_is_saved(
+    knowing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(knowing)
+    model.save_pretrained(tmp_path / "same")
+    assert not caplog.records
+    torch.manual_seed(0)
+    for block in model.model.language_model.layers:
+        block.mlp.down_proj.weight.data += torch.randn_like(block.mlp.down_proj.weight)
+    model.save_pretrained(tmp_path / "other", state_dict=model.state_dict())  # what is saved is elsewhere
+    assert not caplog.records
+    model.save_pretrained(tmp_path / "other")
+    assert "has moved by up to" in caplog.text
+    with pytest.raises(ValueError, match="known prompts has moved"):
+        load(tmp_path / "other")
+
+
 def test_an_export_knows_its_prompts_of_text(guard: Guards) -> None:
     """Those without a picture, since only their ids say it all."""
     entry = {"ids": "5 6 7", "unsafe_probability": 0.25}

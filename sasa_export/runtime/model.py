@@ -83,6 +83,9 @@ class GuardedModel:
         cases, kept = (Path(directory, "sasa-verify").resolve() for directory in (self.name_or_path, save_directory))
         if cases.is_dir() and cases != kept:  # what `sasa-export verify` asks
             shutil.copytree(cases, kept, dirs_exist_ok=True)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if kwargs.get("state_dict") is None and not several:  # else its weights may lie in parts elsewhere
+            recognise(self, loading=False)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         return self._generate(inputs, *args, **kwargs)[0]

@@ -20,9 +20,9 @@ NEAR, NEAR_ROUNDED = 0.005, 0.1
 
 
 @torch.no_grad()
-def recognise(model: Any) -> None:
-    """Judge the prompts that config.sasa knows P(unsafe) of: a warning where one has moved, and a ValueError where they
-    have by far; nothing where the operator's `prove` is false."""
+def recognise(model: Any, loading: bool = True) -> None:
+    """Judge the prompts that config.sasa knows P(unsafe) of: a warning where one has moved, and in loading a ValueError
+    where they have by far; nothing where the operator's `prove` is false."""
     known = [] if _shapes_alone(model) else model.config.sasa.get("known") or []
     if not known or model.config.sasa.get("prove") is False:
         return
@@ -32,7 +32,7 @@ def recognise(model: Any) -> None:
     what = f"P(unsafe) of known prompts has moved by up to {moved.max():.2f}, {moved.mean():.2f} on average"
     why = "these are not the weights, or not in the precision, that the probe was fitted on"
     todo = "Fine-tune or quantize first, and patch the result"
-    if moved.mean() > MOVED_FAR:
+    if loading and moved.mean() > MOVED_FAR:
         raise ValueError(f"{what}: {why}. {todo}. To load it all the same, pass sasa={{'prove': False}}.")
     if moved.max() > MOVED:
         logger.warning("%s: %s. %s.", what, why, todo)
