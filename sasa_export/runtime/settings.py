@@ -8,12 +8,7 @@ SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretraine
 FORMAT = 3  # a directory of another format is refused
 LONGEST_REFUSAL = 250  # tokens; the cache counts how far the refusal is, and bfloat16 counts to 256
 NEEDED = ("threshold", "refusal", "refusal_token_ids", "generation_prompt_ids", "turn_token_ids", "graph")
-OPERATOR = (
-    "threshold",
-    "refusal",
-    "gate",
-    "prove",
-)  # the operator's to change: there, or from_pretrained(..., sasa={...})
+OPERATOR = ("threshold", "refusal", "gate", "prove")  # the operator's to change: there, or from_pretrained(sasa={...})
 GATES = ("enforce", "observe")  # observe: judge and report, and refuse nothing
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 

@@ -34,9 +34,8 @@ class TemplateTokens(NamedTuple):
         """The numbers (batch, tokens) of what came in: token ids, or the model's embeddings of them."""
         if ids is not None:
             return self.in_ids(ids)
-        return self.in_embeddings(
-            embeddings, model.get_input_embeddings()(torch.tensor(self.table).to(embeddings.device))
-        )
+        known = model.get_input_embeddings()(torch.tensor(self.table).to(embeddings.device))  # (numbers, hidden)
+        return self.in_embeddings(embeddings, known)
 
     def in_ids(self, ids: Tensor) -> Tensor:
         """The numbers of token ids (batch, tokens)."""
