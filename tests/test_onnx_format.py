@@ -188,8 +188,9 @@ def test_a_calibrated_export_counts_changed_verdicts(
     words = [
         *("--model", str(model), "--out", str(out), "--calibration", str(calibration), "--format", "onnx"),
         *("--safety-layer", "0", "--semantic-layer", "1", "--max-false-positive-rate", "0.1", "--refusal", REFUSAL),
-        *("--opset", "20", "--verdict-prompts", "20"),
+        *("--opset", "20"),
     ]
+    monkeypatch.setattr(pipeline, "JUDGED_AGAIN", 20)
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert not list(out.rglob("*.safetensors"))

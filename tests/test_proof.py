@@ -125,7 +125,6 @@ def test_a_directory_of_before_is_told_to_be_patched_again(guard: Guards, tmp_pa
     """Its code knows nothing of a proof."""
     directory = shutil.copytree(guard("llava").directory, tmp_path / "before")
     source, manifest = (directory / name for name in ("modeling_sasa.py", MANIFEST))
-    assert CliRunner().invoke(main, ["verify", str(directory)]).exit_code == 0
     before = digest(source)
     source.write_text(source.read_text().replace("def prove(", "def proves("))
     manifest.write_text(manifest.read_text().replace(before, digest(source)))
