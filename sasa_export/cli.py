@@ -51,8 +51,8 @@ class Main(click.Group):
             if error.name is None:
                 raise
             package = error.name.partition(".")[0]
-            what = f"this needs the package {package}, which is not installed, as in a lean installation"
-            click.echo(f"Error: {what}. Install sasa-export again, with all that it asks for.", err=True)
+            what = f"this needs the package {package}, which is not installed"
+            click.echo(f"Error: {what}. Install it, or sasa-export again with all that it asks for.", err=True)
         sys.exit(1)
 
 

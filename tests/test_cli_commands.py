@@ -186,7 +186,7 @@ def test_verify_of_what_is_no_patched_directory(llava: Path, tmp_path: Path) -> 
 
 # ------------------------------------------------------------------------------------------------- a lean installation
 
-# What docs/architecture.md says may be left out.
+# What README says may be left out.
 LEFT_OUT = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "datasets", "pyarrow", "gguf")
 LEAN = f"import sys; sys.modules.update(dict.fromkeys({LEFT_OUT})); from sasa_export.cli import main; main()"
 
@@ -200,6 +200,6 @@ def test_safetensors_need_no_onnx_installed(llava: Path, probe: Path, place: Pat
     assert lean().returncode == 0 and (place / "out" / "config.json").exists()
     result = lean("--format", "onnx", "--force")
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1] == (
-        "Error: this needs the package onnx, which is not installed, as in a lean installation. "
-        "Install sasa-export again, with all that it asks for."
+        "Error: this needs the package onnx, which is not installed. "
+        "Install it, or sasa-export again with all that it asks for."
     )

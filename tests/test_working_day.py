@@ -285,6 +285,24 @@ def save_again(model: Any, written: Path, to: Path) -> str:
     return str(to)
 
 
+def name_other_code(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config["auto_map"]["AutoModelForImageTextToText"] = "other/code--modeling_sasa.SasaLlavaForConditionalGeneration"
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def generate_otherwise(directory: Path) -> None:
+    (directory / "custom_generate").mkdir()
+    (directory / "custom_generate" / "generate.py").write_text("raise SystemExit")
+
+
+OTHER_CODE: dict[str, Callable[[Path], Any]] = {
+    "more code": lambda directory: (directory / "modeling_sasa.py").open("a").write("raise SystemExit\n"),
+    "code elsewhere": name_other_code,
+    "a file of code beside it": generate_otherwise,
+}
+
+
 def test_verify_counts_the_verdicts_that_training_moves(llava: Path, calibration: Path, place: Path) -> None:
     """Cases go along with save_pretrained: they hold where it is the same model, and not where weights moved."""
     written = place / "written"
@@ -302,9 +320,11 @@ def test_verify_counts_the_verdicts_that_training_moves(llava: Path, calibration
     said = fails_verification(save_again(model, written, place / "trained"))
     assert "✗ verdicts are the original's" in said and "0 of 16 changed" not in said
 
-    (place / "saved" / "modeling_sasa.py").open("a").write("raise SystemExit('it ran')\n")
-    said = fails_verification(place / "saved")
-    assert "no manifest vouches for modeling_sasa.py, and another version wrote it" in said and "it ran" not in said
+    for name, change in OTHER_CODE.items():
+        directory = shutil.copytree(place / "saved", place / name)
+        change(directory)
+        said = fails_verification(directory)
+        assert "no manifest vouches for its code" in said and "it loads" not in said, name
 
 
 def test_evaluate_of_a_saved_model(saved: Path, llava: Path, tmp_path: Path) -> None:

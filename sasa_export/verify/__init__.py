@@ -37,8 +37,9 @@ def verify_directory(
         return [check for path in both for check in verify(path)]
     manifest, changed = check_manifest(directory)
     graphs = dtype_of(directory) is not None
-    if load is not None and (graphs or load not in LOADS):
-        why = "is for directories of safetensors" if graphs else f"has no {load}. Choose one of: {', '.join(LOADS)}"
+    if load is not None and (graphs or only_files or load not in LOADS):
+        why = f"has no {load}. Choose one of: {', '.join(LOADS)}"
+        why = "needs a directory of safetensors, and no --files" if graphs or only_files else why
         raise VerifyError(f"--load {why}.")
     if changed and graphs:
         return [manifest, *([] if only_files else _changed_graphs(directory, changed, device))]
@@ -47,7 +48,9 @@ def verify_directory(
     trusted = graphs or (is_ours(directory) if manifest.passed is None else manifest.passed)
     checks, _ = check_written(directory, device=device, only_files=only_files or not trusted, load=load)
     if manifest.passed is None and not only_files and not trusted:
-        why = f"not checked, since no manifest vouches for {MODELING_FILE}, and another version wrote it"
+        why = (
+            f"not checked, since no manifest vouches for its code, which is not what is written as {MODELING_FILE} here"
+        )
         checks.append(replace(NOT_COMPARED, detail=why))
     return [manifest, *checks]
 

@@ -102,15 +102,18 @@ def _modeling(directory: Path) -> Check:
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether the modeling file is, byte for byte, what is written for the directory's class."""
+    """Whether the directory's code is, byte for byte, what is written for its class, and config.json names no other."""
     import transformers
 
-    name, *_ = read_config(directory).get("architectures") or [""]
+    config = read_config(directory)
+    name, *_ = config.get("architectures") or [""]
     stock: Any = getattr(transformers, str(name).removeprefix("Sasa"), None)
-    path = directory / MODELING_FILE
-    if not path.is_file() or not hasattr(stock, "config_class"):
+    named = config["auto_map"].values() if isinstance(config.get("auto_map"), dict) else [None]
+    code = [path.relative_to(directory).as_posix() for path in directory.rglob("*.py")]
+    alone = code == [MODELING_FILE] and {str(value).partition(".")[0] for value in named} == {Path(MODELING_FILE).stem}
+    if not alone or not hasattr(stock, "config_class"):
         return False
-    return path.read_bytes() == modeling_source(stock.config_class, stock).encode()
+    return (directory / MODELING_FILE).read_bytes() == modeling_source(stock.config_class, stock).encode()
 
 
 def _weights(directory: Path) -> list[Check]:
