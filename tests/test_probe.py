@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sasa_export.errors import CalibrationError
-from sasa_export.probe import fit_probes
-from sasa_export.probe.figures import figures, kind_figures
+from sasa_export.probe import RATES, Calibration, Probe, fit_probes
+from sasa_export.probe.figures import figures, kind_figures, verdict_on_projection
 from sasa_export.probe.fit import (
     best_regularization,
     cross_validated,
@@ -247,6 +247,35 @@ def test_figures_by_kind_by_hand() -> None:
     ]
     assert [figure.plain for figure in found] == [1.0, 0.5, 0.5]
     assert [figure.words for figure in found] == [1.0, 1.0, 1.0]
+
+
+def test_the_trade_off_refuses_as_many_ordinary_prompts_as_it_says() -> None:
+    scores, labels = np.linspace(0.001, 0.999, 1000), np.arange(1000) % 2
+    prompts = grouped_prompts(labels, range(1000))
+    probe = Probe(np.zeros(1, np.float32), 0.0, 0.5)
+    made = Calibration(
+        probe, tuple(figures("plain", scores, prompts, 0.5)), (), tuple(prompts), scores, scores, 0.02, 1.0
+    )
+    offered = made.trade_off()
+    thresholds = [threshold for threshold, _ in offered]
+    assert thresholds == sorted(thresholds, reverse=True)
+    for rate, (threshold, figure) in zip(RATES, offered, strict=True):
+        assert figure.false_positive_rate <= rate < figure.false_positive_rate + 0.003
+        assert figure.recall == pytest.approx((scores[labels == 1] >= threshold).mean())
+
+
+@pytest.mark.parametrize(
+    "projected, plain, said",
+    [(0.9, 0.5, "helps on"), (0.5, 0.9, "does not help on this model: try --projection none"), (0.6, 0.61, "neither")],
+)
+def test_projection_is_judged_by_what_is_refused(projected: float, plain: float, said: str) -> None:
+    labels = np.arange(400) % 2
+    prompts = grouped_prompts(labels, range(400))
+    found = []
+    for name, share in {"projected": projected, "plain": plain}.items():
+        refused = (labels == 1) & (np.arange(400) < 400 * share)
+        found += figures(name, np.where(refused, 0.8, 0.2), prompts, 0.5)
+    assert said in verdict_on_projection(found)
 
 
 def test_a_probe_pays_for_reading_the_setting() -> None:

@@ -29,6 +29,7 @@ from sasa_export.probe.settings import steady_metric
 from sasa_export.probe.words import best_words
 from sasa_export.prompts.prompt import Prompt
 
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # of ordinary prompts refused, in the card's table of thresholds
 LEAST_AUC = 0.6  # a probe that ranks hardly better than chance would refuse at random
 ENOUGH = "A probe takes hundreds of prompts of either label: --calibration builtin beside yours adds the built-in set"
 
@@ -76,6 +77,12 @@ class Calibration:
             for figure in self.figures
             if figure.feature == self.figures[0].feature and figure.part in CHANNELS and not figure.beats_chance
         ]
+
+    def trade_off(self) -> list[tuple[float, Figure]]:
+        """Other thresholds, each with what it would do: those that refuse so many of the ordinary prompts (`RATES`)."""
+        thresholds = (threshold_of(self.cross_validated, self.prompts, rate) for rate in RATES)
+        name = self.figures[0].feature
+        return [(at, figures(name, self.cross_validated, self.prompts, at)[0]) for at in thresholds]
 
 
 def calibrate(
