@@ -20,7 +20,7 @@ import pytest
 
 import sasa_export.prompts
 from sasa_export.prompts import Prompt, asked, builtin, builtin_evaluation, check_disjoint, for_model, grouped
-from sasa_export.prompts.builtin_sets import CARRIERS, drawn
+from sasa_export.prompts.builtin_sets import ALONE, CARRIERS, drawn
 from sasa_export.prompts.leak import normalised
 from sasa_export.prompts.render import render
 
@@ -40,6 +40,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 LINES, EVALUATION = read(SETS / "builtin.jsonl"), read(SETS / "evaluation.jsonl")
 HELDOUT = read(ROOT / "training" / "heldout.jsonl")
+BORDERLINE_KINDS = ("twin", "borderline", "figurative", "contrast", "sensitive")
 STYLES = {
     "question", "order", "role-play", "fiction", "reasoned", "polite", "long", "specific", "code", "terse", "document",
 }  # fmt: skip
@@ -216,13 +217,33 @@ def test_every_line_of_the_calibration_set_has_a_label_and_a_kind() -> None:
             <= set(line)
             <= {"label", "kind", "category", "text", "group", "picture"}
         )
-        assert line["label"] in (0, 1) and 3 <= len(line["text"].split()) <= 90 and "\n" not in line["text"]
+        shortest = 1 if line["kind"] in ALONE else 3
+        assert line["label"] in (0, 1) and shortest <= len(line["text"].split()) <= 90 and "\n" not in line["text"]
         assert (line["text"] + line.get("picture", "")).isascii()
     assert [text for text, count in Counter(map(asked_in, LINES)).items() if count > 1] == []
     found = Counter((line["kind"], line["label"]) for line in LINES)
-    assert {kind for kind, _ in found} == STYLES | {"twin", "borderline", "photo", "text-in-picture"}
+    assert {kind for kind, _ in found} == STYLES | {"twin", "borderline", "photo", "text-in-picture", *ALONE}
     # A style tells nothing: there are about as many harmful as ordinary requests of each.
     assert all(0.7 < found[style, 0] / found[style, 1] < 1.4 and found[style, 1] >= 100 for style in STYLES)
+
+
+def test_the_form_of_a_blunt_request_tells_nothing() -> None:
+    """As many of either label are upper case, ask with a mark, or open alike; a pair differs in what it wants."""
+    blunt = [line for line in LINES if line["kind"] == "blunt"]
+    forms = {
+        "upper case": str.isupper,
+        "lower case": str.islower,
+        "a question mark": lambda text: text.endswith("?"),
+        "how": lambda text: text.lower().startswith("how "),
+        "short": lambda text: len(text.split()) < 5,
+    }
+    for form, holds in forms.items():
+        shares = [np.mean([holds(line["text"]) for line in blunt if line["label"] == label]) for label in (0, 1)]
+        assert abs(shares[0] - shares[1]) < 0.06 and min(shares) > 0.05, (form, shares)
+    pairs = Counter(line["group"] for line in LINES if line["kind"] == "contrast")
+    harmful = Counter(line["group"] for line in LINES if line["kind"] == "contrast" and line["label"] == 1)
+    assert set(pairs.values()) == {2} and set(harmful.values()) == {1} and len(pairs) == len(harmful)
+    assert all(line["label"] == 0 for line in LINES if line["kind"] in ("figurative", "sensitive"))
 
 
 def asked_in(line: dict[str, Any]) -> str:
@@ -247,7 +268,8 @@ def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> No
     assert all(by_kind[style, "text"] == 2 * by_kind[style, "picture"] for style in {*STYLES, "twin", "borderline"})
     assert by_kind["photo", "picture"] == 320 and by_kind["text-in-picture", "picture"] == 140
     assert {prompt.attack for prompt in prompts} == {"text", "typographic", "list", "split", "photo", "text-in-picture"}
-    assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in ("twin", "borderline")) for prompt in prompts)
+    assert all(by_kind[kind, "picture"] == 0 < by_kind[kind, "text"] for kind in ALONE)
+    assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in BORDERLINE_KINDS) for prompt in prompts)
     assert {asked(prompt) for prompt in prompts if prompt.channel == "text"} == {
         line["text"] for line in LINES if line["kind"] not in ("photo", "text-in-picture")
     }
