@@ -119,7 +119,7 @@ def trace(
     from sasa_export.probe.features import trace_loaded
 
     report = Console()
-    source = open_source(model, revision, report)
+    source = open_source(model, revision)
     try:
         processor = load_processor(source)
     except OpenError as error:
@@ -157,7 +157,7 @@ def fetch(model: str, revision: str | None, out: Path) -> None:
     from sasa_export.files import check_apart, staged
     from sasa_export.models import open_source
 
-    source = open_source(model, revision, Console())
+    source = open_source(model, revision)
     check_apart(out, source.directory)
     with staged(out, force=False, needed_bytes=source.weight_bytes()) as staging:
         for path in source.directory.iterdir():

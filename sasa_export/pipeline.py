@@ -109,7 +109,7 @@ def open_and_trace(options: Options, report: Silent) -> Plan:
     given = read_probe(options.probe, options.threshold) if options.probe else None
     prompts = [] if given is not None and options.verify == "files" else _prompts(options, report)
     plain = options.format != "safetensors"
-    source = open_source(options.model, options.revision, report, partial(check_scheme, plain=plain))
+    source = open_source(options.model, options.revision, partial(check_scheme, plain=plain))
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
     if plain:
         check_possible(source, options)

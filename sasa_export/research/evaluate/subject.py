@@ -198,7 +198,7 @@ def _open_baseline(
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
-        source = open_source(name, None if options.baseline else manifest.get("commit"), report)
+        source = open_source(name, None if options.baseline else manifest.get("commit"))
     except OpenError as error:
         if options.baseline:
             raise

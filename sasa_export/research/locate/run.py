@@ -86,7 +86,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
 def _plan(options: LocateOptions, report: Silent) -> Plan:
     """Everything that can be wrong before the work begins."""
     prompts = calibration_prompts(options.calibration, report)
-    source = open_source(options.model, options.revision, report, check_scheme)
+    source = open_source(options.model, options.revision, check_scheme)
     check_apart(options.out, source.directory)
     sizes = read_sizes(source)
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
