@@ -22,7 +22,8 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite
 from sasa_export.graph.trace import trace, trace_source
 from sasa_export.models import open_source
 from sasa_export.models.family import Family, families, family_of
-from sasa_export.models.load import load_processor, skeleton
+from sasa_export.models.load import load_processor
+from sasa_export.models.shapes import skeleton
 
 Tiny = Callable[..., Path]
 Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]

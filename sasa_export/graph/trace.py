@@ -16,7 +16,7 @@ from sasa_export.errors import SasaExportError, TraceError
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models import Source
 from sasa_export.models.family import Family
-from sasa_export.models.load import skeleton
+from sasa_export.models.shapes import skeleton
 from sasa_export.runtime.lane import TYPES
 
 KNOWN = ("attention_mask", "position_ids", "cache_position", *TYPES)  # whole numbers that the second lane has too

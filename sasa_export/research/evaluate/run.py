@@ -20,11 +20,11 @@ from sasa_export.probe.work import Results, Work, resumable
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
-from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.evaluate.fitted import Features, depths_of
 from sasa_export.research.evaluate.judge import load_judge
 from sasa_export.research.evaluate.measure import Evaluated, measure
 from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_patched
+from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.page import write_report
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.evaluate.timing import choose, timed

@@ -16,8 +16,8 @@ from sasa_export.options import AUTO, Options
 from sasa_export.probe.work import Work
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
-from sasa_export.research.locate.command import LIMIT
 from sasa_export.research.locate.lane import watched
+from sasa_export.research.locate.options import LIMIT
 from sasa_export.research.locate.pairs import possible, with_layer
 from sasa_export.research.locate.prompts import halves, limited
 from sasa_export.research.locate.propose import Proposal, propose

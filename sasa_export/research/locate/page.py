@@ -14,7 +14,6 @@ from sasa_export.research import report
 from sasa_export.research.locate.expression import is_readable
 from sasa_export.research.locate.heads import HeadScores
 from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.pictures import pictures
 from sasa_export.research.locate.propose import Proposal, spans
 from sasa_export.research.locate.survey import Evidence
 
@@ -48,10 +47,10 @@ class Located:
         return float(np.mean([auc for _, auc in self.held_out]))
 
 
-def write_report(located: Located, directory: Path) -> None:
+def write_report(located: Located, pictures: dict[str, bytes], directory: Path) -> None:
     """Write report.html, report.md, locate.json and the pictures."""
     title = f"Where {located.subject['model']} perceives, understands and speaks"
-    report.write_report(directory, title, markdown(located), pictures(located), "locate", figures(located))
+    report.write_report(directory, title, markdown(located), pictures, "locate", figures(located))
 
 
 def figures(located: Located) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.report import Silent
 from sasa_export.research.locate.ablation import ablate
-from sasa_export.research.locate.command import LocateOptions
 from sasa_export.research.locate.heads import HeadScores, head_scores
 from sasa_export.research.locate.lane import watched
+from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.locate.pairs import Pair, default_pairs, parse_blocks, parse_pairs, possible
-from sasa_export.research.locate.pictures import points
+from sasa_export.research.locate.pictures import pictures, points
 from sasa_export.research.locate.prompts import ablated_on, limited
 from sasa_export.research.locate.propose import propose
 from sasa_export.research.locate.survey import Evidence, survey
@@ -75,7 +75,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
             return None
         located = _conclude(plan, evidence, heads, command_line("locate", options), report)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
-            write_report(located, staging)
+            write_report(located, pictures(located), staging)
             write_manifest(staging, {})
     safety, semantic = located.proposal.pair
     report.step("propose", f"safety layer {safety}, semantic layer {semantic}")

@@ -14,7 +14,7 @@ from sasa_export.models.load import stock_config
 from sasa_export.options import Options
 from sasa_export.writers.cases import FOLDER
 from sasa_export.writers.files import LICENCES
-from sasa_export.writers.onnx import export
+from sasa_export.writers.onnx.export import export
 from sasa_export.writers.onnx.memory import check_memory
 from sasa_export.writers.scores import SCORES
 
