@@ -13,6 +13,8 @@ from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
 from sasa_export.graph.trace import check_traces, trace_source
+from sasa_export.layers.auto import choose_layers
+from sasa_export.layers.pairs import possible, with_layer
 from sasa_export.manifest import check_ours, write_manifest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
@@ -138,8 +140,6 @@ def _layers(
         safety = semantic = None
         layers_from = "none: made without projection"
     elif options.finds_layers():
-        from sasa_export.research.locate.pairs import possible, with_layer
-
         safety, semantic = possible(with_layer(sizes.blocks, *given), graph.earliest_safety_layer())[0]
     elif None in given and source.family.known_layers(sizes.blocks, sizes.hidden) is None:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
@@ -161,8 +161,6 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Measure
     check_traces(plan.graph, trace_loaded(model, plan.processor, plan.source, pictured))
     held_out = None
     if options.finds_layers():
-        from sasa_export.research.locate.auto import choose_layers
-
         found = choose_layers(model, plan.processor, plan.graph, prompts, settings, options, work, report)
         settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
     lane = rewrite_lane(plan.graph, settings)

@@ -24,10 +24,10 @@ from transformers import AutoModelForImageTextToText
 from sasa_export import Options, patch
 from sasa_export.errors import EmitError, LocateError, OpenError, RewriteError, TraceError
 from sasa_export.graph.trace import trace_source
+from sasa_export.layers.pairs import possible
 from sasa_export.models import open_source
 from sasa_export.models.family import family_of
 from sasa_export.models.load import load_processor
-from sasa_export.research.locate.pairs import possible
 
 Guards = Callable[..., Guard]
 

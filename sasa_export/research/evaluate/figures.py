@@ -10,8 +10,8 @@ import numpy as np
 
 from sasa_export.probe.intervals import Estimate, auc, bootstrap, f1, recall_at, share
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.research.evaluate.arms import Arm
-from sasa_export.research.prompts import labels_and_groups
 
 SPLIT = "split"  # the attack of prompts of which neither text nor picture is harmful alone
 

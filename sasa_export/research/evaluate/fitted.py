@@ -19,9 +19,9 @@ from sasa_export.probe.folds import folds_of
 from sasa_export.probe.words import bag_of_words, best_words
 from sasa_export.prompts import asked
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.research.evaluate.figures import ranking
 from sasa_export.research.evaluate.subject import Subject
-from sasa_export.research.prompts import labels_and_groups
 
 Features = dict[str, np.ndarray]  # (prompts, features): "plain" of the main lane, "projected" of the second, and depths
 Fitted = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate

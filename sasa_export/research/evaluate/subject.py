@@ -19,10 +19,10 @@ from sasa_export.options import AUTO
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
 from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
+from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.evaluate.options import EvaluateOptions
-from sasa_export.research.prompts import counts, share_of
 from sasa_export.research.report import command_line, last_name
 from sasa_export.verify.files import check_manifest
 from sasa_export.verify.onnx import dtype_of

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from sasa_export.errors import LocateError
 from sasa_export.flags import Settings, check_values, option
+from sasa_export.layers import LIMIT
 from sasa_export.options import AT_LEAST_ONE, DTYPES
-
-LIMIT = 400  # groups that layers are chosen on; the states of all blocks are kept for each of their prompts
 
 
 @dataclass(frozen=True)

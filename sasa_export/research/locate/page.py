@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sasa_export.layers.expression import is_readable
+from sasa_export.layers.heads import HeadScores
+from sasa_export.layers.pairs import Pair
+from sasa_export.layers.propose import Proposal, spans
+from sasa_export.layers.survey import Evidence
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.research import report
-from sasa_export.research.locate.expression import is_readable
-from sasa_export.research.locate.heads import HeadScores
-from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.propose import Proposal, spans
-from sasa_export.research.locate.survey import Evidence
 
 LISTED = 10  # safety heads
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from sasa_export.layers.expression import Expression
+from sasa_export.layers.heads import HeadScores
 from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
-from sasa_export.research.locate.expression import Expression
-from sasa_export.research.locate.heads import HeadScores
 
 if TYPE_CHECKING:
     from sasa_export.research.locate.page import Located

@@ -10,6 +10,13 @@ from sasa_export.files import check_apart, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import check_traces, trace_source
+from sasa_export.layers.heads import HeadScores, head_scores
+from sasa_export.layers.lane import watched
+from sasa_export.layers.pairs import Pair, default_pairs, parse_blocks, parse_pairs, possible
+from sasa_export.layers.prompts import limited
+from sasa_export.layers.propose import propose
+from sasa_export.layers.survey import Evidence, survey
+from sasa_export.layers.sweep import held_out
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
@@ -17,19 +24,12 @@ from sasa_export.models.quantized import check_scheme
 from sasa_export.probe.features import trace_loaded
 from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
+from sasa_export.prompts.shares import counts, spaced
 from sasa_export.report import Silent
-from sasa_export.research.locate.ablation import ablate
-from sasa_export.research.locate.heads import HeadScores, head_scores
-from sasa_export.research.locate.lane import watched
+from sasa_export.research.locate.ablation import ablate, ablated_on
 from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, write_report
-from sasa_export.research.locate.pairs import Pair, default_pairs, parse_blocks, parse_pairs, possible
 from sasa_export.research.locate.pictures import pictures, points
-from sasa_export.research.locate.prompts import ablated_on, limited
-from sasa_export.research.locate.propose import propose
-from sasa_export.research.locate.survey import Evidence, survey
-from sasa_export.research.locate.sweep import held_out
-from sasa_export.research.prompts import counts, spaced
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
 from sasa_export.workers import workers
 
