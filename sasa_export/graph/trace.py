@@ -34,7 +34,7 @@ class Shared(UserDict):
 
 
 @dataclass(frozen=True)
-class Call:
+class Observed:
     """One call of a watched module: the hidden state that went in and came out, and the keyword arguments."""
 
     path: str
@@ -44,7 +44,7 @@ class Call:
     more: str  # what else came in that was made of ids or by another block; empty where nothing did
     changes: tuple[int, int]  # how often each of the two states had been changed in place, then
 
-    def follows(self, before: Call) -> bool:
+    def follows(self, before: Observed) -> bool:
         """Is what came in what left the call before? A tensor that is merely equal may have had something added."""
         return self.entered is before.left and self.changes[0] == before.changes[1]
 
@@ -178,9 +178,9 @@ def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     return found
 
 
-def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[list[Call], Any]:
+def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[list[Observed], Any]:
     """All calls in order, and the logits that the model returned."""
-    calls: list[Call] = []
+    calls: list[Observed] = []
     began: dict[str, int] = {}
 
     def begin(path: str) -> Any:
@@ -195,7 +195,7 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
             entered = args[0] if args else kwargs.get("hidden_states")
             left = output[0] if isinstance(output, tuple) else output
             arguments = {name: describe(value) for name, value in kwargs.items()}
-            calls.append(Call(path, entered, left, arguments, _more(args, kwargs), (began[path], _changes(left))))
+            calls.append(Observed(path, entered, left, arguments, _more(args, kwargs), (began[path], _changes(left))))
 
         return hook
 
@@ -248,14 +248,14 @@ def describe(value: Any) -> str:
     return type(value).__name__ if value is not None else "None"
 
 
-def _graph(calls: dict[str, Call], expected: list[str], family: Family) -> LayerGraph:
+def _graph(calls: dict[str, Observed], expected: list[str], family: Family) -> LayerGraph:
     embedding, *blocks, norm, head = expected
     nodes = [
         Node("vision", "vision", (), family.modules["vision"]),
         Node("projector", "projector", ("vision",), family.modules["projector"]),
         Node("embed", "embed", ("projector",), embedding),
     ]
-    before: Call | None = None
+    before: Observed | None = None
     for index, path in enumerate(blocks):
         call = calls[path]
         source = nodes[-1].name

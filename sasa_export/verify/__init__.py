@@ -11,8 +11,8 @@ from sasa_export.probe import Calibration
 from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE
 from sasa_export.verify.answers import LOADS, NOT_COMPARED, check_answers
-from sasa_export.verify.files import check_files, check_manifest, is_ours
 from sasa_export.verify.onnx import check_graphs, dtype_of, dtypes_of
+from sasa_export.verify.unloaded import check_files, check_manifest, is_ours
 from sasa_export.verify.verdicts import ChangedVerdicts
 
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both

@@ -24,8 +24,8 @@ from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.report import command_line, last_name
-from sasa_export.verify.files import check_manifest
 from sasa_export.verify.onnx import dtype_of
+from sasa_export.verify.unloaded import check_manifest
 from sasa_export.workers import workers
 
 MISSING = {  # what cannot be measured without a label, and what to add

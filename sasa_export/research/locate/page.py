@@ -14,7 +14,6 @@ from sasa_export.layers.heads import HeadScores
 from sasa_export.layers.pairs import Pair
 from sasa_export.layers.propose import Proposal, spans
 from sasa_export.layers.survey import Evidence
-from sasa_export.prompts.prompt import Prompt
 from sasa_export.research import report
 
 LISTED = 10  # safety heads
@@ -29,7 +28,6 @@ class Located:
         known: the pair that the family's file says.
         held_out: of each half of the groups, the pair chosen on the other half, and its AUC here.
         example: a `prompt`, and for each block the five likeliest tokens behind it, as `words`.
-        tsne: for each block that is drawn, the points (prompts, 2) of the prompts `drawn`.
     """
 
     subject: dict[str, Any]
@@ -39,8 +37,6 @@ class Located:
     known: Pair | None
     held_out: list[tuple[Pair, float]]
     example: dict[str, Any]
-    tsne: dict[int, np.ndarray]
-    drawn: list[Prompt]
 
     @property
     def held_out_auc(self) -> float:
@@ -54,7 +50,7 @@ def write_report(located: Located, pictures: dict[str, bytes], directory: Path) 
 
 
 def figures(located: Located) -> dict[str, Any]:
-    """All figures; the points of the t-SNE pictures are no figures and stay out."""
+    """All figures."""
     evidence, swept = located.evidence, located.evidence.sweep
     halves = [{"pair": pair, "auc": auc} for pair, auc in located.held_out]
     pairs = [
