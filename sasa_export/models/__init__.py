@@ -60,12 +60,12 @@ def open_source(
     described = partial(_described, name, repository)
     if repository is not None:
         directory = fetch(repository, revision, lambda directory: check(described(directory)))
+        source = described(directory)
     else:
-        directory = _embedded() if name == EMBEDDED else Path(name)
-    source = described(directory)
-    check(source)
-    check_contents(directory)
-    return replace(source, shards=read_shards(directory))
+        source = described(_embedded() if name == EMBEDDED else Path(name))
+        check(source)
+    check_contents(source.directory)
+    return replace(source, shards=read_shards(source.directory))
 
 
 def _described(name: str, repository: str | None, directory: Path) -> Source:
