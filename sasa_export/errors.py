@@ -52,12 +52,12 @@ class EvaluateError(SasaExportError):
 
 @contextmanager
 def reworded(kind: type[SasaExportError], message: str) -> Iterator[None]:
-    """Raise `kind` for whatever is raised within, its first line in the place of {reason} in the message.
-
-    For code of others, which fails in as many ways as there are files.
-    """
+    """Raise `kind` for whatever is raised within, but for our errors, its first line in the place of {reason} in the
+    message. For code of others, which fails in as many ways as there are files."""
     try:
         yield
+    except SasaExportError:
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise kind(message.replace("{reason}", reason)) from None

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from sasa_export.errors import SasaExportError, TraceError
+from sasa_export.errors import TraceError, reworded
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models import Source
 from sasa_export.models.family import Family
@@ -96,22 +96,18 @@ def trace_source(source: Source, processor: Any) -> LayerGraph:
 
     Raises TraceError where either does not run, or not as the family's file says.
     """
-    try:
+    said = (
+        f"a prompt with a picture cannot be run through {source.name}, to see what it adds to the decoder "
+        f"({{reason}}). transformers {transformers.__version__} may fail on this model: try another version. Or its "
+        "processor and its config.json do not belong together: restore them from their source."
+    )
+    with reworded(TraceError, said):
         asked = None if processor is None else _prompt(processor, Image.new("RGB", (64, 64)))
         with skeleton(source) as model:
             text = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
             if asked is None:
                 return text
             picture = trace(model, source.family, asked)
-    except SasaExportError:
-        raise
-    except Exception as error:  # of the model's own code, which fails in as many ways as there are families
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TraceError(
-            f"a prompt with a picture cannot be run through {source.name}, to see what it adds to the decoder "
-            f"({reason}). transformers {transformers.__version__} may fail on this model: try another version. Or its "
-            "processor and its config.json do not belong together: restore them from their source."
-        ) from error
     most = max((text, picture), key=lambda graph: len(graph.of("between")))
     for graph in (text, picture):
         check_traces(most, graph)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sasa_export.errors import OpenError
+from sasa_export.errors import OpenError, reworded
 from sasa_export.models import Source
 from sasa_export.models.memory import BYTES, fits
 from sasa_export.models.tensors import RESTORE
@@ -150,14 +150,12 @@ def load_processor(source: Source) -> Any:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Raise OpenError for whatever transformers or torch raise: damage fails in as many ways as there are files."""
-    try:
-        yield
-    except ImportError as error:  # of an installation, and not of the model's files
-        raise OpenError(
-            f"transformers cannot be used here ({' '.join(str(error.__cause__ or error).split())[:300]}). Install what "
-            "is missing, or sasa-export anew in an environment of its own."
-        ) from None
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(f"{what} ({reason}).") from None
+    """Raise OpenError for whatever transformers or torch raise."""
+    with reworded(OpenError, f"{what} ({{reason}})."):
+        try:
+            yield
+        except ImportError as error:  # of an installation, and not of the model's files
+            raise OpenError(
+                f"transformers cannot be used here ({' '.join(str(error.__cause__ or error).split())[:300]}). Install "
+                "what is missing, or sasa-export anew in an environment of its own."
+            ) from None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import CalibrationError, OpenError, SasaExportError
+from sasa_export.errors import CalibrationError, OpenError, reworded
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.trace import trace
 from sasa_export.models import Source
@@ -191,13 +191,9 @@ def collect_on_disk(
 def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:
     """Trace a loaded model on a prompt, with its picture if it has one. OpenError where it does not run here."""
     inputs = place(encode(processor, [prompt]), model)
-    try:
+    said = (  # by kernels, which take some types and sizes alone
+        f"{source.name} was loaded, and does not run here in {model.dtype} ({{reason}}). Try another --dtype or "
+        "--device; if it is quantized, give the model that it was quantized from."
+    )
+    with reworded(OpenError, said):
         return trace(model, source.family, inputs)
-    except SasaExportError:
-        raise
-    except Exception as error:  # of kernels, which take some types and sizes alone
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(
-            f"{source.name} was loaded, and does not run here in {model.dtype} ({reason}). Try another --dtype or "
-            "--device; if it is quantized, give the model that it was quantized from."
-        ) from error
