@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from sasa_export.errors import OpenError, SasaExportError
 from sasa_export.flags import flags
-from sasa_export.options import Options
+from sasa_export.options import REVISION, Options
 from sasa_export.report import Console, quiet
 from sasa_export.research.evaluate.command import evaluate_command
 from sasa_export.research.locate.command import locate_command
@@ -101,7 +101,7 @@ def main(context: click.Context, /, **values: Any) -> None:
 
 @main.command()
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
-@click.option("--revision", help="Branch, tag or commit of a model on the hub. Default: its main branch.")
+@click.option("--revision", help=REVISION)
 @click.option("--safety-layer", type=int, help="Zero-based. Default: what the family's file says.")
 @click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
 @click.option("--check", is_flag=True, help="Only say whether the model is what its family's file describes.")
@@ -149,7 +149,7 @@ def trace(
 
 @main.command()
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
-@click.option("--revision", help="Branch, tag or commit of a model on the hub. Default: its main branch.")
+@click.option("--revision", help=REVISION)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write to.")
 def fetch(model: str, revision: str | None, out: Path) -> None:
     """Write the unpatched source model as a plain directory."""

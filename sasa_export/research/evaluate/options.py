@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sasa_export.flags import Settings, option
-from sasa_export.options import AT_LEAST_ONE, DTYPES
+from sasa_export.flags import OptionSet, option
+from sasa_export.options import AT_LEAST_ONE, DEVICE, DTYPES
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(Settings):
+class EvaluateOptions(OptionSet):
     """What `sasa-export evaluate` does, and with what."""
 
     model: Path = option(Path(), "The patched directory, of safetensors or of ONNX graphs.", required=True)
@@ -44,9 +44,5 @@ class EvaluateOptions(Settings):
         12, "Prompts to time both models on; 0 leaves it out.", valid=("at least 0", lambda value: value >= 0)
     )
     batch_size: int = option(16, "Prompts at a time.", valid=AT_LEAST_ONE)
-    device: str = option(
-        "auto",
-        "Where the models run: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto does "
-        "where one device has no room for the model.",
-    )
+    device: str = option("auto", f"Where the models run: {DEVICE}")
     dtype: str = option("auto", "Type the models run in.", choices=DTYPES)

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sasa_export.errors import LocateError
-from sasa_export.flags import Settings, check_values, option
+from sasa_export.flags import OptionSet, check_values, option
 from sasa_export.layers import LIMIT
-from sasa_export.options import AT_LEAST_ONE, DTYPES
+from sasa_export.options import AT_LEAST_ONE, DEVICE, DTYPES, REVISION
 
 
 @dataclass(frozen=True)
-class LocateOptions(Settings):
+class LocateOptions(OptionSet):
     """What `sasa-export locate` does, and with what."""
 
     model: str = option("", "Alias, hub id (owner/name) or local directory.", required=True)
     out: Path = option(Path(), "Directory to write the report to.", required=True)
     force: bool = option(False, "Replace the report that is there, and discard other unfinished work.")
-    revision: str | None = option(None, "Branch, tag or commit of a model on the hub. Default: its main branch.")
+    revision: str | None = option(None, REVISION)
     calibration: tuple[str, ...] = option(
         (),
         "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "
@@ -38,15 +38,11 @@ class LocateOptions(Settings):
         "over the depth, each with one close behind it, and what the family's file says.",
     )
     batch_size: int = option(16, "Prompts at a time.", valid=AT_LEAST_ONE)
-    device: str = option(
-        "auto",
-        "Where the model runs: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto "
-        "does where one device has no room for the model.",
-    )
+    device: str = option("auto", f"Where the model runs: {DEVICE}")
     dtype: str = option("auto", "Type the model runs in.", choices=DTYPES)
 
     def check(self) -> None:
-        """Raise SasaExportError where settings contradict each other or leave their range."""
+        """Raise SasaExportError where options contradict each other or leave their range."""
         check_values(self)
         if self.blocks is not None and not self.ablation_prompts:
             raise LocateError("--blocks says whose heads are ablated, and --ablation-prompts 0 leaves that out.")
