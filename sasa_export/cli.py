@@ -113,10 +113,10 @@ def trace(
     quiet()
     from sasa_export.graph.diagram import mermaid
     from sasa_export.graph.rewrite import LaneSettings, rewrite
-    from sasa_export.graph.trace import check_traces, trace_source
+    from sasa_export.graph.trace import trace_source
     from sasa_export.models import layers_of, open_source
-    from sasa_export.models.load import load_model, load_processor, read_sizes
-    from sasa_export.probe.features import trace_loaded
+    from sasa_export.models.load import load_processor, read_sizes
+    from sasa_export.probe.features import load_as_traced
 
     report = Console()
     source = open_source(model, revision)
@@ -131,9 +131,7 @@ def trace(
     if load:
         from sasa_export.prompts import builtin
 
-        loaded = load_model(source, dtype="float32", device="cpu")
-        picture = next(prompt for prompt in builtin() if prompt.image is not None)
-        check_traces(graph, trace_loaded(loaded, processor, source, picture))
+        load_as_traced(source, processor, graph, builtin(), dtype="float32", device="cpu")
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))

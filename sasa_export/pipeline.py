@@ -12,16 +12,16 @@ from sasa_export.errors import VerifyError
 from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
-from sasa_export.graph.trace import check_traces, trace_source
+from sasa_export.graph.trace import trace_source
 from sasa_export.layers.auto import choose_layers
 from sasa_export.layers.pairs import possible, with_layer
 from sasa_export.manifest import check_ours, write_manifest
 from sasa_export.models import Source, layers_of, open_source
-from sasa_export.models.load import SPREAD, Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.load import SPREAD, Sizes, load_processor, read_sizes, running
 from sasa_export.models.quantized import check_scheme
 from sasa_export.options import Options
 from sasa_export.probe import Calibration, Fitted, bundled, calibrate, with_threshold
-from sasa_export.probe.features import collect_on_disk, trace_loaded
+from sasa_export.probe.features import collect_on_disk, load_as_traced
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe
@@ -153,9 +153,7 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Measure
         return Measured(plan.given, None, (), dtype, device, settings, layers_from)
     _begin(plan, options, work, report, dtype=dtype, device=device.partition(":")[0])
     report.step("load", f"{dtype} on {device}")
-    model = load_model(plan.source, dtype=dtype, device=device)
-    pictured = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
-    check_traces(plan.graph, trace_loaded(model, plan.processor, plan.source, pictured))
+    model = load_as_traced(plan.source, plan.processor, plan.graph, prompts, dtype=dtype, device=device)
     held_out = None
     if options.finds_layers():
         found = choose_layers(model, plan.processor, plan.graph, prompts, settings, options, work, report)

@@ -9,7 +9,7 @@ from typing import Any
 from sasa_export.files import check_apart, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.graph.trace import check_traces, trace_source
+from sasa_export.graph.trace import trace_source
 from sasa_export.layers.heads import HeadScores, head_scores
 from sasa_export.layers.lane import watched
 from sasa_export.layers.pairs import Pair, default_pairs, parse_blocks, parse_pairs, possible
@@ -19,9 +19,9 @@ from sasa_export.layers.survey import Evidence, survey
 from sasa_export.layers.sweep import held_out
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
-from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.load import Sizes, load_processor, read_sizes, running
 from sasa_export.models.quantized import check_scheme
-from sasa_export.probe.features import trace_loaded
+from sasa_export.probe.features import load_as_traced
 from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.prompts.shares import counts
@@ -114,9 +114,9 @@ def _measure(
 ) -> tuple[Evidence | None, HeadScores | None]:
     """Load the model, ablate its heads and survey its blocks; all processes but the first get None for evidence."""
     report.step("load", f"{study.dtype} on {study.device}")
-    model = load_model(study.source, dtype=study.dtype, device=study.device)
-    pictured = next((prompt for prompt in study.prompts if prompt.image is not None), study.prompts[0])
-    check_traces(study.graph, trace_loaded(model, study.processor, study.source, pictured))
+    model = load_as_traced(
+        study.source, study.processor, study.graph, study.prompts, dtype=study.dtype, device=study.device
+    )
     settings = LaneSettings(None, None, softcap=study.sizes.softcap)
     with watched(model, study.processor, study.graph) as lane:
         heads = None
