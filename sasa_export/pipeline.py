@@ -184,10 +184,8 @@ def _begin(plan: Plan, options: Options, work: Work, report: Silent, **running: 
     """Begin to calibrate, or go on with what an interrupted run has left, before the weights are loaded."""
     shipped = not options.finds_layers() and _shipped(plan, plan.settings, options) is not None
     if plan.given is None and not shipped:
-        if workers().leads:
-            told = fingerprint(plan.source, plan.prompts, **running, batch_size=str(options.batch_size))
-            work.open(told, discard=options.force, report=report)
-        workers().wait()
+        told = fingerprint(plan.source, plan.prompts, **running, batch_size=str(options.batch_size))
+        work.open(told, discard=options.force, report=report)
 
 
 def _shipped(plan: Plan, settings: LaneSettings, options: Options) -> Fitted | None:

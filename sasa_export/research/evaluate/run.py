@@ -49,9 +49,7 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     with resumable(options.out, force=options.force, report=report) as work:
         judge = None if options.judge is None else load_judge(options.judge)
         subject = open_subject(options, report)
-        if processes.leads:
-            work.open(subject.fingerprint(), discard=options.force, report=report)
-        processes.wait()
+        work.open(subject.fingerprint(), discard=options.force, report=report)
         plain, patched = cache(lambda: _plain(subject)), cache(lambda: _patched(subject, options.model))
         features = _features(subject, plain, work, report)
         metric = _metric(subject, plain) if "calibration" in features else None

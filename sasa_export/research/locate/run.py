@@ -64,9 +64,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     with resumable(options.out, force=options.force, report=report) as work:
         study = _study(options, report)
         report.step("open", f"{study.source.name}: family {study.source.family.name}, {study.sizes.blocks} blocks")
-        if processes.leads:
-            work.open(_fingerprint(study, options), discard=options.force, report=report)
-        processes.wait()
+        work.open(_fingerprint(study, options), discard=options.force, report=report)
         evidence, heads = _measure(study, options, work, report)
         if evidence is None:
             return None
