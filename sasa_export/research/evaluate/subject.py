@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source
+from sasa_export.models.contents import read_object
 from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.options import AUTO
 from sasa_export.probe import Fitted, bundled
@@ -184,7 +184,7 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "Export the model again."
         )
     # A model that was saved again has no manifest; --baseline then says what it was made from.
-    return sasa, {} if check.passed is None else json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    return sasa, read_object(directory / MANIFEST)
 
 
 def _open_baseline(
