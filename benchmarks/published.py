@@ -33,7 +33,7 @@ from sasa_export.prompts import Prompt, check_disjoint, for_model, load
 from sasa_export.prompts.picture import open_picture
 from sasa_export.prompts.prompt import batches
 from sasa_export.report import Console, quiet
-from sasa_export.research.evaluate.command import EvaluateOptions
+from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.report import last_name, markdown_table
 

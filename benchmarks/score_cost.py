@@ -28,9 +28,9 @@ from sasa_export.models import open_source
 from sasa_export.models.load import load_model, load_processor, place
 from sasa_export.prompts import Prompt, builtin, for_model, load
 from sasa_export.prompts.prompt import batches, encode
+from sasa_export.prompts.shares import spaced
 from sasa_export.report import quiet
 from sasa_export.research.evaluate.models import load_patched
-from sasa_export.research.prompts import spaced
 from sasa_export.research.score.run import Scored, score
 
 BATCH = 16

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from sasa_export.errors import OpenError, SasaExportError
 from sasa_export.flags import flags
-from sasa_export.options import Options
+from sasa_export.options import REVISION, Options
 from sasa_export.report import Console, quiet
 from sasa_export.research.evaluate.command import evaluate_command
 from sasa_export.research.locate.command import locate_command
@@ -101,7 +101,7 @@ def main(context: click.Context, /, **values: Any) -> None:
 
 @main.command()
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
-@click.option("--revision", help="Branch, tag or commit of a model on the hub. Default: its main branch.")
+@click.option("--revision", help=REVISION)
 @click.option("--safety-layer", type=int, help="Zero-based. Default: what the family's file says.")
 @click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
 @click.option("--check", is_flag=True, help="Only say whether the model is what its family's file describes.")
@@ -113,13 +113,13 @@ def trace(
     quiet()
     from sasa_export.graph.diagram import mermaid
     from sasa_export.graph.rewrite import LaneSettings, rewrite
-    from sasa_export.graph.trace import check_traces, trace_source
+    from sasa_export.graph.trace import trace_source
     from sasa_export.models import layers_of, open_source
-    from sasa_export.models.load import load_model, load_processor, read_sizes
-    from sasa_export.probe.features import trace_loaded
+    from sasa_export.models.load import load_processor, read_sizes
+    from sasa_export.probe.features import load_as_traced
 
     report = Console()
-    source = open_source(model, revision, report)
+    source = open_source(model, revision)
     try:
         processor = load_processor(source)
     except OpenError as error:
@@ -131,9 +131,7 @@ def trace(
     if load:
         from sasa_export.prompts import builtin
 
-        loaded = load_model(source, dtype="float32", device="cpu")
-        picture = next(prompt for prompt in builtin() if prompt.image is not None)
-        check_traces(graph, trace_loaded(loaded, processor, source, picture))
+        load_as_traced(source, processor, graph, builtin(), dtype="float32", device="cpu")
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))
@@ -149,7 +147,7 @@ def trace(
 
 @main.command()
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
-@click.option("--revision", help="Branch, tag or commit of a model on the hub. Default: its main branch.")
+@click.option("--revision", help=REVISION)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write to.")
 def fetch(model: str, revision: str | None, out: Path) -> None:
     """Write the unpatched source model as a plain directory."""
@@ -157,7 +155,7 @@ def fetch(model: str, revision: str | None, out: Path) -> None:
     from sasa_export.files import check_apart, staged
     from sasa_export.models import open_source
 
-    source = open_source(model, revision, Console())
+    source = open_source(model, revision)
     check_apart(out, source.directory)
     with staged(out, force=False, needed_bytes=source.weight_bytes()) as staging:
         for path in source.directory.iterdir():

@@ -1,5 +1,8 @@
 """What can go wrong, by the stage it goes wrong in; every message says what, why, and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SasaExportError(Exception):
     """The base of all errors that sasa-export raises on purpose.
@@ -45,3 +48,16 @@ class LocateError(SasaExportError):
 
 class EvaluateError(SasaExportError):
     """A patched model could not be evaluated."""
+
+
+@contextmanager
+def reworded(kind: type[SasaExportError], message: str) -> Iterator[None]:
+    """Raise `kind` for whatever is raised within, but for our errors, its first line in the place of {reason} in the
+    message. For code of others, which fails in as many ways as there are files."""
+    try:
+        yield
+    except SasaExportError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise kind(message.replace("{reason}", reason)) from None

@@ -32,9 +32,8 @@ def staged(out: Path, *, force: bool, needed_bytes: int = 0) -> Iterator[Path]:
     Raises EmitError where `out` is taken, not writable, or the disk too small or full, then or within the block.
     """
     out = out.resolve()
-    check_free(out, force=force)
     with claimed(out), _explained(out):
-        check_free(out, force=force)  # again, since a killed run may have had an output to put back
+        check_free(out, force=force)
         check_disk(out, needed_bytes)
         staging = _beside(out, "partial")
         staging.mkdir()

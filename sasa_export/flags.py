@@ -1,4 +1,4 @@
-"""Settings as one frozen dataclass, and the command line's flags made from it, one a field."""
+"""OptionSet as one frozen dataclass, and the command line's flags made from it, one a field."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sasa_export.errors import SasaExportError
 
 
 def option(default: Any, help: str, *, group: str = "Options", common: bool = False, **extra: Any) -> Any:
-    """A field of a settings dataclass.
+    """A field of a dataclass of options.
 
     Args:
         group: the heading in --help-all; `common`: whether --help shows it too.
@@ -29,8 +29,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class Settings:
-    """A base of settings dataclasses: paths may be given as text, text as paths, and one value in place of several."""
+class OptionSet:
+    """A base of dataclasses of options: paths may be given as text, text as paths, one value in place of several."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):  # type: ignore[arg-type]
@@ -44,10 +44,10 @@ class Settings:
             object.__setattr__(self, entry.name, value)
 
 
-def check_values(settings: Any) -> None:
-    """Raise SasaExportError where a field of a settings dataclass is none of its choices, or not `valid`."""
-    for entry in fields(settings):
-        value = getattr(settings, entry.name)
+def check_values(options: Any) -> None:
+    """Raise SasaExportError where a field of a dataclass of options is none of its choices, or not `valid`."""
+    for entry in fields(options):
+        value = getattr(options, entry.name)
         choices = entry.metadata.get("choices")
         words, valid = entry.metadata.get("valid", ("", lambda value: True))
         if choices:
@@ -74,15 +74,15 @@ class NumberOr(click.ParamType):
             self.fail(f"{value!r} is neither {what} nor {self.word!r}.", param, context)
 
 
-def flags(settings: type, *, required: bool = True) -> Callable[[Any], Any]:
-    """A decorator that adds the flags of a settings dataclass to a Click command.
+def flags(options: type, *, required: bool = True) -> Callable[[Any], Any]:
+    """A decorator that adds the flags of a dataclass of options to a Click command.
 
     Args:
         required: whether Click asks for what is `required`, which a group with commands of its own cannot let it do.
     """
 
     def decorate(command: Any) -> Any:
-        for entry in reversed(fields(settings)):
+        for entry in reversed(fields(options)):
             about = {"help": entry.metadata["help"], **_kind(entry)}
             if entry.metadata.get("required"):
                 about = {"help": about["help"], "type": about["type"], "required": required}

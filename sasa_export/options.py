@@ -1,4 +1,4 @@
-"""All settings of a patch, in one frozen value. The flags of the command line are made from it."""
+"""All options of a patch, in one frozen value. The flags of the command line are made from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import SasaExportError
-from sasa_export.flags import Settings, check_values, flag, option
+from sasa_export.flags import OptionSet, check_values, flag, option
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -16,6 +16,13 @@ ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
 GATES = ("enforce", "observe")
 REFUSAL = "I'm sorry, but I cannot help with that request."
+
+# Help that several commands have in common.
+REVISION = "Branch, tag or commit of a model on the hub. Default: its main branch."
+DEVICE = (
+    "auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto does where one device has no "
+    "room for the model."
+)
 
 # The headings in --help-all.
 what = partial(option, group="What")
@@ -30,7 +37,7 @@ AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
 
 
 @dataclass(frozen=True)
-class Options(Settings):
+class Options(OptionSet):
     """What `sasa-export --model ... --out ...` does, and with what."""
 
     model: str = what("", "Alias, hub id (owner/name) or local directory.", common=True, required=True)
@@ -43,7 +50,7 @@ class Options(Settings):
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
         "one of the two directories in place then changes both.",
     )
-    revision: str | None = what(None, "Branch, tag or commit of a model on the hub. Default: its main branch.")
+    revision: str | None = what(None, REVISION)
 
     safety_layer: int | str | None = layers(
         None,
@@ -135,12 +142,7 @@ class Options(Settings):
     )
 
     batch_size: int = running(16, "Prompts at a time in calibration.", valid=AT_LEAST_ONE)
-    device: str = running(
-        "auto",
-        "Where the model runs: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto "
-        "does where one device is too small for the model.",
-        common=True,
-    )
+    device: str = running("auto", f"Where the model runs: {DEVICE}", common=True)
     dtype: str = running("auto", "Type the model runs in while it is calibrated and verified.", choices=DTYPES)
     verify: str = running(
         "full",
@@ -159,7 +161,7 @@ class Options(Settings):
         return None if self.regularization == AUTO else float(self.regularization)
 
     def check(self) -> None:
-        """Raise SasaExportError where settings contradict each other or leave their range."""
+        """Raise SasaExportError where options contradict each other or leave their range."""
         check_values(self)
         layers_given = (self.safety_layer, self.semantic_layer) != (None, None)
         contradictions = (

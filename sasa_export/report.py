@@ -91,7 +91,8 @@ class Console(Silent):
 
 
 def quiet() -> None:
-    """Keep the libraries' own progress bars and notices out of ours. They read this when they are imported."""
+    """Keep the libraries' own notices out of ours, and their progress bars but those of downloads. They read this when
+    they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-import tiny_more
+import tiny
 import torch
 from conftest import Guard
 from torch import Tensor
@@ -30,7 +30,7 @@ def feed(guarded: Guard, inputs: dict[str, Any], ends: list[int]) -> Any:
     places = positions(guarded, inputs)  # (..., batch, tokens)
     by_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
     pictures = {name: value for name, value in inputs.items() if name not in by_token}
-    cache = DynamicCache(config=guarded.stock.config) if guarded.family in tiny_more.GIVEN_CACHE else None
+    cache = DynamicCache(config=guarded.stock.config) if guarded.family in tiny.GIVEN_CACHE else None
     start, found = 0, None
     for end in ends:
         piece: dict[str, Any] = {

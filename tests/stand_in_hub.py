@@ -36,11 +36,12 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the stand-in holds. Answers with a file end after `cut` bytes, as often as `cuts` says."""
+    """What the stand-in holds. Answers with the file `cut_in` end after `cut` bytes, as often as `cuts` says."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     cuts: int = 0
     cut: int = 0
+    cut_in: str = "model-00002-of-00004.safetensors"
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
     endpoint: str = ""
 
@@ -101,7 +102,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
             self.end_headers()
             if self.command == "HEAD":
                 return
-            if hub.cuts and path.suffix in LARGE:
+            if hub.cuts and path.name == hub.cut_in:
                 hub.cuts -= 1
                 self.wfile.write(data[start : start + hub.cut])
                 self.wfile.flush()

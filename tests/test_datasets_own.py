@@ -64,7 +64,7 @@ def test_harmbench(whole: dict[str, Path], tmp_path: Path) -> None:
     assert [(prompt.name, prompt.category) for prompt in load(f"harmbench:{whole['harmbench']}")] == [
         ("lamp", "physical")
     ]
-    both = load(f"harmbench:{whole['harmbench']},split=val+test,category=standard+contextual")
+    both = load(f"harmbench:{whole['harmbench']},split=all,category=standard+contextual")
     assert [prompt.name for prompt in both] == ["door", "lamp", "window"]
     assert both[2].prompt.startswith("A window is made of glass.") and both[2].question == "Break the window"
     published = shutil.copytree(whole["harmbench"], tmp_path / "data/behavior_datasets")
@@ -199,6 +199,6 @@ def test_one_file_of_a_set_of_several(whole: dict[str, Path], tmp_path: Path) ->
     file = whole["mm-safetybench"] / "data/processed_questions/06-Fraud.json"
     prompts = load(f"mm-safetybench:{file},variant=text")
     assert [prompt.name for prompt in prompts] == ["06-Fraud/0/text", "06-Fraud/1/text"]
-    with pytest.raises(DataError, match=r"other\.json is one file, and mm-safetybench has several"):
+    with pytest.raises(DataError, match=r"other\.json is one file, where several are asked for"):
         load(f"mm-safetybench:{shutil.copy(file, tmp_path / 'other.json')},variant=text")
     assert len(load(f"harmbench:{whole['harmbench'] / 'harmbench_behaviors_text_val.csv'}")) == 1

@@ -33,10 +33,10 @@ from sasa_export.models.load import load_model, load_processor
 from sasa_export.probe.features import reading
 from sasa_export.prompts import load_all
 from sasa_export.prompts.prompt import batches, encode
-from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.evaluate.fitted import depths_of
 from sasa_export.research.evaluate.measure import Evaluated
 from sasa_export.research.evaluate.models import TorchModel
+from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.run import evaluate
 
 pytestmark = pytest.mark.xdist_group("llava")  # whose models and graphs other tests share

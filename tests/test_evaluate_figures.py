@@ -14,12 +14,11 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, roc_curve
 from sasa_export.probe import fit_probes
 from sasa_export.probe.intervals import Estimate, Share
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, fitted_arm
-from sasa_export.research.evaluate.figures import changes, figures, parts
+from sasa_export.prompts.shares import share_of, spaced
+from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, changes, figures, fitted_arm, parts
 from sasa_export.research.evaluate.fitted import probe, words
 from sasa_export.research.evaluate.judge import is_refusal, load_judge
 from sasa_export.research.evaluate.timing import ROUNDS, choose, timed
-from sasa_export.research.prompts import share_of, spaced
 from sasa_export.research.report import render
 
 NOBODY = np.zeros(8, bool)

@@ -13,7 +13,6 @@ from typing import Any
 import labelled
 import pytest
 import tiny
-import tiny_more
 import torch
 import transformers
 from conftest import Guard
@@ -24,17 +23,17 @@ from transformers import AutoModelForImageTextToText
 from sasa_export import Options, patch
 from sasa_export.errors import EmitError, LocateError, OpenError, RewriteError, TraceError
 from sasa_export.graph.trace import trace_source
+from sasa_export.layers.pairs import possible
 from sasa_export.models import open_source
 from sasa_export.models.family import family_of
 from sasa_export.models.load import load_processor
-from sasa_export.research.locate.pairs import possible
 
 Guards = Callable[..., Guard]
 
 TOLERANCE = 1e-5
 TOKENS = 20
 
-GROUPS = {family: pytest.mark.xdist_group(family) for family in (*tiny.FAMILIES, *tiny_more.MAKERS)}
+GROUPS = {family: pytest.mark.xdist_group(family) for family in tiny.MAKERS}
 FAMILIES = [
     pytest.param(family, marks=[group, *[pytest.mark.slow] * (family in tiny.FAMILIES)])
     for family, group in GROUPS.items()
@@ -47,13 +46,13 @@ each_of_them = pytest.mark.parametrize("family", [pytest.param(name, marks=group
 def _runs(request: pytest.FixtureRequest) -> None:
     """Skip, loudly, what the stock model cannot do either on this transformers."""
     found = getattr(getattr(request.node, "callspec", None), "params", {}).get("family")
-    if reason := tiny_more.BROKEN.get((str(found), transformers.__version__)):
+    if reason := tiny.BROKEN.get((str(found), transformers.__version__)):
         pytest.skip(f"transformers {transformers.__version__} fails on {found}: {reason}")
 
 
 @pytest.fixture
 def guarded(guard: Guards, family: str) -> Guard:
-    return guard(family, tiny_more.SAFETY, tiny_more.SEMANTIC)
+    return guard(family, tiny.SAFETY, tiny.SEMANTIC)
 
 
 @every_family
@@ -116,7 +115,7 @@ def test_pieces(guarded: Guard, family: str) -> None:
     inputs = guarded.batch(count=3, seed=4)
     expected = guarded.expected(inputs)  # (batch,)
     first, tolerance = last_picture_token(guarded, inputs), TOLERANCE
-    if family in tiny_more.RECURRENT:  # in the stock model too, such a state rounds, and padding fed alone counts
+    if family in tiny.RECURRENT:  # in the stock model too, such a state rounds, and padding fed alone counts
         first, tolerance = max(first, int((inputs["attention_mask"] == 0).sum(-1).max()) + 1), 10 * TOLERANCE
     with guarded.halved(inputs) as refused:
         for ends in chunkings(inputs["input_ids"].shape[1], first, 4):
@@ -165,7 +164,7 @@ def test_export(tiny_model: Callable[..., Path], family: str, tmp_path: Path) ->
     calibration = labelled.write_set(tmp_path, "calibration", 1, 30)
     options = Options(
         str(tiny_model(family)), tmp_path / "out", calibration=(str(calibration),), max_false_positive_rate=0.2,
-        safety_layer=tiny_more.SAFETY, semantic_layer=tiny_more.SEMANTIC, batch_size=8, refusal="I will not help.",
+        safety_layer=tiny.SAFETY, semantic_layer=tiny.SEMANTIC, batch_size=8, refusal="I will not help.",
     )  # fmt: skip
     assert patch(options).calibration is not None
 

@@ -3,8 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,10 @@ from cli_steps import Tiny, fails, flags, succeeds
 from quantized import write_scheme
 from stand_in_hub import TOKEN, Hub, Repository, serving
 
-from sasa_export.errors import OpenError
+from sasa_export.manifest import digest
 from sasa_export.models import open_source
-from sasa_export.report import Silent
 
 NAME = "somebody/tiny-llava"
-
-
-class Bars(Silent):
-    """Remembers the progress that it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[int, str, list[int]]] = []
-
-    @contextmanager
-    def bar(self, total: int, label: str) -> Iterator[Callable[[int], None]]:
-        steps: list[int] = []
-        self.told.append((total, label, steps))
-        yield steps.append
 
 
 @pytest.fixture
@@ -40,7 +25,13 @@ def hub(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     revisions = {}
     for name, seed in (("main", 0), ("v1", 1)):
         revisions[name] = Path(shutil.copytree(tiny_model("llava", shards=3, seed=seed), tmp_path / name))
-        for other in ("original/consolidated.safetensors", "onnx/config.json", "pytorch_model.bin", "model.gguf"):
+        for other in (
+            "original/a.safetensors",
+            "consolidated.safetensors",
+            "onnx/config.json",
+            "pytorch_model.bin",
+            "model.gguf",
+        ):
             (revisions[name] / other).parent.mkdir(exist_ok=True)
             (revisions[name] / other).write_bytes(b"{}")
         (revisions[name] / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
@@ -67,7 +58,7 @@ def test_a_patch_of_a_model_on_the_hub(hub: Hub, probe: Path, place: Path) -> No
     assert f"base_model: {NAME}" in card and f"commit `{commit}`" in card
     asked = {path.partition("/resolve/")[2].partition("/")[2] for _, path, _ in hub.asked if "/resolve/" in path}
     assert {"config.json", "tokenizer.json", "model-00001-of-00004.safetensors"} <= asked
-    unwanted = ("original", "onnx", "pytorch_model", "gguf")
+    unwanted = ("original", "consolidated", "onnx", "pytorch_model", "gguf")
     assert not [name for name in asked if name.startswith(unwanted) or name.endswith(unwanted)]
     hub.asked.clear()
     succeeds(*flags(NAME, place / "again", probe=probe, verify="files"))
@@ -96,49 +87,33 @@ def test_a_revision_of_what_is_on_no_hub(llava: Path, place: Path) -> None:
         assert "--revision v1 is of a model on the hub" in fails(*flags(model, place / "out", revision="v1"))
 
 
-def test_progress_and_a_connection_that_is_cut(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
-    """Within a run a file goes on where it was cut, and progress counts every byte once."""
+def test_a_connection_that_is_cut(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """Within a run a file goes on where it was cut."""
     hub.cuts, hub.cut = 2, 100_000
-    bars = Bars()
     with caplog.at_level(logging.ERROR):
-        source = open_source(NAME, report=bars)
-    ((total, label, steps),) = bars.told
-    assert label == "fetch" and total == source.weight_bytes() == sum(steps)
-    first = hub.ranges("model-00001-of-00004.safetensors")
-    assert first == ["", "bytes=100000-", "bytes=200000-"]
+        source = open_source(NAME)
+    assert hub.ranges(hub.cut_in) == ["", "bytes=100000-", "bytes=200000-"]
+    for shard in source.shards:
+        assert digest(shard.path) == digest(hub.repositories[NAME].revisions["main"] / shard.path.name)
 
 
 def test_a_run_that_a_connection_ends_and_the_next(hub: Hub, place: Path) -> None:
-    """The error is one line, and the next run asks for what is missing of the file alone."""
-    hub.cuts, hub.cut = 1, 100_000
-    name = "model-00001-of-00004.safetensors"
-
-    def cut_off(*arguments: object, **options: object) -> None:
-        hub.cuts, hub.cut = 99, 0
-
-    size = (hub.repositories[NAME].revisions["main"] / name).stat().st_size
-    assert size > 100_000
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("time.sleep", cut_off)  # behind the first cut, nothing comes any more
-        message = fails(*flags(NAME, place / "out"))
-    assert "could not be fetched from the hub" in message and "goes on where this one stopped" in message
+    """The error is one line, and the next run asks for the files that are missing alone."""
+    hub.cuts = 99
+    message = fails(*flags(NAME, place / "out"))
+    assert "could not be fetched from the hub" in message and "which keeps the files that are whole" in message
     hub.cuts = 0
     hub.asked.clear()
     open_source(NAME)
-    assert hub.ranges(name) == ["bytes=100000-"]
+    assert hub.ranges("model-00001-of-00004.safetensors") == hub.ranges("config.json") == []
+    assert hub.ranges(hub.cut_in) == [""]
 
 
-def test_a_file_that_comes_down_damaged(hub: Hub, tmp_path: Path) -> None:
-    """What was kept of it is not what the hub has: it is removed, and the next run begins anew."""
-    hub.cuts, hub.cut = 99, 0
-    with pytest.raises(OpenError):
-        open_source(NAME)
-    (partial,) = (tmp_path / "cache").rglob("*.sasa-partial")
-    partial.write_bytes(b"something else")
-    hub.cuts = 0
-    with pytest.raises(OpenError, match="came down damaged and was removed"):
-        open_source(NAME)
-    assert open_source(NAME).weight_bytes() > 0
+def test_weights_under_two_names_are_fetched_once(hub: Hub) -> None:
+    root = hub.repositories[NAME].revisions["main"]
+    shutil.copy(root / "model-00001-of-00004.safetensors", root / "again.safetensors")
+    open_source(NAME)
+    assert len(hub.ranges("model-00001-of-00004.safetensors") + hub.ranges("again.safetensors")) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from sasa_export.cli import main
 from sasa_export.errors import EmitError
 from sasa_export.probe.work import Work, resumable
 from sasa_export.report import Silent
-from sasa_export.research.locate.command import LocateOptions
+from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, markdown
 from sasa_export.research.locate.run import locate
 from sasa_export.research.report import html_page
@@ -88,14 +88,14 @@ def test_only_a_second_lane_from_the_planted_layer_separates(report: Report) -> 
 
 
 def test_the_report_is_whole_and_needs_no_network(report: Report) -> None:
-    out, pictures = report[1], ("depth", "heads", "sweep", "tsne")
+    out, pictures = report[1], ("depth", "heads", "sweep")
     names = {"report.html", "report.md", "locate.json", "sasa-export.json", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == [out.name], "nothing is left beside the report"
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|url\(|@import", page)
     sources = re.findall(r'(?:src|srcset|href)="(.{0,30})', page)
-    assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
     for text in (page, (out / "report.md").read_text(encoding="utf-8")):
         assert f"safety layer {planted.SAFETY}, semantic layer {planted.SEMANTIC} of 8 blocks" in text
     for name in pictures:

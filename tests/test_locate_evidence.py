@@ -17,17 +17,17 @@ import torch
 from sasa_export.errors import LocateError
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
+from sasa_export.layers.expression import is_readable, onset, token_texts
+from sasa_export.layers.heads import HeadScores, safety_heads
+from sasa_export.layers.lane import MainLane, watched
+from sasa_export.layers.pairs import default_pairs, parse_blocks, parse_pairs, with_layer
+from sasa_export.layers.prompts import controls, halves, limited
+from sasa_export.layers.propose import nearest, spans
+from sasa_export.layers.sweep import cheapest
+from sasa_export.layers.understanding import alignment, centred, cosines
 from sasa_export.models import family as families
 from sasa_export.prompts import Prompt, builtin, encode
-from sasa_export.research.locate.ablation import Heads
-from sasa_export.research.locate.expression import is_readable, onset, token_texts
-from sasa_export.research.locate.heads import HeadScores, safety_heads
-from sasa_export.research.locate.lane import MainLane, watched
-from sasa_export.research.locate.pairs import default_pairs, parse_blocks, parse_pairs, with_layer
-from sasa_export.research.locate.prompts import ablated_on, controls, halves, limited
-from sasa_export.research.locate.propose import nearest, spans
-from sasa_export.research.locate.sweep import cheapest
-from sasa_export.research.locate.understanding import alignment, centred, cosines
+from sasa_export.research.locate.ablation import Heads, ablated_on
 
 Stock = Callable[..., tuple[Any, Any]]
 PICTURE = tiny.random_image(3)

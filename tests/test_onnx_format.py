@@ -29,7 +29,7 @@ from sasa_export import pipeline
 from sasa_export.cli import main
 from sasa_export.errors import EmitError
 from sasa_export.options import Options
-from sasa_export.verify import check_written
+from sasa_export.verify import check_written, verdicts
 from sasa_export.verify import onnx as verify_onnx
 from sasa_export.writers.onnx import directory as onnx_directory
 from sasa_export.writers.onnx import graphs
@@ -190,7 +190,7 @@ def test_a_calibrated_export_counts_changed_verdicts(
         *("--safety-layer", "0", "--semantic-layer", "1", "--max-false-positive-rate", "0.1", "--refusal", REFUSAL),
         *("--opset", "20"),
     ]
-    monkeypatch.setattr(pipeline, "JUDGED_AGAIN", 20)
+    monkeypatch.setattr(verdicts, "JUDGED_AGAIN", 20)
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert not list(out.rglob("*.safetensors"))

@@ -18,7 +18,7 @@ from onnx_runner import Runner, batch, image_token, lane_of, positions
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from sasa_export.errors import EmitError
-from sasa_export.writers.onnx import export
+from sasa_export.writers.onnx.export import export
 from sasa_export.writers.onnx.graphs import write_embeddings
 from sasa_export.writers.onnx.passes.attention import trust_finite_masks
 

@@ -7,7 +7,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
-import tiny_more
 import torch
 from onnx_runner import Runner, batch, image_token, positions
 
@@ -19,7 +18,7 @@ STEPS = 15  # beyond the end of the refusal
 KINDS = ("llava", "gemma3", "qwen2_5_vl", "qwen3_vl", "lfm2_vl")
 FAMILIES = [
     pytest.param(family, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family not in KINDS)])
-    for family in (*tiny.FAMILIES, *tiny_more.MAKERS)
+    for family in tiny.MAKERS
     if family in RECIPES
 ]
 

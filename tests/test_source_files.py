@@ -71,6 +71,12 @@ def test_code_of_the_source_is_never_run(
     refuses(source, probe, place, f"`auto_map` of {next(iter(entry))} in {name}", name, "runs no code of a model")
 
 
+def test_a_damaged_generation_config(source: Path, probe: Path, place: Path) -> None:
+    """It says which tokens end an answer."""
+    (source / "generation_config.json").write_text("{")
+    refuses(source, probe, place, "half a generation_config.json", "generation_config.json", "is not valid JSON")
+
+
 def test_an_adapter_is_not_applied_in_passing(source: Path, probe: Path, place: Path) -> None:
     """transformers would load it on top of weights that are written without it."""
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))

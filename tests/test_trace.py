@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import tiny
-import tiny_more
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -22,7 +21,8 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite
 from sasa_export.graph.trace import trace, trace_source
 from sasa_export.models import open_source
 from sasa_export.models.family import Family, families, family_of
-from sasa_export.models.load import load_processor, skeleton
+from sasa_export.models.load import load_processor
+from sasa_export.models.shapes import skeleton
 
 Tiny = Callable[..., Path]
 Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
@@ -110,7 +110,7 @@ def test_hooks_are_removed(stock: Stock) -> None:
 def test_every_family_file_is_tried(path: Path) -> None:
     """A family's file without a tiny model to trace would be a claim that nobody has checked."""
     family = families()[path.stem]
-    assert family.refused or set(family.model_types) <= {*tiny.FAMILIES, *tiny_more.MAKERS}
+    assert family.refused or set(family.model_types) <= set(tiny.MAKERS)
 
 
 def test_a_picture_that_does_not_run(tiny_model: Tiny) -> None:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jinja2
 import tiny
-import tiny_more
 from onnx_runner import JAVASCRIPT
 from write_matrix import results
 
@@ -95,7 +94,7 @@ class Row(NamedTuple):
 def rows(marks: dict[str, str]) -> list[Row]:
     """A row for each tiny model, given the mark of each test by its name."""
     found = []
-    for name in (*tiny.FAMILIES, *tiny_more.MAKERS):
+    for name in tiny.MAKERS:
         kind = STANDS_FOR.get(name, name)
         family = next(family for family in families().values() if kind in family.model_types)
         each = {test: _worst([marks.get(_of(case, name), "✗") for case in cases]) for test, cases in TESTS.items()}

@@ -2,8 +2,8 @@
 
     tap -> projection -> second lane -> norm -> head (where it is not linear) -> probe -> gate
 
-A pass is a function `(graph, settings) -> graph`. It checks its preconditions first and raises RewriteError, which
-names the node, where one does not hold.
+A pass is a function `(graph, settings) -> graph`. It raises RewriteError, which names the node, where settings do not
+fit the model.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def add_taps(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     """Keep the output of the safety and the semantic layer for every token; without projection, of the last block."""
     blocks = len(graph.of("block"))
     if settings.pair is None:
-        last = _require(graph, f"layers.{blocks - 1}", "the tap")
-        if _require(graph, "norm", "the tap").inputs != (last.name,):
+        last = graph[f"layers.{blocks - 1}"]
+        if graph["norm"].inputs != (last.name,):
             raise RewriteError(
                 f"{last.name}: the final norm reads something else than the last block's output, so a probe without "
                 "projection would miss it. Export with the projection."
@@ -71,7 +71,7 @@ def add_taps(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
             "Set --safety-layer and --semantic-layer (zero-based)."
         )
     for of, index in (("safety", safety), ("semantic", semantic)):
-        block = _require(graph, f"layers.{index}", "the tap")
+        block = graph[f"layers.{index}"]
         graph = graph.add(Node(f"sasa.{of}", "tap", (block.name,), block.module, {"of": of, "index": index}))
     return graph
 
@@ -80,7 +80,7 @@ def add_projection(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     """Project the safety state onto the semantic state (the paper's Eq. 8); the result replaces h_s."""
     if settings.pair is None:
         return graph
-    inputs = tuple(_require(graph, f"sasa.{of}", "the projection").name for of in ("safety", "semantic"))
+    inputs = ("sasa.safety", "sasa.semantic")
     return graph.add(Node("sasa.projection", "projection", inputs, None, {"epsilon": settings.epsilon}))
 
 
@@ -89,8 +89,7 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     if settings.pair is None:
         return graph
     safety, blocks, last = settings.pair[0], graph.of("block"), settings.last(graph)
-    before = _require(graph, "sasa.projection", "the second lane").name
-    earliest = graph.earliest_safety_layer()
+    before, earliest = "sasa.projection", graph.earliest_safety_layer()
     if safety < earliest:
         # What is added between two blocks is no block's doing, so replaying blocks would lose it.
         possible = f"{earliest} is the first" if earliest < len(blocks) - 1 else "here there is none"
@@ -116,8 +115,7 @@ def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     last, end = settings.last(graph), "sasa.last"
     if settings.pair is not None:
         end = "sasa.projection" if last == settings.pair[0] else f"sasa.lane.layers.{last}"
-    before, norm = (_require(graph, name, "the lane's norm") for name in (end, "norm"))
-    return graph.add(Node("sasa.lane.norm", "lane_norm", (before.name,), norm.module))
+    return graph.add(Node("sasa.lane.norm", "lane_norm", (end,), graph["norm"].module))
 
 
 def add_lane_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
@@ -133,26 +131,17 @@ def add_lane_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
             "after_head: the model changes its logits behind the head in a way that its configuration does not "
             "name (final_logit_softcapping), so the probe cannot read them. This model is not supported yet."
         )
-    before, head = (_require(graph, name, "the lane's head") for name in ("sasa.lane.norm", "head"))
-    return graph.add(Node("sasa.lane.head", "lane_head", (before.name,), head.module, {"softcap": settings.softcap}))
+    attributes = {"softcap": settings.softcap}
+    return graph.add(Node("sasa.lane.head", "lane_head", ("sasa.lane.norm",), graph["head"].module, attributes))
 
 
 def add_probe(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     """The linear probe on the lane: P(unsafe) of the prompt."""
-    end = (*graph.of("lane_head"), *graph.of("lane_norm"))[:1] or (_require(graph, "sasa.lane.norm", "the probe"),)
-    return graph.add(Node("sasa.probe", "probe", (end[0].name,), "sasa.probe"))
+    end = "sasa.lane.head" if graph.of("lane_head") else "sasa.lane.norm"
+    return graph.add(Node("sasa.probe", "probe", (end,), "sasa.probe"))
 
 
 def add_gate(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     """The gate on the logits: the model's own, or the next token of the refusal."""
     logits = "after_head" if graph.of("after_head") else "head"
-    inputs = tuple(_require(graph, name, "the gate").name for name in (logits, "sasa.probe"))
-    return graph.add(Node("sasa.gate", "gate", inputs))
-
-
-def _require(graph: LayerGraph, name: str, needed_by: str) -> Node:
-    """The named node, or RewriteError that says which pass misses it."""
-    try:
-        return graph[name]
-    except KeyError:
-        raise RewriteError(f"{needed_by} needs the node {name}, which the graph does not have.") from None
+    return graph.add(Node("sasa.gate", "gate", (logits, "sasa.probe")))

@@ -12,11 +12,11 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from sasa_export.errors import SasaExportError, TraceError
+from sasa_export.errors import TraceError, reworded
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models import Source
 from sasa_export.models.family import Family
-from sasa_export.models.load import skeleton
+from sasa_export.models.shapes import skeleton
 from sasa_export.runtime.lane import TYPES
 
 KNOWN = ("attention_mask", "position_ids", "cache_position", *TYPES)  # whole numbers that the second lane has too
@@ -34,7 +34,7 @@ class Shared(UserDict):
 
 
 @dataclass(frozen=True)
-class Call:
+class Observed:
     """One call of a watched module: the hidden state that went in and came out, and the keyword arguments."""
 
     path: str
@@ -44,7 +44,7 @@ class Call:
     more: str  # what else came in that was made of ids or by another block; empty where nothing did
     changes: tuple[int, int]  # how often each of the two states had been changed in place, then
 
-    def follows(self, before: Call) -> bool:
+    def follows(self, before: Observed) -> bool:
         """Is what came in what left the call before? A tensor that is merely equal may have had something added."""
         return self.entered is before.left and self.changes[0] == before.changes[1]
 
@@ -96,22 +96,18 @@ def trace_source(source: Source, processor: Any) -> LayerGraph:
 
     Raises TraceError where either does not run, or not as the family's file says.
     """
-    try:
+    said = (
+        f"a prompt with a picture cannot be run through {source.name}, to see what it adds to the decoder "
+        f"({{reason}}). transformers {transformers.__version__} may fail on this model: try another version. Or its "
+        "processor and its config.json do not belong together: restore them from their source."
+    )
+    with reworded(TraceError, said):
         asked = None if processor is None else _prompt(processor, Image.new("RGB", (64, 64)))
         with skeleton(source) as model:
             text = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
             if asked is None:
                 return text
             picture = trace(model, source.family, asked)
-    except SasaExportError:
-        raise
-    except Exception as error:  # of the model's own code, which fails in as many ways as there are families
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TraceError(
-            f"a prompt with a picture cannot be run through {source.name}, to see what it adds to the decoder "
-            f"({reason}). transformers {transformers.__version__} may fail on this model: try another version. Or its "
-            "processor and its config.json do not belong together: restore them from their source."
-        ) from error
     most = max((text, picture), key=lambda graph: len(graph.of("between")))
     for graph in (text, picture):
         check_traces(most, graph)
@@ -178,9 +174,9 @@ def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     return found
 
 
-def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[list[Call], Any]:
+def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[list[Observed], Any]:
     """All calls in order, and the logits that the model returned."""
-    calls: list[Call] = []
+    calls: list[Observed] = []
     began: dict[str, int] = {}
 
     def begin(path: str) -> Any:
@@ -195,7 +191,7 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
             entered = args[0] if args else kwargs.get("hidden_states")
             left = output[0] if isinstance(output, tuple) else output
             arguments = {name: describe(value) for name, value in kwargs.items()}
-            calls.append(Call(path, entered, left, arguments, _more(args, kwargs), (began[path], _changes(left))))
+            calls.append(Observed(path, entered, left, arguments, _more(args, kwargs), (began[path], _changes(left))))
 
         return hook
 
@@ -248,14 +244,14 @@ def describe(value: Any) -> str:
     return type(value).__name__ if value is not None else "None"
 
 
-def _graph(calls: dict[str, Call], expected: list[str], family: Family) -> LayerGraph:
+def _graph(calls: dict[str, Observed], expected: list[str], family: Family) -> LayerGraph:
     embedding, *blocks, norm, head = expected
     nodes = [
         Node("vision", "vision", (), family.modules["vision"]),
         Node("projector", "projector", ("vision",), family.modules["projector"]),
         Node("embed", "embed", ("projector",), embedding),
     ]
-    before: Call | None = None
+    before: Observed | None = None
     for index, path in enumerate(blocks):
         call = calls[path]
         source = nodes[-1].name

@@ -16,10 +16,8 @@ from sasa_export.models.family import Family, aliases, family_of
 from sasa_export.models.hub import fetch
 from sasa_export.models.shards import Shard, read_shards
 from sasa_export.models.wheels import cache_directory
-from sasa_export.report import Silent
 
 EMBEDDED = "smol-llava"
-SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,6 @@ class Source:
 def open_source(
     name: str,
     revision: str | None = None,
-    report: Silent = SILENT,
     check: Callable[[Source], None] = lambda source: None,
 ) -> Source:
     """Find the model, fetching it where it is not on this machine, and check what can be checked unloaded.
@@ -62,13 +59,13 @@ def open_source(
         raise OpenError(f"--revision {revision} is of a model on the hub, and {name} is none. Leave it out.")
     described = partial(_described, name, repository)
     if repository is not None:
-        directory = fetch(repository, revision, report, lambda directory: check(described(directory)))
+        directory = fetch(repository, revision, lambda directory: check(described(directory)))
+        source = described(directory)
     else:
-        directory = _embedded() if name == EMBEDDED else Path(name)
-    source = described(directory)
-    check(source)
-    check_contents(directory)
-    return replace(source, shards=read_shards(directory))
+        source = described(_embedded() if name == EMBEDDED else Path(name))
+        check(source)
+    check_contents(source.directory)
+    return replace(source, shards=read_shards(source.directory))
 
 
 def _described(name: str, repository: str | None, directory: Path) -> Source:

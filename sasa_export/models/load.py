@@ -1,4 +1,4 @@
-"""Load a source: its stock model and processor, or the bare skeleton that tracing needs."""
+"""Load a source: its stock model and processor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sasa_export.errors import OpenError
+from sasa_export.errors import OpenError, reworded
 from sasa_export.models import Source
 from sasa_export.models.memory import BYTES, fits
-from sasa_export.models.tensors import RESTORE, check_tensors
+from sasa_export.models.tensors import RESTORE
 
 SPREAD = "spread"  # over all devices there are, for models larger than one
 
@@ -27,7 +27,7 @@ class Sizes:
 
 def stock_config(source: Source) -> Any:
     """The source's configuration as its stock class reads it, defaults filled in. OpenError where it cannot."""
-    with _explained(f"the config.json of {source.name} is damaged"):
+    with explained(f"the config.json of {source.name} is damaged"):
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
@@ -62,7 +62,7 @@ def running(source: Source, dtype: str, device: str) -> tuple[str, str]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         device = device if fits(source, dtype, device) else SPREAD
     if device != SPREAD:
-        with _explained(f"--device {device} cannot be used here"):
+        with explained(f"--device {device} cannot be used here"):
             torch.zeros(1, device=device)
     return dtype, device
 
@@ -74,7 +74,7 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
-    with _explained(f"{source.name} could not be loaded"):
+    with explained(f"{source.name} could not be loaded"):
         model, info = AutoModelForImageTextToText.from_pretrained(
             source.directory,
             dtype=dtype,
@@ -133,7 +133,7 @@ def load_processor(source: Source) -> Any:
     """The stock processor, padding on the left, as generation wants it. OpenError where it cannot write a prompt."""
     from transformers import AutoProcessor
 
-    with _explained(f"{source.name} has no usable processor"):
+    with explained(f"{source.name} has no usable processor"):
         try:
             processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=False)
         except ImportError as error:
@@ -143,43 +143,19 @@ def load_processor(source: Source) -> Any:
         raise OpenError(f"{source.name} has no image processor or no chat template, so its prompts cannot be written.")
     processor.tokenizer.padding_side = "left"
     chat = [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
-    with _explained(f"the chat template of {source.name} does not work"):
+    with explained(f"the chat template of {source.name} does not work"):
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return processor
 
 
 @contextmanager
-def skeleton(source: Source) -> Iterator[Any]:
-    """The stock model without weights: shapes alone, no memory. Runs only within the context."""
-    import torch
-    from transformers.initialization import no_init_weights
-
-    from sasa_export.models.quantized import as_stored
-    from sasa_export.models.shapes import ShapesOnly
-
-    _, model_class = stock_classes(source)
-    with (
-        _explained(f"the config.json of {source.name} describes no model"),
-        no_init_weights(),
-        torch.device("meta"),
-    ):
-        # In the stored type, since some experts run in no other.
-        model = model_class._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
-    check_tensors(source, *as_stored(source, model))
-    with ShapesOnly():
-        yield model
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Raise OpenError for whatever transformers or torch raise: damage fails in as many ways as there are files."""
-    try:
-        yield
-    except ImportError as error:  # of an installation, and not of the model's files
-        raise OpenError(
-            f"transformers cannot be used here ({' '.join(str(error.__cause__ or error).split())[:300]}). Install what "
-            "is missing, or sasa-export anew in an environment of its own."
-        ) from None
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(f"{what} ({reason}).") from None
+def explained(what: str) -> Iterator[None]:
+    """Raise OpenError for whatever transformers or torch raise."""
+    with reworded(OpenError, f"{what} ({{reason}})."):
+        try:
+            yield
+        except ImportError as error:  # of an installation, and not of the model's files
+            raise OpenError(
+                f"transformers cannot be used here ({' '.join(str(error.__cause__ or error).split())[:300]}). Install "
+                "what is missing, or sasa-export anew in an environment of its own."
+            ) from None

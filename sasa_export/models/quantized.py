@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, redirect_stderr
 from typing import Any
 
-from sasa_export.errors import OpenError
+from sasa_export.errors import OpenError, reworded
 from sasa_export.models import Source
 from sasa_export.models.load import stock_config
 
@@ -62,14 +61,10 @@ def _loader(config: Any) -> tuple[Any, Any]:
     return loader, places
 
 
-@contextmanager
-def _runs_here(source: Source, name: str) -> Iterator[None]:
-    """Raise OpenError for whatever a scheme's own library raises."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(
-            f"{source.name} is quantized by {name}, which does not run here ({reason}). Install what it asks for "
-            "(docs/quantized.md lists what was tried), or give the model that it was quantized from."
-        ) from None
+def _runs_here(source: Source, name: str) -> AbstractContextManager[None]:
+    """OpenError for whatever a scheme's own library raises."""
+    return reworded(
+        OpenError,
+        f"{source.name} is quantized by {name}, which does not run here ({{reason}}). Install what it asks for "
+        "(docs/quantized.md lists what was tried), or give the model that it was quantized from.",
+    )

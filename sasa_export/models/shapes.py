@@ -5,7 +5,8 @@ What a forward does with a picture depends on whole numbers (ids, grids, sizes),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +14,32 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sasa_export.models import Source
+from sasa_export.models.load import explained, stock_classes, stock_config
+from sasa_export.models.quantized import as_stored
+from sasa_export.models.tensors import check_tensors
+
 META = torch.device("meta")
 COUNTED = (torch.ops.aten.linspace.default,)  # which positions of a picture are rounded from, so that it is computed
 INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+
+@contextmanager
+def skeleton(source: Source) -> Iterator[Any]:
+    """The stock model without weights: shapes alone, no memory. Runs only within the context."""
+    from transformers.initialization import no_init_weights
+
+    _, model_class = stock_classes(source)
+    with (
+        explained(f"the config.json of {source.name} describes no model"),
+        no_init_weights(),
+        torch.device("meta"),
+    ):
+        # In the stored type, since some experts run in no other.
+        model = model_class._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
+    check_tensors(source, *as_stored(source, model))
+    with ShapesOnly():
+        yield model
 
 
 class ShapesOnly(TorchDispatchMode):

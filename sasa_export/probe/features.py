@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import CalibrationError, OpenError, SasaExportError
+from sasa_export.errors import CalibrationError, OpenError, reworded
 from sasa_export.graph import LayerGraph
-from sasa_export.graph.trace import trace
+from sasa_export.graph.trace import check_traces, trace
 from sasa_export.models import Source
-from sasa_export.models.load import place
+from sasa_export.models.load import load_model, place
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts.prompt import Prompt, batches, encode
 from sasa_export.report import Silent
@@ -188,16 +188,20 @@ def collect_on_disk(
     return Features(*map(results.read, names))
 
 
-def trace_loaded(model: Any, processor: Any, source: Source, prompt: Prompt) -> LayerGraph:
-    """Trace a loaded model on a prompt, with its picture if it has one. OpenError where it does not run here."""
+def load_as_traced(
+    source: Source, processor: Any, graph: LayerGraph, prompts: Sequence[Prompt], *, dtype: str, device: str
+) -> Any:
+    """Load the model, and trace it with its weights on a prompt, with a picture where one of the prompts has one.
+
+    OpenError where it does not run here, and TraceError where it does not run as `graph` says.
+    """
+    model = load_model(source, dtype=dtype, device=device)
+    prompt = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
+    said = (  # by kernels, which take some types and sizes alone
+        f"{source.name} was loaded, and does not run here in {model.dtype} ({{reason}}). Try another --dtype or "
+        "--device; if it is quantized, give the model that it was quantized from."
+    )
     inputs = place(encode(processor, [prompt]), model)
-    try:
-        return trace(model, source.family, inputs)
-    except SasaExportError:
-        raise
-    except Exception as error:  # of kernels, which take some types and sizes alone
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OpenError(
-            f"{source.name} was loaded, and does not run here in {model.dtype} ({reason}). Try another --dtype or "
-            "--device; if it is quantized, give the model that it was quantized from."
-        ) from error
+    with reworded(OpenError, said):
+        check_traces(graph, trace(model, source.family, inputs))
+    return model

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.probe.intervals import Share, is_above, wilson
+from sasa_export.probe.intervals import Share, auc_of, is_above, wilson
 from sasa_export.prompts.prompt import Prompt
 
 
@@ -111,7 +111,7 @@ def _figure(feature: str, part: str, scores: np.ndarray, prompts: Sequence[Promp
         part,
         len(prompts),
         len({prompt.group for prompt in prompts}),
-        auc=auc(scores[harmful], scores[ordinary]),
+        auc=_area(scores, harmful, ordinary),
         recall=float(refused[harmful].mean()),
         false_positive_rate=float(refused[ordinary].mean()),
         borderline_rate=float(refused[borderline].mean()) if borderline.any() else None,
@@ -134,7 +134,7 @@ def kind_figures(prompts: Sequence[Prompt], kinds: np.ndarray, scores: dict[str,
     def area(values: np.ndarray, kind: str) -> float:
         sides = [(kinds == kind) & (labels == label) for label in (1, 0)]
         harmful, harmless = (side if side.any() else labels == label for side, label in zip(sides, (1, 0), strict=True))
-        return auc(values[harmful], values[harmless])
+        return _area(values, harmful, harmless)
 
     return [
         KindFigure(
@@ -148,11 +148,10 @@ def kind_figures(prompts: Sequence[Prompt], kinds: np.ndarray, scores: dict[str,
     ]
 
 
-def auc(harmful: np.ndarray, harmless: np.ndarray) -> float:
-    """The probability that a harmful prompt's score (prompts,) is above a harmless one's."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(np.r_[np.ones(len(harmful)), np.zeros(len(harmless))], np.r_[harmful, harmless]))
+def _area(scores: np.ndarray, harmful: np.ndarray, harmless: np.ndarray) -> float:
+    """The AUC of scores (prompts,) on two sets of prompts, (prompts,), bool."""
+    rows = np.flatnonzero(harmful | harmless)
+    return auc_of(scores[rows], harmful[rows].astype(int), rows).value
 
 
 def verdict_on_projection(figures: Sequence[Figure]) -> str:

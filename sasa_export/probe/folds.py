@@ -8,6 +8,7 @@ import numpy as np
 
 from sasa_export.errors import CalibrationError
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.shares import labels_and_groups
 
 FOLDS = 5  # where prompts are left out by group
 LEAST_KINDS = 4
@@ -23,7 +24,7 @@ def folds_of(prompts: Sequence[Prompt]) -> list[Fold]:
     """
     from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 
-    labels, groups = np.array([prompt.label for prompt in prompts]), np.array([prompt.group for prompt in prompts])
+    labels, groups = labels_and_groups(prompts)
     kinds = kinds_of(prompts)
     if kinds is None:
         if len(set(groups)) < 2:

@@ -37,11 +37,16 @@ class Work:
         self.folder = folder
 
     def open(self, fingerprint: dict[str, Any], *, discard: bool, report: Silent) -> None:
-        """Begin, or go on with what a run of the same fingerprint has left.
+        """Begin, or go on with what a run of the same fingerprint has left; other processes wait until that is done.
 
         Raises SasaExportError where the folder holds the results of another model, other prompts or settings and
         `discard` is not set.
         """
+        if workers().leads:
+            self._open(fingerprint, discard=discard, report=report)
+        workers().wait()
+
+    def _open(self, fingerprint: dict[str, Any], *, discard: bool, report: Silent) -> None:
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             try:

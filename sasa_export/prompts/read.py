@@ -6,7 +6,8 @@ import csv
 import io
 import json
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,87 @@ from sasa_export.errors import DataError
 LONGEST_FIELD = 16 << 20  # characters of a CSV field; the csv module stops at 131072 unless it is told
 TABLES = (".csv", ".json", ".parquet", ".yaml", ".yml")  # beside JSONL
 
-Record = tuple[str, str, Any]  # its place, for messages; its key or number; what it holds
+Found = tuple[str, str, Any]  # the place of a record, its key or number, and what it holds
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record of a table. `place` is where it stands in it, for messages, and `key` its key or number."""
+
+    table: Path
+    place: str
+    key: str
+    fields: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        return f"{self.table}, {self.place}"
+
+    def text(self, *names: str, default: str | None = None) -> str:
+        """The first text under the names, else the default. DataError without one, and for what is no text."""
+        for name in names:
+            value = entry(self.fields, name)
+            if isinstance(value, str | int) and str(value).strip():
+                return str(value)
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"{self.where} has a {name!r} that is not a text.")
+        if default is None:
+            raise DataError(f"{self.where} has no text {names[-1]!r}.{self.columns(names[-1])}")
+        return default
+
+    def one_of(self, name: str, known: Collection[str]) -> str:
+        """The text under the name as `folded`. DataError where it is none of the known."""
+        word = folded(self.text(name))
+        if word not in known:
+            said = repr(entry(self.fields, name))[:80]
+            raise DataError(f"{self.where} has {said} as {name!r}; it must be one of {', '.join(known)}.")
+        return word
+
+    def columns(self, wanted: str) -> str:
+        """What a message adds where the column is not there: those that are."""
+        return "" if wanted in self.fields else f" Its columns are {', '.join(map(str, self.fields))[:300]}."
+
+
+def folded(word: str) -> str:
+    """A word as options and kinds are compared: case does not count, and - is as good as _."""
+    return word.strip().casefold().replace("_", "-")
+
+
+def rows(path: Path, inside: str | None = None, *, lines: bool = False) -> Iterator[Row]:
+    """The records of a table, in the format that its name says, or with `lines` an object a line, whatever its name.
+
+    Args: inside: the key of the list of records, where the table is one object.
+    """
+    kind = path.suffix.lower()
+    if lines or kind in (".jsonl", ".ndjson"):
+        found = _lines(path)
+    elif kind in (".csv", ".parquet"):
+        found = _numbered(_csv(path) if kind == ".csv" else _parquet(path))
+    else:
+        value = _parsed(_text_of(path), str(path)) if kind == ".json" else _yaml(path)
+        found = _inside(value, inside, path)
+    for place, key, fields in found:
+        if not isinstance(fields, dict):
+            raise DataError(f"{path}, {place} is no record with names for its fields.")
+        yield Row(path, place, key, fields)
+
+
+def rows_of_hub(name: Path, config: str, split: str) -> Iterator[Row]:
+    """The rows of a data set of the hub, through `datasets`, which keeps what it downloads."""
+    from datasets import Image, load_dataset
+
+    try:
+        found = load_dataset(str(name), config or None, split=split)
+        for column, feature in found.features.items():
+            if isinstance(feature, Image):  # as bytes, so that not all pictures are in memory as pixels
+                found = found.cast_column(column, Image(decode=False))
+    except Exception as error:  # whatever the hub, the network and its readers raise
+        raise DataError(
+            f"the data set {name} of the hub cannot be loaded ({' '.join(str(error).split())[:300]}). Check its id, "
+            "config= and split=, the connection, and whether it asks for `hf auth login`."
+        ) from None
+    for place, key, fields in _numbered(found):
+        yield Row(name, place, key, fields)
 
 
 def _text_of(path: Path) -> str:
@@ -26,21 +107,7 @@ def _text_of(path: Path) -> str:
         raise DataError(f"{path} cannot be read as text in UTF-8 ({error}).") from None
 
 
-def records(path: Path, described: Mapping[str, Any]) -> Iterator[Record]:
-    """The records of a table, in the format that its name says, or else in `lines` or on the `hub` as described."""
-    kind = path.suffix.lower()
-    if "hub" in described:
-        yield from _numbered(_hub(str(path), described["words"]["config="], described["words"]["split="]))
-    elif "lines" in described or kind in (".jsonl", ".ndjson"):
-        yield from _lines(path)
-    elif kind in (".csv", ".parquet"):
-        yield from _numbered(_rows(path) if kind == ".csv" else _parquet(path))
-    else:
-        value = _parsed(_text_of(path), str(path)) if kind == ".json" else _yaml(path)
-        yield from _inside(value, described.get("records"), path)
-
-
-def _lines(path: Path) -> Iterator[Record]:
+def _lines(path: Path) -> Iterator[Found]:
     for number, line in enumerate(_text_of(path).split("\n"), 1):  # JSON strings may hold other line separators
         if line.strip():
             yield f"line {number}", str(number), _parsed(line, f"{path}, line {number}")
@@ -54,23 +121,6 @@ def _parsed(text: str, where: str) -> Any:
         raise DataError(f"{where} is not valid JSON ({error}).") from None
 
 
-def _hub(name: str, config: str, split: str) -> Any:
-    """The rows of a data set of the hub, through `datasets`, which keeps what it downloads."""
-    from datasets import Image, load_dataset
-
-    try:
-        found = load_dataset(name, config or None, split=split)
-        for column, feature in found.features.items():
-            if isinstance(feature, Image):  # as bytes, so that not all pictures are in memory as pixels
-                found = found.cast_column(column, Image(decode=False))
-    except Exception as error:  # whatever the hub, the network and its readers raise
-        raise DataError(
-            f"the data set {name} of the hub cannot be loaded ({' '.join(str(error).split())[:300]}). Check its id, "
-            "config= and split=, the connection, and whether it asks for `hf auth login`."
-        ) from None
-    return found
-
-
 def entry(record: Any, name: str) -> Any:
     """What a record has under a name; `a.b` is the entry b of a, which may be a list of objects. None for nothing."""
     if isinstance(record, list):
@@ -81,12 +131,12 @@ def entry(record: Any, name: str) -> Any:
     return entry(record.get(outer), inner) if dot and name not in record else record.get(name)
 
 
-def _numbered(values: Any) -> Iterator[Record]:
+def _numbered(values: Any) -> Iterator[Found]:
     for number, value in enumerate(values, 1):
         yield f"record {number}", str(number), value
 
 
-def _inside(value: Any, inside: str | None, path: Path) -> Iterator[Record]:
+def _inside(value: Any, inside: str | None, path: Path) -> Iterator[Found]:
     """The records of a list, or of an object by key."""
     if inside is not None and isinstance(value, dict):
         value = value.get(inside)
@@ -101,7 +151,7 @@ def _inside(value: Any, inside: str | None, path: Path) -> Iterator[Record]:
         raise DataError(f"{path} holds neither a list of records nor an object of them.")
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
+def _csv(path: Path) -> Iterator[dict[str, str]]:
     csv.field_size_limit(LONGEST_FIELD)
     reader = csv.DictReader(io.StringIO(_text_of(path), newline=""), strict=True)
     try:

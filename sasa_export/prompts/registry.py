@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 from sasa_export.errors import DataError
-from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation
-from sasa_export.prompts.described import described
+from sasa_export.prompts.builtin_sets import CARRIERS, builtin, builtin_evaluation, drawn
+from sasa_export.prompts.data_sets import DATA_SETS
 from sasa_export.prompts.leak import grouped
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.render import GRID, fits
 from sasa_export.prompts.spec import BARE, Chosen, parse
 from sasa_export.report import Silent
 
-DATA_SETS = {path.stem: described(path) for path in sorted(Path(__file__).with_name("sets").glob("*.toml"))}
 BUILTIN, CALIBRATION = "builtin", "--calibration"
 QUIET = Silent()
 LEAST = 5  # prompts of either label that a probe is fitted on
@@ -41,10 +43,13 @@ def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: b
         return builtin() if flag == CALIBRATION else builtin_evaluation()
     name, path, chosen = _parsed(spec)
     what = f"{flag.strip('-')} file"
-    if "hub" not in DATA_SETS[name].base and not os.path.exists(path):
+    if name != "hub" and not os.path.exists(path):
         raise DataError(f"there is no {what} or directory {path}. Check {flag} {spec}.")
-    found = DATA_SETS[name].read(path, chosen, report, labelled=labelled)
+    found = DATA_SETS[name].read(path, chosen if labelled else {**chosen, "label": ("0",)})
+    if "as" in chosen:
+        found = _drawn(found, chosen["as"], path, report)
     prompts = [replace(prompt, source=name, kind=prompt.kind or f"{name}/{prompt.attack}") for prompt in found]
+    prompts = prompts if labelled else [replace(prompt, label=0) for prompt in prompts]
     if not prompts:
         raise DataError(f"{path} has no prompts, or none that the options leave. Check {flag} {spec}.")
     for prompt_name, count in Counter(prompt.name for prompt in prompts).items():
@@ -53,6 +58,23 @@ def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: b
     for prompt in {prompt.picture: prompt for prompt in reversed(prompts) if prompt.picture is not None}.values():
         prompt.conversation()  # a broken picture is an error now, and not when the model has run for an hour
     return prompts
+
+
+def _drawn(prompts: Iterable[Prompt], ways: Sequence[str], path: Path, report: Silent) -> Iterator[Prompt]:
+    """Each prompt as text, as a picture under an innocuous text, or as both; those that do not fit are left out."""
+    left_out = 0
+    for prompt in prompts:
+        words, seed = prompt.prompt, crc32(prompt.prompt.encode())
+        if "text" in ways:
+            yield prompt
+        if "picture" in ways and fits(words):
+            yield replace(
+                prompt, name=f"{prompt.name}/picture", prompt=CARRIERS[seed % len(CARRIERS)], question=words,
+                attack="typographic", channel="picture", image=partial(drawn, words, seed),
+            )  # fmt: skip
+        left_out += "picture" in ways and not fits(words)
+    if left_out:
+        report.warn(f"{path}: {left_out} texts do not fit the {GRID * GRID} cells of a picture and are left out.")
 
 
 def load_all(specs: Sequence[str], flag: str = "--data", report: Silent = QUIET) -> list[Prompt]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sasa_export.errors import DataError
-from sasa_export.prompts.read import TABLES
+from sasa_export.prompts.read import TABLES, folded
 
 # One letter before a colon is a drive. Options stand at the end, so that a path may hold commas.
 SPEC = re.compile(r"(?:([A-Za-z0-9_-]{2,}):)?(.*?)((?:,[a-z_]+=[^,/\\]*)*)", re.DOTALL)
@@ -27,33 +26,26 @@ Chosen = Mapping[str, tuple[str, ...]]  # the values chosen of each option
 class Option:
     """What a data set can be narrowed to: some of `values`, joined by `+`, or all of them. Without values, a text.
 
-    Case does not count, and - is as good as _. Values hold what they change, and may have further names: `also`.
+    Case does not count, and - is as good as _. Each value has its further names.
     """
 
-    values: Mapping[str, Mapping[str, Any]]
-    default: tuple[str, ...] = ("",)
+    values: Mapping[str, Iterable[str]] = field(default_factory=dict)
+    default: str = ""
 
     @classmethod
-    def of(cls, described: Mapping[str, Any]) -> Option:
-        """From its table in a description, where `default` lists what is chosen if nothing is."""
-        option = cls({name: value for name, value in described.items() if name != "default"})
-        default = "+".join(described.get("default", ("",)))
-        return replace(option, default=option.choose(default))
+    def of(cls, values: str, default: str) -> Option:
+        """One whose values have no further names."""
+        return cls(dict.fromkeys(values.split(), ()), default)
 
     def choose(self, given: str) -> tuple[str, ...]:
         """The values that `given` names, in the order of `values`. DataError for one that does not exist."""
         if not self.values:
             return (given,)
         words = {folded(word) for word in given.split("+")}
-        names = {name: {"all", *map(folded, (name, *value.get("also", ())))} for name, value in self.values.items()}
+        names = {name: {"all", *map(folded, (name, *further))} for name, further in self.values.items()}
         for word in words - set().union(*names.values()):
             raise DataError(f"{word!r} must be one of {', '.join(self.values)}.")
         return tuple(name for name, known in names.items() if words & known)
-
-
-def folded(word: str) -> str:
-    """A word as options compare it."""
-    return word.strip().casefold().replace("_", "-")
 
 
 def parse(spec: str, known: Mapping[str, Mapping[str, Option]]) -> tuple[str, Path, Chosen]:
@@ -69,7 +61,7 @@ def parse(spec: str, known: Mapping[str, Mapping[str, Option]]) -> tuple[str, Pa
     if not path.strip():
         raise DataError(f"{spec!r} names no path. Write name:PATH, for example xstest:xstest_prompts.csv.")
     options = known[name]
-    chosen = {option: options[option].default for option in options}
+    chosen = {option: options[option].choose(options[option].default) for option in options}
     for item in match[3].split(",")[1:]:
         option, _, value = item.partition("=")
         if option not in options:

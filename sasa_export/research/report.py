@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sasa_export.flags import flag
+from sasa_export.writers import card
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,20 +39,8 @@ def write_report(
 
 
 def render(template: str, **values: Any) -> str:
-    """Text from a template beside this file. HTML templates (*.html.j2) escape what they are given; names that a
-    template uses and nobody gave are errors. In Markdown, text of others goes through the filter `plain`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"table": markdown_table, "plain": plain}
-    return environment.get_template(template).render(**values)
+    """Text from a template beside this file. In Markdown, text of others goes through the filter `plain`."""
+    return card.render(TEMPLATES, template, {"table": markdown_table, "plain": plain}, **values)
 
 
 def markdown_table(frame: pd.DataFrame) -> str:

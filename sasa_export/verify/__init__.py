@@ -11,8 +11,8 @@ from sasa_export.probe import Calibration
 from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE
 from sasa_export.verify.answers import LOADS, NOT_COMPARED, check_answers
-from sasa_export.verify.files import check_files, check_manifest, is_ours
 from sasa_export.verify.onnx import check_graphs, dtype_of, dtypes_of
+from sasa_export.verify.unloaded import check_files, check_manifest, is_ours
 from sasa_export.verify.verdicts import ChangedVerdicts
 
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both
@@ -78,8 +78,6 @@ def check_written(
     device: str = "cpu",
     only_files: bool = False,
     calibration: Calibration | None = None,
-    count: int = 0,
-    most: float = 0.0,
     load: str | None = None,
 ) -> tuple[list[Check], ChangedVerdicts | None]:
     """All checks but that of the manifest, and how many verdicts of an export's calibration its graphs changed.
@@ -90,7 +88,5 @@ def check_written(
     checks = check_files(directory) if graphs is None else check_graphs(directory, graphs)
     if only_files or not all(check.passed for check in checks):
         return checks, None
-    answers, changed = check_answers(
-        directory, graphs, device=device, calibration=calibration, count=count, most=most, load=load
-    )
+    answers, changed = check_answers(directory, graphs, device=device, calibration=calibration, load=load)
     return [*checks, *answers], changed

@@ -17,6 +17,7 @@ from sasa_export.models.quantized import scheme
 from sasa_export.probe import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
+from sasa_export.verify import verdicts
 from sasa_export.verify.compare import compare, tolerance
 from sasa_export.verify.verdicts import ChangedVerdicts, count_changed, draw
 from sasa_export.writers.cases import FOLDER, TOKENS, read_cases, write_prompts
@@ -38,8 +39,6 @@ def check_answers(
     *,
     device: str,
     calibration: Calibration | None = None,
-    count: int = 0,
-    most: float = 0.0,
     load: str | None = None,
 ) -> tuple[list[Check], ChangedVerdicts | None]:
     """Verdicts, refusals and answers beside the original's, and how many verdicts of a calibration changed.
@@ -48,7 +47,7 @@ def check_answers(
         directory: what was written, with its cases.
         graphs: the type of its ONNX graphs; None where it holds safetensors.
         device: torch's name of one. Where onnxruntime cannot use it, the CPU runs, and the checks say so.
-        calibration: prompts that are judged again, if any; `count` of them, of which the share `most` may change.
+        calibration: prompts of which some are judged again, if any.
         load: the name in loads.json of a quantization with which it is loaded.
 
     Raises VerifyError where the directory does not run at all.
@@ -57,7 +56,7 @@ def check_answers(
     sasa, quantized = config["sasa"], scheme(config) is not None
     if not written and graphs is not None:
         return [NOT_COMPARED], None
-    prompts, before = ([], []) if calibration is None else draw(calibration, count)
+    prompts, before = ([], []) if calibration is None else draw(calibration, verdicts.JUDGED_AGAIN)
     precision = written.get("dtype") or config.get("dtype") or "float32"
     found = run_fresh(directory, graphs, precision, device, prompts, load)
     if not written:
@@ -71,7 +70,7 @@ def check_answers(
     apart = tolerance(dtype, written["dtype"], graphs=graphs is not None)
     changed = count_changed(before, found["judged"], sasa["threshold"], apart, len(calibration.prompts))
     exact = dtype == written["dtype"] == "float32"
-    return [*checks, changed.check(most, exact=exact)], changed
+    return [*checks, changed.check(verdicts.MOST_CHANGED, exact=exact)], changed
 
 
 def _loading(about: dict[str, Any]) -> list[Check]:

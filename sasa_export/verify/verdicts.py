@@ -13,6 +13,9 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
 
 SEED = 0  # of the draw
+# Prompts that are judged again, and the largest share whose verdict may change: what the threshold itself may get wrong
+# of the harmless ones.
+JUDGED_AGAIN, MOST_CHANGED = 200, 0.02
 
 
 @dataclass(frozen=True)

@@ -26,20 +26,13 @@ def write_card(
         directory: where it was written.
         template: of the card, and `values` what it needs besides.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from sasa_export.runtime.version import TRIED
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["percent"] = "{:.1%}".format
     name = patch.source.name
-    text = environment.get_template(template).render(
+    text = render(
+        TEMPLATES,
+        template,
+        {"percent": "{:.1%}".format},
         name=name,
         base_model=patch.source.repository,
         commit=patch.source.commit,
@@ -55,3 +48,20 @@ def write_card(
         **values,
     )
     (directory / "README.md").write_text(text.strip() + "\n", encoding="utf-8")
+
+
+def render(folder: Path, template: str, filters: dict[str, Any], **values: Any) -> str:
+    """Text from a template. HTML templates (*.html.j2) escape what they are given; names that a template uses and
+    nobody gave are errors."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(template).render(**values)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sasa_export.graph import LayerGraph
+from sasa_export.models.contents import read_object
 from sasa_export.models.load import place
 from sasa_export.probe.features import collect
 from sasa_export.probe.fit import Probe, probability
@@ -123,5 +124,4 @@ def write_prompts(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any
 
 def read_cases(directory: Path) -> dict[str, Any]:
     """What `write_cases` wrote, as it stands in the file; empty where the directory was written without."""
-    path = directory / FOLDER / CASES
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_object(directory / FOLDER / CASES)

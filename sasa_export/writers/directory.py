@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from sasa_export.probe import Calibration
 from sasa_export.probe.fit import Probe
 from sasa_export.writers.cases import Case, write_cases
 from sasa_export.writers.config import write_config
-from sasa_export.writers.files import copy_files
 from sasa_export.writers.scores import write_scores
 from sasa_export.writers.weights import write_weights
+
+OWN = ("config.json", "model.safetensors.index.json", "README.md")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,12 @@ def write_directory(
     if patch.cases:
         write_cases(patch.cases, directory, patch.dtype)
     return digests
+
+
+def copy_files(source: Source, directory: Path) -> None:
+    """Copy what travels beside the weights, such as processor and chat template, as the family's file names it, and any
+    licence."""
+    for pattern in (*source.family.files, *LICENCES):
+        for path in sorted(source.directory.glob(pattern)):
+            if path.is_file() and path.name not in OWN and not path.name.startswith("sasa-"):
+                shutil.copyfile(path, directory / path.name)

@@ -1,59 +1,14 @@
-"""`sasa-export evaluate`, and its settings in one frozen value, from which the flags are made."""
+"""`sasa-export evaluate`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 
-from sasa_export.flags import Settings, flags, option
-from sasa_export.options import AT_LEAST_ONE, DTYPES
+from sasa_export.flags import flags
 from sasa_export.report import Console, quiet
-
-
-@dataclass(frozen=True)
-class EvaluateOptions(Settings):
-    """What `sasa-export evaluate` does, and with what."""
-
-    model: Path = option(Path(), "The patched directory, of safetensors or of ONNX graphs.", required=True)
-    out: Path = option(Path(), "Directory to write the report to.", required=True)
-    force: bool = option(False, "Replace the report that is there, and discard other unfinished work.")
-    baseline: str | None = option(None, "The model it was made from. Default: what its sasa-export.json names.")
-    against: Path | None = option(
-        None, "Another patched directory, such as one fine-tuned or quantized since: which verdicts changed."
-    )
-    data: tuple[str, ...] = option(
-        (),
-        "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "
-        "Default: the built-in evaluation set.",
-    )
-    calibration: tuple[str, ...] = option(
-        (),
-        "What the arms without projection and of words alone are fitted on. Default: what the patched model was "
-        "calibrated on.",
-    )
-    judge: str | None = option(
-        None,
-        "A further judge, module:function, called with the request and the answer: True where the answer complies. "
-        "It runs code of yours.",
-    )
-    limit: int | None = option(
-        None, "About how many prompts to use. Default: all.", valid=("at least 2", lambda value: value >= 2)
-    )
-    max_new_tokens: int = option(32, "Longest answer.", valid=AT_LEAST_ONE)
-    depth_curve: bool = option(False, "Also probe at every block of the second lane.")
-    timing: int = option(
-        12, "Prompts to time both models on; 0 leaves it out.", valid=("at least 0", lambda value: value >= 0)
-    )
-    batch_size: int = option(16, "Prompts at a time.", valid=AT_LEAST_ONE)
-    device: str = option(
-        "auto",
-        "Where the models run: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto does "
-        "where one device has no room for the model.",
-    )
-    dtype: str = option("auto", "Type the models run in.", choices=DTYPES)
+from sasa_export.research.evaluate.options import EvaluateOptions
 
 
 @click.command("evaluate")

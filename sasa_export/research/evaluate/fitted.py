@@ -19,15 +19,15 @@ from sasa_export.probe.folds import folds_of
 from sasa_export.probe.words import bag_of_words, best_words
 from sasa_export.prompts import asked
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.figures import ranking
+from sasa_export.prompts.shares import labels_and_groups
+from sasa_export.research.evaluate.arms import ranking
 from sasa_export.research.evaluate.subject import Subject
-from sasa_export.research.prompts import labels_and_groups
 
 Features = dict[str, np.ndarray]  # (prompts, features): "plain" of the main lane, "projected" of the second, and depths
-Fitted = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
+Judged = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
 
 
-def fitted_arms(subject: Subject, features: dict[str, Features], metric: np.ndarray | None) -> dict[str, Fitted]:
+def fitted_arms(subject: Subject, features: dict[str, Features], metric: np.ndarray | None) -> dict[str, Judged]:
     """The probes with and without projection, fitted alike or bundled, and words alone; args as of `measure`."""
     prompts, lanes = subject.calibration, {"with": "projected", "without": "plain"}
     found = subject.bundled
@@ -39,7 +39,7 @@ def fitted_arms(subject: Subject, features: dict[str, Features], metric: np.ndar
     return {"words": words(prompts, subject.evaluation, subject.rate), **arms}
 
 
-def probe(found: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float) -> Fitted:
+def probe(found: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float) -> Judged:
     """A lane's probe on features (evaluation prompts, features), with the threshold that calibration would choose.
 
     Args:
@@ -54,7 +54,7 @@ def probe(found: probes.Fitted, lane: str, evaluation: np.ndarray, prompts: Sequ
     return probability(evaluation.astype(float), weight, bias), threshold
 
 
-def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Fitted:
+def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Judged:
     """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known."""
     chosen, held_out = best_words(calibration, folds_of(calibration))
     model = bag_of_words(chosen).fit([asked(prompt) for prompt in calibration], labels_and_groups(calibration)[0])

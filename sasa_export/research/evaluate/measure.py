@@ -11,13 +11,12 @@ import pandas as pd
 
 from sasa_export.probe.intervals import Estimate, Share, auc, bootstrap, share
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, fitted_arm
-from sasa_export.research.evaluate.figures import Figures, changes, figures, parts
-from sasa_export.research.evaluate.fitted import Features, Fitted, depth_curve, fitted_arms
+from sasa_export.prompts.shares import labels_and_groups
+from sasa_export.research.evaluate.arms import Answers, Arm, Figures, answering_arm, changes, figures, fitted_arm, parts
+from sasa_export.research.evaluate.fitted import Features, Judged, depth_curve, fitted_arms
 from sasa_export.research.evaluate.judge import Judge
 from sasa_export.research.evaluate.subject import Subject
 from sasa_export.research.evaluate.timing import Timing
-from sasa_export.research.prompts import labels_and_groups
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def measure(
 
 
 def _arms(
-    subject: Subject, answers: dict[str, Answers], fitted: dict[str, Fitted], judge: Judge | None
+    subject: Subject, answers: dict[str, Answers], fitted: dict[str, Judged], judge: Judge | None
 ) -> dict[str, Arm]:
     prompts = subject.evaluation
     own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")

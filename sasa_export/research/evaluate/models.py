@@ -3,15 +3,15 @@ onnxruntime, a patched directory of graphs, one prompt at a time, driven as any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sasa_export.errors import EvaluateError
+from sasa_export.errors import EvaluateError, reworded
 from sasa_export.models import read_config
 from sasa_export.models.load import SPREAD, place
 from sasa_export.prompts.prompt import Prompt, encode
@@ -150,13 +150,6 @@ def load_patched(directory: Path, dtype: str, device: str) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-@contextmanager
-def _loading(directory: Path) -> Iterator[None]:
-    """Raise EvaluateError for whatever goes wrong: the directory's code, and onnxruntime, have errors of their own."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise EvaluateError(
-            f"{directory} does not load ({reason}). Verify it: sasa-export verify {directory}"
-        ) from None
+def _loading(directory: Path) -> AbstractContextManager[None]:
+    """EvaluateError for whatever goes wrong: the directory's code, and onnxruntime, have errors of their own."""
+    return reworded(EvaluateError, f"{directory} does not load ({{reason}}). Verify it: sasa-export verify {directory}")

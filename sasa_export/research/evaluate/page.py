@@ -9,7 +9,7 @@ import pandas as pd
 
 from sasa_export.probe.intervals import Estimate
 from sasa_export.research import report
-from sasa_export.research.evaluate.figures import Figures
+from sasa_export.research.evaluate.arms import Figures
 from sasa_export.research.evaluate.measure import Evaluated
 from sasa_export.research.evaluate.pictures import pictures
 

@@ -20,11 +20,11 @@ from sasa_export.probe.work import Results, Work, resumable
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
-from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.evaluate.fitted import Features, depths_of
 from sasa_export.research.evaluate.judge import load_judge
 from sasa_export.research.evaluate.measure import Evaluated, measure
 from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_patched
+from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.page import write_report
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.evaluate.timing import choose, timed
@@ -49,9 +49,7 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     with resumable(options.out, force=options.force, report=report) as work:
         judge = None if options.judge is None else load_judge(options.judge)
         subject = open_subject(options, report)
-        if processes.leads:
-            work.open(subject.fingerprint(), discard=options.force, report=report)
-        processes.wait()
+        work.open(subject.fingerprint(), discard=options.force, report=report)
         plain, patched = cache(lambda: _plain(subject)), cache(lambda: _patched(subject, options.model))
         features = _features(subject, plain, work, report)
         metric = _metric(subject, plain) if "calibration" in features else None

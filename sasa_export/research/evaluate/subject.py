@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,19 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source
+from sasa_export.models.contents import read_object
 from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.options import AUTO
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
 from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
+from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
-from sasa_export.research.evaluate.command import EvaluateOptions
 from sasa_export.research.evaluate.models import read_gate
-from sasa_export.research.prompts import counts, share_of
+from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.report import command_line, last_name
-from sasa_export.verify.files import check_manifest
 from sasa_export.verify.onnx import dtype_of
+from sasa_export.verify.unloaded import check_manifest
 from sasa_export.workers import workers
 
 MISSING = {  # what cannot be measured without a label, and what to add
@@ -184,7 +184,7 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "Export the model again."
         )
     # A model that was saved again has no manifest; --baseline then says what it was made from.
-    return sasa, {} if check.passed is None else json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    return sasa, read_object(directory / MANIFEST)
 
 
 def _open_baseline(
@@ -198,7 +198,7 @@ def _open_baseline(
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
-        source = open_source(name, None if options.baseline else manifest.get("commit"), report)
+        source = open_source(name, None if options.baseline else manifest.get("commit"))
     except OpenError as error:
         if options.baseline:
             raise

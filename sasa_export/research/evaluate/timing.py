@@ -17,7 +17,7 @@ import numpy as np
 
 from sasa_export.probe.intervals import Estimate
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.prompts import spaced
+from sasa_export.prompts.shares import spaced
 
 ROUNDS = 5
 

@@ -9,6 +9,7 @@ the main lane alone.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,18 +18,38 @@ import torch
 from torch import nn
 
 from sasa_export.errors import LocateError
+from sasa_export.layers.heads import INTACT, without
+from sasa_export.layers.lane import Batch, MainLane
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.shares import spaced
 from sasa_export.report import Silent
-from sasa_export.research.locate.lane import Batch, MainLane
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "wo", "dense")  # as the families of transformers name them
-INTACT = "all"  # the name of the states with all heads
 
 
-def without(block: int) -> str:
-    """The name of the states without each head of a block."""
-    return f"block-{block:03d}"
+def ablated_on(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Up to `count` prompts of either label, evenly spaced.
+
+    Both labels get as many of each channel, or a head that matters to pictures would pass for one that matters to
+    whichever label has more of them.
+    """
+    held: dict[str, dict[int, list[int]]] = defaultdict(lambda: {1: [], 0: []})
+    for row, prompt in enumerate(prompts):
+        held[prompt.channel][prompt.label].append(row)
+    most = {channel: min(len(rows[1]), len(rows[0])) for channel, rows in held.items()}
+    shared = sorted((channel for channel in most if most[channel]), key=lambda channel: (most[channel], channel))
+    if not shared:
+        raise LocateError(
+            "no kind of prompt (text, picture) comes with both labels, so that what heads do to harmful prompts cannot "
+            "be told from what they do to that kind. Leave the ablation out: --ablation-prompts 0."
+        )
+    chosen: list[int] = []
+    for place, channel in enumerate(shared):
+        share = min(most[channel], (count - len(chosen) // 2) // (len(shared) - place))
+        for rows in held[channel].values():
+            chosen += spaced(rows, share)
+    return [prompts[row] for row in sorted(chosen)]
 
 
 def ablate(

@@ -1,60 +1,14 @@
-"""`sasa-export locate`, and its settings in one frozen value, from which the flags are made."""
+"""`sasa-export locate`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 
-from sasa_export.errors import LocateError
-from sasa_export.flags import Settings, check_values, flags, option
-from sasa_export.options import AT_LEAST_ONE, DTYPES
+from sasa_export.flags import flags
 from sasa_export.report import Console, quiet
-
-LIMIT = 400  # groups that layers are chosen on; the states of all blocks are kept for each of their prompts
-
-
-@dataclass(frozen=True)
-class LocateOptions(Settings):
-    """What `sasa-export locate` does, and with what."""
-
-    model: str = option("", "Alias, hub id (owner/name) or local directory.", required=True)
-    out: Path = option(Path(), "Directory to write the report to.", required=True)
-    force: bool = option(False, "Replace the report that is there, and discard other unfinished work.")
-    revision: str | None = option(None, "Branch, tag or commit of a model on the hub. Default: its main branch.")
-    calibration: tuple[str, ...] = option(
-        (),
-        "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "
-        "Default: the built-in set.",
-    )
-    limit: int = option(LIMIT, "About how many groups of prompts to use, such as pairs.", valid=AT_LEAST_ONE)
-    blocks: str | None = option(None, "Blocks whose attention heads are ablated, such as 8-20. Default: all.")
-    ablation_prompts: int = option(
-        16,
-        "Harmful and harmless prompts that heads are ablated on, so many of each; 0 leaves the ablation out. The "
-        "cost is that of running them (blocks x heads / 2) times.",
-        valid=("at least 0", lambda value: value >= 0),
-    )
-    pairs: str | None = option(
-        None,
-        "Pairs to sweep: 13:15, or ranges, 10-16:14-20, several behind commas. Default: all pairs of seven layers "
-        "over the depth, each with one close behind it, and what the family's file says.",
-    )
-    batch_size: int = option(16, "Prompts at a time.", valid=AT_LEAST_ONE)
-    device: str = option(
-        "auto",
-        "Where the model runs: auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto "
-        "does where one device has no room for the model.",
-    )
-    dtype: str = option("auto", "Type the model runs in.", choices=DTYPES)
-
-    def check(self) -> None:
-        """Raise SasaExportError where settings contradict each other or leave their range."""
-        check_values(self)
-        if self.blocks is not None and not self.ablation_prompts:
-            raise LocateError("--blocks says whose heads are ablated, and --ablation-prompts 0 leaves that out.")
+from sasa_export.research.locate.options import LocateOptions
 
 
 @click.command("locate")

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sasa_export.prompts.prompt import Prompt
+from sasa_export.layers.expression import is_readable
+from sasa_export.layers.heads import HeadScores
+from sasa_export.layers.pairs import Pair
+from sasa_export.layers.propose import Proposal, spans
+from sasa_export.layers.survey import Evidence
 from sasa_export.research import report
-from sasa_export.research.locate.expression import is_readable
-from sasa_export.research.locate.heads import HeadScores
-from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.pictures import pictures
-from sasa_export.research.locate.propose import Proposal, spans
-from sasa_export.research.locate.survey import Evidence
 
 LISTED = 10  # safety heads
 
@@ -30,7 +28,6 @@ class Located:
         known: the pair that the family's file says.
         held_out: of each half of the groups, the pair chosen on the other half, and its AUC here.
         example: a `prompt`, and for each block the five likeliest tokens behind it, as `words`.
-        tsne: for each block that is drawn, the points (prompts, 2) of the prompts `drawn`.
     """
 
     subject: dict[str, Any]
@@ -40,22 +37,20 @@ class Located:
     known: Pair | None
     held_out: list[tuple[Pair, float]]
     example: dict[str, Any]
-    tsne: dict[int, np.ndarray]
-    drawn: list[Prompt]
 
     @property
     def held_out_auc(self) -> float:
         return float(np.mean([auc for _, auc in self.held_out]))
 
 
-def write_report(located: Located, directory: Path) -> None:
+def write_report(located: Located, pictures: dict[str, bytes], directory: Path) -> None:
     """Write report.html, report.md, locate.json and the pictures."""
     title = f"Where {located.subject['model']} perceives, understands and speaks"
-    report.write_report(directory, title, markdown(located), pictures(located), "locate", figures(located))
+    report.write_report(directory, title, markdown(located), pictures, "locate", figures(located))
 
 
 def figures(located: Located) -> dict[str, Any]:
-    """All figures; the points of the t-SNE pictures are no figures and stay out."""
+    """All figures."""
     evidence, swept = located.evidence, located.evidence.sweep
     halves = [{"pair": pair, "auc": auc} for pair, auc in located.held_out]
     pairs = [

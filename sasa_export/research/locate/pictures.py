@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
+from sasa_export.layers.expression import Expression
+from sasa_export.layers.heads import HeadScores
 from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
-from sasa_export.research.locate.expression import Expression
-from sasa_export.research.locate.heads import HeadScores
 
 if TYPE_CHECKING:
     from sasa_export.research.locate.page import Located
 
 MOST_NUMBERED = 14  # cells a side
-COLUMNS = 4  # of t-SNE pictures
-COMPONENTS = 30  # of the states that t-SNE is given
-MARKERS = {"text": "o", "picture": "^"}
 
 
 def pictures(located: Located) -> dict[str, bytes]:
     """The PNG files by name."""
-    found = {"depth": depth(located), "sweep": sweep_map(located), "tsne": scatter(located)}
+    found = {"depth": depth(located), "sweep": sweep_map(located)}
     return found if located.heads is None else {**found, "heads": heads(located.heads)}
 
 
@@ -153,45 +149,3 @@ def _frame(axis: Any, table: pd.DataFrame, column: int, row: int, **line: Any) -
 
     corner = table.columns.get_loc(column) - 0.46, table.index.get_loc(row) - 0.46
     axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, **line))
-
-
-def scatter(located: Located) -> bytes:
-    """t-SNE pictures side by side, one a block."""
-    proposal = located.proposal
-    safety, semantic = (": safety layer", theme.SAFETY), (": semantic layer", theme.SEMANTIC)
-    names = {proposal.safety_layer: safety, proposal.semantic_layer: semantic}
-    kinds = [(prompt.label, prompt.channel) for prompt in located.drawn]
-    rows = -(-len(located.tsne) // COLUMNS)
-    with theme.drawing(rows * theme.WIDTH / COLUMNS * 1.08 + 0.4) as figure:
-        axes = figure.subplots(rows, COLUMNS, squeeze=False)
-        for axis in axes.flat[len(located.tsne) :]:
-            axis.set_visible(False)
-        for axis, (block, points) in zip(axes.flat, sorted(located.tsne.items()), strict=False):
-            for label, channel in sorted(set(kinds)):
-                chosen = points[[kind == (label, channel) for kind in kinds]]  # (prompts of the kind, 2)
-                colour, word = (theme.HARMFUL, "harmful") if label else (theme.HARMLESS, "harmless")
-                marked = {"marker": MARKERS.get(channel, "s"), "color": colour, "label": f"{word}, {channel}"}
-                axis.scatter(chosen[:, 0], chosen[:, 1], s=11, alpha=0.75, linewidths=0, **marked)
-            name, colour = names.get(block, ("", theme.FAINT))
-            axis.set_title(f"block {block}{name}", fontsize=9, color=colour if name else theme.INK)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set(visible=True, color=colour, linewidth=2.0 if name else 0.8)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, markerscale=1.6)
-        return theme.png(figure)
-
-
-def points(states: np.ndarray) -> np.ndarray:
-    """t-SNE of states (prompts, hidden): (prompts, 2). The same states give the same points."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    states = states.astype(np.float64) - states.mean(0)
-    size = states.std(0)
-    scaled = np.divide(states, size, out=np.zeros_like(states), where=size > 1e-6 * max(size.max(), 1e-30))
-    if not scaled.any():
-        return np.zeros((len(states), 2))
-    count = min(COMPONENTS, *scaled.shape)
-    reduced = PCA(count, svd_solver="full").fit_transform(scaled)  # (prompts, components)
-    perplexity = min(30.0, (len(states) - 1) / 3)
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=750).fit_transform(reduced)

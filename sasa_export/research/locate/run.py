@@ -9,36 +9,33 @@ from typing import Any
 from sasa_export.files import check_apart, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.graph.trace import check_traces, trace_source
+from sasa_export.graph.trace import trace_source
+from sasa_export.layers.heads import HeadScores, head_scores
+from sasa_export.layers.lane import watched
+from sasa_export.layers.pairs import Pair, default_pairs, parse_blocks, parse_pairs, possible
+from sasa_export.layers.prompts import limited
+from sasa_export.layers.propose import propose
+from sasa_export.layers.survey import Evidence, survey
+from sasa_export.layers.sweep import held_out
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
-from sasa_export.models.load import Sizes, load_model, load_processor, read_sizes, running
+from sasa_export.models.load import Sizes, load_processor, read_sizes, running
 from sasa_export.models.quantized import check_scheme
-from sasa_export.probe.features import trace_loaded
+from sasa_export.probe.features import load_as_traced
 from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
+from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
-from sasa_export.research.locate.ablation import ablate
-from sasa_export.research.locate.command import LocateOptions
-from sasa_export.research.locate.heads import HeadScores, head_scores
-from sasa_export.research.locate.lane import watched
+from sasa_export.research.locate.ablation import ablate, ablated_on
+from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, write_report
-from sasa_export.research.locate.pairs import Pair, default_pairs, parse_blocks, parse_pairs, possible
-from sasa_export.research.locate.pictures import points
-from sasa_export.research.locate.prompts import ablated_on, limited
-from sasa_export.research.locate.propose import propose
-from sasa_export.research.locate.survey import Evidence, survey
-from sasa_export.research.locate.sweep import held_out
-from sasa_export.research.prompts import counts, spaced
+from sasa_export.research.locate.pictures import pictures
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
 from sasa_export.workers import workers
 
-DRAWN_PROMPTS = 300  # as points of the t-SNE pictures
-DRAWN_BLOCKS = 9  # and the last one, and the chosen layers
-
 
 @dataclass(frozen=True)
-class Plan:
+class Study:
     """What a run works on, found before any weights are loaded."""
 
     source: Source
@@ -65,17 +62,15 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
-        plan = _plan(options, report)
-        report.step("open", f"{plan.source.name}: family {plan.source.family.name}, {plan.sizes.blocks} blocks")
-        if processes.leads:
-            work.open(_fingerprint(plan, options), discard=options.force, report=report)
-        processes.wait()
-        evidence, heads = _measure(plan, options, work, report)
+        study = _study(options, report)
+        report.step("open", f"{study.source.name}: family {study.source.family.name}, {study.sizes.blocks} blocks")
+        work.open(_fingerprint(study, options), discard=options.force, report=report)
+        evidence, heads = _measure(study, options, work, report)
         if evidence is None:
             return None
-        located = _conclude(plan, evidence, heads, command_line("locate", options), report)
+        located = _conclude(study, evidence, heads, command_line("locate", options))
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
-            write_report(located, staging)
+            write_report(located, pictures(located), staging)
             write_manifest(staging, {})
     safety, semantic = located.proposal.pair
     report.step("propose", f"safety layer {safety}, semantic layer {semantic}")
@@ -83,10 +78,10 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     return located
 
 
-def _plan(options: LocateOptions, report: Silent) -> Plan:
+def _study(options: LocateOptions, report: Silent) -> Study:
     """Everything that can be wrong before the work begins."""
     prompts = calibration_prompts(options.calibration, report)
-    source = open_source(options.model, options.revision, report, check_scheme)
+    source = open_source(options.model, options.revision, check_scheme)
     check_apart(options.out, source.directory)
     sizes = read_sizes(source)
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
@@ -99,61 +94,55 @@ def _plan(options: LocateOptions, report: Silent) -> Plan:
     pairs = possible(pairs, graph.earliest_safety_layer())
     blocks = list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks)
     ablated = ablated_on(prompts, options.ablation_prompts) if options.ablation_prompts else []
-    return Plan(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device)
+    return Study(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device)
 
 
-def _fingerprint(plan: Plan, options: LocateOptions) -> dict[str, Any]:
+def _fingerprint(study: Study, options: LocateOptions) -> dict[str, Any]:
     return fingerprint(
-        plan.source,
-        plan.prompts,
+        study.source,
+        study.prompts,
         batch_size=options.batch_size,
-        dtype=plan.dtype,
-        device=plan.device.partition(":")[0],
+        dtype=study.dtype,
+        device=study.device.partition(":")[0],
     )
 
 
 def _measure(
-    plan: Plan, options: LocateOptions, work: Work, report: Silent
+    study: Study, options: LocateOptions, work: Work, report: Silent
 ) -> tuple[Evidence | None, HeadScores | None]:
     """Load the model, ablate its heads and survey its blocks; all processes but the first get None for evidence."""
-    report.step("load", f"{plan.dtype} on {plan.device}")
-    model = load_model(plan.source, dtype=plan.dtype, device=plan.device)
-    pictured = next((prompt for prompt in plan.prompts if prompt.image is not None), plan.prompts[0])
-    check_traces(plan.graph, trace_loaded(model, plan.processor, plan.source, pictured))
-    settings = LaneSettings(None, None, softcap=plan.sizes.softcap)
-    with watched(model, plan.processor, plan.graph) as lane:
+    report.step("load", f"{study.dtype} on {study.device}")
+    model = load_as_traced(
+        study.source, study.processor, study.graph, study.prompts, dtype=study.dtype, device=study.device
+    )
+    settings = LaneSettings(None, None, softcap=study.sizes.softcap)
+    with watched(model, study.processor, study.graph) as lane:
         heads = None
-        if plan.ablated_on:
-            ablated = ablate(lane, plan.ablated_on, plan.blocks, work, report, at_once=options.batch_size)
-            heads = head_scores(ablated, plan.blocks) if workers().leads else None
-        evidence = survey(lane, plan.prompts, plan.pairs, settings, work, report, batch_size=options.batch_size)
+        if study.ablated_on:
+            ablated = ablate(lane, study.ablated_on, study.blocks, work, report, at_once=options.batch_size)
+            heads = head_scores(ablated, study.blocks) if workers().leads else None
+        evidence = survey(lane, study.prompts, study.pairs, settings, work, report, batch_size=options.batch_size)
     return evidence, heads
 
 
-def _conclude(plan: Plan, evidence: Evidence, heads: HeadScores | None, command: str, report: Silent) -> Located:
+def _conclude(study: Study, evidence: Evidence, heads: HeadScores | None, command: str) -> Located:
     """The proposal from the evidence, and what else a report shows."""
-    proposal, prompts, blocks = propose(evidence, heads), plan.prompts, plan.sizes.blocks
+    proposal, prompts, blocks = propose(evidence, heads), study.prompts, study.sizes.blocks
     candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
-    drawn, tsne = spaced(range(len(prompts)), DRAWN_PROMPTS), {}
-    shown = {*spaced(range(blocks), DRAWN_BLOCKS), blocks - 1, *proposal.pair}
-    with report.bar(len(shown), "t-SNE") as advance:
-        for block in shown:
-            tsne[block] = points(evidence.results.read("states", block)[drawn])
-            advance(1)
     subject = {
-        "model": last_name(plan.source.name),
-        "family": plan.source.family.name,
+        "model": last_name(study.source.name),
+        "family": study.source.family.name,
         "blocks": blocks,
-        "hidden": plan.sizes.hidden,
-        "dtype": plan.dtype,
-        "device": plan.device.partition(":")[0],
+        "hidden": study.sizes.hidden,
+        "dtype": study.dtype,
+        "device": study.device.partition(":")[0],
         **counts(prompts),
         "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
         "command": command,
     }
     return Located(
-        subject, evidence, heads, proposal, plan.known, held_out(evidence.sweep, candidates, prompts),
-        _example(evidence, prompts), tsne, [prompts[row] for row in drawn],
+        subject, evidence, heads, proposal, study.known, held_out(evidence.sweep, candidates, prompts),
+        _example(evidence, prompts),
     )  # fmt: skip
 
 

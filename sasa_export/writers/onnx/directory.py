@@ -13,8 +13,8 @@ from sasa_export.models import Source
 from sasa_export.models.load import stock_config
 from sasa_export.options import Options
 from sasa_export.writers.cases import FOLDER
-from sasa_export.writers.files import LICENCES
-from sasa_export.writers.onnx import export
+from sasa_export.writers.directory import LICENCES
+from sasa_export.writers.onnx.export import export
 from sasa_export.writers.onnx.memory import check_memory
 from sasa_export.writers.scores import SCORES
 

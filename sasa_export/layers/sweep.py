@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sasa_export.layers.pairs import Pair
+from sasa_export.layers.prompts import halves
 from sasa_export.probe.fit import CANDIDATES, best_regularization, in_metric
 from sasa_export.probe.folds import folds_of
 from sasa_export.probe.intervals import Comparable, auc_of, within_noise
 from sasa_export.probe.work import Results
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.report import Silent
-from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.prompts import halves
-from sasa_export.research.prompts import labels_and_groups
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from sasa_export.layers.heads import HeadScores
+from sasa_export.layers.pairs import Pair
+from sasa_export.layers.survey import Evidence
+from sasa_export.layers.sweep import Sweep, cheapest
 from sasa_export.probe.intervals import Comparable, best, is_below, within_noise
-from sasa_export.research.locate.heads import HeadScores
-from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.survey import Evidence
-from sasa_export.research.locate.sweep import Sweep, cheapest
 
 Blocks = Sequence[int]
 

@@ -12,16 +12,16 @@ from typing import Any
 
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.layers import LIMIT
+from sasa_export.layers.lane import watched
+from sasa_export.layers.pairs import possible, with_layer
+from sasa_export.layers.prompts import halves, limited
+from sasa_export.layers.propose import Proposal, propose
+from sasa_export.layers.survey import Evidence, survey
 from sasa_export.options import AUTO, Options
 from sasa_export.probe.work import Work
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
-from sasa_export.research.locate.command import LIMIT
-from sasa_export.research.locate.lane import watched
-from sasa_export.research.locate.pairs import possible, with_layer
-from sasa_export.research.locate.prompts import halves, limited
-from sasa_export.research.locate.propose import Proposal, propose
-from sasa_export.research.locate.survey import Evidence, survey
 from sasa_export.workers import workers
 
 

@@ -1,8 +1,7 @@
-"""Which prompts are run: enough of them, the pictures' controls, those that heads are ablated on, and halves."""
+"""Which prompts are run: enough of them, the pictures' controls, and halves."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -11,7 +10,7 @@ import numpy as np
 
 from sasa_export.errors import LocateError
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.research.prompts import kinds_of_groups, share_of, spaced
+from sasa_export.prompts.shares import kinds_of_groups, share_of, spaced
 
 LEAST = 10  # groups of either label, below which nothing can be cross-validated
 CONTROLS = 120  # pictures that are compared with their controls
@@ -49,30 +48,6 @@ def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
         text = replace(prompt, name=f"{prompt.name}, text", prompt=asked, channel="text", image=None, picture=None)
         found += [prompt, text, replace(prompt, name=f"{prompt.name}, image", prompt="")]
     return found
-
-
-def ablated_on(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Up to `count` prompts of either label, evenly spaced.
-
-    Both labels get as many of each channel, or a head that matters to pictures would pass for one that matters to
-    whichever label has more of them.
-    """
-    held: dict[str, dict[int, list[int]]] = defaultdict(lambda: {1: [], 0: []})
-    for row, prompt in enumerate(prompts):
-        held[prompt.channel][prompt.label].append(row)
-    most = {channel: min(len(rows[1]), len(rows[0])) for channel, rows in held.items()}
-    shared = sorted((channel for channel in most if most[channel]), key=lambda channel: (most[channel], channel))
-    if not shared:
-        raise LocateError(
-            "no kind of prompt (text, picture) comes with both labels, so that what heads do to harmful prompts cannot "
-            "be told from what they do to that kind. Leave the ablation out: --ablation-prompts 0."
-        )
-    chosen: list[int] = []
-    for place, channel in enumerate(shared):
-        share = min(most[channel], (count - len(chosen) // 2) // (len(shared) - place))
-        for rows in held[channel].values():
-            chosen += spaced(rows, share)
-    return [prompts[row] for row in sorted(chosen)]
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,8 @@ import numpy as np
 from sasa_export.probe.folds import FOLDS
 from sasa_export.probe.intervals import Comparable, auc_of
 from sasa_export.probe.work import Results
+from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.report import Silent
-from sasa_export.research.prompts import labels_and_groups
 
 STRENGTH = 1e-3  # the inverse strength of regularization, on features of unit variance
 

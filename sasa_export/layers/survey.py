@@ -14,19 +14,19 @@ import numpy as np
 import torch
 
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
+from sasa_export.layers.expression import Expression, expression, token_texts
+from sasa_export.layers.lane import Batch, MainLane
+from sasa_export.layers.pairs import Pair
+from sasa_export.layers.perception import separability
+from sasa_export.layers.prompts import controls
+from sasa_export.layers.sweep import Sweep, second_lane, sweep
+from sasa_export.layers.understanding import understanding
 from sasa_export.models.load import head_weight
 from sasa_export.probe.fit import head_metric
 from sasa_export.probe.intervals import Comparable
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
-from sasa_export.research.locate.expression import Expression, expression, token_texts
-from sasa_export.research.locate.lane import Batch, MainLane
-from sasa_export.research.locate.pairs import Pair
-from sasa_export.research.locate.perception import separability
-from sasa_export.research.locate.prompts import controls
-from sasa_export.research.locate.sweep import Sweep, second_lane, sweep
-from sasa_export.research.locate.understanding import understanding
 from sasa_export.workers import workers
 
 LIKELIEST = 5  # tokens that the logit lens looks at

@@ -13,11 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from sasa_export.probe.work import Results
-from sasa_export.research.locate.ablation import INTACT, without
 
 OUTLIER = 4.0  # robust standard deviations above the median score that make a head stand out
 SAFETY_ONLY = 2.0  # and so many times the angle on ordinary prompts
 LEAST_ANGLE = 0.05  # degrees; below it rounding alone turns the vector
+INTACT = "all"  # the name of the states with all heads
+
+
+def without(block: int) -> str:
+    """The name of the states without each head of a block."""
+    return f"block-{block:03d}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,195 @@
+"""LLaVA and what is built like it: tiles, or a square picture, before text of many kinds."""
+
+from functools import partial
+from typing import Any
+
+import transformers as hf
+
+from tiny.parts import (
+    IMAGE_SIZE,
+    LLAVA_TEMPLATE,
+    PATCH,
+    SMALL_VISION,
+    TILES,
+    VISION,
+    VISION_HIDDEN,
+    Made,
+    Maker,
+    llama_tokenizer,
+    make_tokenizer,
+    small_text,
+    square,
+    text_fields,
+    tile_images,
+)
+from tiny.processors import OneTile
+
+
+def _llava(overrides: dict[str, Any], *, tiled: bool = False) -> Made:
+    """LLaVA-1.5: Llama text, CLIP vision, the CLS token dropped.
+
+    LLaVA-NeXT is the same with image tiles, so that the number of image tokens follows the image's size.
+    """
+    tokenizer = make_tokenizer(
+        "<unk> <s> </s> <image> <pad>", bos="<s>", eos="</s>", pad="<pad>", template=LLAVA_TEMPLATE
+    )
+    name, image_processor = "Llava", hf.CLIPImageProcessorPil
+    if tiled:
+        name, image_processor = "LlavaNext", hf.LlavaNextImageProcessorPil
+    # Patches twice as large as elsewhere: up to five tiles would make too many tokens.
+    patch = 2 * PATCH if tiled else PATCH
+    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
+    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]} if tiled else {}
+    config = getattr(hf, f"{name}Config")(
+        text_config=hf.LlamaConfig(**text_fields(tokenizer, overrides)),
+        vision_config=hf.CLIPVisionConfig(**VISION | {"patch_size": patch}, projection_dim=VISION_HIDDEN),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        image_seq_length=(IMAGE_SIZE // patch) ** 2,
+        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+        **tiles,
+    )
+    images = image_processor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, **tiles
+    )
+    return config, getattr(hf, f"{name}Processor")(
+        images,
+        tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+
+
+def _llava_onevision(overrides: dict[str, Any]) -> Made:
+    """LLaVA-OneVision: Qwen2 text, SigLIP vision, tiles; the processor of LLaVA-NeXT counts alike without CLS."""
+    tokenizer = llama_tokenizer()
+    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
+    pinpoints = [[square, wide], [wide, square], [wide, wide]]
+    vision = SMALL_VISION | {"patch_size": 2 * PATCH, "vision_use_head": False}
+    config = hf.LlavaOnevisionConfig(
+        text_config=hf.Qwen2Config(**small_text(tokenizer, overrides)),
+        vision_config=hf.SiglipVisionConfig(**vision),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        video_token_index=tokenizer.get_vocab()["<unk>"],
+        image_grid_pinpoints=pinpoints,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = hf.LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=pinpoints)
+    return config, hf.LlavaNextProcessor(
+        images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
+        num_additional_image_tokens=0, chat_template=LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _llava_next_video(overrides: dict[str, Any]) -> Made:
+    """LLaVA-NeXT-Video: as LLaVA-NeXT where it looks at pictures."""
+    tokenizer = llama_tokenizer()
+    config = hf.LlavaNextVideoConfig(
+        text_config=hf.LlamaConfig(**small_text(tokenizer, overrides)),
+        vision_config=hf.CLIPVisionConfig(**SMALL_VISION | {"patch_size": 2 * PATCH}, projection_dim=16),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        video_token_index=tokenizer.get_vocab()["<unk>"],
+        **TILES,
+    )
+    return config, hf.LlavaNextProcessor(
+        tile_images(), tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _granite_vision(overrides: dict[str, Any]) -> Made:
+    """Granite Vision 3: a llava_next of Granite text, and features of several layers of SigLIP vision, without CLS."""
+    tokenizer = llama_tokenizer()
+    granite = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
+    config = hf.LlavaNextConfig(
+        text_config=hf.GraniteConfig(**small_text(tokenizer, overrides, **granite)),
+        vision_config=hf.SiglipVisionConfig(**SMALL_VISION | {"patch_size": 2 * PATCH}, vision_use_head=False),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        vision_feature_layer=[-2, -1],
+        vision_feature_select_strategy="full",
+        **TILES,
+    )
+    return config, hf.LlavaNextProcessor(
+        tile_images(), tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
+        num_additional_image_tokens=0, chat_template=LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _granite4_vision(overrides: dict[str, Any]) -> Made:
+    """Granite Vision 4: features of SigLIP's layers are added in front of the first blocks, and none to the tokens."""
+    tokenizer = llama_tokenizer()
+    granite = {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+    }  # fmt: skip
+    config = hf.Granite4VisionConfig(
+        text_config=hf.Granite4VisionTextConfig(**small_text(tokenizer, overrides, **granite)),
+        # The width of a head of the window Q-Former is 64, whatever the tower's is.
+        vision_config=hf.SiglipVisionConfig(**SMALL_VISION | {"hidden_size": 64}, vision_use_head=False),
+        qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 24,
+                        "cross_attention_frequency": 1, "use_qformer_text_input": False},
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0]],
+        spatial_target_layers=[1, 2],
+        **TILES,
+    )  # fmt: skip
+    return config, hf.Granite4VisionProcessor(
+        tile_images(), tokenizer, patch_size=PATCH, vision_feature_select_strategy="full", downsample_rate="1/2",
+        chat_template=LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+def _mistral3(overrides: dict[str, Any], *, merged: int = 2) -> Made:
+    """Mistral 3: Mistral text, Pixtral vision of any size, patches `merged`; they are not in Pixtral-12B, a llava."""
+    tokenizer = make_tokenizer(
+        "<unk> <s> </s> [IMG] [IMG_BREAK] [IMG_END] <pad>", bos="<s>", eos="</s>", pad="<pad>",
+        template=LLAVA_TEMPLATE.replace("<image>", "[IMG]"), image_token="[IMG]", image_break_token="[IMG_BREAK]",
+        image_end_token="[IMG_END]",
+    )  # fmt: skip
+    own: dict[str, Any] = {"spatial_merge_size": merged} if merged > 1 else {"vision_feature_select_strategy": "full"}
+    patch = PATCH if merged > 1 else 2 * PATCH
+    config = (hf.Mistral3Config if merged > 1 else hf.LlavaConfig)(
+        text_config=hf.MistralConfig(**small_text(tokenizer, overrides, sliding_window=None, head_dim=8)),
+        vision_config=hf.PixtralVisionConfig(**SMALL_VISION | {"image_size": 64, "patch_size": patch}),
+        image_token_index=tokenizer.get_vocab()["[IMG]"],
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+        **own,
+    )
+    images = hf.PixtralImageProcessorPil(patch_size=2 * PATCH, size={"longest_edge": 64})
+    return config, hf.LightOnOcrProcessor(
+        images, tokenizer, patch_size=patch, spatial_merge_size=merged, chat_template=tokenizer.chat_template
+    )
+
+
+def _perception_lm(overrides: dict[str, Any]) -> Made:
+    """Perception LM: Llama text, and CLIP in place of timm's tower, which is no part of transformers."""
+    vision = hf.CLIPVisionConfig(**SMALL_VISION, projection_dim=16, model_args={"embed_dim": 16})
+    config, processor = square(
+        overrides, name="PerceptionLM", text=hf.LlamaConfig, cell=2 * PATCH, vision=vision, projector_pooling_ratio=2,
+        video_token_id=0,
+    )  # fmt: skip
+    return config, OneTile(
+        processor.image_processor, processor.tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
+        chat_template=LLAVA_TEMPLATE,
+    )  # fmt: skip
+
+
+MAKERS: dict[str, Maker] = {
+    "llava": _llava,
+    "llava_next": partial(_llava, tiled=True),
+    "llava_onevision": _llava_onevision,
+    "llava_next_video": _llava_next_video,
+    "vipllava": partial(
+        square, name="VipLlava", text=hf.LlamaConfig, cell=PATCH, dropped=True,
+        vision=hf.CLIPVisionConfig(**SMALL_VISION, projection_dim=16), vision_feature_layer=[-1, -2],
+        image_seq_length=16,
+    ),
+    "granite_vision": _granite_vision,
+    "granite4_vision": _granite4_vision,
+    "mistral3": _mistral3,
+    "pixtral": partial(_mistral3, merged=1),
+    "perception_lm": _perception_lm,
+}  # fmt: skip
