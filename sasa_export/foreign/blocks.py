@@ -28,8 +28,8 @@ class Blocks:
     """A decoder's graph, taken apart.
 
     `states` are the outputs of its blocks, (batch, tokens, hidden), `norm` the final norm's output of all tokens, and
-    `read` what of it the `head`, the product with the vocabulary, reads. `linear`: behind the head nothing but constants
-    is multiplied or added, so that a probe folds through it.
+    `read` what of it the `head`, the product with the vocabulary, reads. `linear`: behind the head nothing but
+    constants is multiplied or added, so that a probe folds through it.
     """
 
     model: ir.Model
@@ -165,7 +165,9 @@ class _Finder:
         following: dict[ir.Node, ir.Node] = {}
         depth = {last: 0}
         for node in reversed(self.nodes):
-            told = [to for value in node.outputs for to in self.readers[value] if to in depth and to.op_type not in SHAPE]
+            told = [
+                to for value in node.outputs for to in self.readers[value] if to in depth and to.op_type not in SHAPE
+            ]
             if node is last or node not in useful or not told:
                 continue
             joint = told[0]

@@ -21,7 +21,7 @@ from sasa_export.writers.onnx.guard import for_export
 
 OPSET = 18  # of the guard's nodes, which mean the same in every later one
 PLACEHOLDERS = "sasa"  # the domain of the nodes that the decoder's own take the place of: Lane and Head
-TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+LOGITS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Interface:
     heads: int
     size: int
     axes: int | None
-    cache: ir.DataType
-    logits: ir.DataType
+    cache: str
+    logits: ir.DataType | None
     rows: torch.Tensor | None
     linear: bool
 
@@ -55,8 +55,8 @@ class Interface:
 
 
 def guard_graph(sasa: dict[str, Any], interface: Interface, probe: Probe) -> ir.Model:
-    """The guard's graph: text, mask, positions, logits, both taps and the ledger to logits, what the ledger keeps of the
-    call's tokens, P(unsafe), and whether a verdict is due."""
+    """The guard's graph: text, mask, positions, logits, both taps and the ledger to logits, what the ledger keeps of
+    the call's tokens, P(unsafe), and whether a verdict is due."""
     module = _Around(sasa, interface, probe).eval()
     signature = module.signature()
     return convert(module, module.example(signature), signature, opset=OPSET)
@@ -178,9 +178,9 @@ class _Around(nn.Module):
         }
         text, mask = made.pop("text"), made.pop("attention_mask").long()
         positions = [made.pop("position_ids").long()] if "position_ids" in made else []
-        logits = made.pop("logits").to(TYPES[self.interface.logits])
+        logits = made.pop("logits").to(LOGITS[self.interface.logits or ir.DataType.FLOAT])
         taps = [made.pop("safety"), made.pop("semantic")]
-        kept = [value.to(TYPES[self.interface.cache]) for value in made.values()]
+        kept = [value.to(getattr(torch, self.interface.cache)) for value in made.values()]
         return text.long() if self.interface.rows is None else text, mask, positions, logits, taps, kept
 
 

@@ -67,8 +67,10 @@ def add_head(blocks: Blocks, state: ir.Value, prefix: str = LANE) -> ir.Value:
     return add("Gather", logits, add.constant(-1), axis=1)
 
 
-def _of_a_first_call(blocks: Blocks, states: ir.Value, positions: ir.Value | None, add: Builder) -> dict[ir.Value, ir.Value]:
-    """What stands for the decoder's inputs in a first call on states: an empty cache, positions, and the text's shape."""
+def _of_a_first_call(
+    blocks: Blocks, states: ir.Value, positions: ir.Value | None, add: Builder
+) -> dict[ir.Value, ir.Value]:
+    """What stands for the decoder's inputs in a first call on states: an empty cache, positions, the text's shape."""
     rows, replaced, empty = add("Shape", states, start=0, end=1), {}, dict[Any, ir.Value]()
     for value in blocks.past.values():
         assert value.shape is not None
@@ -106,7 +108,7 @@ def _check_text(blocks: Blocks, safety: int, replaced: dict[ir.Value, ir.Value])
 
 
 def clone(graph: ir.Graph, target: ir.Value, replaced: dict[ir.Value, ir.Value], prefix: str) -> ir.Value:
-    """Append nodes that compute `target` where values are replaced by others; what depends on none of these is shared."""
+    """Append nodes that compute `target` with values replaced by others; what depends on none of these is shared."""
     made, wanted = dict(replaced), needed([target], stop=replaced)
     for node in list(graph):
         if node not in wanted or not any(value in made for value in reads(node)):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from sasa_export.errors import OpenError
 from sasa_export.models import Source
 from sasa_export.models.contents import read_object
@@ -23,25 +21,25 @@ ROLES = {
     "vision": ("vision_encoder",),
 }
 PLACES = ("", "onnx/")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what configurations call the number of blocks
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 @dataclass(frozen=True)
 class Graphs:
     """An opened directory: `files` are its graphs by role (decoder, embedding, vision), and `weights` what lies beside
-    them, both relative to the directory. `blocks` is how many of them its configuration names, if it does."""
+    them, both relative to the directory."""
 
     source: Source
     files: dict[str, str]
     weights: tuple[str, ...]
-    blocks: int | None
 
     @property
     def decoder(self) -> Path:
         return self.source.directory / self.files["decoder"]
 
     def size(self, *names: str) -> int | None:
-        """The first of these that the decoder's configuration says; what its names mean is the same everywhere."""
+        """The first of these numbers that the decoder's configuration names."""
         return next((found[name] for found in _texts(self.source.directory) for name in names if found.get(name)), None)
 
 
@@ -61,7 +59,9 @@ def open_graphs(model: str, chosen: Sequence[str] = ()) -> Graphs:
     if "sasa" in config:
         raise OpenError(f"{model} is a patched model already. Give the model that it was made from.")
     if not any((directory / name).exists() for name in TOKENIZERS):
-        raise OpenError(f"{model} has no tokenizer ({TOKENIZERS[0]}), so no prompt can be written. Put its files there.")
+        raise OpenError(
+            f"{model} has no tokenizer ({TOKENIZERS[0]}), so no prompt can be written. Put its files there."
+        )
     genai = read_object(directory / GENAI).get("model", {})
     files = _of_genai(directory, genai) if genai else _by_names(directory, chosen)
     model_type = config.get("model_type") or genai.get("type")
@@ -70,8 +70,7 @@ def open_graphs(model: str, chosen: Sequence[str] = ()) -> Graphs:
     weights = tuple(sorted({name for file in files.values() for name in _beside(directory, file)}))
     shards = tuple(Shard(directory / name, (), (), ()) for name in (*files.values(), *weights))
     source = Source(model, directory, {"model_type": model_type, **config}, _family(model_type), shards)
-    blocks = next((text["num_hidden_layers"] for text in _texts(directory) if text.get("num_hidden_layers")), None)
-    return Graphs(source, files, weights, blocks)
+    return Graphs(source, files, weights)
 
 
 def _family(model_type: str) -> Family:
@@ -102,7 +101,11 @@ def _of_genai(directory: Path, model: dict[str, Any]) -> dict[str, str]:
 
 def _by_names(directory: Path, chosen: Sequence[str]) -> dict[str, str]:
     """The graphs by their usual names."""
-    unknown = [name for name in chosen if not any(_meant(file, name) for role in ROLES for file in _candidates(directory, role))]
+    unknown = [
+        name
+        for name in chosen
+        if not any(_meant(file, name) for role in ROLES for file in _candidates(directory, role))
+    ]
     if unknown:
         there = ", ".join(file for role in ROLES for file in _candidates(directory, role))
         raise OpenError(f"--onnx-file {unknown[0]} is none of the graphs of {directory}: {there}.")
@@ -111,7 +114,7 @@ def _by_names(directory: Path, chosen: Sequence[str]) -> dict[str, str]:
         there = _candidates(directory, role)
         wanted = [file for file in there if any(_meant(file, name) for name in chosen)]
         if len(wanted) != 1 and "decoder" in files:  # that of the decoder's type
-            wanted = [file for file in wanted or there if _variant(file) == _variant(files["decoder"])] or wanted
+            wanted = [file for file in wanted or there if variant(file) == variant(files["decoder"])] or wanted
         found = wanted or there
         if len(found) > 1:
             raise OpenError(f"{directory} has several graphs of one kind: {', '.join(found)}. Choose with --onnx-file.")
@@ -136,7 +139,7 @@ def _candidates(directory: Path, role: str) -> list[str]:
     return []
 
 
-def _variant(file: str) -> str:
+def variant(file: str) -> str:
     """What marks a graph's type behind its name, such as q4; empty where nothing does."""
     stem = Path(file).stem
     name = next(name for names in ROLES.values() for name in names if stem.startswith(name))
@@ -144,11 +147,13 @@ def _variant(file: str) -> str:
 
 
 def _meant(file: str, name: str) -> bool:
-    return name in (file, Path(file).name, _variant(file) or "fp32")
+    return name in (file, Path(file).name, variant(file) or "fp32")
 
 
 def _beside(directory: Path, file: str) -> Iterator[str]:
     """The files in which a graph has its weights. OpenError where one is missing, or the graph is damaged."""
+    import onnx_ir as ir  # a lean installation has none
+
     path = directory / file
     try:
         model = ir.load(path)

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
 
 from sasa_export.errors import EmitError
 from sasa_export.foreign.blocks import Blocks, output
-from sasa_export.foreign.guard import OPSET, PLACEHOLDERS, Interface
+from sasa_export.foreign.decoder import Decoder, load_blocks
+from sasa_export.foreign.guard import OPSET, PLACEHOLDERS, Interface, guard_graph
 from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane
+from sasa_export.probe.fit import Probe
+from sasa_export.runtime.verdict import TemplateTokens
+from sasa_export.verify.fresh.onnx_model import embed, session
 from sasa_export.writers.onnx.passes.branch import run_where
 
 GATE, LEDGER = "/sasa/gate", "/sasa/ledger"
 FAR = 2**62  # the end of any axis
+
+
+def guarded_decoder(
+    decoder: Decoder, sasa: dict[str, Any], probe: Probe, pair: tuple[int, int]
+) -> tuple[ir.Model, Interface]:
+    """The decoder's graph with the gate in it, and what it shows the gate. EmitError where it cannot be made."""
+    graphs, sizes, blocks = decoder.graphs, decoder.sizes, load_blocks(decoder.graphs)
+    shape = next(value.shape for name, value in blocks.past.items() if name.endswith(".key"))
+    positions = blocks.inputs.get("position_ids")
+    rows = None
+    if "embedding" in graphs.files:  # as it is deployed: rounding moves the rows by more than they may be off
+        table = np.array([TemplateTokens.of(sasa).table])  # (1, numbers)
+        embedding = session(graphs.source.directory / graphs.files["embedding"], "cpu")
+        rows = torch.from_numpy(embed(embedding, table)[0]).float()  # (numbers, hidden)
+    interface = Interface(
+        sizes.blocks, sizes.hidden, sizes.vocabulary, shape[1], shape[3],
+        axes=None if positions is None else 1 if len(positions.shape) == 2 else int(positions.shape[0]),
+        cache=decoder.dtype, logits=blocks.logits.dtype, rows=rows, linear=decoder.linear,
+    )  # fmt: skip
+    splice(blocks, guard_graph(sasa, interface, probe), interface, pair)
+    return blocks.model, interface
 
 
 def splice(blocks: Blocks, guard: ir.Model, interface: Interface, pair: tuple[int, int]) -> None:

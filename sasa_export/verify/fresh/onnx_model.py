@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,17 @@ class Texts:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
 
-    def apply_chat_template(self, chat: Any, *, tokenize: bool = False, processor_kwargs: Any = None, **rest: Any) -> Any:
+    def apply_chat_template(
+        self, chat: Any, *, tokenize: bool = False, processor_kwargs: Any = None, **rest: Any
+    ) -> Any:
         return self.tokenizer.apply_chat_template(_joined(chat), tokenize=tokenize, **rest, **(processor_kwargs or {}))
+
+
+def processor_of(directory: Path, *, pictures: bool) -> Any:
+    """What writes prompts for the graphs of a directory, which read pictures or text alone."""
+    if pictures:
+        return AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+    return Texts(AutoTokenizer.from_pretrained(directory, trust_remote_code=False, padding_side="left"))
 
 
 def _joined(chat: Any) -> Any:
@@ -65,9 +75,7 @@ class Model:
         self.embedding, self.vision = (
             session(directory / graphs[role], device) if role in graphs else None for role in ("embedding", "vision")
         )
-        self.processor: Any = Texts(AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
-        if self.vision is not None:
-            self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+        self.processor = processor_of(directory, pictures=self.vision is not None)
         image_token = self.config.get("image_token_id") or self.config.get("image_token_index")
         self.image_token = -1 if image_token is None else int(image_token)
         self.taken = {value.name: value for value in self.decoder.get_inputs()}
@@ -97,12 +105,12 @@ class Model:
             values = self._call(text, len(prompt) + len(answer), at, self.after(values), {})
             logits = _first(values)
 
-    def judge(self, inputs: dict[str, Any], pieces: int = 1) -> float:
-        """P(unsafe) of one prompt alone, in one call or in more."""
-        return _probability(self.prompt(inputs, pieces))
+    def judge(self, inputs: dict[str, Any], cuts: Sequence[int] = ()) -> float:
+        """P(unsafe) of one prompt alone, fed whole, or in several calls."""
+        return _probability(self.prompt(inputs, cuts))
 
-    def prompt(self, inputs: dict[str, Any], pieces: int = 1) -> dict[str, Any]:
-        """A whole prompt on an empty cache: what the last of the calls put out, by name."""
+    def prompt(self, inputs: dict[str, Any], cuts: Sequence[int] = ()) -> dict[str, Any]:
+        """A whole prompt on an empty cache, the calls after the first beginning at `cuts`: what the last one gave."""
         cache = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(empty(value.shape, TYPES[value.type]))
             for name, value in self.taken.items()
@@ -111,7 +119,7 @@ class Model:
         optional = {value.name for value in self.decoder.get_overridable_initializers()}
         extra = {name: inputs[name].astype(np.int64) for name in optional if name in inputs}
         text, positions, values = self._embed(inputs), self._positions(inputs), dict[str, Any]()
-        for part in np.array_split(np.arange(text.shape[1]), pieces):
+        for part in np.split(np.arange(text.shape[1]), cuts):
             some = {name: value[:, part] for name, value in extra.items()}
             values = self._call(text[:, part], int(part[-1]) + 1, positions[..., part], cache, some)
             cache = self.after(values)
@@ -139,22 +147,13 @@ class Model:
         ids: NDArray[Any] = inputs["input_ids"].astype(np.int64)  # (1, tokens)
         if self.embedding is None:
             return ids
-        embeds = self.embed(ids)
+        embeds = embed(self.embedding, ids)
         if self.vision is not None and "pixel_values" in inputs:
             taken = [*self.vision.get_inputs(), *self.vision.get_overridable_initializers()]
             given = {"grid_thw": inputs.get("image_grid_thw"), **inputs}  # by the name that Qwen2-VL's graph has
             features = self.vision.run(None, {v.name: given[v.name].astype(TYPES[v.type]) for v in taken})[0]
             embeds[ids == self.image_token] = features.reshape(-1, features.shape[-1])  # raises where numbers differ
         return embeds
-
-    def embed(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Embeddings (1, tokens, hidden) of text. An embedding that takes features of pictures too gets none."""
-        given = {
-            value.name: ids.astype(TYPES[value.type]) if value.name == "input_ids" else empty(value.shape, TYPES[value.type])[:0]
-            for value in self.embedding.get_inputs()
-        }
-        found: NDArray[Any] = self.embedding.run(None, given)[0]
-        return found
 
     def _positions(self, inputs: dict[str, Any]) -> NDArray[Any]:
         """Position ids of a prompt without padding: (1, tokens), or (3, 1, tokens) where a family has three axes."""
@@ -175,6 +174,18 @@ class Model:
             place += grid.shape[1]
             following = int(columns[-1].max()) + 1
         return np.concatenate(columns, axis=1)[:, None]
+
+
+def embed(embedding: Any, ids: NDArray[Any]) -> NDArray[Any]:
+    """Embeddings (1, tokens, hidden) of text. A graph that takes features of pictures too gets none."""
+    given = {
+        value.name: ids.astype(TYPES[value.type])
+        if value.name == "input_ids"
+        else empty(value.shape, TYPES[value.type])[:0]
+        for value in embedding.get_inputs()
+    }
+    found: NDArray[Any] = embedding.run(None, given)[0]
+    return found
 
 
 def _first(values: dict[str, Any]) -> NDArray[Any]:
