@@ -15,19 +15,22 @@ from sasa_export.models.load import Sizes
 from sasa_export.verify.fresh.onnx_model import processor_of
 
 DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+ROUNDED = ("MatMulNBits", "MatMulBnb4")  # products whose kernels go by the number of tokens in a call
 HIDDEN, HEADS = ("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "n_heads")
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """`main` is the main lane as a graph of blocks, and `dtype` that of its cache, by which tolerances go. `sees`:
-    prompts with pictures can be run through the graphs that lie beside it. `linear` as `Blocks` has it."""
+    """`main` is the main lane as a graph of blocks, and `dtype` that of its cache, by which tolerances go: `exact` is
+    one in float32 whose products are too. `sees`: prompts with pictures can be run through the graphs that lie beside
+    it. `linear` as `Blocks` has it."""
 
     graphs: Graphs
     processor: Any
     sizes: Sizes
     main: LayerGraph
     dtype: str
+    exact: bool
     linear: bool
     sees: bool
 
@@ -50,7 +53,8 @@ def open_decoder(graphs: Graphs) -> Decoder:
     processor, sees = _processor(graphs)
     softcap = None if blocks.linear else float(graphs.size("final_logit_softcapping") or 0)  # the graph has it in it
     sizes = Sizes(len(blocks.states), hidden, vocabulary, softcap)
-    return Decoder(graphs, processor, sizes, _main(blocks), dtype, blocks.linear, sees)
+    exact = dtype == "float32" and not any(node.op_type in ROUNDED for node in blocks.model.graph)
+    return Decoder(graphs, processor, sizes, _main(blocks), dtype, exact, blocks.linear, sees)
 
 
 def load_blocks(graphs: Graphs) -> Blocks:
