@@ -29,7 +29,7 @@ from sasa_export.prompts import Prompt, calibration_prompts, for_model, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
-from sasa_export.verify.compare import ROUNDED
+from sasa_export.verify.compare import QUANTIZED, ROUNDED
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Case, expect, known
@@ -337,7 +337,8 @@ def measure_graphs(decoder: Decoder, plan: Plan, options: Options, work: Work, r
     with."""
     from sasa_export.foreign.features import collect, expect_graphs, fit_graphs, lanes
 
-    probe, calibration, cases = plan.given, None, ()
+    probe, calibration = plan.given, None
+    cases: tuple[Case, ...] = ()
     reading = lanes(decoder, plan.settings) if plan.prompts else None
     if probe is None and reading is not None:
         if workers().leads:
@@ -381,7 +382,7 @@ def write_and_verify_graphs(
         )
         if result.cases:
             opened = bool(sasa["generation_prompt_ids"])
-            most = ROUNDED["float32" if decoder.exact else "float16"]
+            most = ROUNDED["float32"] if decoder.exact else QUANTIZED
             checks.append(check_pieces(staging, result.cases, opened, most))
         _all_passed(checks, report)
         write_card(result, checks, options.verify, staging, "foreign_card.md.j2")

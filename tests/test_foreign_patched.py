@@ -46,7 +46,10 @@ def probe(decoder: Decoder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def patched(decoder: Decoder, probe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("patched")
-    save_file({"sasa.probe.weight": probe["weight"], "sasa.probe.bias": np.float32([probe["bias"]])}, folder / "probe")
+    save_file(
+        {"sasa.probe.weight": probe["weight"], "sasa.probe.bias": np.array([probe["bias"]], np.float32)},
+        folder / "probe",
+    )
     sasa_export.patch(
         sasa_export.Options(
             model=str(decoder.graphs.source.directory), out=folder / "out", probe=folder / "probe", safety_layer=1,
