@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sasa_export.errors import VerifyError
+from sasa_export.errors import EmitError, SasaExportError, VerifyError
 from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
@@ -299,11 +299,19 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
 def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
     """The same with ONNX graphs that others exported: graph in, graph out."""
     options.check_for_graphs()
-    decoder, plan = open_and_trace_graphs(options, report)
-    measured = measure_graphs(decoder, plan, options, work, report)
-    graph = rewrite(plan.graph, measured.settings)
-    if workers().leads:
-        write_and_verify_graphs(decoder, plan, measured, graph, options, report)
+    try:
+        decoder, plan = open_and_trace_graphs(options, report)
+        measured = measure_graphs(decoder, plan, options, work, report)
+        graph = rewrite(plan.graph, measured.settings)
+        if workers().leads:
+            write_and_verify_graphs(decoder, plan, measured, graph, options, report)
+    except (SasaExportError, OSError):
+        raise
+    except Exception as error:  # of onnxruntime and the exporter, which fail in as many ways as there are operators
+        said = " ".join(str(error).split())[:300]
+        raise EmitError(
+            f"{options.model} cannot be guarded here ({type(error).__name__}: {said}). Use another model."
+        ) from error
     return Patched(options.out, graph, measured.probe, measured.calibration)
 
 
