@@ -376,7 +376,7 @@ def write_and_verify_graphs(
     from sasa_export.foreign.written import write_graphs
 
     sasa = _sasa(plan, measured, graph, options, report)
-    sasa |= {"graphs": decoder.graphs.files, "dtype": decoder.dtype}
+    sasa |= {"graphs": decoder.graphs.files, "lengths": decoder.lengths, "dtype": decoder.dtype}
     result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
     assert measured.settings.pair is not None
     guarded, ledger = guarded_decoder(decoder, sasa, measured.probe, measured.settings.pair)

@@ -66,7 +66,7 @@ def guarded(patched: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def original(decoder: Decoder) -> Model:
-    return Model(decoder.graphs.source.directory, "", "cpu", decoder.graphs.files)
+    return Model(decoder.graphs.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
 
 
 def test_verdicts_are_those_of_two_passes(decoder: Decoder, guarded: Model, probe: dict[str, Any]) -> None:

@@ -46,7 +46,8 @@ def run(decoder: Decoder, blocks: Blocks, outputs: dict[str, ir.Value] | None = 
     graph.sort()
     common.RemoveUnusedNodesPass()(blocks.model)
     held = ir.serde.serialize_model(blocks.model).SerializeToString()
-    return Model(graphs.source.directory, "", "cpu", graphs.files, session(held, "cpu", graphs.decoder.parent))
+    ready = session(held, "cpu", graphs.decoder.parent)
+    return Model(graphs.source.directory, "", "cpu", {"graphs": graphs.files, "lengths": blocks.lengths}, ready)
 
 
 def check_lane(decoder: Decoder, settings: LaneSettings) -> float:

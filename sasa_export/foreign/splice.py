@@ -45,7 +45,7 @@ def guarded_decoder(
         table = np.array([TemplateTokens.of(sasa).table])  # (1, numbers)
         embedding = session(graphs.source.directory / graphs.files["embedding"], "cpu")
         rows = torch.from_numpy(embed(embedding, table)[0]).float()  # (numbers, hidden)
-    _, heads, _, size = (int(length) if isinstance(length, int) else 0 for length in keys.shape or ())
+    _, heads, _, size = blocks.sizes(keys)
     ledger = Ledger(sizes.blocks, heads, size, sizes.hidden, axes or 1)
     cache, logits = getattr(torch, decoder.dtype), LOGITS.get(blocks.logits.dtype, torch.float32)  # type: ignore[arg-type]
     interface = Interface(ledger, sizes.vocabulary, axes, cache, logits, rows, decoder.linear)
