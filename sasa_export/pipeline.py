@@ -391,7 +391,7 @@ def write_and_verify_graphs(
         if result.cases:
             opened = bool(sasa["generation_prompt_ids"])
             most = ROUNDED["float32"] if decoder.exact else QUANTIZED
-            checks.append(check_pieces(staging, result.cases, opened, most))
+            checks.append(check_pieces(decoder, staging, result.cases, opened, most))
         _all_passed(checks, report)
         write_card(result, checks, options.verify, staging, "foreign_card.md.j2")
         write_manifest(

@@ -140,16 +140,22 @@ def expect_graphs(
         yield Case(prompt, score, tuple(tokens), logits, calibrated.get(prompt.name))
 
 
-def check_pieces(directory: Path, cases: Sequence[Case], opened: bool, most: float) -> Check:
+def check_pieces(decoder: Decoder, directory: Path, cases: Sequence[Case], opened: bool, most: float) -> Check:
     """Whether P(unsafe) depends on how a prompt is cut into calls. Where the template opens an answer (`opened`), the
     last call brings one token alone, which has to be recognised as the end of a prompt."""
     name, model, apart = "P(unsafe) is the same in pieces", Model(directory, "", "cpu"), 0.0
     for case in cases:
         inputs = encoded(model.processor, case.prompt)
         count = inputs["input_ids"].shape[1]
+        cuts = [count // 2, count - 1] if opened else [count // 2]
         try:
-            found = model.judge(inputs, [count // 2, count - 1] if opened else [count // 2])
-        except Exception as error:  # some decoders take several tokens in their first call alone
-            return Check(name, None, f"not checked, since a later call fails: {' '.join(str(error).split())[:200]}")
+            found = model.judge(inputs, cuts)
+        except Exception as error:
+            said = f"a later call fails: {' '.join(str(error).split())[:200]}"
+            try:  # some decoders take several tokens in their first call alone
+                run(decoder, load_blocks(decoder.graphs)).prompt(inputs, cuts)
+            except Exception:
+                return Check(name, None, f"not checked, since the original fails likewise: {said}")
+            return Check(name, False, said)
         apart = max(apart, abs(found - case.unsafe_probability)) if np.isfinite(found) else np.inf
     return Check(name, apart <= most, f"largest difference {apart:.1e} over {len(cases)} prompts, tolerance {most:g}")
