@@ -6,10 +6,11 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sasa_export.errors import VerifyError
+from sasa_export.errors import EmitError, SasaExportError, VerifyError
 from sasa_export.files import check_apart, check_disk, staged
+from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
 from sasa_export.graph.trace import trace_source
@@ -30,14 +31,18 @@ from sasa_export.prompts import Prompt, calibration_prompts, for_model, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
+from sasa_export.verify.compare import QUANTIZED, ROUNDED
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Case, expect, known
 from sasa_export.writers.config import refusal_ids, sasa_settings
 from sasa_export.writers.directory import Patch, write_directory
 from sasa_export.writers.onnx.card import write_onnx_card
-from sasa_export.writers.onnx.directory import check_possible, write_onnx_directory, write_onnx_manifest
+from sasa_export.writers.onnx.directory import PACKAGES, check_possible, write_onnx_directory, write_onnx_manifest
 from sasa_export.writers.onnx.memory import needed_bytes
+
+if TYPE_CHECKING:
+    from sasa_export.foreign.decoder import Decoder
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
 
@@ -95,6 +100,8 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
     options.check()
     with resumable(options.out, force=options.force, report=report) as work:
         team.wait()  # nobody writes while another still looks
+        if options.onnx_file or holds_graphs(options.model):
+            return patch_graphs(options, work, report)
         plan = open_and_trace(options, report)
         measured = measure(plan, options, work, report)
         graph = rewrite(plan.graph, measured.settings)
@@ -215,13 +222,7 @@ def _say_figures(calibration: Calibration, report: Silent) -> None:
 
 def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent) -> None:
     """Write beside `options.out`, verify, and only then show it there."""
-    pair, threshold = measured.settings.pair, measured.probe.threshold
-    lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
-    report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
-    sasa = sasa_settings(
-        plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
-        refusal=options.refusal, gate=options.gate, known=known(measured.cases),
-    )  # fmt: skip
+    sasa = _sasa(plan, measured, graph, options, report)
     result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
     device = "auto" if measured.device == SPREAD else measured.device  # as transformers calls it
     with staged(options.out, force=options.force, needed_bytes=_needed_disk(plan.source, options)) as staging:
@@ -234,6 +235,17 @@ def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options:
             _write_onnx(result, plain, graphs, options, device, report)
         check_ours(options.out)  # again: the work may have taken hours
     report.step("done", f"{options.out}")
+
+
+def _sasa(plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent) -> dict[str, Any]:
+    """What config.json says of the gate."""
+    pair, threshold = measured.settings.pair, measured.probe.threshold
+    lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
+    report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
+    return sasa_settings(
+        plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
+        refusal=options.refusal, gate=options.gate, known=known(measured.cases),
+    )  # fmt: skip
 
 
 def _write_safetensors(patch: Patch, directory: Path, options: Options, device: str, report: Silent) -> None:
@@ -271,6 +283,110 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
         directory, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"],
         changed_verdicts=None if changed is None else changed.to_json(),
     )  # fmt: skip
+
+
+def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
+    """The same with ONNX graphs that others exported: graph in, graph out."""
+    options.check_for_graphs()
+    try:
+        decoder, plan = open_and_trace_graphs(options, report)
+        measured = measure_graphs(decoder, plan, options, work, report)
+        graph = rewrite(plan.graph, measured.settings)
+        if workers().leads:
+            write_and_verify_graphs(decoder, plan, measured, graph, options, report)
+    except (SasaExportError, OSError):
+        raise
+    except Exception as error:  # of onnxruntime and the exporter, which fail in as many ways as there are operators
+        said = " ".join(str(error).split())[:300]
+        raise EmitError(
+            f"{options.model} cannot be guarded here ({type(error).__name__}: {said}). Use another model."
+        ) from error
+    return Patched(options.out, graph, measured.probe, measured.calibration)
+
+
+def open_and_trace_graphs(options: Options, report: Silent) -> tuple[Decoder, Plan]:
+    """Everything that can be wrong before the work begins; the second lane has shown that it is what it should be."""
+    from sasa_export.foreign.decoder import open_decoder
+    from sasa_export.foreign.features import check_lane
+
+    given = read_probe(options.probe, options.threshold) if options.probe else None
+    asked = [] if given is not None and options.verify == "files" else _prompts(options, report)
+    decoder = open_decoder(open_graphs(options.model, options.onnx_file))
+    source, sizes = decoder.graphs.source, decoder.sizes
+    check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
+    check_disk(options.out, _needed_disk(source, options))
+    report.step("open", f"{decoder.graphs.decoder}: {source.weight_bytes() / 1e6:,.0f} MB, cache in {decoder.dtype}")
+    prompts = [prompt for prompt in asked if decoder.sees or prompt.image is None]
+    if len(prompts) < len(asked):
+        report.warn("pictures cannot be run through these graphs here, so it is calibrated on texts alone.")
+    refusal_ids(decoder.processor, source.directory, options.refusal)
+    settings, layers_from = _layers(source, sizes, decoder.main, options, report)
+    rewrite(decoder.main, settings)
+    check_probe(given, sizes.hidden if decoder.linear else sizes.vocabulary)
+    apart = check_lane(decoder, settings)
+    report.step("trace", f"{sizes.blocks} blocks; begun as the main lane, the second one ends {apart:.0e} from it")
+    prompts = for_model(prompts, decoder.processor)
+    return decoder, Plan(source, sizes, decoder.processor, decoder.main, settings, layers_from, given, prompts)
+
+
+def measure_graphs(decoder: Decoder, plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
+    """Calibrate where no probe is given, on the graphs as they are deployed, and ask them what verification compares
+    with."""
+    from sasa_export.foreign.features import collect, expect_graphs, fit_graphs, lanes
+
+    probe, calibration = plan.given, None
+    cases: tuple[Case, ...] = ()
+    reading = lanes(decoder, plan.settings) if plan.prompts else None
+    if probe is None and reading is not None:
+        if workers().leads:
+            told = fingerprint(plan.source, plan.prompts, layers=str(plan.settings.pair))
+            work.open(told, discard=options.force, report=report)
+        workers().wait()
+        found = collect(reading, plan.prompts, work, report, batch_size=options.batch_size)
+        calibration = with_threshold(
+            fit_graphs(decoder, found, plan.prompts, options.regularization_value()), plan.prompts,
+            max_false_positive_rate=options.max_false_positive_rate, threshold=options.threshold,
+        )  # fmt: skip
+        _say_figures(calibration, report)
+        probe = calibration.probe
+    assert probe is not None
+    if options.verify == "full" and reading is not None and workers().leads:
+        scores = None if calibration is None else calibration.final
+        cases = tuple(expect_graphs(decoder, reading, probe, plan.prompts, scores))
+    return Measured(probe, calibration, cases, decoder.dtype, "cpu", plan.settings, plan.layers_from)
+
+
+def write_and_verify_graphs(
+    decoder: Decoder, plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent
+) -> None:
+    """Write beside `options.out`, verify, and only then show it there."""
+    from sasa_export.foreign.features import check_pieces
+    from sasa_export.foreign.splice import guarded_decoder
+    from sasa_export.foreign.written import write_graphs
+
+    sasa = _sasa(plan, measured, graph, options, report)
+    sasa |= {"graphs": decoder.graphs.files, "lengths": decoder.lengths, "dtype": decoder.dtype}
+    result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
+    assert measured.settings.pair is not None
+    guarded, ledger = guarded_decoder(decoder, sasa, measured.probe, measured.settings.pair)
+    with staged(options.out, force=options.force, needed_bytes=_needed_disk(plan.source, options)) as staging:
+        with report.bar(plan.source.weight_bytes(), "write") as advance:
+            digests = write_graphs(
+                decoder.graphs, guarded, ledger.layers, result, staging, link=options.link, advance=advance
+            )
+        checks, changed = check_written(staging, only_files=not result.cases, calibration=result.calibration)
+        if result.cases:
+            opened = bool(sasa["generation_prompt_ids"])
+            most = ROUNDED["float32"] if decoder.exact else QUANTIZED
+            checks.append(check_pieces(decoder, staging, result.cases, opened, most))
+        _all_passed(checks, report)
+        write_card(result, checks, options.verify, staging, "foreign_card.md.j2")
+        write_manifest(
+            staging, digests, packages=PACKAGES, options=options.to_json(), layers_from=sasa["layers_from"],
+            changed_verdicts=None if changed is None else changed.to_json(),
+        )  # fmt: skip
+        check_ours(options.out)
+    report.step("done", f"{options.out}")
 
 
 def _all_passed(checks: list[Check], report: Silent) -> None:

@@ -125,7 +125,7 @@ def test_a_failed_verification_writes_nothing(
     llava: Path, probe: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that change on their way are found by the check of answers, and then there is no output."""
-    bring = weights._bring
+    bring = weights.bring
 
     def double(tensors: dict[str, np.ndarray]) -> None:
         tensors[next(name for name in tensors if "layers.5.mlp.down_proj" in name)] *= 2
@@ -135,7 +135,7 @@ def test_a_failed_verification_writes_nothing(
         change_tensors(target, double)
         return ""
 
-    monkeypatch.setattr(weights, "_bring", spoiled)
+    monkeypatch.setattr(weights, "bring", spoiled)
     result = invoke(*flags(llava, place / "out", probe=probe))
     assert "✗" in result.stderr and "so nothing was written" in message_of(result.exit_code, result.stderr)
     assert not list(place.iterdir())

@@ -46,6 +46,6 @@ def test_the_wheel_patches_a_model_outside_the_clone(wheel: Path, llava: Path, p
     place = ["-c", "import sasa_export; print(sasa_export.__file__)"]
     found = subprocess.run([python, *place], cwd=tmp_path, capture_output=True, text=True, check=True, env=offline())
     assert Path(found.stdout.strip()).is_relative_to(packages)
-    command = [python, "-m", "sasa_export", "--model", llava, "--out", "patched", "--probe", probe]
+    command = [*map(str, (python, "-m", "sasa_export", "--model", llava, "--out", "patched", "--probe", probe))]
     subprocess.run(command, cwd=tmp_path, check=True, env=offline())
     assert (tmp_path / "patched" / "config.json").exists()

@@ -120,5 +120,6 @@ def turn_token_ids(processor: Any, directory: Path, opening: list[int]) -> list[
 
 
 def _end_tokens(directory: Path) -> list[int]:
-    end = read_object(directory / "generation_config.json").get("eos_token_id")
+    genai = read_object(directory / "genai_config.json").get("model", {})
+    end = {**genai, **read_object(directory / "generation_config.json")}.get("eos_token_id")
     return [] if end is None else [end] if isinstance(end, int) else list(end)

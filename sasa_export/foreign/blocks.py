@@ -1,0 +1,231 @@
+"""Where the blocks, the final norm and the head of a decoder are in a graph that somebody else exported."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from sasa_export.errors import TraceError
+from sasa_export.writers.onnx.passes.branch import needed, reads
+
+PAST = re.compile(r"past\w*\.(\d+)(?:\.(\w+))?")  # past_key_values.3.key, past_conv.3
+TEXT = ("input_ids", "inputs_embeds")
+TAKEN = (*TEXT, "attention_mask", "position_ids", "num_logits_to_keep")
+SHAPE = ("Shape", "Size")  # they read of a value how large it is, and nothing else
+WITH_SUM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")  # norms whose output 3 is the sum before them
+PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "Conv")
+CUTS = ("Slice", "Gather", "GatherND", "Squeeze", "Unsqueeze", "Reshape")  # what may take the last token alone
+LINEAR = ("Cast", "Identity", "Mul", "Div", "Add", "Transpose", *CUTS)  # of one value that is no constant
+DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat")
+RING = "sliding_window_cache"  # an attribute: the cache is a ring of the size of its window
+OTHER = "Use another model, or another export of it."
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A decoder's graph, taken apart.
+
+    `text` is what it reads, token ids (batch, tokens) or embeddings (batch, tokens, hidden). `states` are the outputs
+    of its blocks, (batch, tokens, hidden), `norm` the final norm's output of all tokens, and `read` what of it the
+    `head`, the product with the vocabulary, reads. `linear`: behind the head nothing but constants is multiplied or
+    added, so that a probe folds through it. `lengths` are those of dimensions that the graph has names for.
+    """
+
+    model: ir.Model
+    inputs: dict[str, ir.Value]
+    past: dict[str, ir.Value]
+    text: ir.Value
+    states: tuple[ir.Value, ...]
+    norm: ir.Value
+    read: ir.Value
+    head: ir.Node
+    logits: ir.Value
+    linear: bool
+    lengths: dict[str, int]
+
+    def sizes(self, held: ir.Value) -> list[int]:
+        """What one input of the cache is, (rows, ...), of no rows and no tokens."""
+        sizes = list(held.shape or ())
+        return [size if isinstance(size, int) else self.lengths.get(str(size.value), 0) for size in sizes]
+
+
+def find_blocks(model: ir.Model, count: int | None) -> Blocks:
+    """Take a decoder apart, whose configuration names `count` blocks, if it names any.
+
+    Raises TraceError, which names the node, wherever the graph is not certainly what it is taken for.
+    """
+    inputs = {str(value.name): value for value in model.graph.inputs if not value.is_initializer()}
+    outputs = {str(value.name): value for value in model.graph.outputs}
+    past = {name: value for name, value in inputs.items() if PAST.fullmatch(name)}
+    _check_interface(set(inputs), set(outputs), set(past))
+    _check_nodes(model.graph)
+    finder = _Finder(model.graph, outputs["logits"])
+    anchors = finder.anchors(past)
+    if count is not None and count != len(anchors):
+        raise TraceError(
+            f"the decoder has a cache for {len(anchors)} blocks, and its configuration names {count}: a block that "
+            f"reads the keys of another cannot run in a second lane. {OTHER}"
+        )
+    head, linear = finder.head()
+    (read,) = finder.varying_of(head)
+    norm, text = finder.before_cuts(read), next(inputs[name] for name in TEXT if name in inputs)
+    states = finder.states(anchors, norm)
+    return Blocks(model, inputs, past, text, states, norm, read, head, outputs["logits"], linear, {})
+
+
+def _check_interface(inputs: set[str], outputs: set[str], past: set[str]) -> None:
+    """TraceError where a decoder takes what nobody knows, lacks what the gate reads, or is guarded already."""
+    if "unsafe_probability" in outputs:
+        raise TraceError("the decoder has an output unsafe_probability: it is guarded already. Give the original.")
+    unknown = sorted(inputs - past - set(TAKEN))
+    if unknown:
+        raise TraceError(f"the decoder has the input {unknown[0]}, which a second lane would lack. {OTHER}")
+    wanted = {
+        "attention_mask": inputs,
+        "input_ids or inputs_embeds": inputs,
+        "past_key_values.*": past,
+        "logits": outputs,
+    }
+    for name, there in wanted.items():
+        if not (there if there is past else there.intersection(name.split(" or "))):
+            raise TraceError(f"the decoder has no {name}. {OTHER}")
+
+
+def _check_nodes(graph: ir.Graph) -> None:
+    """TraceError where states are rounded by the call, or the cache is none that grows."""
+    for node in graph.all_nodes():
+        if node.op_type in DYNAMIC:
+            raise TraceError(
+                f"{named(node)}: dynamic int8 has one range for all tokens of a call, so a verdict would depend on how "
+                "a prompt is cut into calls. Use a variant in float or in 4 bits."
+            )
+        if RING in node.attributes and node.attributes[RING].as_int():
+            raise TraceError(f"{named(node)} keeps its cache in a ring, which has to be full before it begins. {OTHER}")
+
+
+class _Finder:
+    """The graph in order, who reads each value, and which values are not the same in every call."""
+
+    def __init__(self, graph: ir.Graph, logits: ir.Value) -> None:
+        graph.sort()  # some converters leave their casts at its end
+        self.nodes, self.logits = list(graph), logits
+        self.readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+        self.varying = {value for value in graph.inputs if not value.is_initializer()}
+        for node in self.nodes:
+            given = list(reads(node))
+            for value in given:
+                self.readers[value].append(node)
+            self.varying.update(node.outputs if self.varying.intersection(given) else ())
+
+    def varying_of(self, node: ir.Node) -> list[ir.Value]:
+        return [value for value in node.inputs if value in self.varying]
+
+    def anchors(self, past: dict[str, ir.Value]) -> list[ir.Node]:
+        """The node of each block that reads what its cache holds, behind casts."""
+        order = {node: place for place, node in enumerate(self.nodes)}
+        found: dict[int, ir.Node] = {}
+        for name, held in past.items():
+            layer, kind = PAST.fullmatch(name).groups()  # type: ignore[union-attr]
+            if kind == "key":
+                continue
+            while len(self.readers[held]) == 1 and self.readers[held][0].op_type in ("Cast", "Identity"):
+                held = self.readers[held][0].outputs[0]
+            reading = [node for node in self.readers[held] if node.op_type not in SHAPE]
+            if not reading:
+                raise TraceError(f"no node reads {name}, so block {layer} has no cache of its own. {OTHER}")
+            node = found[int(layer)] = min(reading, key=order.__getitem__)
+            said = re.search(r"layers?[./](\d+)", str(node.name))
+            if has_branches(node) or (said and said[1] != layer):
+                what = "holds the decoder in branches" if has_branches(node) else f"reads {name}, another block's"
+                raise TraceError(f"{named(node)} {what}. {OTHER}")
+        lacking = set(range(max(found, default=0) + 1)) - set(found)
+        if lacking:
+            raise TraceError(f"block {min(lacking)} has no cache of its own, so no second lane can run it. {OTHER}")
+        return [found[index] for index in sorted(found)]
+
+    def head(self) -> tuple[ir.Node, bool]:
+        """The product that makes the logits, and whether only constants are multiplied or added behind it."""
+        value, linear = self.logits, True
+        while True:
+            node = value.producer()
+            given = [] if node is None else self.varying_of(node)
+            if node is not None and node.op_type in CUTS:
+                given = given[:1]  # which tokens are kept is another input
+            if node is None or len(given) != 1:
+                what = value.name if node is None else named(node)
+                raise TraceError(f"{what}: from the logits back, no head is found. {OTHER}")
+            if node.op_type in PRODUCTS:
+                return node, linear
+            linear &= node.op_type in LINEAR
+            value = given[0]
+
+    def before_cuts(self, value: ir.Value) -> ir.Value:
+        """The value of all tokens, of which this one may be the last."""
+        node = value.producer()
+        first = node.inputs[0] if node is not None and node.inputs else None
+        before = first.producer() if first is not None else None
+        if node is None or first is None:
+            return value
+        cast = node.op_type == "Cast" and before is not None and before.op_type in CUTS
+        return self.before_cuts(first) if cast or node.op_type in CUTS else value
+
+    def states(self, anchors: list[ir.Node], norm: ir.Value) -> tuple[ir.Value, ...]:
+        """The output of each block: of the nodes through which all goes that its cache tells the logits
+        (post-dominators), the last that the next block still reads."""
+        following, found = self.following(), []
+        for index, anchor in enumerate(anchors):
+            last = index + 1 == len(anchors)
+            before = needed([norm] if last else reads(anchors[index + 1]))
+            state, node = None, following.get(anchor)
+            while node is not None:
+                # Behind the last block there may be sums of the norm's, which have a constant in them.
+                summed = node.op_type in WITH_SUM or (node.op_type == "Add" and len(self.varying_of(node)) == 2)
+                state = node if node in before and (summed or not last) else state
+                node = following.get(node)
+            if state is None:
+                raise TraceError(f"{named(anchor)}: behind block {index} lies no single value. {OTHER}")
+            if state.op_type not in WITH_SUM and len(state.outputs) != 1:
+                raise TraceError(f"{named(state)}, behind block {index}, has several outputs. {OTHER}")
+            found.append(_sum(state) if state.op_type in WITH_SUM else state.outputs[0])
+        return tuple(found)
+
+    def following(self) -> dict[ir.Node, ir.Node]:
+        """Of each node the first one behind it through which all goes that it tells the logits."""
+        end, useful = self.logits.producer(), needed([self.logits])
+        assert end is not None
+        found, depth = dict[ir.Node, ir.Node](), {end: 0}
+        for node in reversed(self.nodes):
+            readers = (to for value in node.outputs for to in self.readers[value])
+            told = [to for to in readers if to in depth and to.op_type not in SHAPE]
+            if node is end or node not in useful or not told:
+                continue
+            joint = told[0]
+            for other in told[1:]:
+                while joint is not other:
+                    joint, other = (other, joint) if depth[joint] < depth[other] else (joint, other)
+                    joint = found[joint]
+            found[node], depth[node] = joint, depth[joint] + 1
+        return found
+
+
+def _sum(node: ir.Node) -> ir.Value:
+    """The sum that a fused norm reads: an output of it, which is added where it is missing."""
+    if len(node.outputs) < 4:
+        node.resize_outputs(4)
+    for value in node.outputs:
+        value.name = value.name or ""
+    if not node.outputs[3].name:
+        node.outputs[3].name, node.outputs[3].type = f"{node.outputs[0].name}.sum", node.outputs[0].type
+    return node.outputs[3]
+
+
+def has_branches(node: ir.Node) -> bool:
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(isinstance(value, ir.Attr) and value.type in kinds for value in node.attributes.values())
+
+
+def named(node: ir.Node) -> str:
+    return f"{node.name or node.outputs[0].name} ({node.op_type})"
