@@ -77,7 +77,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo": {},
     "olmo2": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "phi": {"partial_rotary_factor": 0.5},
+    "phi": {"partial_rotary_factor": 0.5, "num_key_value_heads": 4},
     "phi3": {"original_max_position_embeddings": 512},
     "qwen2": {},
     "qwen3": {},
