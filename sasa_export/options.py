@@ -43,6 +43,11 @@ class Options(Settings):
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
         "one of the two directories in place then changes both.",
     )
+    onnx_file: tuple[str, ...] = what(
+        (),
+        "Of a directory of ONNX graphs with several variants, the one to guard: a file, or what its name ends with, "
+        "such as q4. Several times for decoder, embedding and vision encoder.",
+    )
     revision: str | None = what(None, "Branch, tag or commit of a model on the hub. Default: its main branch.")
 
     safety_layer: int | str | None = layers(
@@ -190,6 +195,15 @@ class Options(Settings):
             if contradict:
                 raise SasaExportError(message)
         self._check_effects()
+
+    def check_for_graphs(self) -> None:
+        """Raise SasaExportError where something is set that does not go with ONNX graphs of others."""
+        unknown = ("revision", "projection", "probe_block", "opset", "onnx_dtype", "dtype")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            odd = entry.name in unknown and value != entry.default
+            if odd or (value == AUTO and entry.name.endswith("_layer")) or value == "both":
+                raise SasaExportError(f"{flag(entry.name)} {value} is not of use with ONNX graphs. Leave it out.")
 
     def _check_effects(self) -> None:
         """Raise SasaExportError where something is set that would change nothing."""

@@ -6,10 +6,11 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sasa_export.errors import VerifyError
 from sasa_export.files import check_apart, check_disk, staged
+from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite, rewrite_lane
 from sasa_export.graph.trace import check_traces, trace_source
@@ -28,14 +29,18 @@ from sasa_export.prompts import Prompt, calibration_prompts, for_model, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
+from sasa_export.verify.compare import ROUNDED
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Case, expect, known
 from sasa_export.writers.config import refusal_ids, sasa_settings
 from sasa_export.writers.directory import Patch, write_directory
 from sasa_export.writers.onnx.card import write_onnx_card
-from sasa_export.writers.onnx.directory import check_possible, write_onnx_directory, write_onnx_manifest
+from sasa_export.writers.onnx.directory import PACKAGES, check_possible, write_onnx_directory, write_onnx_manifest
 from sasa_export.writers.onnx.memory import needed_bytes
+
+if TYPE_CHECKING:
+    from sasa_export.foreign.decoder import Decoder
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
 # Calibration prompts that graphs judge again, and the largest share whose verdict may change: what the threshold itself
@@ -96,6 +101,8 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
     options.check()
     with resumable(options.out, force=options.force, report=report) as work:
         team.wait()  # nobody writes while another still looks
+        if options.onnx_file or holds_graphs(options.model):
+            return patch_graphs(options, work, report)
         plan = open_and_trace(options, report)
         measured = measure(plan, options, work, report)
         graph = rewrite(plan.graph, measured.settings)
@@ -282,6 +289,115 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
         directory, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"],
         changed_verdicts=None if changed is None else changed.to_json(),
     )  # fmt: skip
+
+
+def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
+    """The same with ONNX graphs that others exported: graph in, graph out."""
+    options.check_for_graphs()
+    decoder, plan = open_graphs_and_trace(options, report)
+    measured = measure_graphs(decoder, plan, options, work, report)
+    graph = rewrite(plan.graph, measured.settings)
+    if workers().leads:
+        write_graphs_and_verify(decoder, plan, measured, graph, options, report)
+    return Patched(options.out, graph, measured.probe, measured.calibration)
+
+
+def open_graphs_and_trace(options: Options, report: Silent) -> tuple[Decoder, Plan]:
+    """Everything that can be wrong before the work begins; the second lane has shown that it is what it should be."""
+    from sasa_export.foreign.decoder import SELF_TEST, open_decoder
+    from sasa_export.foreign.features import check_lane, encoded
+
+    given = read_probe(options.probe, options.threshold) if options.probe else None
+    asked = [] if given is not None and options.verify == "files" else _prompts(options, report)
+    graphs = open_graphs(options.model, options.onnx_file)
+    source = graphs.source
+    check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
+    check_disk(options.out, _needed_by_graphs(source, options))
+    decoder = open_decoder(graphs)
+    report.step("open", f"{graphs.decoder}: {source.weight_bytes() / 1e6:,.0f} MB, states and cache in {decoder.dtype}")
+    if any(prompt.image is not None for prompt in asked) and not decoder.sees:
+        report.warn(
+            "no graphs are there by which pictures could be run here, so only the calibration's texts are used."
+        )
+    prompts = [prompt for prompt in asked if decoder.sees or prompt.image is None]
+    refusal_ids(decoder.processor, source.directory, options.refusal)
+    settings, layers_from = _layers(source, decoder.sizes, decoder.main, options, report)
+    rewrite(decoder.main, settings)
+    check_probe(given, decoder.features)
+    apart = check_lane(graphs, settings, encoded(decoder.processor, SELF_TEST))
+    report.step(
+        "trace", f"{decoder.sizes.blocks} blocks; the second lane, begun as the main one, ends {apart:.0e} from it"
+    )
+    prompts = for_model(prompts, decoder.processor)
+    return decoder, Plan(source, decoder.sizes, decoder.processor, decoder.main, settings, layers_from, given, prompts)
+
+
+def measure_graphs(decoder: Decoder, plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
+    """Calibrate where no probe is given, on the graphs as they are deployed, and ask them what verification compares
+    with."""
+    from sasa_export.foreign.features import collect, expect_graphs, fit_graphs, lanes
+
+    probe, calibration, cases = plan.given, None, ()
+    reading = lanes(decoder.graphs, plan.settings) if plan.prompts else None
+    if probe is None and reading is not None:
+        if workers().leads:
+            told = fingerprint(plan.source, plan.prompts, layers=str(plan.settings.pair))
+            work.open(told, discard=options.force, report=report)
+        workers().wait()
+        found = collect(reading, plan.prompts, work, report, batch_size=options.batch_size)
+        calibration = with_threshold(
+            fit_graphs(decoder, found, plan.prompts, options.regularization_value()), plan.prompts,
+            max_false_positive_rate=options.max_false_positive_rate, threshold=options.threshold,
+        )  # fmt: skip
+        _say_figures(calibration, report)
+        probe = calibration.probe
+    assert probe is not None
+    if options.verify == "full" and reading is not None and workers().leads:
+        scores = None if calibration is None else calibration.final
+        cases = tuple(expect_graphs(decoder.graphs, reading, probe, plan.prompts, scores))
+    return Measured(probe, calibration, cases, decoder.dtype, "cpu", plan.settings, plan.layers_from)
+
+
+def write_graphs_and_verify(
+    decoder: Decoder, plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent
+) -> None:
+    """Write beside `options.out`, verify, and only then show it there."""
+    from sasa_export.foreign.features import check_pieces
+    from sasa_export.foreign.splice import guarded_decoder
+    from sasa_export.foreign.written import write_graphs
+
+    pair, threshold = measured.settings.pair, measured.probe.threshold
+    assert pair is not None
+    report.step("rewrite", f"second lane from block {pair[0] + 1}, threshold {threshold:.4f}")
+    sasa = sasa_settings(
+        plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
+        refusal=options.refusal, gate=options.gate, known=[],
+    )  # fmt: skip
+    sasa |= {"graphs": decoder.graphs.files, "dtype": decoder.dtype}
+    result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
+    guarded, added = guarded_decoder(decoder, sasa, measured.probe, pair)
+    needed = _needed_by_graphs(plan.source, options)
+    with staged(options.out, force=options.force, needed_bytes=needed) as staging:
+        with report.bar(plan.source.weight_bytes(), "write") as advance:
+            digests = write_graphs(decoder.graphs, guarded, added, result, staging, link=options.link, advance=advance)
+        checks, changed = check_written(
+            staging, only_files=not result.cases, calibration=result.calibration, count=JUDGED_AGAIN, most=MOST_CHANGED
+        )
+        if result.cases:
+            opened = bool(sasa["generation_prompt_ids"])
+            checks.append(check_pieces(staging, result.cases, opened, ROUNDED[measured.dtype]))
+        _all_passed(checks, report)
+        write_card(result, checks, options.verify, staging, "foreign_card.md.j2")
+        write_manifest(
+            staging, digests, packages=PACKAGES, options=options.to_json(), layers_from=sasa["layers_from"],
+            changed_verdicts=None if changed is None else changed.to_json(),
+        )  # fmt: skip
+        check_ours(options.out)
+    report.step("done", f"{options.out}")
+
+
+def _needed_by_graphs(source: Source, options: Options) -> int:
+    return SPARE_BYTES + (0 if options.link else source.weight_bytes())
 
 
 def _all_passed(checks: list[Check], report: Silent) -> None:

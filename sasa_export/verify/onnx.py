@@ -10,6 +10,7 @@ from typing import Any
 
 from sasa_export.graph import blocks_again
 from sasa_export.models import read_config
+from sasa_export.models.contents import read_object
 from sasa_export.report import Check
 from sasa_export.writers.onnx import DECODER, GRAPHS, MERGING, SUFFIX
 
@@ -17,9 +18,20 @@ SINGLE = ("Attention", "RMSNormalization", "RotaryEmbedding")
 REPEATED = 1024  # bytes: indices may repeat, since they are constants of the graph and no weights
 
 
+def foreign_of(directory: Path) -> dict[str, Any]:
+    """The gate's settings of a directory of graphs that others exported; empty where it is none."""
+    sasa = read_object(directory / "config.json").get("sasa")
+    return sasa if isinstance(sasa, dict) and "graphs" in sasa else {}
+
+
 def dtypes_of(directory: Path) -> list[str]:
     """The types of a directory's decoders, by their names: one as exported, none where it is no ONNX directory."""
-    return [dtype for dtype, suffix in SUFFIX.items() if (directory / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
+    foreign = foreign_of(directory)
+    return (
+        [foreign["dtype"]]
+        if foreign
+        else [dtype for dtype, suffix in SUFFIX.items() if (directory / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
+    )
 
 
 def dtype_of(directory: Path) -> str | None:
@@ -31,6 +43,9 @@ def check_graphs(directory: Path, dtype: str) -> list[Check]:
     """The graph checker, weights stored twice, the cache's layers, and at opset 23 single operators."""
     import onnx_ir
 
+    foreign = foreign_of(directory)
+    if foreign:
+        return [_spliced(onnx_ir.load(directory / foreign["graphs"]["decoder"]), foreign)]
     paths = [directory / "onnx" / f"{name}{SUFFIX[dtype]}.onnx" for name in GRAPHS]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -45,6 +60,16 @@ def check_graphs(directory: Path, dtype: str) -> list[Check]:
     if decoder.graph.opset_imports[""] >= 23:
         checks.append(_operators(decoder, config["sasa"]["graph"]))
     return checks
+
+
+def _spliced(decoder: Any, sasa: dict[str, Any]) -> Check:
+    """The gate in a graph that others exported: its kernels need not be those that a checker knows."""
+    layers = {value.name.split(".")[1] for value in decoder.graph.inputs if value.name.startswith("past")}
+    blocks = sum(node["op"] == "block" for node in sasa["graph"])
+    branches = [node.name for node in decoder.graph if node.op_type == "If" and node.name.startswith("/sasa/")]
+    judges = any(value.name == "unsafe_probability" for value in decoder.graph.outputs)
+    detail = f"{len(branches)} branch, {len(layers) - blocks} layers of the cache beside those of {blocks} blocks"
+    return Check("the decoder holds the gate", judges and len(branches) == 1 and len(layers) > blocks, detail)
 
 
 def _valid(paths: list[Path]) -> Check:

@@ -34,7 +34,7 @@ def write_weights(
     for shard in shards:
         # A lone model.safetensors would be loaded alone, and the index with the probe overlooked.
         name = "model-00001-of-00002.safetensors" if single else shard.path.name
-        digests[name] = _bring(shard.path, directory / name, link=link, advance=advance)
+        digests[name] = bring(shard.path, directory / name, link=link, advance=advance)
         weight_map.update(dict.fromkeys(shard.keys, name))
     name = "model-00002-of-00002.safetensors" if single else "sasa-probe.safetensors"
     if name in digests:
@@ -58,7 +58,7 @@ def save_probe(probe: Probe, path: Path) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
-def _bring(source: Path, target: Path, *, link: bool, advance: Callable[[int], None]) -> str:
+def bring(source: Path, target: Path, *, link: bool, advance: Callable[[int], None]) -> str:
     """Link or copy one file, and return its SHA-256; the bytes are read once either way."""
     digest = hashlib.sha256()
     source = source.resolve()  # a hub cache holds links to blobs

@@ -34,7 +34,7 @@ RULES = (
     rules.cast_constant_of_shape_rule, rules.cast_constant_of_shape_without_value_rule,
     rules.no_op_dynamic_scatter_nd_rule, rules.no_op_static_scatter_nd_rule,
 )  # fmt: skip
-IR_VERSION = {20: 9, 21: 10, 22: 10, 23: 11, 24: 11}  # by opset
+IR_VERSION = {18: 8, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11}  # by opset
 
 
 def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature, *, opset: int) -> ir.Model:

@@ -6,7 +6,7 @@ that rewrite graphs drop an initializer that no node beside it reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -24,7 +24,7 @@ def run_where(model: ir.Model, name: str, *, result: str, fill: float, predicate
     outputs = {str(value.name): value for value in graph.outputs}
     computed, condition = outputs[result], outputs.pop(predicate)
     others = [value for value in graph.outputs if value is not computed]
-    members = _needed([computed]) - _needed(others, stop=computed)
+    members = needed([computed]) - needed(others, stop={computed})
     inside = [node for node in graph if node in members]
     own = [value for value in graph.initializers.values() if _reads_alone(members, value)]
     readers = [(use.node, use.idx) for use in computed.uses() if use.node not in members]
@@ -65,23 +65,23 @@ def _reads_alone(members: set[ir.Node], value: ir.Value) -> bool:
     return not value.is_graph_input() and all(use.node in members for use in value.uses())
 
 
-def _needed(values: list[ir.Value], *, stop: ir.Value | None = None) -> set[ir.Node]:
-    """All nodes that `values` are computed from; what lies before `stop` does not count."""
+def needed(values: Iterable[ir.Value], *, stop: Collection[ir.Value] = ()) -> set[ir.Node]:
+    """All nodes that `values` are computed from; what lies before those of `stop` does not count."""
     found: set[ir.Node] = set()
-    waiting = [value for value in values if value is not stop]
+    waiting = [value for value in values if value not in stop]
     while waiting:
         node = waiting.pop().producer()
         if node is None or node in found:
             continue
         found.add(node)
-        waiting.extend(value for value in _reads(node) if value is not stop)
+        waiting.extend(value for value in reads(node) if value not in stop)
     return found
 
 
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
+def reads(node: ir.Node) -> Iterator[ir.Value]:
     """What a node reads, within its branches too; values made inside a branch are among them."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPH:
             for inner in attribute.as_graph():
-                yield from _reads(inner)
+                yield from reads(inner)
