@@ -27,13 +27,19 @@ ANSWERS = {
     "cudaFree": "(void *place) { free(place); return 0; }",
     "cudaFreeHost": "(void *place) { free(place); return 0; }",
     "cudaMemGetInfo": "(size_t *unused, size_t *all) { *unused = *all = 1ul << 36; return 0; }",
-    "cudaDeviceGetAttribute": "(int *value, int which) { *value = which == 75 ? 8 : which == 76 ? 0 : 1024; return 0; }",
+    "cudaDeviceGetAttribute": "(int *said, int which) { *said = which == 75 ? 8 : which == 76 ? 0 : 1024; return 0; }",
     # cudaDeviceProp: the warp at 308, threads of a block at 320, the major number of the capability at 360
     "cudaGetDeviceProperties": "(char *said) { memset(said, 0, 400); *(int *)(said + 308) = 32; "
     "*(int *)(said + 320) = 1024; *(int *)(said + 360) = 8; return 0; }",
 }  # fmt: skip
-HANDLES = ("cudaStreamCreateWithFlags", "cudaEventCreateWithFlags", "cudaEventCreate", "cublasCreate_v2", "cublasLtCreate")
-ANSWERS |= dict.fromkeys(HANDLES, "(void **handle) { *handle = malloc(256); return 0; }")
+OPENED = (
+    "cudaStreamCreateWithFlags",
+    "cudaEventCreateWithFlags",
+    "cudaEventCreate",
+    "cublasCreate_v2",
+    "cublasLtCreate",
+)
+ANSWERS |= dict.fromkeys(OPENED, "(void **handle) { *handle = malloc(256); return 0; }")
 # Of the providers in the package; unversioned names that one lacks are of the library given here.
 PROVIDERS = {"cuda": "libcuda.so.1", "tensorrt": "libnvinfer.so.10"}
 

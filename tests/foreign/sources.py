@@ -148,6 +148,8 @@ def for_transformers_4(directory: Path, out: Path) -> None:
         config |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = rope
+    if "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
     config["torch_dtype"] = config.pop("dtype", "float32")
     _replace(out / "config.json", config)
     tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
