@@ -30,9 +30,9 @@ TITLES = {
 TEMPLATE = """\
 # Graphs that others exported
 
-Written by `make foreign` from a test run, never by hand: one row a decoder, exported by somebody else's tool, patched by
-`sasa-export --model directory/ --out patched/`, and run in onnxruntime on a CPU. `smol-llava` is the language model of
-the embedded model; the others are tiny and random.
+Written by `make foreign` from a test run, never by hand: one row a decoder, exported by somebody else's tool, patched
+by `sasa-export --model directory/ --out patched/`, and run in onnxruntime on a CPU. `smol-llava` is the language model
+of the embedded model; the others are tiny and random.
 
 - *Oracle*: P(unsafe) is that of two full passes, in torch on the weights that the graph was made of (within 1e-4); of
   float16 and int4, in the graph as it was, whose states differ from torch's (within {{ tolerance.float16 }} and
