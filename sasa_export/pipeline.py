@@ -231,13 +231,7 @@ def _say_figures(calibration: Calibration, report: Silent) -> None:
 
 def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent) -> None:
     """Write beside `options.out`, verify, and only then show it there."""
-    pair, threshold = measured.settings.pair, measured.probe.threshold
-    lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
-    report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
-    sasa = sasa_settings(
-        plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
-        refusal=options.refusal, gate=options.gate, known=known(measured.cases),
-    )  # fmt: skip
+    sasa = _sasa(plan, measured, graph, options, report)
     result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
     device = "auto" if measured.device == SPREAD else measured.device  # as transformers calls it
     with staged(options.out, force=options.force, needed_bytes=_needed_disk(plan.source, options)) as staging:
@@ -250,6 +244,17 @@ def write_and_verify(plan: Plan, measured: Measured, graph: LayerGraph, options:
             _write_onnx(result, plain, graphs, options, device, report)
         check_ours(options.out)  # again: the work may have taken hours
     report.step("done", f"{options.out}")
+
+
+def _sasa(plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent) -> dict[str, Any]:
+    """What config.json says of the gate."""
+    pair, threshold = measured.settings.pair, measured.probe.threshold
+    lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
+    report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
+    return sasa_settings(
+        plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
+        refusal=options.refusal, gate=options.gate, known=known(measured.cases),
+    )  # fmt: skip
 
 
 def _write_safetensors(patch: Patch, directory: Path, options: Options, device: str, report: Silent) -> None:
@@ -294,42 +299,37 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
 def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
     """The same with ONNX graphs that others exported: graph in, graph out."""
     options.check_for_graphs()
-    decoder, plan = open_graphs_and_trace(options, report)
+    decoder, plan = open_and_trace_graphs(options, report)
     measured = measure_graphs(decoder, plan, options, work, report)
     graph = rewrite(plan.graph, measured.settings)
     if workers().leads:
-        write_graphs_and_verify(decoder, plan, measured, graph, options, report)
+        write_and_verify_graphs(decoder, plan, measured, graph, options, report)
     return Patched(options.out, graph, measured.probe, measured.calibration)
 
 
-def open_graphs_and_trace(options: Options, report: Silent) -> tuple[Decoder, Plan]:
+def open_and_trace_graphs(options: Options, report: Silent) -> tuple[Decoder, Plan]:
     """Everything that can be wrong before the work begins; the second lane has shown that it is what it should be."""
-    from sasa_export.foreign.decoder import SELF_TEST, open_decoder
-    from sasa_export.foreign.features import check_lane, encoded
+    from sasa_export.foreign.decoder import open_decoder
+    from sasa_export.foreign.features import check_lane
 
     given = read_probe(options.probe, options.threshold) if options.probe else None
     asked = [] if given is not None and options.verify == "files" else _prompts(options, report)
-    graphs = open_graphs(options.model, options.onnx_file)
-    source = graphs.source
+    decoder = open_decoder(open_graphs(options.model, options.onnx_file))
+    source, sizes = decoder.graphs.source, decoder.sizes
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
-    check_disk(options.out, _needed_by_graphs(source, options))
-    decoder = open_decoder(graphs)
-    report.step("open", f"{graphs.decoder}: {source.weight_bytes() / 1e6:,.0f} MB, states and cache in {decoder.dtype}")
-    if any(prompt.image is not None for prompt in asked) and not decoder.sees:
-        report.warn(
-            "no graphs are there by which pictures could be run here, so only the calibration's texts are used."
-        )
+    check_disk(options.out, _needed_disk(source, options))
+    report.step("open", f"{decoder.graphs.decoder}: {source.weight_bytes() / 1e6:,.0f} MB, cache in {decoder.dtype}")
     prompts = [prompt for prompt in asked if decoder.sees or prompt.image is None]
+    if len(prompts) < len(asked):
+        report.warn("pictures cannot be run through these graphs here, so it is calibrated on texts alone.")
     refusal_ids(decoder.processor, source.directory, options.refusal)
-    settings, layers_from = _layers(source, decoder.sizes, decoder.main, options, report)
+    settings, layers_from = _layers(source, sizes, decoder.main, options, report)
     rewrite(decoder.main, settings)
-    check_probe(given, decoder.features)
-    apart = check_lane(graphs, settings, encoded(decoder.processor, SELF_TEST))
-    report.step(
-        "trace", f"{decoder.sizes.blocks} blocks; the second lane, begun as the main one, ends {apart:.0e} from it"
-    )
+    check_probe(given, sizes.hidden if decoder.linear else sizes.vocabulary)
+    apart = check_lane(decoder, settings)
+    report.step("trace", f"{sizes.blocks} blocks; begun as the main lane, the second one ends {apart:.0e} from it")
     prompts = for_model(prompts, decoder.processor)
-    return decoder, Plan(source, decoder.sizes, decoder.processor, decoder.main, settings, layers_from, given, prompts)
+    return decoder, Plan(source, sizes, decoder.processor, decoder.main, settings, layers_from, given, prompts)
 
 
 def measure_graphs(decoder: Decoder, plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
@@ -338,7 +338,7 @@ def measure_graphs(decoder: Decoder, plan: Plan, options: Options, work: Work, r
     from sasa_export.foreign.features import collect, expect_graphs, fit_graphs, lanes
 
     probe, calibration, cases = plan.given, None, ()
-    reading = lanes(decoder.graphs, plan.settings) if plan.prompts else None
+    reading = lanes(decoder, plan.settings) if plan.prompts else None
     if probe is None and reading is not None:
         if workers().leads:
             told = fingerprint(plan.source, plan.prompts, layers=str(plan.settings.pair))
@@ -354,11 +354,11 @@ def measure_graphs(decoder: Decoder, plan: Plan, options: Options, work: Work, r
     assert probe is not None
     if options.verify == "full" and reading is not None and workers().leads:
         scores = None if calibration is None else calibration.final
-        cases = tuple(expect_graphs(decoder.graphs, reading, probe, plan.prompts, scores))
+        cases = tuple(expect_graphs(decoder, reading, probe, plan.prompts, scores))
     return Measured(probe, calibration, cases, decoder.dtype, "cpu", plan.settings, plan.layers_from)
 
 
-def write_graphs_and_verify(
+def write_and_verify_graphs(
     decoder: Decoder, plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent
 ) -> None:
     """Write beside `options.out`, verify, and only then show it there."""
@@ -366,26 +366,23 @@ def write_graphs_and_verify(
     from sasa_export.foreign.splice import guarded_decoder
     from sasa_export.foreign.written import write_graphs
 
-    pair, threshold = measured.settings.pair, measured.probe.threshold
-    assert pair is not None
-    report.step("rewrite", f"second lane from block {pair[0] + 1}, threshold {threshold:.4f}")
-    sasa = sasa_settings(
-        plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
-        refusal=options.refusal, gate=options.gate, known=[],
-    )  # fmt: skip
+    sasa = _sasa(plan, measured, graph, options, report)
     sasa |= {"graphs": decoder.graphs.files, "dtype": decoder.dtype}
     result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
-    guarded, added = guarded_decoder(decoder, sasa, measured.probe, pair)
-    needed = _needed_by_graphs(plan.source, options)
-    with staged(options.out, force=options.force, needed_bytes=needed) as staging:
+    assert measured.settings.pair is not None
+    guarded, ledger = guarded_decoder(decoder, sasa, measured.probe, measured.settings.pair)
+    with staged(options.out, force=options.force, needed_bytes=_needed_disk(plan.source, options)) as staging:
         with report.bar(plan.source.weight_bytes(), "write") as advance:
-            digests = write_graphs(decoder.graphs, guarded, added, result, staging, link=options.link, advance=advance)
+            digests = write_graphs(
+                decoder.graphs, guarded, ledger.layers, result, staging, link=options.link, advance=advance
+            )
         checks, changed = check_written(
             staging, only_files=not result.cases, calibration=result.calibration, count=JUDGED_AGAIN, most=MOST_CHANGED
         )
         if result.cases:
             opened = bool(sasa["generation_prompt_ids"])
-            checks.append(check_pieces(staging, result.cases, opened, ROUNDED[measured.dtype]))
+            most = ROUNDED["float32" if decoder.exact else "float16"]
+            checks.append(check_pieces(staging, result.cases, opened, most))
         _all_passed(checks, report)
         write_card(result, checks, options.verify, staging, "foreign_card.md.j2")
         write_manifest(
@@ -394,10 +391,6 @@ def write_graphs_and_verify(
         )  # fmt: skip
         check_ours(options.out)
     report.step("done", f"{options.out}")
-
-
-def _needed_by_graphs(source: Source, options: Options) -> int:
-    return SPARE_BYTES + (0 if options.link else source.weight_bytes())
 
 
 def _all_passed(checks: list[Check], report: Silent) -> None:

@@ -21,82 +21,92 @@ from sasa_export.writers.onnx.guard import for_export
 
 OPSET = 18  # of the guard's nodes, which mean the same in every later one
 PLACEHOLDERS = "sasa"  # the domain of the nodes that the decoder's own take the place of: Lane and Head
-LOGITS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+SIZES = {  # of what is traced: no two dimensions are alike
+    "batch_size": 2, "sequence_length": 5, "past_sequence_length": 7, "total_sequence_length": 12, "kept_length": 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Interface:
     """What a decoder shows its guard.
 
-    `heads` and `size` are those of each layer of its cache, `axes` those of a position, None where the decoder takes no
-    positions; `vocabulary` is how many logits there are. `rows` are the embeddings of the template's tokens, (numbers,
-    hidden), None where the decoder reads token ids. `linear` as `Blocks` has it.
+    `axes` are those of a position, None where the decoder takes no positions. `cache` and `logits` are types. `rows`
+    are the embeddings of the template's tokens, (numbers, hidden), None where the decoder reads token ids. `linear` as
+    `Blocks` has it.
     """
 
-    blocks: int
-    hidden: int
+    ledger: Ledger
     vocabulary: int
-    heads: int
-    size: int
     axes: int | None
-    cache: str
-    logits: ir.DataType | None
+    cache: torch.dtype
+    logits: torch.dtype
     rows: torch.Tensor | None
     linear: bool
 
-    @property
-    def ledger(self) -> Ledger:
-        return Ledger(self.blocks, self.heads, self.size, self.hidden, self.axes or 1)
-
     def added(self) -> list[str]:
         """Names of what the ledger adds to the cache, behind past_key_values or present."""
-        layers = range(self.blocks, self.blocks + self.ledger.layers)
+        layers = range(self.ledger.first, self.ledger.first + self.ledger.layers)
         return [f"{layer}.{kind}" for layer in layers for kind in ("key", "value")]
+
+    def signature(self) -> Signature:
+        """Inputs and outputs of the guard's graph; `present` holds the call's tokens alone."""
+        ledger, tokens = self.ledger, ("batch_size", "sequence_length")
+        states: Shape = (*tokens, ledger.hidden)
+        inputs: dict[str, Shape] = {"text": tokens if self.rows is None else states}
+        inputs["attention_mask"] = ("batch_size", "total_sequence_length")
+        if self.axes is not None:
+            inputs["position_ids"] = tokens if self.axes == 1 else (self.axes, *tokens)
+        inputs |= {"logits": ("batch_size", "kept_length", self.vocabulary), "safety": states, "semantic": states}
+        outputs: dict[str, Shape] = {"logits": inputs["logits"]}
+        for name in self.added():
+            inputs[f"past_key_values.{name}"] = ("batch_size", ledger.heads, "past_sequence_length", ledger.size)
+            outputs[f"present.{name}"] = ("batch_size", ledger.heads, "sequence_length", ledger.size)
+        return Signature(inputs, {**outputs, "unsafe_probability": ("batch_size",), "is_due": ()})
+
+    def example(self) -> list[Any]:
+        """Arguments to trace with, those that may be missing or many in lists."""
+        made: dict[str, torch.Tensor] = {}
+        for name, shape in self.signature().inputs.items():
+            kind = {"logits": self.logits, "safety": torch.float32, "semantic": torch.float32}.get(name, torch.int64)
+            kind = self.cache if name.startswith("past") else kind
+            kind = torch.float32 if name == "text" and self.rows is not None else kind
+            made[name] = torch.ones([SIZES[size] if isinstance(size, str) else size for size in shape], dtype=kind)
+        first = [made.pop(name) for name in ("text", "attention_mask")]
+        positions = [made.pop(name) for name in ("position_ids",) if name in made]
+        return [*first, positions, *(made.pop(name) for name in ("logits", "safety", "semantic")), list(made.values())]
 
 
 def guard_graph(sasa: dict[str, Any], interface: Interface, probe: Probe) -> ir.Model:
-    """The guard's graph: text, mask, positions, logits, both taps and the ledger to logits, what the ledger keeps of
-    the call's tokens, P(unsafe), and whether a verdict is due."""
+    """The guard's graph: logits and taps to logits, what the ledger keeps, P(unsafe), and whether a verdict is due."""
     module = _Around(sasa, interface, probe).eval()
-    signature = module.signature()
-    return convert(module, module.example(signature), signature, opset=OPSET)
+    return convert(module, tuple(interface.example()), interface.signature(), opset=OPSET)
 
 
-class _Lane(nn.Module):
-    """Blocks behind the safety layer and the final norm, over a context (batch, context, hidden)."""
+class _Placeholder(nn.Module):
+    """A node whose output is as wide as is said."""
 
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        given, shape = (hidden_states, position_ids), hidden_states.shape
-        return torch.onnx.ops.symbolic(f"{PLACEHOLDERS}::Lane", given, dtype=torch.float32, shape=shape, version=1)
-
-
-class _Head(nn.Module):
-    """Logits (batch, vocabulary) of normed states (batch, hidden)."""
-
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, name: str, width: int) -> None:
         super().__init__()
-        self.vocabulary = vocabulary
+        self.name, self.width = f"{PLACEHOLDERS}::{name}", width
 
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        shape = (state.shape[0], self.vocabulary)
-        return torch.onnx.ops.symbolic(f"{PLACEHOLDERS}::Head", (state,), dtype=torch.float32, shape=shape, version=1)
+    def forward(self, hidden_states: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        given, shape = (hidden_states, *others.values()), (*hidden_states.shape[:-1], self.width)
+        return torch.onnx.ops.symbolic(self.name, given, dtype=torch.float32, shape=shape, version=1)
 
 
 class _Decoder(nn.Module):
     """Hands to its one block what the second lane needs of a context."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.lane = _Lane()
+        self.lane = _Placeholder("Lane", hidden)
 
-    def forward(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, use_cache: bool
-    ) -> torch.Tensor:
+    def forward(self, inputs_embeds: Any, attention_mask: Any, position_ids: Any, use_cache: bool) -> Any:
         return self.lane(inputs_embeds, position_ids=position_ids)
 
 
 class _Kept(DynamicLayer):
-    """A layer of the ledger, whose runtime's buffer is longer than what it holds: it gives what is new alone."""
+    """A layer of the cache that keeps what is new apart: it is the runtime's buffer that holds both."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
@@ -113,10 +123,11 @@ class _Around(nn.Module):
 
     def __init__(self, sasa: dict[str, Any], interface: Interface, probe: Probe) -> None:
         super().__init__()
-        self.interface, self.decoder, self.norm = interface, _Decoder(), nn.Identity()
-        self.head = _Head(interface.vocabulary)
-        graph = _graph(sasa["epsilon"], interface.linear)
-        self.sasa = Guard({**sasa, "graph": graph}, interface.ledger._replace(first=1), len(probe.weight))
+        ledger, self.interface = interface.ledger, interface
+        self.decoder, self.norm = _Decoder(ledger.hidden), nn.Identity()
+        self.head = _Placeholder("Head", interface.vocabulary)
+        graph = _steps(sasa["epsilon"], interface.linear)
+        self.sasa = Guard({**sasa, "graph": graph}, ledger._replace(first=1), len(probe.weight))
         self.sasa.probe.weight.data = torch.from_numpy(probe.weight).float()
         self.sasa.probe.bias.data = torch.tensor(probe.bias)
         watch(self, graph)
@@ -126,75 +137,30 @@ class _Around(nn.Module):
         return lambda ids: self.interface.rows  # it is asked for the template's tokens alone
 
     def forward(
-        self,
-        text: torch.Tensor,
-        attention_mask: torch.Tensor,
-        positions: list[torch.Tensor],
-        logits: torch.Tensor,
-        taps: list[torch.Tensor],
-        kept: list[torch.Tensor],
+        self, text: Any, attention_mask: Any, positions: Any, logits: Any, safety: Any, semantic: Any, kept: Any
     ) -> tuple[Any, ...]:
-        cache = DynamicCache()
-        seen = attention_mask[:, None, :, None].float()  # what the decoder's own layers hold after the call
+        cache, seen = DynamicCache(), attention_mask[:, None, :, None].float()  # as many as the decoder's layers hold
         layers = [_Kept(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
         cache.layers.extend([_Kept(seen, seen), *layers])
-        recording = Recording(outputs=dict(zip(("safety", "semantic"), taps, strict=True)))
+        recording = Recording(outputs={"safety": safety, "semantic": semantic})
         recording.position_ids = positions[0] if positions else None
         name = "input_ids" if self.interface.rows is None else "inputs_embeds"
         last = torch.arange(text.shape[1] - logits.shape[1], text.shape[1])  # the tokens that have logits
         kwargs = {name: text, "attention_mask": attention_mask, "logits_to_keep": last}
         output = self.sasa(self, kwargs, recording, CausalLMOutputWithPast(logits=logits, past_key_values=cache))
-        present = [tensor.to(kept[0].dtype) for layer in layers for tensor in layer.new]
+        present = [tensor.to(self.interface.cache) for layer in layers for tensor in layer.new]
         return output["logits"], present, output["unsafe_probability"], output["is_due"]
 
-    def signature(self) -> Signature:
-        found, tokens = self.interface, ("batch_size", "sequence_length")
-        axes: Shape = () if found.axes in (None, 1) else (found.axes,)
-        states: Shape = (*tokens, found.hidden)
-        held: dict[str, Shape] = {
-            f"past_key_values.{name}": ("batch_size", found.heads, "past_sequence_length", found.size)
-            for name in found.added()
-        }
-        logits: Shape = ("batch_size", "kept_sequence_length", found.vocabulary)
-        inputs: dict[str, Shape] = {
-            "text": tokens if found.rows is None else states,
-            "attention_mask": ("batch_size", "total_sequence_length"),
-            **({} if found.axes is None else {"position_ids": (*axes, *tokens)}),
-            "logits": logits, "safety": states, "semantic": states, **held,
-        }  # fmt: skip
-        new: Shape = ("batch_size", found.heads, "sequence_length", found.size)
-        present = {f"present.{name}": new for name in found.added()}
-        return Signature(inputs, {"logits": logits, **present, "unsafe_probability": ("batch_size",), "is_due": ()})
 
-    def example(self, signature: Signature) -> tuple[Any, ...]:
-        """Arguments to trace with: no two dimensions are alike."""
-        sizes = {
-            "batch_size": 2, "sequence_length": 5, "past_sequence_length": 7, "total_sequence_length": 12,
-            "kept_sequence_length": 3,
-        }  # fmt: skip
-        made = {
-            name: torch.ones([sizes[size] if isinstance(size, str) else size for size in shape])
-            for name, shape in signature.inputs.items()
-        }
-        text, mask = made.pop("text"), made.pop("attention_mask").long()
-        positions = [made.pop("position_ids").long()] if "position_ids" in made else []
-        logits = made.pop("logits").to(LOGITS[self.interface.logits or ir.DataType.FLOAT])
-        taps = [made.pop("safety"), made.pop("semantic")]
-        kept = [value.to(getattr(torch, self.interface.cache)) for value in made.values()]
-        return text.long() if self.interface.rows is None else text, mask, positions, logits, taps, kept
-
-
-def _graph(epsilon: float, linear: bool) -> list[dict[str, Any]]:
+def _steps(epsilon: float, linear: bool) -> list[dict[str, Any]]:
     """The guard's own steps, with one block in place of all."""
-    end = "norm" if linear else "head"
+    head = {"name": "head", "op": "lane_head", "inputs": ["norm"], "module": "head"}
     return [
-        {"name": "safety", "op": "tap", "inputs": [], "module": "safety"},
-        {"name": "semantic", "op": "tap", "inputs": [], "module": "semantic"},
+        *({"name": name, "op": "tap", "inputs": [], "module": name} for name in ("safety", "semantic")),
         {"name": "block", "op": "block", "inputs": [], "module": "decoder.lane"},
         {"name": "projection", "op": "projection", "inputs": ["safety", "semantic"], "epsilon": epsilon},
         {"name": "lane", "op": "lane_block", "inputs": ["projection"], "module": "decoder.lane"},
         {"name": "norm", "op": "lane_norm", "inputs": ["lane"], "module": "norm"},
-        *([] if linear else [{"name": "head", "op": "lane_head", "inputs": ["norm"], "module": "head"}]),
-        {"name": "probe", "op": "probe", "inputs": [end], "module": "sasa.probe"},
-        {"name": "gate", "op": "gate", "inputs": ["probe"]},
+        *([] if linear else [head]),
+        {"name": "probe", "op": "probe", "inputs": ["norm" if linear else "head"], "module": "sasa.probe"},
     ]

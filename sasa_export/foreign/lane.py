@@ -117,8 +117,7 @@ def clone(graph: ir.Graph, target: ir.Value, replaced: dict[ir.Value, ir.Value],
             raise TraceError(f"{named(node)} has branches, and the second lane would have to hold them twice. {OTHER}")
         copy = ir.Node(
             node.domain, node.op_type, [made.get(value, value) if value is not None else None for value in node.inputs],
-            # A cache that is used as a ring has to have its size from the start; the lane has none.
-            [value for name, value in node.attributes.items() if name != "sliding_window_cache"],
+            list(node.attributes.values()),
             name=prefix + str(node.name), num_outputs=len(node.outputs), overload=node.overload, version=node.version,
         )  # fmt: skip
         for old, new in zip(node.outputs, copy.outputs, strict=True):

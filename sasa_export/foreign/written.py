@@ -6,11 +6,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-from sasa_export.foreign.guard import Interface
 from sasa_export.foreign.opened import GENAI, LAYERS, Graphs, variant
 from sasa_export.models.contents import read_object
 from sasa_export.writers.cases import write_cases
@@ -21,43 +19,38 @@ from sasa_export.writers.onnx.layout import SEAL
 from sasa_export.writers.scores import write_scores
 from sasa_export.writers.weights import bring, save_probe
 
-PROBE = "sasa-probe.safetensors"  # what --probe takes
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", *LICENCES)
-# How transformers.js calls the types that file names end with, where it is another word.
-JAVASCRIPT = {"": "fp32", "quantized": "q8"}
+JAVASCRIPT = {"": "fp32", "quantized": "q8"}  # what transformers.js calls types, where it is another word
 
 
 def write_graphs(
     graphs: Graphs,
     guarded: ir.Model,
-    interface: Interface,
+    added: int,
     patch: Patch,
     out: Path,
     *,
     link: bool,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None],
 ) -> dict[str, str]:
     """Write graphs, weights, and the files beside them. Returns the digests of what was copied or linked.
 
     Other variants of the decoder stay behind, since nothing guards them.
+
+    Args: added: how many layers the ledger adds to the cache.
     """
     directory, digests = graphs.source.directory, {}
-    for pattern in COPIED:
-        for path in sorted(directory.glob(pattern)):
-            if path.is_file() and not path.name.startswith("sasa-"):
-                shutil.copyfile(path, out / path.name)
-    for name in (*graphs.weights, *(file for role, file in graphs.files.items() if role != "decoder")):
+    for path in (path for pattern in COPIED for path in sorted(directory.glob(pattern))):
+        if path.is_file() and not path.name.startswith("sasa-"):
+            shutil.copyfile(path, out / path.name)
+    for file in graphs.files.values():
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+    ir.save(guarded, out / graphs.files["decoder"])
+    for name in {*graphs.weights, *graphs.files.values()} - {graphs.files["decoder"]}:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         digests[name] = bring(directory / name, out / name, link=link, advance=advance)
-    (out / graphs.files["decoder"]).parent.mkdir(parents=True, exist_ok=True)
-    ir.save(guarded, out / graphs.files["decoder"])
-    config = _config(graphs, interface)
-    (out / "config.json").write_text(config_text({**config, "sasa": patch.sasa}), encoding="utf-8")
-    genai = read_object(directory / GENAI)
-    if genai:
-        genai["model"]["decoder"]["num_hidden_layers"] += interface.ledger.layers
-        (out / GENAI).write_text(json.dumps(genai, indent=4) + "\n", encoding="utf-8")
-    save_probe(patch.probe, out / PROBE)
+    _write_configs(graphs, added, patch, out)
+    save_probe(patch.probe, out / "sasa-probe.safetensors")
     if patch.calibration is not None:
         write_scores(patch.calibration, out)
     if patch.cases:
@@ -65,18 +58,19 @@ def write_graphs(
     return digests
 
 
-def _config(graphs: Graphs, interface: Interface) -> dict[str, Any]:
-    """config.json, except that its decoder has the ledger's layers of the cache too, by which runtimes count them."""
-    config, added = json.loads(json.dumps(graphs.source.config)), interface.ledger.layers
+def _write_configs(graphs: Graphs, added: int, patch: Patch, out: Path) -> None:
+    """The configurations, in which the decoder has the ledger's layers of the cache too: runtimes count by them."""
+    config = json.loads(json.dumps({**graphs.source.config, "quantization_config": SEAL, "sasa": patch.sasa}))
     text = config.get("text_config") or config
-    for name in LAYERS:
-        if name in text:
-            text[name] += added
+    text |= {name: text[name] + added for name in LAYERS if name in text}
     if text.get("layer_types"):
         text["layer_types"] += ["full_attention"] * added
-    config["quantization_config"] = SEAL
     if "onnx/" in graphs.files["decoder"]:  # what transformers.js loads where nobody names a type
-        marks = {Path(file).stem.removesuffix(f"_{variant(file)}"): variant(file) for file in graphs.files.values()}
-        types = {name: JAVASCRIPT.get(mark, mark) for name, mark in marks.items()}
+        types = {Path(file).stem.removesuffix(f"_{variant(file)}"): variant(file) for file in graphs.files.values()}
+        types = {name: JAVASCRIPT.get(kind, kind) for name, kind in types.items()}
         config["transformers.js_config"] = {**config.get("transformers.js_config", {}), "dtype": types}
-    return config
+    (out / "config.json").write_text(config_text(config), encoding="utf-8")
+    genai = read_object(out / GENAI)
+    if genai:
+        genai["model"]["decoder"]["num_hidden_layers"] += added
+        (out / GENAI).write_text(config_text(genai), encoding="utf-8")

@@ -29,11 +29,14 @@ class Texts:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+        chat = [{"role": "user", "content": "word"}]  # of which some templates take parts alone
+        self.joins = self.chat_template is None or "word" in tokenizer.apply_chat_template(chat, tokenize=False)
 
     def apply_chat_template(
         self, chat: Any, *, tokenize: bool = False, processor_kwargs: Any = None, **rest: Any
     ) -> Any:
-        return self.tokenizer.apply_chat_template(_joined(chat), tokenize=tokenize, **rest, **(processor_kwargs or {}))
+        chat = _joined(chat) if self.joins else chat
+        return self.tokenizer.apply_chat_template(chat, tokenize=tokenize, **rest, **(processor_kwargs or {}))
 
 
 def processor_of(directory: Path, *, pictures: bool) -> Any:
