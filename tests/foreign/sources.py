@@ -73,11 +73,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 512, "expansion_ratio": 2},
-    "nemotron": {},
+    "nemotron": {"head_dim": 32},
     "olmo": {},
     "olmo2": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "phi": {"partial_rotary_factor": 0.5, "num_key_value_heads": 4},
+    "phi": {"partial_rotary_factor": 0.5, "num_attention_heads": 2, "head_dim": 32},
     "phi3": {"original_max_position_embeddings": 512},
     "qwen2": {},
     "qwen3": {},
@@ -85,8 +85,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
     "stablelm": {},
 }  # fmt: skip
-# Vision-language models whose decoder alone the builder exports.
-WITH_VISION = ("gemma3", "gemma4", "lfm2_vl", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
+# Vision-language models whose decoder alone the builder exports, with heads of the sizes that its attention takes.
+WITH_VISION: dict[str, dict[str, Any]] = {
+    "gemma3": {}, "lfm2_vl": {"hidden_size": 64}, "mistral3": {"head_dim": 16}, "qwen2_5_vl": {},
+    "qwen3_5": {"head_dim": 32}, "qwen3_vl": {},
+}  # fmt: skip
 
 
 def main(out: Path) -> None:
@@ -94,8 +97,8 @@ def main(out: Path) -> None:
     for name in FAMILIES:
         if name in hf.CONFIG_MAPPING:
             save_tiny(name, out / "sources" / name)
-    for name in WITH_VISION:
-        tiny.build(name, out / "sources" / name)
+    for name, sizes in WITH_VISION.items():
+        tiny.build(name, out / "sources" / name, **sizes)
     for directory in (out / "sources").iterdir():
         for_transformers_4(directory, out / "sources-4" / directory.name)
 
