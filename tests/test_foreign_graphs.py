@@ -84,7 +84,7 @@ class Case:
     @property
     def by_call(self) -> float:
         """The tolerance where the same tokens came in other calls: products of 4 bits round one token otherwise."""
-        return 2e-2 if self.kind == "int4" else self.tolerance
+        return 5e-2 if self.kind == "int4" else self.tolerance
 
     def decoder(self, directory: Path) -> Decoder:
         return Decoder(directory, exact=self.kind == "float16" and "optimum" in str(self.original))
