@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sasa_export.errors import VerifyError
+from sasa_export.errors import EmitError, SasaExportError, VerifyError
 from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
@@ -29,7 +29,7 @@ from sasa_export.prompts import Prompt, calibration_prompts, for_model, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
-from sasa_export.verify.compare import ROUNDED
+from sasa_export.verify.compare import QUANTIZED, ROUNDED
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Case, expect, known
@@ -299,11 +299,19 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
 def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
     """The same with ONNX graphs that others exported: graph in, graph out."""
     options.check_for_graphs()
-    decoder, plan = open_and_trace_graphs(options, report)
-    measured = measure_graphs(decoder, plan, options, work, report)
-    graph = rewrite(plan.graph, measured.settings)
-    if workers().leads:
-        write_and_verify_graphs(decoder, plan, measured, graph, options, report)
+    try:
+        decoder, plan = open_and_trace_graphs(options, report)
+        measured = measure_graphs(decoder, plan, options, work, report)
+        graph = rewrite(plan.graph, measured.settings)
+        if workers().leads:
+            write_and_verify_graphs(decoder, plan, measured, graph, options, report)
+    except (SasaExportError, OSError):
+        raise
+    except Exception as error:  # of onnxruntime and the exporter, which fail in as many ways as there are operators
+        said = " ".join(str(error).split())[:300]
+        raise EmitError(
+            f"{options.model} cannot be guarded here ({type(error).__name__}: {said}). Use another model."
+        ) from error
     return Patched(options.out, graph, measured.probe, measured.calibration)
 
 
@@ -337,7 +345,8 @@ def measure_graphs(decoder: Decoder, plan: Plan, options: Options, work: Work, r
     with."""
     from sasa_export.foreign.features import collect, expect_graphs, fit_graphs, lanes
 
-    probe, calibration, cases = plan.given, None, ()
+    probe, calibration = plan.given, None
+    cases: tuple[Case, ...] = ()
     reading = lanes(decoder, plan.settings) if plan.prompts else None
     if probe is None and reading is not None:
         if workers().leads:
@@ -367,7 +376,7 @@ def write_and_verify_graphs(
     from sasa_export.foreign.written import write_graphs
 
     sasa = _sasa(plan, measured, graph, options, report)
-    sasa |= {"graphs": decoder.graphs.files, "dtype": decoder.dtype}
+    sasa |= {"graphs": decoder.graphs.files, "lengths": decoder.lengths, "dtype": decoder.dtype}
     result = Patch(plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype)
     assert measured.settings.pair is not None
     guarded, ledger = guarded_decoder(decoder, sasa, measured.probe, measured.settings.pair)
@@ -381,7 +390,7 @@ def write_and_verify_graphs(
         )
         if result.cases:
             opened = bool(sasa["generation_prompt_ids"])
-            most = ROUNDED["float32" if decoder.exact else "float16"]
+            most = ROUNDED["float32"] if decoder.exact else QUANTIZED
             checks.append(check_pieces(staging, result.cases, opened, most))
         _all_passed(checks, report)
         write_card(result, checks, options.verify, staging, "foreign_card.md.j2")

@@ -44,7 +44,7 @@ class Graph:
 
     def norm(self, states: str) -> str:
         mean = self("ReduceMean", self("Mul", states, states), self.ints(-1), keepdims=1)
-        scale = self("Sqrt", self("Add", mean, self.constant(np.float32([1e-5]))))
+        scale = self("Sqrt", self("Add", mean, self.constant(np.array([1e-5], np.float32))))
         return self("Mul", self("Div", states, scale), self.constant(np.ones(HIDDEN, np.float32)))
 
     def heads(self, states: str) -> str:
@@ -71,12 +71,14 @@ def mask_of(graph: Graph) -> str:
     """(batch, 1, tokens, total), 0 where a token may look and very negative elsewhere."""
     total = graph("Shape", "attention_mask", start=1, end=2)
     past = graph("Sub", total, graph("Shape", "input_ids", start=1, end=2))
-    zero, one = (graph.constant(np.int64(value)) for value in (0, 1))
+    zero, one = (graph.constant(np.array(value, np.int64)) for value in (0, 1))
     columns = graph("Range", zero, graph("Squeeze", total), one)  # (total,)
     rows = graph("Range", graph("Squeeze", past), graph("Squeeze", total), one)  # (tokens,)
     causal = graph("LessOrEqual", columns, graph("Unsqueeze", rows, graph.ints(1)))  # (tokens, total)
     real = graph("Unsqueeze", graph("Cast", "attention_mask", to=TensorProto.BOOL), graph.ints(1, 2))
-    return graph("Where", graph("And", causal, real), *(graph.constant(np.float32(value)) for value in (0, -1e9)))
+    return graph(
+        "Where", graph("And", causal, real), *(graph.constant(np.array(value, np.float32)) for value in (0, -1e9))
+    )
 
 
 def decoder(fault: str = "", seed: int = 0) -> onnx.ModelProto:
@@ -97,17 +99,21 @@ def decoder(fault: str = "", seed: int = 0) -> onnx.ModelProto:
     if fault == "soft cap":
         logits = graph("Tanh", logits)
     graph("Identity", logits, out="logits")
-    cache = [
+    cache: list[tuple[str, list[str | int | None]]] = [
         (f"{index}.{kind}", ["batch", HEADS, "past", SIZE])
         for index in range(BLOCKS - (fault == "shared keys"))
         for kind in ("key", "value")
     ]
-    tokens = ["batch", "tokens"]
-    inputs = {"input_ids": (INT, tokens), "attention_mask": (INT, ["batch", "total"]), "position_ids": (INT, tokens)}
+    tokens: list[str | int | None] = ["batch", "tokens"]
+    inputs: dict[str, tuple[int, list[str | int | None]]] = {
+        "input_ids": (INT, tokens),
+        "attention_mask": (INT, ["batch", "total"]),
+        "position_ids": (INT, tokens),
+    }
     inputs |= {f"past_key_values.{name}": (FLOAT, shape) for name, shape in cache}
     if fault == "cross-attention":
         inputs["encoder_hidden_states"] = (FLOAT, ["batch", "seen", HIDDEN])
-    outputs = {"logits": (FLOAT, [*tokens, VOCABULARY])}
+    outputs: dict[str, tuple[int, list[str | int | None]]] = {"logits": (FLOAT, [*tokens, VOCABULARY])}
     outputs |= {f"present.{name}": (FLOAT, [*shape[:2], "total", SIZE]) for name, shape in cache}
     if fault == "guarded already":
         graph("Identity", normed, out="unsafe_probability")

@@ -126,7 +126,7 @@ FAULTS = {
 def test_what_cannot_be_guarded_ends_in_a_line_that_says_why(fault: str, tmp_path: Path) -> None:
     source = foreign_graphs.write(tmp_path / "source", fault)
     save_file(
-        {"sasa.probe.weight": np.ones(foreign_graphs.HIDDEN, np.float32), "sasa.probe.bias": np.float32([0])},
+        {"sasa.probe.weight": np.ones(foreign_graphs.HIDDEN, np.float32), "sasa.probe.bias": np.zeros(1, np.float32)},
         tmp_path / "probe",
     )
     options = sasa_export.Options(
@@ -171,7 +171,8 @@ def test_variants_are_chosen_by_file_or_by_type(tmp_path: Path) -> None:
         open_graphs(model)
     decoder, embedding = "onnx/decoder_model_merged{}.onnx", "onnx/embed_tokens{}.onnx"
     for chosen, (first, second) in {
-        ("q4",): ("_q4", "_q4"), ("fp32",): ("", ""), ("decoder_model_merged_q4.onnx", "embed_tokens.onnx"): ("_q4", ""),
+        ("q4",): ("_q4", "_q4"), ("fp32",): ("", ""),
+        ("decoder_model_merged_q4.onnx", "embed_tokens.onnx"): ("_q4", ""),
     }.items():  # fmt: skip
         files = open_graphs(model, chosen).files
         assert files == {"decoder": decoder.format(first), "embedding": embedding.format(second)}

@@ -46,7 +46,10 @@ def probe(decoder: Decoder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def patched(decoder: Decoder, probe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("patched")
-    save_file({"sasa.probe.weight": probe["weight"], "sasa.probe.bias": np.float32([probe["bias"]])}, folder / "probe")
+    save_file(
+        {"sasa.probe.weight": probe["weight"], "sasa.probe.bias": np.array([probe["bias"]], np.float32)},
+        folder / "probe",
+    )
     sasa_export.patch(
         sasa_export.Options(
             model=str(decoder.graphs.source.directory), out=folder / "out", probe=folder / "probe", safety_layer=1,
@@ -63,7 +66,7 @@ def guarded(patched: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def original(decoder: Decoder) -> Model:
-    return Model(decoder.graphs.source.directory, "", "cpu", decoder.graphs.files)
+    return Model(decoder.graphs.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
 
 
 def test_verdicts_are_those_of_two_passes(decoder: Decoder, guarded: Model, probe: dict[str, Any]) -> None:

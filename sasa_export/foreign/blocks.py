@@ -31,7 +31,7 @@ class Blocks:
     `text` is what it reads, token ids (batch, tokens) or embeddings (batch, tokens, hidden). `states` are the outputs
     of its blocks, (batch, tokens, hidden), `norm` the final norm's output of all tokens, and `read` what of it the
     `head`, the product with the vocabulary, reads. `linear`: behind the head nothing but constants is multiplied or
-    added, so that a probe folds through it.
+    added, so that a probe folds through it. `lengths` are those of dimensions that the graph has names for.
     """
 
     model: ir.Model
@@ -44,6 +44,12 @@ class Blocks:
     head: ir.Node
     logits: ir.Value
     linear: bool
+    lengths: dict[str, int]
+
+    def sizes(self, held: ir.Value) -> list[int]:
+        """What one input of the cache is, (rows, ...), of no rows and no tokens."""
+        sizes = list(held.shape or ())
+        return [size if isinstance(size, int) else self.lengths.get(str(size.value), 0) for size in sizes]
 
 
 def find_blocks(model: ir.Model, count: int | None) -> Blocks:
@@ -67,7 +73,7 @@ def find_blocks(model: ir.Model, count: int | None) -> Blocks:
     (read,) = finder.varying_of(head)
     norm, text = finder.before_cuts(read), next(inputs[name] for name in TEXT if name in inputs)
     states = finder.states(anchors, norm)
-    return Blocks(model, inputs, past, text, states, norm, read, head, outputs["logits"], linear)
+    return Blocks(model, inputs, past, text, states, norm, read, head, outputs["logits"], linear, {})
 
 
 def _check_interface(inputs: set[str], outputs: set[str], past: set[str]) -> None:

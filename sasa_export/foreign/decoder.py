@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -23,7 +23,7 @@ HIDDEN, HEADS = ("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n
 class Decoder:
     """`main` is the main lane as a graph of blocks, and `dtype` that of its cache, by which tolerances go: `exact` is
     one in float32 whose products are too. `sees`: prompts with pictures can be run through the graphs that lie beside
-    it. `linear` as `Blocks` has it."""
+    it. `linear` and `lengths` as `Blocks` has them."""
 
     graphs: Graphs
     processor: Any
@@ -32,6 +32,7 @@ class Decoder:
     dtype: str
     exact: bool
     linear: bool
+    lengths: dict[str, int]
     sees: bool
 
 
@@ -54,27 +55,29 @@ def open_decoder(graphs: Graphs) -> Decoder:
     softcap = None if blocks.linear else float(graphs.size("final_logit_softcapping") or 0)  # the graph has it in it
     sizes = Sizes(len(blocks.states), hidden, vocabulary, softcap)
     exact = dtype == "float32" and not any(node.op_type in ROUNDED for node in blocks.model.graph)
-    return Decoder(graphs, processor, sizes, _main(blocks), dtype, exact, blocks.linear, sees)
+    return Decoder(graphs, processor, sizes, _main(blocks), dtype, exact, blocks.linear, blocks.lengths, sees)
 
 
 def load_blocks(graphs: Graphs) -> Blocks:
-    """The decoder, taken apart, the sizes of its cache written into it. TraceError where one is not known."""
+    """The decoder, taken apart, with the lengths of its cache's axes. TraceError where one is not known."""
     blocks = find_blocks(ir.load(graphs.decoder), graphs.size(*LAYERS))
     hidden, heads = graphs.size(*HIDDEN), graphs.size(*HEADS)
     size = graphs.size("head_dim", "head_size") or (hidden // heads if hidden and heads else None)
     known = {1: graphs.size("num_key_value_heads") or heads, 3: size}  # by axis
-    for value in (*blocks.model.graph.inputs, *blocks.model.graph.outputs):
-        if str(value.name).endswith((".key", ".value")):
-            sizes = [
-                size if isinstance(size, int) else known.get(axis, size) for axis, size in enumerate(value.shape or ())
-            ]
-            if len(sizes) != 4 or None in sizes:
-                raise TraceError(
-                    f"{value.name} is {value.shape}, of which no configuration names heads and size. {OTHER}"
-                )
-            value.shape = ir.Shape(sizes)
-    if not any(name.endswith(".key") for name in blocks.past):
-        raise TraceError(f"the cache has no keys (past_key_values.0.key), beside which the gate's would lie. {OTHER}")
+    keys = {name: value for name, value in blocks.past.items() if name.endswith((".key", ".value"))}
+    named = ((axis, length) for value in keys.values() for axis, length in enumerate(value.shape or ()))
+    lengths = {str(length.value): known.get(axis) for axis, length in named if not isinstance(length, int)}
+    blocks = replace(blocks, lengths={name: length for name, length in lengths.items() if length})
+    if not keys or any(
+        len(sizes := blocks.sizes(value)) != 4 or not (sizes[1] and sizes[3]) for value in keys.values()
+    ):
+        raise TraceError(
+            f"the cache has no keys (past_key_values.0.key), (batch, heads, tokens, size) with heads and size in the "
+            f"graph or in a configuration, beside which the gate's would lie. {OTHER}"
+        )
+    # The builder's half precision notes shapes that do not hold behind a past, and onnxruntime stops at them.
+    for value in (value for node in blocks.model.graph for value in node.outputs if not value.is_graph_output()):
+        value.shape = None
     return blocks
 
 

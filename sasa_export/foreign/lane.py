@@ -73,8 +73,7 @@ def _of_a_first_call(
     """What stands for the decoder's inputs in a first call on states: an empty cache, positions, the text's shape."""
     rows, replaced, empty = add("Shape", states, start=0, end=1), {}, dict[Any, ir.Value]()
     for value in blocks.past.values():
-        assert value.shape is not None
-        sizes = [size if isinstance(size, int) else 0 for size in list(value.shape)[1:]]
+        sizes = blocks.sizes(value)[1:]
         key = (tuple(sizes), value.dtype)
         if key not in empty:
             shape = add("Concat", rows, add.constant(sizes), axis=0)

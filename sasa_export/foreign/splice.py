@@ -36,15 +36,17 @@ def guarded_decoder(
         raise EmitError(
             f"{graphs.decoder} is of an opset below {OPSET}, which the gate needs. Export it at a later one."
         )
-    shape = next(value.shape for name, value in blocks.past.items() if name.endswith(".key"))
+    keys = next(value for name, value in blocks.past.items() if name.endswith(".key"))
     positions = blocks.inputs.get("position_ids")
-    axes = None if positions is None else 1 if len(positions.shape) == 2 else int(positions.shape[0])
+    shape = [] if positions is None else list(positions.shape or ())
+    axes = None if positions is None else 3 if len(shape) == 3 else 1  # three with M-RoPE
     rows = None
     if "embedding" in graphs.files:  # as it is deployed: rounding moves the rows by more than they may be off
         table = np.array([TemplateTokens.of(sasa).table])  # (1, numbers)
         embedding = session(graphs.source.directory / graphs.files["embedding"], "cpu")
         rows = torch.from_numpy(embed(embedding, table)[0]).float()  # (numbers, hidden)
-    ledger = Ledger(sizes.blocks, shape[1], shape[3], sizes.hidden, axes or 1)
+    _, heads, _, size = blocks.sizes(keys)
+    ledger = Ledger(sizes.blocks, heads, size, sizes.hidden, axes or 1)
     cache, logits = getattr(torch, decoder.dtype), LOGITS.get(blocks.logits.dtype, torch.float32)  # type: ignore[arg-type]
     interface = Interface(ledger, sizes.vocabulary, axes, cache, logits, rows, decoder.linear)
     splice(blocks, guard_graph(sasa, interface, probe), interface, pair)

@@ -10,6 +10,7 @@ from sasa_export.errors import EmitError
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import Source
+from sasa_export.models.contents import read_object
 from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
 from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL, refusal_tokens
 
@@ -119,8 +120,6 @@ def turn_token_ids(processor: Any, directory: Path, opening: list[int]) -> list[
 
 
 def _end_tokens(directory: Path) -> list[int]:
-    path = directory / "generation_config.json"
-    if not path.exists():
-        return []
-    end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    genai = read_object(directory / "genai_config.json").get("model", {})
+    end = {**genai, **read_object(directory / "generation_config.json")}.get("eos_token_id")
     return [] if end is None else [end] if isinstance(end, int) else list(end)

@@ -61,19 +61,21 @@ class Model:
         directory: the ONNX directory.
         suffix: what the names of its graphs end with before `.onnx`, unless config.json names their files.
         device: "cuda", or any other for the CPU.
-        graphs: their files by role, decoder, embedding and vision, of which a decoder of token ids needs no others.
+        given: in the place of what config.json says under `sasa`: `graphs`, their files by role (decoder, embedding,
+            vision), and `lengths` of dimensions of the cache that go by names.
         decoder: a session that runs in the decoder's place.
     """
 
     tensors = "np"
 
     def __init__(
-        self, directory: Path, suffix: str, device: str, graphs: dict[str, str] | None = None, decoder: Any = None
+        self, directory: Path, suffix: str, device: str, given: dict[str, Any] | None = None, decoder: Any = None
     ) -> None:
         self.config = read_json(directory / "config.json")
         names = {"vision": "vision_encoder", "embedding": "embed_tokens", "decoder": "decoder_model_merged"}
         usual = {role: f"onnx/{name}{suffix}.onnx" for role, name in names.items()}
-        graphs = graphs or self.config.get("sasa", {}).get("graphs") or usual
+        sasa = given or self.config.get("sasa", {})
+        graphs, self.lengths = sasa.get("graphs", usual), sasa.get("lengths", {})
         self.decoder = decoder or session(directory / graphs["decoder"], device)
         self.embedding, self.vision = (
             session(directory / graphs[role], device) if role in graphs else None for role in ("embedding", "vision")
@@ -115,7 +117,7 @@ class Model:
     def prompt(self, inputs: dict[str, Any], cuts: Sequence[int] = ()) -> dict[str, Any]:
         """A whole prompt on an empty cache, the calls after the first beginning at `cuts`: what the last one gave."""
         cache = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(empty(value.shape, TYPES[value.type]))
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(empty(value.shape, TYPES[value.type], self.lengths))
             for name, value in self.taken.items()
             if name.startswith("past")
         }
@@ -150,12 +152,13 @@ class Model:
         ids: NDArray[Any] = inputs["input_ids"].astype(np.int64)  # (1, tokens)
         if self.embedding is None:
             return ids
-        embeds = embed(self.embedding, ids)
+        pictured = ids == self.image_token  # (1, tokens)
+        embeds = embed(self.embedding, np.where(pictured, 0, ids))
         if self.vision is not None and "pixel_values" in inputs:
             taken = [*self.vision.get_inputs(), *self.vision.get_overridable_initializers()]
             given = {"grid_thw": inputs.get("image_grid_thw"), **inputs}  # by the name that Qwen2-VL's graph has
             features = self.vision.run(None, {v.name: given[v.name].astype(TYPES[v.type]) for v in taken})[0]
-            embeds[ids == self.image_token] = features.reshape(-1, features.shape[-1])  # raises where numbers differ
+            embeds[pictured] = features.reshape(-1, features.shape[-1])  # raises where numbers differ
         return embeds
 
     def _positions(self, inputs: dict[str, Any]) -> NDArray[Any]:
@@ -215,9 +218,11 @@ def session(path: Path | bytes, device: str, folder: Path | None = None) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=providers)
 
 
-def empty(shape: list[Any], dtype: Any) -> NDArray[Any]:
+def empty(shape: list[Any], dtype: Any, lengths: dict[str, int] | None = None) -> NDArray[Any]:
     """What one input of the cache holds of one prompt before its first token, whose lengths go by names in `shape`."""
-    return np.zeros([1, *(size if isinstance(size, int) else 0 for size in shape[1:])], dtype)
+    return np.zeros(
+        [1, *(size if isinstance(size, int) else (lengths or {}).get(size, 0) for size in shape[1:])], dtype
+    )
 
 
 def penalised(logits: NDArray[Any], tokens: list[int], penalty: float) -> NDArray[Any]:
