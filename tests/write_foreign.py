@@ -35,16 +35,18 @@ by `sasa-export --model directory/ --out patched/`, and run in onnxruntime on a 
 of the embedded model; the others are tiny and random.
 
 - *Oracle*: P(unsafe) is that of two full passes, in torch on the weights that the graph was made of (within 1e-4); of
-  float16 and int4, in the graph as it was, whose states differ from torch's (within {{ tolerance.float16 }} and
-  {{ tolerance.int4 }}).
+  float16 and int4, and where the exporter left something of the model out, in the graph as it was (in float16 within
+  {{ tolerance.float16 }}, in int4 {{ tolerance.int4 }}).
 - *Right pads*, *left pads*: so it is in a batch of prompts of different lengths.
 - *Answers*: of allowed prompts, the logits and the caches of twenty tokens are the original's to the bit.
 - *Refusals*: refused prompts say the whole refusal, and nothing else.
 - *Pieces*, *second turn*: the same verdict for a prompt in pieces of random lengths; a verdict over the whole
-  conversation for a question on a kept cache.
+  conversation for a question on a kept cache. In int4 within 0.05: its products round by the number of tokens in a
+  call.
 - *Files*: the weights lie in the original's file, and the new graph adds less than 2 MB.
 
-✓: it held; ✗: it did not, or was never run; –: the original cannot either.
+✓: it held; ✗: it did not; ·: it was not run; –: the original cannot either, or the decoder is
+[refused](foreign.md#what-is-refused).
 {% for exporter, found in tables.items() %}
 ## {{ titles[exporter] }}
 
@@ -70,13 +72,14 @@ def main(root: Path, out: Path, reports: list[Path]) -> None:
         names = sorted(name for name, what in said.items() if what == "ok" and not name.endswith("dynamic"))
         missing[exporter] = [name for name in said if said[name] != "ok"]
         tables[exporter] = {
-            name: [marks.get(_named(test, f"{exporter}-{name}"), "✗") for (test,) in TESTS.values()] for name in names
+            name: [marks.get(_named(test, f"{exporter}-{name}"), "·") for (test,) in TESTS.values()] for name in names
         }
     text = jinja2.Template(TEMPLATE, keep_trailing_newline=True).render(
         tables=tables, tests=list(TESTS), titles=TITLES, missing=missing, tolerance=TOLERANCE
     )
     out.write_text(text, encoding="utf-8")
-    wrong = [f"{exporter} {name}" for exporter, found in tables.items() for name in found if "✗" in found[name]]
+    bad = {"✗", "·"}
+    wrong = [f"{exporter} {name}" for exporter, found in tables.items() for name in found if bad & {*found[name]}]
     sys.exit("\n".join(wrong) or None)
 
 
