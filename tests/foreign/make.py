@@ -70,7 +70,6 @@ def by_builder(root: Path) -> dict[str, Callable[[Path], None]]:
             ways[source.name] = lambda out, source=source: build(source, out, "fp32", True)
     ways["llama-int4"] = lambda out: build(root / "sources" / "llama", out, "int4", False)
     ways["llama-float16"] = lambda out: build(root / "sources" / "llama", out, "fp16", False)
-    ways["llama-embeds"] = lambda out: build(root / "sources" / "llama", out, "fp32", True)
     return ways
 
 
@@ -110,6 +109,7 @@ def main(exporter: str, root: Path, names: list[str]) -> None:
     for name in names or ways:
         out = root / exporter / name
         if (out / "model.onnx").exists():
+            said[name] = "ok"
             continue
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +121,7 @@ def main(exporter: str, root: Path, names: list[str]) -> None:
             shutil.rmtree(out, ignore_errors=True)
         print(name, said[name], flush=True)
         record.write_text(json.dumps(said, indent=2) + "\n")
+    record.write_text(json.dumps(said, indent=2) + "\n")
 
 
 if __name__ == "__main__":
