@@ -69,10 +69,10 @@ def test_a_second_turn(where: str, case: Any) -> None:
 
 @every
 def test_beams(where: str, case: Any) -> None:
-    """Each beam says the refusal where the prompt is refused."""
+    """The best beam, which stands first, says the refusal where the prompt is refused."""
     it = case(where)
     for ids, expected in zip(it.rows, it.expected, strict=True):
         if expected >= it.threshold:
             ((found,),) = ask(it.patched, [[[ids]]], num_beams=3, past_present_share_buffer=False)
             assert np.array(found["probability"]) == pytest.approx([expected] * len(found["probability"]), abs=1e-2)
-            assert all(row[: len(it.refusal)] == it.refusal for row in found["tokens"])
+            assert found["tokens"][0][: len(it.refusal)] == it.refusal
