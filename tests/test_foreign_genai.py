@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from foreign_runner import Decoder
 from test_foreign_graphs import GRAPHS, Case, case
@@ -65,14 +64,3 @@ def test_a_second_turn(where: str, case: Any) -> None:
         ((_, found),) = ask(it.patched, [[[first], [again]]])
         fed = answer[:-1] if end else answer
         assert found["probability"] == pytest.approx([it.judge([*first, *fed, *again])], abs=it.tolerance)
-
-
-@every
-def test_beams(where: str, case: Any) -> None:
-    """The best beam, which stands first, says the refusal where the prompt is refused."""
-    it = case(where)
-    for ids, expected in zip(it.rows, it.expected, strict=True):
-        if expected >= it.threshold:
-            ((found,),) = ask(it.patched, [[[ids]]], num_beams=3, past_present_share_buffer=False)
-            assert np.array(found["probability"]) == pytest.approx([expected] * len(found["probability"]), abs=1e-2)
-            assert found["tokens"][0][: len(it.refusal)] == it.refusal
