@@ -15,7 +15,7 @@ MODEL ?= build/patched
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow matrix families fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest newest oldest clean
+.PHONY: setup demo test test-slow matrix families foreign fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest newest oldest clean
 
 setup: $(STAMP)
 
@@ -85,6 +85,31 @@ families: setup
 	@rm -f build/families.xml
 	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/families.xml $(FAMILIES)
 	@$(BIN)/python tests/write_families.py build/families.xml docs/families.md
+
+# Decoders that others' tools export, each tool in an environment of its own, and what became of them as a table.
+FOREIGN := build/foreign
+BUILDER := build/builder-venv
+OPTIMUM := build/optimum-venv
+PIP := -m pip install --quiet --disable-pip-version-check
+$(BUILDER)/.installed:
+	@test -x $(BUILDER)/bin/pip || $(PYTHON) -m venv $(BUILDER)
+	@$(BUILDER)/bin/python $(PIP) onnxruntime-genai==0.18.0 onnxruntime==1.32.0 torch==2.13.0 transformers==5.23.0 \
+		onnx==1.23.2 onnx-ir==1.1.0 sentencepiece && touch $@
+$(OPTIMUM)/.installed:
+	@test -x $(OPTIMUM)/bin/pip || $(PYTHON) -m venv $(OPTIMUM)
+	@$(OPTIMUM)/bin/python $(PIP) optimum==2.1.0 optimum-onnx==0.1.0 torch==2.13.0 transformers==4.57.6 onnx==1.23.2 \
+		onnxruntime==1.32.0 onnx-ir==1.1.0 onnxscript && touch $@
+$(FOREIGN)/.made: $(BUILDER)/.installed $(OPTIMUM)/.installed tests/foreign/sources.py tests/foreign/make.py
+	@test -d $(FOREIGN)/sources || $(ALONE) $(BIN)/python tests/foreign/sources.py $(FOREIGN)
+	@$(ALONE) $(BUILDER)/bin/python tests/foreign/make.py builder $(FOREIGN)
+	@$(ALONE) $(OPTIMUM)/bin/python tests/foreign/make.py optimum $(FOREIGN)
+	@$(ALONE) $(BIN)/python tests/foreign/layouts.py $(FOREIGN)
+	@touch $@
+
+foreign: setup $(GENAI_STAMP) $(FOREIGN)/.made
+	@rm -f build/foreign.xml
+	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/foreign.xml $(wildcard tests/test_foreign_*.py)
+	@$(BIN)/python tests/write_foreign.py $(FOREIGN) docs/foreign-graphs.md build/foreign.xml
 
 # sasa-vllm needs vLLM, whose dependencies clash with those of sasa-export: an environment of its own, with vLLM for CPUs.
 VLLM := build/vllm-venv
