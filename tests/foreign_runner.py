@@ -79,8 +79,8 @@ class Decoder:
             feed["position_ids"] = positions if axes == 2 else np.stack([positions] * 3)
         values = dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
         self.values = values
-        self.logits = values.get("logits")
-        self.probability = values.get("unsafe_probability")
+        self.logits: Any = values.get("logits")
+        self.probability: Any = values.get("unsafe_probability")
         self.cache = {name: values[_present(name)] for name in self.cache if _present(name) in values}
 
     def answer(self, tokens: int) -> list[int]:

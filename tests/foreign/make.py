@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # What the builder is told for smol-llava: the type, and whether the decoder has the embedding in it.
 BUILT = {
@@ -60,17 +62,15 @@ def convert_to(kind: str, original: Path, out: Path) -> None:
 
 def by_builder(root: Path) -> dict[str, Callable[[Path], None]]:
     """A way to write each name that OUT/builder may have."""
-    real = root / "sources" / REAL
-    ways = {
-        f"{REAL}-{kind}": (lambda out, options=options: build(real, out, *options)) for kind, options in BUILT.items()
-    }
+    real, llama = root / "sources" / REAL, root / "sources" / "llama"
+
+    def way(source: Path, *options: Any) -> Callable[[Path], None]:
+        return lambda out: build(source, out, *options)
+
+    ways = {f"{REAL}-{kind}": way(real, *options) for kind, options in BUILT.items()}
     for source in _tiny(root / "sources"):
-        ways[source.name] = lambda out, source=source: build(source, out, "fp32", False)
-        if (source / "preprocessor_config.json").exists():
-            ways[source.name] = lambda out, source=source: build(source, out, "fp32", True)
-    ways["llama-int4"] = lambda out: build(root / "sources" / "llama", out, "int4", False)
-    ways["llama-float16"] = lambda out: build(root / "sources" / "llama", out, "fp16", False)
-    return ways
+        ways[source.name] = way(source, "fp32", (source / "preprocessor_config.json").exists())
+    return ways | {"llama-int4": way(llama, "int4", False), "llama-float16": way(llama, "fp16", False)}
 
 
 def by_optimum(root: Path) -> dict[str, Callable[[Path], None]]:
@@ -79,11 +79,11 @@ def by_optimum(root: Path) -> dict[str, Callable[[Path], None]]:
     ways: dict[str, Callable[[Path], None]] = {}
     for source in _tiny(sources):
         if not (source / "preprocessor_config.json").exists():
-            ways[source.name] = lambda out, source=source: convert(source, out)
-    ways[f"{REAL}-float32"] = lambda out: convert(sources / REAL, out)
+            ways[source.name] = partial(convert, source)
+    ways[f"{REAL}-float32"] = partial(convert, sources / REAL)
     for kind in ("int4", "float16", "int8-dynamic"):
         for name, first in ((REAL, f"{REAL}-float32"), ("llama", "llama")):
-            ways[f"{name}-{kind}"] = lambda out, kind=kind, first=first: convert_to(kind, made / first, out)
+            ways[f"{name}-{kind}"] = partial(convert_to, kind, made / first)
     return ways
 
 

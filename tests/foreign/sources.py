@@ -17,6 +17,7 @@ import transformers as hf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
+from tiny.parts import QWEN_TEMPLATE
 
 from sasa_export.models import EMBEDDED, open_source
 
@@ -121,7 +122,7 @@ def save_tiny(name: str, out: Path) -> None:
     """A tiny random decoder of a family, with a tokenizer and a chat template."""
     tokenizer = tiny.make_tokenizer(
         "<|endoftext|> <|im_start|> <|im_end|>", bos="<|im_start|>", eos="<|im_end|>", pad="<|endoftext|>",
-        template=tiny.QWEN_TEMPLATE,
+        template=QWEN_TEMPLATE,
     )  # fmt: skip
     ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
     own = FAMILIES[name]
