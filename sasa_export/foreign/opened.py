@@ -44,7 +44,8 @@ class Graphs:
 
 def holds_graphs(model: str) -> bool:
     """Is this a directory of ONNX graphs, with no weights for transformers in it?"""
-    return not any(Path(model).glob("*.safetensors")) and bool(_candidates(Path(model), "decoder"))
+    weights = [path for path in Path(model).glob("*.safetensors") if not path.name.startswith("sasa-")]
+    return not weights and bool(_candidates(Path(model), "decoder"))
 
 
 def open_graphs(model: str, chosen: Sequence[str] = ()) -> Graphs:
