@@ -30,7 +30,7 @@ TITLES = {
 TEMPLATE = """\
 # Graphs that others exported
 
-Written by `make foreign` from a test run, never by hand: one row a decoder, exported by somebody else's tool, patched
+Written from a test run, `make foreign` for all of it: one row a decoder, exported by somebody else's tool, patched
 by `sasa-export --model directory/ --out patched/`, and run in onnxruntime on a CPU. `smol-llava` is the language model
 of the embedded model; the others are tiny and random.
 
