@@ -2,7 +2,7 @@
 
     python training/fit_smol_llava_probe.py [--threads N]
 
-Takes three quarters of an hour on two CPU cores. Run it again when the vision tower, the calibration set or the layers
+Takes about an hour on two CPU cores. Run it again when the vision tower, the calibration set or the layers
 change: until then smol-llava is calibrated at each export.
 """
 
