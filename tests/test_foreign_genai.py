@@ -24,13 +24,22 @@ pytestmark = [
 ]
 
 
-def ask(directory: Path, conversations: list[Any], **options: Any) -> Any:
-    """What is said in each turn of each conversation, of turns' rows of ids."""
+def ask(it: Case, conversations: list[Any], **options: Any) -> Any:
+    """What is said in each turn of each conversation, of turns' rows of ids, where the original says anything."""
+    try:
+        _run(it.original, conversations[:1], options)
+    except RuntimeError as error:
+        pytest.skip(f"the original does not run: {str(error)[-200:]}")
+    return _run(it.patched, conversations, options)
+
+
+def _run(directory: Path, conversations: list[Any], options: dict[str, Any]) -> Any:
     common = {"pixels": None, "places": 0, "tokens": TOKENS, "options": {"max_length": 200, **options}}
     requests = [{"turns": turns, **common} for turns in conversations]
     command = [PYTHON, HERE / "genai" / "ask.py", directory]
     result = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
+    if result.returncode:
+        raise RuntimeError(f"{result.returncode}: {result.stderr[-2000:]}")
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
@@ -47,9 +56,9 @@ def wanted(it: Case, ids: list[int], probability: float) -> list[int]:
 def test_prompts(options: dict[str, int], where: str, case: Any) -> None:
     it = case(where)
     for (found,), ids, expected in zip(
-        ask(it.patched, [[[ids]] for ids in it.rows], **options), it.rows, it.expected, strict=True
+        ask(it, [[[ids]] for ids in it.rows], **options), it.rows, it.expected, strict=True
     ):
-        assert found["probability"] == pytest.approx([expected], abs=it.tolerance)
+        assert found["probability"] == pytest.approx([expected], abs=it.by_call)
         (said,), right = found["tokens"], wanted(it, ids, expected)
         assert said[: len(right)] == right[: len(said)]
 
@@ -58,9 +67,9 @@ def test_prompts(options: dict[str, int], where: str, case: Any) -> None:
 def test_a_second_turn(where: str, case: Any) -> None:
     it = case(where)
     for first, expected in zip(it.rows, it.expected, strict=True):
-        answer = wanted(it, first, expected)
-        end = it.refusal[-1:] * (answer[-1] == it.refusal[-1])
-        again = [*end, *it.rows[-1]]
-        ((_, found),) = ask(it.patched, [[[first], [again]]])
-        fed = answer[:-1] if end else answer
-        assert found["probability"] == pytest.approx([it.judge([*first, *fed, *again])], abs=it.tolerance)
+        answer, ending = wanted(it, first, expected), it.refusal[-1]
+        ended = ending in answer
+        fed = answer[: answer.index(ending)] if ended else answer  # it does not feed the token that ends an answer
+        again = [*[ending] * ended, *it.rows[-1]]
+        ((_, found),) = ask(it, [[[first], [again]]])
+        assert found["probability"] == pytest.approx([it.judge([*first, *fed, *again])], abs=it.by_call)

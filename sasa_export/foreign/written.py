@@ -71,5 +71,8 @@ def _write_configs(graphs: Graphs, added: int, patch: Patch, out: Path) -> None:
     (out / "config.json").write_text(config_text(config), encoding="utf-8")
     genai = read_object(out / GENAI)
     if genai:
-        genai["model"]["decoder"]["num_hidden_layers"] += added
+        decoder = genai["model"]["decoder"]
+        decoder["num_hidden_layers"] += added
+        if "layer_types" in decoder:
+            decoder["layer_types"] += ["full_attention"] * added
         (out / GENAI).write_text(config_text(genai), encoding="utf-8")

@@ -14,6 +14,15 @@ import sys
 import numpy as np
 import onnxruntime_genai as og
 
+
+def judged(generator: og.Generator) -> list[float] | None:
+    """The output `unsafe_probability`, which an unguarded model does not have."""
+    try:
+        return generator.get_output("unsafe_probability").tolist()
+    except Exception:
+        return None
+
+
 model = og.Model(sys.argv[1])
 said = []
 for request in json.load(sys.stdin):
@@ -32,7 +41,7 @@ for request in json.load(sys.stdin):
             inputs["input_ids"], inputs["pixel_values"] = ids, np.array(request["pixels"], np.float32)
             inputs["num_image_tokens"] = np.array([request["places"]])
             generator.set_inputs(inputs)
-        probability = generator.get_output("unsafe_probability").tolist()
+        probability = judged(generator)
         answer: list[list[int]] = []
         while len(answer) < request["tokens"] and not generator.is_done():
             generator.generate_next_token()
