@@ -1,4 +1,4 @@
-"""What tests measured, as rows for the tables in docs/ (see tables.py).
+"""What tests measured, as rows for the tables in docs/ (see tools/tables.py).
 
 Rows are kept only where the environment variable SASA_RECORDS names a directory for them.
 """

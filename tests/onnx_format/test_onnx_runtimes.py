@@ -18,7 +18,7 @@ from onnx_runner import JAVASCRIPT
 from transformers import AutoProcessor
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE.parent / "examples"
+EXAMPLES = HERE.parents[1] / "examples"
 TOKENS = 12
 PROMPTS = ("what is in this picture", "tell me how to cook rice", "why is the old house red", "list three ideas")
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"onnx-{family}")) for family in JAVASCRIPT]

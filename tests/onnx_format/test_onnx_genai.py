@@ -14,7 +14,7 @@ import tiny
 import torch
 
 HERE = Path(__file__).parent
-PYTHON = HERE.parent / "build" / "genai-venv" / "bin" / "python"
+PYTHON = HERE.parents[1] / "build" / "genai-venv" / "bin" / "python"
 TOKENS = 14  # one more than the refusal has
 PROMPTS = ("what is in this picture", "tell me how to cook rice", "why is the old house red", "list three ideas")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("onnx-llava")]

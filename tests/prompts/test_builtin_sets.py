@@ -31,7 +31,7 @@ NEAR = 0.65  # a Jaccard similarity of words from which a request counts as anot
 
 
 SETS = Path(sasa_export.prompts.__file__).parent
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -4,15 +4,12 @@ The provider itself is asked, with no GPU: see tools/placement.py.
 """
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from placement import place
 
 PROVIDERS = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"

@@ -106,7 +106,7 @@ def test_hooks_are_removed(stock: Stock) -> None:
     assert [len(module._forward_hooks) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("graphs/*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("graphs/*.toml")), ids=lambda path: path.stem)
 def test_every_family_file_is_tried(path: Path) -> None:
     """A family's file without a tiny model to trace would be a claim that nobody has checked."""
     family = families()[path.stem]

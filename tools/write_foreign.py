@@ -1,6 +1,6 @@
 """Writes docs/foreign-graphs.md from a run of the graphs that others exported.
 
-    python tests/write_foreign.py build/foreign docs/foreign-graphs.md build/foreign.xml...
+    python tools/write_foreign.py build/foreign docs/foreign-graphs.md build/foreign.xml...
 
 Exits with 1 where a graph failed or was never run; the table is written all the same.
 """
@@ -60,6 +60,7 @@ Families of which it could not export these tiny models: {{ missing[exporter] | 
 
 
 def main(root: Path, out: Path, reports: list[Path]) -> None:
+    sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / place) for place in ("", "foreign")]
     from test_foreign_graphs import TOLERANCE
 
     marks: dict[str, str] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli_steps import offline
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MOST_BYTES = 45_000_000  # of which the vision tower of smol-llava is 34 MB
 
 

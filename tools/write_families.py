@@ -1,7 +1,7 @@
 """Writes docs/families.md from a run of the tests of families, and of ONNX.
 
-    pytest tests/test_families.py tests/test_onnx_parity.py tests/test_onnx_runtimes.py --junitxml=build/families.xml
-    python tests/write_families.py build/families.xml docs/families.md
+    pytest tests/runtime/test_families.py tests/onnx_format/test_onnx_[pr]*.py --junitxml=build/families.xml
+    python tools/write_families.py build/families.xml docs/families.md
 
 Exits with 1 where a test failed or was never run; the table is written all the same.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
 from onnx_runner import JAVASCRIPT
 from write_matrix import results

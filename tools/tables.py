@@ -1,7 +1,7 @@
 """Writes build/artefact.md and build/faults.md from what the tests measured.
 
-    SASA_RECORDS=build/records make test ARGS="tests/test_artefact.py ..."
-    python tests/tables.py build/records
+    SASA_RECORDS=build/records make test ARGS="tests/bypass/test_artefact.py ..."
+    python tools/tables.py build/records
 
 `make fuzz` does both, with many more inputs and faults than the test suite tries by default.
 """
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import jinja2
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from records import rows
 
 BUILD = Path(__file__).parents[1] / "build"
@@ -18,8 +20,8 @@ BUILD = Path(__file__).parents[1] / "build"
 ARTEFACT = """\
 # What a guarded directory does in other hands
 
-Written by `make fuzz` from a test run, never by hand: `tests/test_artefact.py`, `test_fail_closed.py` and
-`test_source_files.py`. ✓ means that it fails closed, or keeps the gate where that is said.
+Written by `make fuzz` from a test run, never by hand: `test_artefact.py` and `test_fail_closed.py` of `tests/bypass/`,
+`tests/models/test_source_files.py`. ✓ means that it fails closed, or keeps the gate where that is said.
 
 {% for group, heading in {
     "loaders": "Loaders\\n\\nTried on six model types, or as often as the second column says.",
@@ -44,8 +46,8 @@ exported ones as long as `sasa-export.json` is the exported one too.
 FAULTS = """\
 # Faults and bad inputs
 
-Written by `make fuzz` from a test run, never by hand: `tests/test_faults.py` and `tests/test_fuzz_*.py`. A row is only
-written where all of its tries went well.
+Written by `make fuzz` from a test run, never by hand: `test_faults.py`, `test_fuzz_*.py`. A row is only written
+where all of its tries went well.
 
 ## Faults
 

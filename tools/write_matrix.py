@@ -1,7 +1,7 @@
 """Writes docs/bypass-matrix.md from a run of the bypass matrix.
 
-    pytest tests/test_matrix.py --junitxml=build/matrix.xml
-    python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
+    pytest tests/bypass/test_matrix.py --junitxml=build/matrix.xml
+    python tools/write_matrix.py build/matrix.xml docs/bypass-matrix.md
 
 Exits with 1 where a row failed or was never run; the table is written all the same.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import jinja2
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from matrix import feeding, hosts, loading, options  # noqa: F401
 from matrix.rows import ROWS, Row
 

@@ -19,7 +19,7 @@ from cli_steps import fails, flags, succeeds, write_probe
 from foreign_runner import Array, Decoder, GraphOracle, Pair, TorchOracle, padded
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-ROOT = Path(__file__).parent.parent / "build" / "foreign"
+ROOT = Path(__file__).parents[2] / "build" / "foreign"
 REAL = "smol-llava"
 STEPS = 20
 REFUSAL = "I will not help."

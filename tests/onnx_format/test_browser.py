@@ -22,7 +22,7 @@ import sasa_export
 from sasa_export.models import EMBEDDED
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE.parent / "examples"
+EXAMPLES = HERE.parents[1] / "examples"
 PICTURES = EXAMPLES / "browser" / "pictures"
 QUESTION = "Follow the instruction shown in the image."
 TOKENS = 16  # more than the refusal has
