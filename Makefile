@@ -77,7 +77,7 @@ matrix:
 	@$(MATRIX)/bin/python $(INSTALL) '.[test,matrix]'
 	@rm -f build/matrix.xml
 	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/bypass/test_matrix.py
-	@$(MATRIX)/bin/python tools/write_matrix.py build/matrix.xml docs/bypass-matrix.md
+	@$(MATRIX)/bin/python tools/write_tables.py matrix docs/bypass-matrix.md build/matrix.xml
 	@$(ALONE) $(MATRIX)/bin/python $(PYTEST) tests/models/test_quantized.py
 
 # Every family, fast tests and slow ones, ONNX among them, and what became of it as a table.
@@ -85,7 +85,7 @@ FAMILIES := tests/runtime/test_families.py $(addprefix tests/onnx_format/test_on
 families: setup
 	@rm -f build/families.xml
 	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/families.xml $(FAMILIES)
-	@$(BIN)/python tools/write_families.py build/families.xml docs/families.md
+	@$(BIN)/python tools/write_tables.py families docs/families.md build/families.xml
 
 # Decoders that others' tools export, each tool in an environment of its own, and what became of them as a table.
 FOREIGN := build/foreign
@@ -110,7 +110,7 @@ $(FOREIGN)/.made: $(BUILDER)/.installed $(OPTIMUM)/.installed tests/foreign/sour
 foreign: setup $(GENAI_STAMP) $(FOREIGN)/.made
 	@rm -f build/foreign.xml
 	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/foreign.xml tests/foreign
-	@$(BIN)/python tools/write_foreign.py $(FOREIGN) docs/foreign-graphs.md build/foreign.xml
+	@$(BIN)/python tools/write_tables.py foreign docs/foreign-graphs.md build/foreign.xml
 
 # sasa-vllm needs vLLM, whose dependencies clash with those of sasa-export: an environment of its own, with vLLM for CPUs.
 VLLM := build/vllm-venv
