@@ -140,13 +140,11 @@ bench-vllm: setup sasa-vllm
 	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving smol
 	@$(ALONE) $(VLLM)/bin/python benchmarks/vllm_cost.py build/serving/smol --out docs/vllm-cost.md
 
-# More inputs than the test suite tries, every fault, and the tables of what was tried.
+# More inputs than the test suite tries.
 FUZZED := $(addprefix tests/bypass/test_,artefact.py fail_closed.py fuzz_inputs.py) tests/writers/test_faults.py \
 	tests/runtime/test_feeding.py tests/probe/test_fuzz_calibration.py tests/models/test_source_files.py
 fuzz: setup
-	@rm -rf build/records
-	@SASA_RECORDS=$(CURDIR)/build/records SASA_FUZZ=400 $(ALONE) $(BIN)/python $(PYTEST) $(FUZZED)
-	@$(BIN)/python tools/tables.py build/records
+	@SASA_FUZZ=400 $(ALONE) $(BIN)/python $(PYTEST) $(FUZZED)
 
 lint: setup
 	$(BIN)/ruff check .

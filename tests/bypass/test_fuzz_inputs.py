@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import Guard
-from fuzzing import Tries, examples
+from fuzzing import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from onnx_runner import Runner, image_token, positions
@@ -77,7 +77,7 @@ def encoded(guarded: Guard, batch: Chats) -> dict[str, Any] | None:
 @every_family
 def test_conversations(guard: Callable[..., Guard], family: str) -> None:
     """Any text, roles, markup and pictures, in any company."""
-    guarded, count = guard(family), Tries(f"conversations, torch ({family})")
+    guarded = guard(family)
 
     @examples(15)
     @given(batches, st.integers(0, 2), st.booleans())
@@ -88,7 +88,6 @@ def test_conversations(guard: Callable[..., Guard], family: str) -> None:
         assert inputs is not None
         scores = guarded.expected(inputs)  # (batch,)
         threshold = threshold_at(scores, row, above)
-        count()
         stock, prompt = guarded.stock, inputs["input_ids"].shape[1]
         with guarded.at(threshold):
             found = guarded.model(**inputs)
@@ -99,7 +98,6 @@ def test_conversations(guard: Callable[..., Guard], family: str) -> None:
         guarded.check_answers(said, stock.generate(**inputs, max_new_tokens=4)[:, prompt:], refused)
 
     run()
-    count.passed()
 
 
 def judged(ids: list[int], sasa: dict[str, Any]) -> int:
@@ -112,7 +110,7 @@ def judged(ids: list[int], sasa: dict[str, Any]) -> int:
 @every_family
 def test_raw_completions(guard: Callable[..., Guard], family: str) -> None:
     """Tokens in any order, with generation prompts, ends of turns and answers that are given in part."""
-    guarded, count = guard(family), Tries(f"raw tokens, torch ({family})")
+    guarded = guard(family)
     sasa = guarded.model.config.sasa
     opening, refusal = sasa["generation_prompt_ids"], sasa["refusal_token_ids"]
     special = [*opening, *sasa["turn_token_ids"], *refusal]
@@ -129,7 +127,6 @@ def test_raw_completions(guard: Callable[..., Guard], family: str) -> None:
         prefix = whole[:, : judged(ids, sasa)]
         scores = guarded.expected({"input_ids": prefix, "attention_mask": torch.ones_like(prefix)})  # (1,)
         inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-        count()
         with guarded.at(threshold_at(scores, 0, above)):
             found = guarded.model(**inputs)
             said = guarded.model.generate(**inputs, max_new_tokens=4)[0, len(ids) :].tolist()
@@ -141,14 +138,13 @@ def test_raw_completions(guard: Callable[..., Guard], family: str) -> None:
             assert set(said) <= {*refusal, *guarded.ends}
 
     run()
-    count.passed()
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("onnx-llava")
 def test_conversations_in_onnx(split: Callable[[str], Guard], exported: Callable[..., Any]) -> None:
     """The graphs say what torch says."""
-    guarded, count = split("llava"), Tries("conversations, onnxruntime")
+    guarded = split("llava")
     runner, threshold = Runner(exported(guarded.directory)), guarded.model.config.sasa["threshold"]
 
     @examples(40)
@@ -160,7 +156,6 @@ def test_conversations_in_onnx(split: Callable[[str], Guard], exported: Callable
         assert inputs is not None
         scores = guarded.expected(inputs)  # (batch,)
         assume((scores - threshold).abs().min() > 1e-3)
-        count()
         places, _ = positions(guarded, inputs)
         arrays = {name: value.numpy() for name, value in inputs.items()}
         runner.prompt(arrays, image_token(guarded), places.numpy())
@@ -170,4 +165,3 @@ def test_conversations_in_onnx(split: Callable[[str], Guard], exported: Callable
         assert torch.equal(said == guarded.refusal[0], scores >= threshold)
 
     run()
-    count.passed()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from cli_steps import copied, fails, flags, succeeds
-from records import note
 
 
 class Bomb:
@@ -27,24 +26,23 @@ def source(llava: Path, tmp_path: Path) -> Path:
     return copied(llava, tmp_path)
 
 
-def refuses(source: Path, probe: Path, place: Path, what: str, *words: str) -> None:
+def refuses(source: Path, probe: Path, place: Path, *words: str) -> None:
     """A patch that loads no weights fails, says why in one line, runs nothing (no mark) and leaves nothing behind."""
     said = fails(*flags(source, place / "out", probe=probe, verify="files"))
     assert all(word in said for word in words), said
     assert not list(place.iterdir()) and not (source.parent / "mark").exists()
-    note("artefact", group="sources", what=what, good=True, tried=1, says=said.replace(str(source.parent), ""))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pytorch_model-00001-of-00002.bin"])
 def test_a_pickle_is_refused_and_never_read(source: Path, probe: Path, place: Path, name: str) -> None:
     (source / "model.safetensors").unlink()
     (source / name).write_bytes(pickle.dumps(Bomb(source.parent / "mark")))
-    refuses(source, probe, place, f"weights as {name} alone", name, "a pickle", "Only safetensors is read")
+    refuses(source, probe, place, name, "a pickle", "Only safetensors is read")
 
 
 def test_a_pickle_under_another_name(source: Path, probe: Path, place: Path) -> None:
     (source / "model.safetensors").write_bytes(pickle.dumps(Bomb(source.parent / "mark")))
-    refuses(source, probe, place, "a pickle named model.safetensors", "corrupt")
+    refuses(source, probe, place, "corrupt")
 
 
 def test_a_pickle_beside_the_weights_is_left_alone(source: Path, probe: Path, place: Path) -> None:
@@ -68,19 +66,19 @@ def test_code_of_the_source_is_never_run(
     (source / "evil.py").write_text(f"import os\nos.mkdir({str(source.parent / 'mark')!r})\n")
     path = source / name
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": entry}))
-    refuses(source, probe, place, f"`auto_map` of {next(iter(entry))} in {name}", name, "runs no code of a model")
+    refuses(source, probe, place, name, "runs no code of a model")
 
 
 def test_a_damaged_generation_config(source: Path, probe: Path, place: Path) -> None:
     """It says which tokens end an answer."""
     (source / "generation_config.json").write_text("{")
-    refuses(source, probe, place, "half a generation_config.json", "generation_config.json", "is not valid JSON")
+    refuses(source, probe, place, "generation_config.json", "is not valid JSON")
 
 
 def test_an_adapter_is_not_applied_in_passing(source: Path, probe: Path, place: Path) -> None:
     """transformers would load it on top of weights that are written without it."""
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))
-    refuses(source, probe, place, "an adapter in the directory", "adapter_config.json", "merge_and_unload")
+    refuses(source, probe, place, "adapter_config.json", "merge_and_unload")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "LICENSE", "folder"])
@@ -93,7 +91,7 @@ def test_a_link_that_leads_out(source: Path, probe: Path, place: Path, name: str
     else:
         (outside / name).write_text("secret")
     (source / name).symlink_to(outside / name)
-    refuses(source, probe, place, f"{name}: a link out of the directory", name)
+    refuses(source, probe, place, name)
 
 
 def test_a_link_within_the_directory(source: Path, probe: Path, place: Path) -> None:
@@ -107,4 +105,4 @@ def test_a_shape_that_config_json_does_not_say(source: Path, probe: Path, place:
     config = json.loads((source / "config.json").read_text())
     config["text_config"]["intermediate_size"] *= 2
     (source / "config.json").write_text(json.dumps(config))
-    refuses(source, probe, place, "shards and config.json that do not belong together", "shape", "do not belong")
+    refuses(source, probe, place, "shape", "do not belong")

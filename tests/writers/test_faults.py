@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from cli_steps import contents, succeeds
 from faulty import NEEDS_SPACE, Ended, run
-from records import note
 
 OLD = {"precious.txt": b"mine", "sasa-export.json": b'{"files": {"precious.txt": ""}}'}  # an older output of ours
 # How many points are tried by default, and by `make test-slow`.
@@ -91,13 +90,11 @@ def evenly(points: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("name, count", TRIED)
 def test_killed(command: Callable[[str], Command], name: str, count: int) -> None:
     found = command(name)
-    tried = evenly(list(range(len(found.points))), count)
-    for at in tried:
+    for at in evenly(list(range(len(found.points))), count):
         found.begin()
         assert found.run(("kill", at)).code == -signal.SIGKILL
         assert contents(found.place / "out") in (OLD, found.whole)
         found.rerun()
-    note("faults", group="faults", what=f"{name}: killed", tried=len(tried), of=len(found.points), good=True)
 
 
 @pytest.mark.parametrize("name, count", TRIED)
@@ -105,8 +102,7 @@ def test_a_full_disk(command: Callable[[str], Command], name: str, count: int) -
     """Full from a point on: an error of one line, the old output in place, finished work alone beside it."""
     found = command(name)
     needing = [at for at, what in enumerate(found.points) if what in NEEDS_SPACE]
-    tried = evenly(needing, count)
-    for at in tried:
+    for at in evenly(needing, count):
         found.begin()
         ended = found.run(("full", at))
         error = ended.said.splitlines()[-1]
@@ -115,4 +111,3 @@ def test_a_full_disk(command: Callable[[str], Command], name: str, count: int) -
         assert contents(found.place / "out") == OLD
         assert {path.name for path in found.place.iterdir()} <= {"out", ".out.work"}
         found.rerun()
-    note("faults", group="faults", what=f"{name}: disk full", tried=len(tried), of=len(needing), good=True)
