@@ -47,10 +47,19 @@ def succeeds(*arguments: str) -> Any:
 
 
 def fails(*arguments: str) -> str:
-    """Run in this process, and return the one-line error."""
+    """Run in this process, and return the one-line error; at the output and beside it all is as it was."""
+    before = _written(*arguments)
     result = invoke(*arguments)
     assert isinstance(result.exception, SystemExit), f"{result.exception!r} was not reported as an error"
+    assert _written(*arguments) == before
     return message_of(result.exit_code, result.stderr)
+
+
+def _written(*arguments: str) -> set[Path]:
+    """What lies at the output that is named, and beside it under names like its own."""
+    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else Path()
+    near = [path for path in out.parent.iterdir() if out.name in path.name] if out.parent.is_dir() and out.name else []
+    return {*near, *(path for directory in near if directory.is_dir() for path in directory.rglob("*"))}
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,7 +83,7 @@ def message_of(code: int, stderr: str) -> str:
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("Error:")] == lines[-1:]
-    stages = ("open", "warning", "trace", "load", "calibrate", "rewrite", " ")
+    stages = ("open", "warning", "trace", "load", "calibrate", "rewrite", "onnx", " ")
     assert all(line.startswith(stages) for line in lines[:-1]), stderr
     return lines[-1]
 

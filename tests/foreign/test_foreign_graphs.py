@@ -181,7 +181,6 @@ def test_what_cannot_be_guarded_is_refused(where: str, place: Path) -> None:
     if not (ROOT / where).exists():
         pytest.skip("NO GRAPHS OF OTHERS: make foreign makes them")
     assert REFUSED[where] in fails(*flags(ROOT / where, place / "patched", verify="files"))
-    assert not list(place.iterdir())
 
 
 @every

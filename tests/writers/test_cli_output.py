@@ -110,7 +110,6 @@ def test_too_little_space(llava: Path, probe: Path, place: Path, monkeypatch: py
     # Enough for what is always written, but not for the model of 1 MB, which a link does not copy.
     monkeypatch.setattr(shutil, "disk_usage", free(64_500_000))
     assert "GB free" in fails(*arguments)
-    assert not list(place.iterdir())
     succeeds(*arguments, "--link")
 
 
