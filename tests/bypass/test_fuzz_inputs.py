@@ -14,7 +14,7 @@ from conftest import Guard
 from fuzzing import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from onnx_runner import Runner, image_token, positions
+from onnx_runner import Runner
 from PIL import Image
 from torch import Tensor
 
@@ -156,9 +156,7 @@ def test_conversations_in_onnx(split: Callable[[str], Guard], exported: Callable
         assert inputs is not None
         scores = guarded.expected(inputs)  # (batch,)
         assume((scores - threshold).abs().min() > 1e-3)
-        places, _ = positions(guarded, inputs)
-        arrays = {name: value.numpy() for name, value in inputs.items()}
-        runner.prompt(arrays, image_token(guarded), places.numpy())
+        runner.ask(guarded, inputs)
         assert runner.probability is not None
         np.testing.assert_allclose(runner.probability, scores.numpy(), rtol=0, atol=1e-4)
         said = torch.from_numpy(runner.logits).argmax(-1)  # (batch,)

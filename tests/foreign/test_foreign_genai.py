@@ -1,37 +1,18 @@
 """Decoders of onnxruntime-genai's builder, patched, in stock onnxruntime-genai: they judge, refuse and answer."""
 
-import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 from foreign_runner import Decoder
+from genai_runner import MISSING, TOKENS, WHY, ask
 from test_foreign_graphs import GRAPHS, Case, case
-from test_onnx_genai import HERE, PYTHON, TOKENS
 
 __all__ = ["case"]  # a fixture
 # Of several types, with the embedding and without; blocks with a convolution.
 NAMES = ("builder/llama", "builder/llama-int4", "builder/llama-float16", "builder/qwen3", "builder/lfm2")
 TRIED = [graph for graph in GRAPHS if graph.values[0] in NAMES or "genai/" in graph.values[0]]
 every = pytest.mark.parametrize("where", TRIED or GRAPHS)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (PYTHON.parent.parent / ".installed").exists(),
-        reason=f"NO ONNXRUNTIME-GENAI IN {PYTHON.parent.parent}: that it judges graphs of others was NOT tested",
-    ),
-]
-
-
-def ask(directory: Path, conversations: list[Any], **options: Any) -> Any:
-    """What is said in each turn of each conversation, of turns' rows of ids."""
-    common = {"pixels": None, "places": 0, "tokens": TOKENS, "options": {"max_length": 200, **options}}
-    requests = [{"turns": turns, **common} for turns in conversations]
-    command = [PYTHON, HERE / "genai" / "ask.py", directory]
-    result = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
-    return json.loads(result.stdout.strip().splitlines()[-1])
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING, reason=WHY)]
 
 
 def wanted(it: Case, ids: list[int], probability: float) -> list[int]:

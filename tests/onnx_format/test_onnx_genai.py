@@ -1,23 +1,20 @@
-"""Exported directories in onnxruntime-genai, as it finds them: they refuse and answer as torch does.
+"""Exported directories in onnxruntime-genai, as it finds them: they refuse and answer as torch does."""
 
-It needs an onnxruntime of its own, so it lives in an environment of its own, which `make test-slow` builds.
-"""
-
-import json
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import genai_runner
 import pytest
 import tiny
 import torch
+from genai_runner import TOKENS
 
-HERE = Path(__file__).parent
-PYTHON = HERE.parents[1] / "build" / "genai-venv" / "bin" / "python"
-TOKENS = 14  # one more than the refusal has
 PROMPTS = ("what is in this picture", "tell me how to cook rice", "why is the old house red", "list three ideas")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("onnx-llava")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("onnx-llava"),
+    pytest.mark.skipif(genai_runner.MISSING, reason=genai_runner.WHY),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +25,8 @@ def guarded(split: Any) -> Any:
 @pytest.fixture(scope="module")
 def ask(guarded: Any, exported: Any) -> Callable[..., Any]:
     """`ask(turns, ..., pixels=..., chunk_size=...)`: what is said to each conversation, of turns' rows of ids."""
-    if not (PYTHON.parent.parent / ".installed").exists():
-        pytest.skip(f"NO ONNXRUNTIME-GENAI IN {PYTHON.parent.parent}: that it refuses as torch does was NOT tested")
     directory, picture = exported(guarded.directory), guarded.model.config.image_token_id
-
-    def run(*conversations: Any, pixels: Any = None, **options: Any) -> Any:
-        options = {"max_length": 200, **options}
-        common = {"pixels": pixels, "tokens": TOKENS, "options": options}
-        requests = [{"turns": turns, "places": turns[0][0].count(picture), **common} for turns in conversations]
-        result = subprocess.run(
-            [PYTHON, HERE / "genai" / "ask.py", directory], input=json.dumps(requests), capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
-        return json.loads(result.stdout.strip().splitlines()[-1])
-
-    return run
+    return lambda *conversations, **options: genai_runner.ask(directory, conversations, picture=picture, **options)
 
 
 @pytest.fixture(scope="module")

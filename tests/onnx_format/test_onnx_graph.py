@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx_ir.passes import common
-from onnx_runner import Runner, batch, image_token, lane_of, positions
+from onnx_runner import Runner, lane_of
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from sasa_export.writers.onnx.graphs import write_embeddings
@@ -40,9 +40,8 @@ def lane(decoder: ir.Model) -> ir.Graph:
 
 def started(guard: Any, directory: Path, count: int = 6) -> tuple[Runner, Any, Any]:
     """A runner that has read a prompt, the prompt, and the next position ids."""
-    runner, inputs = Runner(directory), batch(guard, count=count)
-    ids, following = positions(guard, inputs)
-    runner.prompt({name: value.numpy() for name, value in inputs.items()}, image_token(guard), ids.numpy())
+    runner, inputs = Runner(directory), guard.batch(count=count)
+    _, following = runner.ask(guard, inputs)
     return runner, inputs, following.numpy()
 
 

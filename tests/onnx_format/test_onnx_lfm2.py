@@ -14,13 +14,12 @@ import pytest
 import torch
 import transformers as hf
 from feeding import chunkings
-from onnx_runner import Runner, batch, image_token, positions, session
+from onnx_runner import TOLERANCE, Runner, image_token, positions, session
 
 from sasa_export.writers.onnx import layout
 from sasa_export.writers.onnx.graphs import vision_graph, write_model
 from sasa_export.writers.onnx.recipes import RECIPES
 
-TOLERANCE = 1e-4
 STEPS = 8
 pytestmark = pytest.mark.xdist_group("onnx-lfm2_vl")
 
@@ -39,7 +38,7 @@ def runner(guarded: Any, exported: Any) -> Runner:
 @torch.no_grad()
 def test_pieces(images: bool, guarded: Any, runner: Runner) -> None:
     """Rows padded on the left, whole, in pieces and token by token: one verdict, one answer."""
-    inputs = batch(guarded, count=3, images=images, seed=4)
+    inputs = guarded.batch(count=3, images=images, seed=4)
     expected, wanted = guarded.expected(inputs).numpy(), guarded.model(**inputs).logits[:, -1]  # (batch, ...)
     arrays, places = {name: value.numpy() for name, value in inputs.items()}, positions(guarded, inputs)[0].numpy()
     embeds, mask = runner.embed_prompt(arrays, image_token(guarded)), arrays["attention_mask"]
@@ -57,13 +56,12 @@ def test_second_turn(guarded: Any, runner: Runner) -> None:
     """A question on the kept cache is judged with all that came before it, and answered as in torch."""
     seen = set()
     for seed in range(20):
-        inputs = batch(guarded, count=1, seed=seed)
+        inputs = guarded.batch(count=1, seed=seed)
         answer = torch.tensor([[70, 71, guarded.refusal[-1]]])  # (1, 3), the end of sequence last
-        question = batch(guarded, count=1, images=False, seed=seed + 1)["input_ids"]  # (1, tokens)
+        question = guarded.batch(count=1, images=False, seed=seed + 1)["input_ids"]  # (1, tokens)
         ids = torch.cat([inputs["input_ids"], answer, question], dim=1)  # (1, context)
         whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        arrays = {name: value.numpy() for name, value in inputs.items()}
-        runner.prompt(arrays, image_token(guarded), positions(guarded, inputs)[0].numpy())
+        runner.ask(guarded, inputs)
         length = inputs["input_ids"].shape[1]
         for place in range(answer.shape[1]):
             runner.step(answer[:, place].numpy(), np.array([[length + place]]))

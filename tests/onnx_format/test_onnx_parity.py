@@ -8,13 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
-import torch
-from onnx_runner import Runner, batch, image_token, positions
+from onnx_runner import STEPS, TOLERANCE, Runner, follow
 
 from sasa_export.writers.onnx.recipes import RECIPES
 
-TOLERANCE = 1e-4
-STEPS = 15  # beyond the end of the refusal
 # Of decoders; those of the other families are like these.
 KINDS = ("llava", "gemma3", "qwen2_5_vl", "qwen3_vl", "lfm2_vl")
 FAMILIES = [
@@ -24,41 +21,6 @@ FAMILIES = [
 ]
 
 
-def further(runner: Runner, inputs: Any) -> dict[str, Any]:
-    """Inputs of the decoder that only some families have."""
-    names = {value.name for value in runner.decoder.get_overridable_initializers()}
-    return {name: inputs[name].numpy() for name in names if name in inputs}
-
-
-def follow(guard: Any, runner: Runner, inputs: Any, steps: int) -> tuple[list[int], list[float]]:
-    """Run both on a prompt and, greedily, `steps` tokens more. Returns the rows' last state and all differences."""
-    ids, following = positions(guard, inputs)
-    arrays = {name: value.numpy() for name, value in inputs.items()}
-    runner.prompt(arrays, image_token(guard), ids.numpy(), **further(runner, inputs))
-    with torch.no_grad():
-        output = guard.model(**inputs, position_ids=ids, use_cache=True)
-    differences = [
-        float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()),
-        float(np.abs(runner.probability - output.unsafe_probability.numpy()).max()),
-    ]
-    mask, cache = inputs["attention_mask"], output.past_key_values
-    for _ in range(steps):
-        token = output.logits[:, -1].argmax(-1)  # (batch,)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        with torch.no_grad():
-            output = guard.model(
-                input_ids=token[:, None], attention_mask=mask, position_ids=following, past_key_values=cache
-            )
-        runner.step(token.numpy(), following.numpy())
-        assert runner.probability is not None
-        assert np.isnan(runner.probability).all(), "a step of an answer was judged"
-        differences.append(float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()))
-        following = following + 1
-    blocks = guard.model.config.get_text_config().num_hidden_layers
-    state = runner.cache[f"past_key_values.{blocks}.key"][:, 0, -1, 0]  # (batch,)
-    return state.tolist(), differences
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
 def test_prompts_and_steps(family: str, images: bool, split: Any, exported: Any) -> None:
@@ -66,7 +28,7 @@ def test_prompts_and_steps(family: str, images: bool, split: Any, exported: Any)
     runner = Runner(exported(guard.directory))
     seen = set()
     for count in (1, 3, 6):
-        inputs = batch(guard, count=count, images=images)
+        inputs = guard.batch(count=count, images=images)
         states, differences = follow(guard, runner, inputs, STEPS)
         assert max(differences) < TOLERANCE, differences
         seen |= set(states)
@@ -77,7 +39,7 @@ def test_prompts_and_steps(family: str, images: bool, split: Any, exported: Any)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_right_padding(family: str, split: Any, exported: Any) -> None:
     guard = split(family)
-    _, differences = follow(guard, Runner(exported(guard.directory)), batch(guard, count=3, side="right"), 0)
+    _, differences = follow(guard, Runner(exported(guard.directory)), guard.batch(count=3, padding_side="right"), 0)
     assert max(differences) < TOLERANCE
 
 
@@ -92,7 +54,7 @@ def test_old_opset(split: Any, exported: Any) -> None:
     assert not counts["IsNaN"], "WebGPU has no kernel for it"
     runner = Runner(directory)
     for count in (1, 6):
-        _, differences = follow(guard, runner, batch(guard, count=count), STEPS)
+        _, differences = follow(guard, runner, guard.batch(count=count), STEPS)
         assert max(differences) < TOLERANCE
 
 
@@ -123,7 +85,7 @@ def test_openvino(side: Any, split: Any, exported: Any) -> None:
     runner.decoder = OpenVino(openvino, directory / "onnx" / "decoder_model_merged.onnx", runner.decoder)
     seen = set()
     for count in (1, 3, 6):
-        inputs = batch(guard, count=count, side=side)
+        inputs = guard.batch(count=count, padding_side=side)
         states, differences = follow(guard, runner, inputs, STEPS if side == "left" else 0)
         assert max(differences) < TOLERANCE, differences
         seen |= set(states)

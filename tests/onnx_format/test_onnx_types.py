@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_runner import Runner, batch, image_token, lane_of, positions
+from onnx_runner import Runner, lane_of, positions
 
 from sasa_export.models import open_source
 from sasa_export.writers.onnx.memory import needed_bytes
@@ -36,11 +36,8 @@ def graphs(dtype: str, guarded: Any, exported: Any) -> Path:
 
 
 def test_close_to_float32(dtype: str, guarded: Any, graphs: Path) -> None:
-    inputs = batch(guarded, count=6)
-    ids, following = positions(guarded, inputs)
-    arrays = {name: value.numpy() for name, value in inputs.items()}
-    runner = Runner(graphs, SUFFIXES[dtype])
-    runner.prompt(arrays, image_token(guarded), ids.numpy())
+    inputs, runner = guarded.batch(count=6), Runner(graphs, SUFFIXES[dtype])
+    ids, following = runner.ask(guarded, inputs)
     with torch.no_grad():
         output = guarded.model(**inputs, position_ids=ids)
     probability, wanted = runner.probability, output.unsafe_probability.numpy()  # (batch,)
@@ -64,7 +61,7 @@ def test_close_to_float32(dtype: str, guarded: Any, graphs: Path) -> None:
 
 def test_token_by_token_as_at_once(dtype: str, guarded: Any, graphs: Path) -> None:
     """The template's tokens are recognised whatever the weights are rounded to."""
-    inputs = batch(guarded, count=6, images=False)
+    inputs = guarded.batch(count=6, images=False)
     ids, _ = positions(guarded, inputs)  # (batch, tokens)
     tokens, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()  # (batch, tokens)
     runner, found = Runner(graphs, SUFFIXES[dtype]), []

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx_runner import Runner, batch, image_token, positions
+from onnx_runner import Runner
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
@@ -33,13 +33,10 @@ def test_every_prompt_is_refused(way: str, split: Any, exported: Any, tmp_path: 
     guard = split("llava")
     directory = shutil.copytree(exported(guard.directory), tmp_path / "copy")
     WAYS[way](directory / "onnx" / "decoder_model_merged.onnx")
-    inputs = batch(guard, count=6)
-    ids, _ = positions(guard, inputs)  # (batch, tokens)
-    arrays = {name: value.numpy() for name, value in inputs.items()}
-    runner = Runner(directory)
-    runner.prompt(arrays, image_token(guard), ids.numpy())
+    inputs, runner = guard.batch(count=6), Runner(directory)
+    ids, _ = runner.ask(guard, inputs)  # (batch, tokens)
     check(runner, guard)
-    tokens, mask = arrays["input_ids"], arrays["attention_mask"]  # (batch, tokens)
+    tokens, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()  # (batch, tokens)
     runner.start(len(tokens))
     half = tokens.shape[1] // 2
     for piece in (slice(0, half), slice(half, None)):

@@ -1,4 +1,4 @@
-"""The forward pass in other forms than plain: options, copies, dtypes, attention, compiled. The gate is in each."""
+"""The forward pass with options and in other forms; types, copies and torch.compile are rows of the matrix."""
 
 import copy
 from collections.abc import Callable
@@ -68,16 +68,12 @@ def test_options(guard: Guards, family: str, padding_side: str, name: str) -> No
 
 @every_family
 @torch.no_grad()
-def test_copies(guard: Guards, family: str) -> None:
-    """A deep copy has the gate, in training mode and with gradient checkpointing too."""
+def test_gradient_checkpointing(guard: Guards, family: str) -> None:
+    """A copy in training mode has the gate with it too."""
     guarded = guard(family)
     inputs = guarded.batch()
     with guarded.halved(inputs) as refused:
-        twin = copy.deepcopy(guarded.model)
-        assert torch.equal(
-            twin.generate(**inputs, max_new_tokens=8), guarded.model.generate(**inputs, max_new_tokens=8)
-        )
-        check(guarded, inputs, refused, twin.train()(**inputs))
+        twin = copy.deepcopy(guarded.model).train()
         twin.gradient_checkpointing_enable()
         check(guarded, inputs, refused, twin(**inputs))
 
@@ -97,32 +93,6 @@ def test_eager_attention(guard: Guards, family: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@torch.no_grad()
-def test_half_precision(guard: Guards, family: str, dtype: torch.dtype) -> None:
-    """The probe stays float32 to the bit, however the model comes to its dtype, and clear verdicts stay."""
-    guarded = guard(family)
-    inputs = guarded.batch(count=6)
-    scores = guarded.expected(inputs)  # (batch,)
-    ordered = scores.sort().values  # (batch,)
-    widest = int(ordered.diff().argmax())
-    threshold = float(ordered[widest : widest + 2].mean())
-    refused = scores >= threshold  # (batch,)
-    cast = copy.deepcopy(guarded.model).to(dtype)
-    for model in (load(guarded, dtype=dtype), cast, copy.deepcopy(cast).float()):
-        for name, exact in guarded.model.sasa.probe.named_parameters():
-            tensor = getattr(model.sasa.probe, name)
-            assert tensor.dtype == torch.float32 and torch.equal(tensor, exact)
-        model.config.sasa["threshold"] = threshold
-        fed = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        found = model(**fed).unsafe_probability  # (batch,)
-        assert found.dtype == torch.float32
-        assert torch.equal(found >= threshold, refused)
-        said = model.generate(**fed, max_new_tokens=len(guarded.refusal))[:, inputs["input_ids"].shape[1] :]
-        assert said[refused].tolist() == [guarded.refusal] * int(refused.sum())
-
-
-@every_family
 @torch.no_grad()
 def test_autocast(guard: Guards, family: str) -> None:
     """Under autocast the gate judges and refuses too."""
@@ -134,19 +104,6 @@ def test_autocast(guard: Guards, family: str) -> None:
     assert found.dtype == torch.float32
     assert (found - guarded.expected(inputs)).abs().max() < 0.2
     assert said[:, inputs["input_ids"].shape[1] :].tolist() == [guarded.refusal] * 4
-
-
-@every_family
-@pytest.mark.slow
-@torch.no_grad()
-def test_compiled(guard: Guards, family: str) -> None:
-    """`torch.compile` keeps the gate, whatever parts of the forward it captures."""
-    guarded = guard(family)
-    inputs = guarded.batch(images=False)
-    with guarded.halved(inputs) as refused:
-        compiled = torch.compile(copy.deepcopy(guarded.model), backend="eager")
-        for _ in range(2):
-            check(guarded, inputs, refused, compiled(**inputs))
 
 
 @pytest.mark.xdist_group("llava")

@@ -1,4 +1,4 @@
-"""The patched models against the oracle (two full passes, probe on whole logits) and the stock models."""
+"""The patched models against the oracle and the stock models, beyond what test_families tries of each family."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,35 +37,6 @@ def differs(found: Tensor, expected: Tensor) -> float:
     """The largest difference of two tensors of one shape."""
     assert found.shape == expected.shape
     return float((found - expected).abs().max())
-
-
-@every_family
-@with_images
-@both_sides
-@pytest.mark.parametrize(("count", "seed"), [(4, 1), pytest.param(1, 5, marks=slow), pytest.param(7, 2, marks=slow)])
-@torch.no_grad()
-def test_probability_and_gate(
-    guard: Guards, family: str, images: bool, padding_side: str, count: int, seed: int
-) -> None:
-    """P(unsafe) is the oracle's; allowed rows keep their logits to the bit; refused rows say the refusal next."""
-    guarded = guard(family)
-    inputs = guarded.batch(images=images, padding_side=padding_side, count=count, seed=seed)
-    scores = guarded.expected(inputs)  # (batch,)
-    expected = guarded.stock(**inputs).logits  # (batch, tokens, vocabulary)
-    last = oracle.last_positions(inputs)  # (batch,)
-    threshold = float(scores.mean()) if count > 1 else float(scores[0]) - 0.01
-    refused = scores >= threshold  # (batch,)
-    assert count == 1 or (scores.std() > 0.01 and not refused.all())
-    for use_cache in (True, False):
-        with guarded.at(threshold):
-            found = guarded.model(**inputs, use_cache=use_cache)
-        assert found.unsafe_probability.dtype == torch.float32
-        assert differs(found.unsafe_probability, scores) <= TOLERANCE
-        assert torch.equal(found.logits[~refused], expected[~refused])
-        for row in refused.nonzero()[:, 0].tolist():
-            end = int(last[row])
-            assert torch.equal(found.logits[row, :end], expected[row, :end])
-            assert (found.logits[row, end:].argmax(dim=-1) == guarded.refusal[0]).all()
 
 
 @pytest.mark.parametrize(

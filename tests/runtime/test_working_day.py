@@ -15,7 +15,7 @@ import torch
 from cli_steps import fails, flags, invoke, succeeds
 from conftest import Guard
 from labelled import write_set
-from onnx_runner import Runner, image_token, positions
+from onnx_runner import Runner
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sasa_export.verify import answers
@@ -202,8 +202,7 @@ def test_graphs_observe_too(split: Callable[[str], Guard], exported: Callable[..
     guarded = split("llava")
     runner = Runner(exported(edited(guarded.directory, tmp_path / "observing", gate="observe")))
     inputs = guarded.batch(count=6)
-    ids, _ = positions(guarded, inputs)
-    runner.prompt({name: value.numpy() for name, value in inputs.items()}, image_token(guarded), ids.numpy())
+    ids, _ = runner.ask(guarded, inputs)
     expected = guarded.expected(inputs)
     assert runner.probability is not None
     assert np.abs(runner.probability - expected.numpy()).max() < 1e-4
