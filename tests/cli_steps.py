@@ -74,7 +74,7 @@ def heeding_ctrl_c() -> None:
 
 
 def offline() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def message_of(code: int, stderr: str) -> str:

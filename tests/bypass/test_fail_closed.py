@@ -25,7 +25,7 @@ Outcomes = dict[str, str]
 # These tests share one child process, so they stay with one worker.
 pytestmark = pytest.mark.xdist_group("fail-closed")
 
-INDEX = "model.safetensors.index.json"
+INDEX, MODELING = "model.safetensors.index.json", "modeling_sasa.py"
 HEAD = "language_model.lm_head.weight"  # as the shards of llava name it
 
 # Stock classes whose shapes fit: the family's own, its backbone's, and those of its relatives.
@@ -242,13 +242,18 @@ def link(directory: Path) -> None:
     shard.symlink_to(outside)
 
 
-# Changes that leave a directory in which a guarded model loads: only the checksums tell.
-QUIET: dict[str, Edit] = {
-    "one byte of the weights": flip,
-    "a line more in modeling_sasa.py": lambda directory: (directory / "modeling_sasa.py").open("a").write("# more\n"),
-    "another probe": of_tensors("sasa.probe.weight", lambda tensors: tensors["sasa.probe.weight"].neg_()),
-    "a link that leads out of the directory": link,
-    "a pickle beside the weights": lambda directory: torch.save({}, directory / "pytorch_model.bin"),
+# Changes that leave a directory in which a guarded model loads, and the file that only the checksums tell of.
+QUIET: dict[str, tuple[Edit, str]] = {
+    "one byte of the weights": (flip, "model-00001-of-00002.safetensors"),
+    "a line more in the code": (lambda directory: (directory / MODELING).open("a").write("# more\n"), MODELING),
+    "another probe": (
+        of_tensors("sasa.probe.weight", lambda tensors: tensors["sasa.probe.weight"].neg_()),
+        "model-00002-of-00002.safetensors",
+    ),
+    "a link that leads out of the directory": (link, "model-00001-of-00002.safetensors"),
+    "a pickle beside": (lambda directory: torch.save({}, directory / "pytorch_model.bin"), "pytorch_model.bin"),
+    "no template": (lambda directory: (directory / "chat_template.jinja").unlink(), "chat_template.jinja"),
+    "no manifest": (lambda directory: (directory / "sasa-export.json").write_text("{}"), "sasa-export.json"),
 }
 
 
@@ -259,7 +264,8 @@ TOKENIZED = ("a special token in the refusal", "a refusal too long")  # found wh
 def test_verify_names_every_change(guard: Guards, tmp_path: Path, name: str) -> None:
     """`verify` finds what was changed, also where a guarded model still loads."""
     directory = shutil.copytree(guard("llava").directory, tmp_path / "changed")
-    {**QUIET, **{other: edit for other, (edit, _) in DAMAGE.items()}}.get(name, lambda directory: None)(directory)
+    edit, file = {**QUIET, **DAMAGE}.get(name, (lambda directory: None, ""))
+    edit(directory)
     if name in QUIET:
         model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
         assert "unsafe_probability" in model(input_ids=torch.tensor([[1, 65, 70]]))
@@ -267,3 +273,4 @@ def test_verify_names_every_change(guard: Guards, tmp_path: Path, name: str) -> 
     assert isinstance(result.exception, SystemExit | None), result.exception
     wrong = [line.strip() for line in result.stderr.splitlines() if "✗" in line or "Error:" in line]
     assert (result.exit_code, bool(wrong)) == ((0, False) if name == "nothing" else (1, True)), result.stderr
+    assert name not in QUIET or ("✗ files are those that were exported" in wrong[0] and file in wrong[0])

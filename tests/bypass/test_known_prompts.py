@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Guard
+from conftest import Guard, load
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
 
 from sasa_export.writers.cases import Case, known
 
@@ -36,10 +35,6 @@ def edit(directory: Path, **settings: Any) -> None:
     config = json.loads((directory / "config.json").read_text())
     config["sasa"] |= settings
     (directory / "config.json").write_text(json.dumps(config))
-
-
-def load(directory: Path, **options: Any) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True, **options)
 
 
 def change(directory: Path, much: float) -> None:

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from conftest import Guard
+from conftest import Guard, load
 from matrix import feeding, hosts, loading, options  # noqa: F401
 from matrix.bench import Bench
 from matrix.graphs import Graphs
@@ -76,8 +76,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
                 safety_layer=SAFETY, semantic_layer=SEMANTIC,
             )
         )  # fmt: skip
-        model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True).eval()
-        return Guard("llava", out, model, stock, processor, SAFETY, SEMANTIC, weight, bias)
+        return Guard("llava", out, load(out), stock, processor, SAFETY, SEMANTIC, weight, bias)
 
     return made
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import foreign_graphs
 import numpy as np
-import onnxruntime
 import pytest
-from onnx_runner import session
+from cli_steps import write_probe
+from foreign_runner import Decoder as Runner
+from foreign_runner import padded
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
-from safetensors.numpy import save_file
 
 import sasa_export
 from sasa_export.errors import OpenError
@@ -46,14 +46,11 @@ def probe(decoder: Decoder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def patched(decoder: Decoder, probe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("patched")
-    save_file(
-        {"sasa.probe.weight": probe["weight"], "sasa.probe.bias": np.array([probe["bias"]], np.float32)},
-        folder / "probe",
-    )
     sasa_export.patch(
         sasa_export.Options(
-            model=str(decoder.graphs.source.directory), out=folder / "out", probe=folder / "probe", safety_layer=1,
-            semantic_layer=2, threshold=0.5, refusal="I will not help.",
+            model=str(decoder.graphs.source.directory), out=folder / "out", safety_layer=1, semantic_layer=2,
+            probe=write_probe(folder / "probe", probe["weight"], probe["bias"]), threshold=0.5,
+            refusal="I will not help.",
         )
     )  # fmt: skip
     return folder / "out"
@@ -97,67 +94,51 @@ def test_a_verdict_does_not_depend_on_how_a_prompt_is_fed(decoder: Decoder, guar
             assert guarded.judge(inputs, list(cuts)) == pytest.approx(whole, abs=1e-5)
 
 
-def call(model: Any, ids: Any, mask: Any, cache: dict[str, Any]) -> dict[str, Any]:
-    """One call on a batch; positions go by the mask."""
-    positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
-    feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
-    names = [value.name for value in model.get_outputs()]
-    return dict(zip(names, model.run(names, feed), strict=True))
+def started(directory: Path, rows: int = 1) -> Runner:
+    asked = Runner(directory)
+    asked.start(rows)
+    return asked
 
 
-def empty(model: Any, rows: int, length: int = 0) -> dict[str, Any]:
-    size = (rows, foreign_graphs.HEADS, length, foreign_graphs.SIZE)
-    names = [value.name for value in model.get_inputs() if value.name.startswith("past")]
-    return {name: np.zeros(size, np.float32) for name in names}
-
-
-def after(values: dict[str, Any]) -> dict[str, Any]:
-    return {name.replace("present", "past_key_values"): value for name, value in values.items() if "present" in name}
+def of_the_ledger(asked: Runner) -> list[str]:
+    """The names of the cache's layers behind those of the blocks."""
+    return [name for name in asked.cache if int(name.split(".")[1]) >= foreign_graphs.BLOCKS]
 
 
 def test_batches_with_pads_on_the_left(decoder: Decoder, patched: Path, probe: dict[str, Any]) -> None:
-    model = session(patched / "model.onnx")
-    rows = [encoded(decoder.processor, prompt)["input_ids"][0] for prompt in PROMPTS]
-    longest = max(map(len, rows))
-    ids = np.stack([np.pad(row, (longest - len(row), 0)) for row in rows])
-    mask = np.stack([np.pad(np.ones(len(row), np.int64), (longest - len(row), 0)) for row in rows])
-    found = call(model, ids, mask, empty(model, len(rows)))
-    np.testing.assert_allclose(found["unsafe_probability"], probe["expected"], atol=1e-4)
-    # A second turn on the same cache: the whole conversation is judged again.
+    """And a second turn on the same cache: the whole conversation is judged again."""
+    rows = [encoded(decoder.processor, prompt)["input_ids"][0].tolist() for prompt in PROMPTS]
+    ids, mask = padded(rows, "left", 0)
     turn = np.tile(rows[0], (len(rows), 1))
-    mask = np.pad(mask, ((0, 0), (0, turn.shape[1])), constant_values=1)
-    second = call(model, turn, mask, after(found))
-    whole = call(model, np.concatenate([ids, turn], 1), mask, empty(model, len(rows)))
-    np.testing.assert_allclose(second["unsafe_probability"], whole["unsafe_probability"], atol=1e-5)
+    asked, whole = started(patched, len(rows)), started(patched, len(rows))
+    asked.call(ids, mask)
+    np.testing.assert_allclose(asked.probability, probe["expected"], atol=1e-4)
+    asked.call(turn)
+    whole.call(np.concatenate([ids, turn], 1), np.concatenate([mask, np.ones_like(turn)], 1))
+    np.testing.assert_allclose(asked.probability, whole.probability, atol=1e-5)
 
 
 def test_buffers_longer_than_what_they_hold_come_back_as_long(decoder: Decoder, patched: Path) -> None:
     """As onnxruntime-genai shares them; the decoder's own cache here grows, so that only the ledger's are long."""
-    model = session(patched / "model.onnx")
     ids = encoded(decoder.processor, PROMPTS[0])["input_ids"]
-    first, mask = ids.shape[1] - 4, np.ones_like(ids)
-    cache = empty(model, 1)
-    ledger = [name for name in cache if int(name.split(".")[1]) >= foreign_graphs.BLOCKS]
-    long = {name: np.full((1, foreign_graphs.HEADS, 60, foreign_graphs.SIZE), 7.0, np.float32) for name in ledger}
-    one = call(model, ids[:, :first], mask[:, :first], {**cache, **long})
-    two = call(model, ids[:, first:], mask, after(one))
-    assert one[ledger[0].replace("past_key_values", "present")].shape[2] == 60
-    assert (two[ledger[0].replace("past_key_values", "present")][:, :, ids.shape[1] :] == 7.0).all()
-    whole = call(model, ids, mask, cache)
-    np.testing.assert_allclose(two["unsafe_probability"], whole["unsafe_probability"], atol=1e-5)
+    asked, whole = started(patched), started(patched)
+    long = np.full((1, foreign_graphs.HEADS, 60, foreign_graphs.SIZE), 7.0, np.float32)
+    asked.cache |= dict.fromkeys(of_the_ledger(asked), long)
+    for piece in (ids[:, :-4], ids[:, -4:]):
+        asked.call(piece)
+        assert asked.cache[of_the_ledger(asked)[0]].shape[2] == 60
+    assert (asked.cache[of_the_ledger(asked)[0]][:, :, ids.shape[1] :] == 7.0).all()
+    whole.call(ids)
+    np.testing.assert_allclose(asked.probability, whole.probability, atol=1e-5)
 
 
 def test_a_cache_without_the_ledger_is_an_error(decoder: Decoder, patched: Path) -> None:
-    model = session(patched / "model.onnx")
-    ids = encoded(decoder.processor, PROMPTS[0])["input_ids"]
-    cache = after(call(model, ids, np.ones_like(ids), empty(model, 1)))
-    lost = {
-        name: value[:, :, : 0 if int(name.split(".")[1]) >= foreign_graphs.BLOCKS else None]
-        for name, value in cache.items()
-    }
-    more = np.ones((1, ids.shape[1] + ids.shape[1]), np.int64)
+    ids, asked = encoded(decoder.processor, PROMPTS[0])["input_ids"], started(patched)
+    asked.call(ids)
+    for name in of_the_ledger(asked):
+        asked.cache[name] = asked.cache[name][:, :, :0]
     with pytest.raises((Fail, InvalidArgument, RuntimeException)):
-        call(model, ids, more, lost)
+        asked.call(ids)
 
 
 def test_the_directory_says_what_it_is(patched: Path, decoder: Decoder) -> None:
@@ -188,4 +169,3 @@ def test_the_lane_lies_in_a_branch(patched: Path) -> None:
     inside = {node.name for node in branch.attribute[0].g.node} | {node.name for node in branch.attribute[1].g.node}
     assert sum(name.startswith("/sasa/lane/") for name in inside) > 50
     assert not [node.name for node in graph.node if node.name.startswith("/sasa/lane/") and "state" in node.name]
-    assert onnxruntime.get_available_providers()

@@ -85,6 +85,14 @@ def picture(seed: int) -> Any:
     return tiny.random_image(seed).resize((tiny.IMAGE_SIZE, tiny.IMAGE_SIZE))
 
 
+def pictured(processor: Any, seed: int) -> tuple[str, Any, Any]:
+    """A prompt, the picture before it, and both as inputs."""
+    prompt, image = PROMPTS[seed % len(PROMPTS)], picture(seed)
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return prompt, image, processor(images=[image], text=[text], return_tensors="pt")
+
+
 @torch.no_grad()
 def answer(guard: Any, inputs: dict[str, Any]) -> list[int]:
     """Torch's greedy answer."""
@@ -104,10 +112,8 @@ def test_the_examples_say_what_torch_says(
     chat = Chat(directory)
     cases: dict[bool, tuple[str, Any, list[int]]] = {}  # one that is refused, and one that is not
     for seed in range(20):
-        prompt, image = PROMPTS[seed % len(PROMPTS)], picture(seed)
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = chat.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        wanted = answer(guard, chat.processor(images=[image], text=[text], return_tensors="pt"))
+        prompt, image, inputs = pictured(chat.processor, seed)
+        wanted = answer(guard, inputs)
         cases.setdefault(wanted == guard.refusal[:TOKENS], (prompt, image, wanted))
     assert len(cases) == 2, "both verdicts must have been seen"
     for prompt, image, wanted in cases.values():
@@ -128,11 +134,9 @@ def test_transformers_js_loads_the_type_that_lies_there(split: Any, hub: Any, no
     processor = AutoProcessor.from_pretrained(directory)
     cases = []
     for seed in range(20):
-        prompt, image = PROMPTS[seed % len(PROMPTS)], picture(seed)
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        prompt, image, inputs = pictured(processor, seed)
         with torch.no_grad():
-            output = guard.model(**processor(images=[image], text=[text], return_tensors="pt"))
+            output = guard.model(**inputs)
         cases.append((float(output.unsafe_probability[0]), prompt, image))
     cases.sort(key=lambda case: case[0])
     threshold = guard.model.config.sasa["threshold"]

@@ -78,14 +78,6 @@ def test_the_metric_of_a_head_with_one_loud_direction() -> None:
     assert np.isfinite(head_metric(head.astype(np.float32))).all()
 
 
-def test_classes_are_balanced() -> None:
-    """Ten times as many prompts of one class do not move the verdict on the middle between two equal clouds."""
-    draw = np.random.default_rng(0)
-    harmless, harmful = draw.normal(-2, 1, size=(500, 1)), draw.normal(2, 1, size=(50, 1))
-    weight, bias = fit(np.concatenate([harmless, harmful]), np.repeat([0, 1], [500, 50]))
-    assert abs(-bias / weight[0]) < 0.3
-
-
 def test_probability() -> None:
     np.testing.assert_allclose(
         probability(np.array([[1.0, 2.0], [0.0, 0.0], [1e4, 0.0], [-1e4, 0.0]]), np.array([1.0, -1.0]), 0.5),

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from functools import partial
-from itertools import combinations
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -73,10 +71,14 @@ def requests(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [row[side] for row in rows for side in SIDES]
 
 
-def similarity(one: str, other: str) -> float:
-    """Jaccard: the share of the words of both that are in both."""
-    a, b = set(one.split()), set(other.split())
-    return len(a & b) / len(a | b)
+def similarities(some: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """Jaccard: the share of the words of both that are in both, (some, others)."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectors = CountVectorizer(binary=True, token_pattern=r"[a-z']+").fit([*some, *others])
+    a, b = vectors.transform(map(normalised, some)), vectors.transform(map(normalised, others))
+    shared = (a @ b.T).toarray()  # (some, others), words
+    return shared / (np.asarray(a.sum(1)) + np.asarray(b.sum(1)).T - shared)
 
 
 # ------------------------------------------------------------------------------------------------- the lines
@@ -125,14 +127,17 @@ def test_nothing_occurs_twice_or_reworded() -> None:
         [prompt.name for prompt in [*builtin(), *builtin_evaluation()]],
     ):
         assert [value for value, count in Counter(values).items() if count > 1] == []
-    asked_for = {part for row in EVALUATION for part in (words(row), row.get("picture", words(row)))}
-    for some, others in ((heldout, ours), (asked_for, [*ours, *heldout])):
-        for one in some:
-            nearest = max(others, key=partial(similarity, one))
-            assert similarity(one, nearest) < NEAR, (one, nearest)
-    for row, other in combinations(kinds("harmful", "harmless", "borderline"), 2):
-        if row["group"] != other["group"]:  # twins are meant to differ in little
-            assert similarity(words(row), words(other)) < NEAR, (words(row), words(other))
+    asked_for = [part for row in EVALUATION for part in (words(row), row.get("picture", words(row)))]
+    for some, others in (
+        (heldout, ours), (asked_for, [*ours, *heldout]), ([*map(words, EVALUATION)], [*map(asked_in, LINES)])
+    ):  # fmt: skip
+        near = similarities(some, others)
+        one, other = divmod(int(near.argmax()), len(others))
+        assert near.max() < NEAR, (some[one], others[other])
+    rows = kinds("harmful", "harmless", "borderline")
+    groups = np.array([row["group"] for row in rows])
+    apart = groups[:, None] != groups  # twins are meant to differ in little
+    assert similarities(*[[words(row) for row in rows]] * 2)[apart].max() < NEAR
     check_disjoint(builtin(), builtin_evaluation())
 
 
@@ -145,7 +150,7 @@ def test_harmful_and_harmless_twins_ask_alike_on_one_topic() -> None:
         harmful, harmless = pair["harmful"], pair["harmless"]
         assert (harmful["label"], harmless["label"]) == (1, 0) and harmful["category"] == harmless["category"]
         assert harmful["request"].split()[0] == harmless["request"].split()[0]
-        assert similarity(harmful["request"], harmless["request"]) > 0.2
+        assert similarities([harmful["request"]], [harmless["request"]]).max() > 0.2
 
 
 def test_in_split_prompts_no_part_tells_anything() -> None:
@@ -212,11 +217,8 @@ def test_what_a_bag_of_words_tells(name: str, low: float, high: float) -> None:
 
 def test_every_line_of_the_calibration_set_has_a_label_and_a_kind() -> None:
     for line in LINES:
-        assert (
-            {"label", "kind", "category", "text"}
-            <= set(line)
-            <= {"label", "kind", "category", "text", "group", "picture"}
-        )
+        always = {"label", "kind", "category", "text"}
+        assert always <= set(line) <= {*always, "group", "picture"}
         shortest = 1 if line["kind"] in ALONE else 3
         assert line["label"] in (0, 1) and shortest <= len(line["text"].split()) <= 90 and "\n" not in line["text"]
         assert (line["text"] + line.get("picture", "")).isascii()
@@ -250,18 +252,6 @@ def asked_in(line: dict[str, Any]) -> str:
     return normalised(f"{line['text']} {line.get('picture', '')}")
 
 
-def test_calibration_and_evaluation_set_share_no_request_reworded() -> None:
-    from sklearn.feature_extraction.text import CountVectorizer
-
-    vectors = CountVectorizer(binary=True, token_pattern=r"[a-z']+")
-    ours = vectors.fit_transform(asked_in(line) for line in LINES)
-    theirs = vectors.transform(normalised(words(row)) for row in EVALUATION)
-    unknown = np.array([len(set(re.findall(r"[a-z']+", normalised(words(row))))) for row in EVALUATION])
-    shared = (theirs @ ours.T).toarray()  # (evaluation, calibration), words
-    either = unknown[:, None] + np.asarray(ours.sum(1)).ravel()[None, :] - shared
-    assert (shared / either).max() < NEAR
-
-
 def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> None:
     prompts = builtin()
     by_kind = Counter((prompt.kind, prompt.channel) for prompt in prompts)
@@ -279,9 +269,7 @@ def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> No
         labels = defaultdict(list)
         for prompt in styled:
             labels[getattr(prompt, value)].append(prompt.label)
-        assert all(0.42 < np.mean(found) < 0.64 for found in labels.values()), {
-            k: np.mean(v) for k, v in labels.items()
-        }
+        assert all(0.42 < np.mean(found) < 0.64 for found in labels.values()), labels
 
 
 def test_twins_stand_in_the_same_setting() -> None:

@@ -34,7 +34,7 @@ def test_what_all_prompts_have_in_common(whole: dict[str, Path], name: str) -> N
 def test_mm_safetybench(whole: dict[str, Path], kind: str) -> None:
     prompts = load(f"mm-safetybench:{whole['mm-safetybench']},variant={kind}")
     assert len(prompts) == 26 and {prompt.label for prompt in prompts} == {1}
-    assert [prompt.category for prompt in prompts[::2]] == list(miniature.SCENARIOS)
+    assert [prompt.category for prompt in prompts[::2]] == miniature.SCENARIOS
     prompt = prompts[1]
     assert prompt.name == f"01-Illegal_Activitiy/1/{kind}" and prompt.attack == kind
     shown = "The image shows" if kind == "SD" else "The bottom of the image shows"

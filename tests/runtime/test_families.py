@@ -16,10 +16,9 @@ import pytest
 import tiny
 import torch
 import transformers
-from conftest import Guard
+from conftest import Guard, load
 from feeding import chunkings, feed, last_picture_token
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText
 
 from sasa_export import Options, patch
 from sasa_export.errors import EmitError, LocateError, OpenError, RewriteError, TraceError
@@ -155,8 +154,7 @@ def test_second_turn(guarded: Guard, family: str) -> None:
 def test_reload(guarded: Guard, family: str, tmp_path: Path) -> None:
     """Saved and loaded again, it proves its gate, and judges and answers as before."""
     guarded.model.save_pretrained(tmp_path)
-    load = AutoModelForImageTextToText.from_pretrained
-    again: Any = load(tmp_path, trust_remote_code=True, sasa={"prove": True}).eval()
+    again = load(tmp_path, sasa={"prove": True})
     inputs = guarded.batch()
     found, before = again(**inputs), guarded.model(**inputs)
     assert torch.equal(found.unsafe_probability, before.unsafe_probability)

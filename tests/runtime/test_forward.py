@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Guard
+from conftest import Guard, load
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 Guards = Callable[..., Guard]
 
@@ -21,10 +20,6 @@ FAMILIES = [
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 TOLERANCE = 1e-5
-
-
-def load(guarded: Guard, **options: Any) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(guarded.directory, trust_remote_code=True, **options).eval()
 
 
 def check(guarded: Guard, inputs: dict[str, Any], refused: Tensor, output: Any) -> None:
@@ -85,7 +80,7 @@ def test_eager_attention(guard: Guards, family: str) -> None:
     guarded = guard(family)
     inputs = guarded.batch()
     with guarded.halved(inputs) as refused:
-        model = load(guarded, attn_implementation="eager")
+        model = load(guarded.directory, attn_implementation="eager")
         model.config.sasa["threshold"] = guarded.model.config.sasa["threshold"]
         output = model(**inputs, output_attentions=True)
     check(guarded, inputs, refused, output)

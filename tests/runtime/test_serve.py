@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import openai
 import pytest
 import tiny
 import torch
+from cli_steps import offline
 from conftest import Guard
 
 TEXTS = ("please describe the dog", "how do I make a safe cake", "which tools fix a broken chair", "who wrote that")
@@ -28,7 +28,7 @@ def served(split: Callable[[str], Guard], tmp_path_factory: pytest.TempPathFacto
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("served")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**offline(), "HF_MODULES_CACHE": str(folder)}
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(split("llava").directory)]
     command += ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "log").open("w") as log:

@@ -13,19 +13,15 @@ import pytest
 import tiny
 import torch
 from cli_steps import fails, flags, invoke, succeeds
-from conftest import Guard
+from conftest import Guard, load
 from labelled import write_set
 from onnx_runner import Runner
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from sasa_export.verify import answers
 
 Guards = Callable[..., Guard]
 NEW = 6
-
-
-def load(directory: Path, **options: Any) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True, **options).eval()
 
 
 def edited(directory: Path, to: Path, **settings: Any) -> Path:

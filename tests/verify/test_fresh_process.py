@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cli_steps import offline
 from conftest import Guard
 
 # These tests share one child process, so they stay with one worker.
@@ -125,7 +126,7 @@ print(json.dumps([type(processor).__name__, type(model).__name__]))
 def test_a_terminal_is_asked_nothing(guard: Callable[..., Guard], tmp_path: Path) -> None:
     """In the order and the words of the README, a processor is loaded before the model at a terminal."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**offline(), "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", PROCESSOR_FIRST, json.dumps(str(guard("llava").directory))]
     try:
         result = subprocess.run(

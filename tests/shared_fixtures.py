@@ -1,4 +1,4 @@
-"""Models, probes and prompts that tests of the command share."""
+"""Models, probes, prompts and places that tests share."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import miniature
 import numpy as np
 import pytest
 import tiny
@@ -51,6 +52,13 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "prompts.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The path of each miniature data set. Tests copy it before they break it."""
+    root = tmp_path_factory.mktemp("datasets")
+    return {name: make(root / name) for name, make in miniature.MAKERS.items()}
 
 
 @pytest.fixture
