@@ -10,8 +10,8 @@ import gguf
 import pytest
 import tiny
 import torch
+from cli_steps import write_probe
 from conftest import Guard
-from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 import sasa_export
@@ -181,8 +181,7 @@ def nested(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     config["text_config"]["architectures"] = ["LlamaForCausalLM"]
     config["vision_config"]["architectures"] = ["CLIPVisionModel"]
     (source / "config.json").write_text(json.dumps(config))
-    probe = folder / "probe.safetensors"
-    save_file({"sasa.probe.weight": torch.ones(tiny.HIDDEN), "sasa.probe.bias": torch.tensor(0.0)}, probe)
+    probe = write_probe(folder / "probe.safetensors", torch.ones(tiny.HIDDEN))
     sasa_export.patch(sasa_export.Options(str(source), folder / "patched", probe=probe, verify="files"))
     return folder / "patched"
 

@@ -9,13 +9,13 @@ import oracle
 import pytest
 import tiny
 import torch
+from cli_steps import write_probe
 from conftest import Guard, load
 from matrix import feeding, hosts, loading, options  # noqa: F401
 from matrix.bench import Bench
 from matrix.graphs import Graphs
 from matrix.rows import ROWS, Row
 from onnx_runner import image_token
-from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sasa_export
@@ -67,12 +67,11 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
         unsafe, safe = oracle.oracle_logits(stock, in_pictures(processor, *REQUESTS), SAFETY, SEMANTIC)  # (vocabulary,)
         weight = 2 * CERTAIN * (unsafe - safe) / (unsafe - safe).square().sum()  # (vocabulary,)
         bias = float(CERTAIN - unsafe @ weight)
-        probe = {"sasa.probe.weight": oracle.folded(stock, weight), "sasa.probe.bias": torch.tensor(bias)}
-        save_file(probe, directory / "probe.safetensors")
+        probe = write_probe(directory / "probe.safetensors", oracle.folded(stock, weight), bias)
         out = directory / "patched"
         sasa_export.patch(
             sasa_export.Options(
-                model=EMBEDDED, out=out, probe=directory / "probe.safetensors", threshold=0.5, verify="files",
+                model=EMBEDDED, out=out, probe=probe, threshold=0.5, verify="files",
                 safety_layer=SAFETY, semantic_layer=SEMANTIC,
             )
         )  # fmt: skip

@@ -92,20 +92,10 @@ def test_trace(tiny_model: Tiny, family: str) -> None:
     assert "✓" in succeeds("trace", "--model", str(model), "--check", "--load").stdout
 
 
-@pytest.mark.parametrize(
-    "role, path, said",
-    [
-        ("norm", "model.language_model.final_norm", "no module model.language_model.final_norm (norm)"),
-        ("blocks", "model.vision_tower.encoder.layers", "should be a list of 6 blocks"),
-        ("head", "model.multi_modal_projector.linear_2", "model.multi_modal_projector.linear_2 should run as step 8"),
-    ],
-)
-def test_a_model_that_its_family_does_not_describe(
-    llava: Path, place: Path, monkeypatch: pytest.MonkeyPatch, role: str, path: str, said: str
-) -> None:
+def test_a_model_that_its_family_does_not_describe(llava: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`trace --check` and the patch itself name the node that is not where the file says."""
-    family = families.families()["llava"]
-    changed = replace(family, modules={**family.modules, role: path})
+    family, said = families.families()["llava"], "no module model.language_model.final_norm (norm)"
+    changed = replace(family, modules={**family.modules, "norm": "model.language_model.final_norm"})
     monkeypatch.setattr(families, "families", lambda: {"llava": changed})
     assert said in fails("trace", "--model", str(llava), "--check")
     assert said in fails(*flags(llava, place / "out"))

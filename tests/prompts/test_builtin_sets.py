@@ -8,9 +8,10 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from runpy import run_path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -280,16 +281,20 @@ def test_twins_stand_in_the_same_setting() -> None:
     assert {len(found) for found in groups.values()} == {1}
 
 
+def processor(pieces: Callable[[str], int], *, systems: bool = True) -> Any:
+    """One that makes `pieces` tokens of a word; its template has a place for system prompts or not."""
+
+    def template(messages: list[dict[str, Any]], **_: Any) -> str:
+        if messages[0]["role"] == "system" and not systems:
+            raise ValueError("Conversation roles must alternate user/assistant/...")
+        return " ".join(part["text"] for message in messages for part in message["content"])
+
+    tokenizer = SimpleNamespace(encode=lambda text, **_: "x" * pieces(text[1:]))
+    return SimpleNamespace(tokenizer=tokenizer, apply_chat_template=template)
+
+
 def test_a_template_without_a_place_for_system_prompts_leaves_those_out() -> None:
-    class Processor:
-        tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: [text])})()
-
-        def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-            if messages[0]["role"] == "system":
-                raise ValueError("Conversation roles must alternate user/assistant/...")
-            return " ".join(part["text"] for message in messages for part in message["content"])
-
-    found = Counter(prompt.setting for prompt in for_model(builtin(), Processor()))
+    found = Counter(prompt.setting for prompt in for_model(builtin(), processor(lambda word: 1, systems=False)))
     assert not found["system prompt"] and not found["mixed"] and found["greeting"] > 400
 
 
@@ -348,13 +353,6 @@ def test_a_tokenizer_of_too_short_pieces_is_left_aside(pieces: Any) -> None:
 @pytest.mark.parametrize("pieces", [lambda word: (len(word) + 1) // 2, len], ids=["pairs of letters", "letters"])
 def test_every_request_fits_its_picture(pieces: Any) -> None:
     """Whatever a tokenizer makes of the words: one that knows no English makes a token of each letter."""
-
-    class Processor:
-        tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: "x" * pieces(text[1:]))})()
-
-        def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-            return " ".join(part["text"] for message in messages for part in message["content"])
-
-    for prompt in for_model([*builtin(), *builtin_evaluation()], Processor()):
+    for prompt in for_model([*builtin(), *builtin_evaluation()], processor(pieces)):
         if prompt.image is not None:
             prompt.image()

@@ -16,9 +16,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from cli_steps import write_probe
 from conftest import Guard, load
 from feeding import chunkings, feed, last_picture_token
-from safetensors.torch import save_file
 
 from sasa_export import Options, patch
 from sasa_export.errors import EmitError, LocateError, OpenError, RewriteError, TraceError
@@ -203,11 +203,10 @@ def test_a_safety_layer_in_front_of_what_a_picture_adds(tiny_model: Callable[...
     assert possible([(0, 3), (1, 3), (2, 3)], 2) == [(2, 3)]
     with pytest.raises(LocateError, match="the safety layer is 2 at the earliest"):
         possible([(0, 3), (1, 3)], 2)
-    probe = {"sasa.probe.weight": torch.randn(32), "sasa.probe.bias": torch.tensor(0.0)}
-    save_file(probe, tmp_path / "probe.safetensors")
+    probe = write_probe(tmp_path / "probe.safetensors", torch.randn(32))
     for safety in (0, 1):
         options = Options(
-            str(source.directory), tmp_path / "out", probe=tmp_path / "probe.safetensors", verify="files",
+            str(source.directory), tmp_path / "out", probe=probe, verify="files",
             safety_layer=safety, semantic_layer=3,
         )  # fmt: skip
         with pytest.raises(RewriteError, match=r"between\.1\.2: .* a later --safety-layer: 2 is the first that can be"):

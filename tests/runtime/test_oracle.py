@@ -80,47 +80,6 @@ def test_hooks_see_the_blocks(stock: Stock, family: str) -> None:
         assert torch.equal(oracle.logits_with_state(model, inputs, layer, state), plain)
 
 
-@every_family
-def test_folded_probe_equals_the_probe_on_logits(stock: Stock, family: str) -> None:
-    """W_head^T w on the normed state scores as w does on the logits."""
-    model, processor = stock(family)
-    inputs = batch(processor)
-    size = model.config.get_text_config().vocab_size
-    weight = torch.randn(size, generator=torch.Generator().manual_seed(3)) / 20  # (vocabulary,)
-    with torch.no_grad():
-        states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-    normed = states[-1][torch.arange(4), oracle.last_positions(inputs)]  # (batch, hidden)
-    folded = torch.sigmoid(normed @ oracle.folded(model, weight) + 0.3)  # (batch,)
-    whole = oracle.unsafe_probability(oracle.plain_logits(model, inputs), weight, 0.3)  # (batch,)
-    torch.testing.assert_close(folded, whole, rtol=0.0, atol=1e-5)
-    assert whole.std() > 0.01
-
-
-@both_sides
-def test_qwen_rows_keep_their_own_image_positions(stock: Stock, padding_side: str) -> None:
-    """In a mixed batch, M-RoPE positions follow each row's own image grid, as if the row were alone."""
-    model, processor = stock("qwen2_5_vl")
-    inputs = batch(processor, padding_side=padding_side)
-    assert len(set(map(tuple, inputs["image_grid_thw"].tolist()))) > 1, "rows should differ in their grids"
-    seen: list[torch.Tensor] = []  # (3, batch, tokens) each
-    handle = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
-    )
-    try:
-        for one in (inputs, *single_rows(processor)):
-            oracle.plain_logits(model, one)
-    finally:
-        handle.remove()
-    whole, *alone = seen
-    for row, places in enumerate(alone):
-        found = whole[:, row, inputs["attention_mask"][row].bool()]  # (3, tokens of the row)
-        if row == 2:  # A lone text prompt is numbered from 0 by the text model; rotation is relative.
-            assert (found.diff(dim=-1) == 1).all()
-        else:
-            assert torch.equal(found, places[:, 0])
-            assert not torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
-
-
 def test_projection() -> None:
     """The projection is parallel to h_f, leaves a remainder across it, and survives zeros and large half floats."""
     safety, semantic = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))  # (batch, tokens, hidden)
@@ -135,18 +94,3 @@ def test_projection() -> None:
     # 4096 entries of 300 square to more than float16 holds.
     large = torch.full((1, 1, 4096), 300.0, dtype=torch.float16)  # (1, 1, hidden)
     assert torch.equal(oracle.project(large, large), large)
-
-
-@every_family
-def test_directories_are_deterministic_and_can_be_sharded(
-    tiny_model: Callable[..., Any], stock: Stock, family: str
-) -> None:
-    """The same seed gives the same files, another seed other weights, and shards come with an index."""
-    (model, _), (sharded, _), (other, _) = stock(family), stock(family, shards=3), stock(family, seed=1)
-    directory = tiny_model(family, shards=3)
-    assert (directory / "model.safetensors.index.json").exists()
-    assert len(list(directory.glob("model-*.safetensors"))) > 1
-    for name in ("config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json"):
-        assert (directory / name).read_text() == (tiny_model(family) / name).read_text()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), sharded.parameters(), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

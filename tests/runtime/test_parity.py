@@ -160,17 +160,6 @@ def test_two_guards_take_turns(guard: Guards) -> None:
         assert differs(guarded.model(**inputs).unsafe_probability, guarded.expected(inputs)) <= TOLERANCE
 
 
-@every_family
-@torch.no_grad()
-def test_one_prompt_without_a_mask(guard: Guards, family: str) -> None:
-    """Where nothing is padded, the attention mask may be left out."""
-    guarded = guard(family)
-    inputs = guarded.batch(count=1)
-    expected = guarded.expected(inputs)  # (1,)
-    del inputs["attention_mask"]
-    assert differs(guarded.model(**inputs).unsafe_probability, expected) <= TOLERANCE
-
-
 def test_projection() -> None:
     """The oracle's, also where a semantic state is zero, and in half precision where its norm overflows."""
     safety, semantic = torch.randn(2, 3, 5, 4096, generator=torch.Generator().manual_seed(0))
