@@ -1,5 +1,6 @@
 """How tests run the command: in this process or in one of its own, and what they look at afterwards."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,27 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
 from sasa_export.cli import main
+from sasa_export.report import Silent
 
 Tiny = Callable[..., Path]
+
+
+class Stop(BaseException):
+    """Stands for Ctrl-C."""
+
+
+class Told(Silent):
+    """Keeps the stages that a run tells of, and its warnings."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.warnings: list[str] = []
+
+    def step(self, stage: str, text: str) -> None:
+        self.stages.append(stage)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def write_probe(path: Path, weight: Any, bias: float = 0.0) -> Path:
@@ -103,6 +123,14 @@ def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 0xFF
     path.write_bytes(data)
+
+
+def settle(directory: Path, **settings: Any) -> None:
+    """Other settings of the gate in a directory's config.json, and nothing else changed."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["sasa"].update(settings)
+    path.write_text(json.dumps(config))
 
 
 def change_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:

@@ -145,9 +145,9 @@ class Guard:
             yield scores >= threshold
 
     @contextmanager
-    def at(self, threshold: float) -> Iterator[None]:
-        """Another threshold in the settings, for the length of a `with` block."""
-        settings = self.model.config.sasa
+    def at(self, threshold: float, model: Any = None) -> Iterator[None]:
+        """Another threshold in the settings, of a model that was made of this one too, in a `with` block."""
+        settings = (model or self.model).config.sasa
         before, settings["threshold"] = settings["threshold"], threshold
         try:
             yield

@@ -11,7 +11,9 @@ import miniature
 import numpy as np
 import pytest
 import tiny
-from cli_steps import Tiny, flags, succeeds, write_probe
+from cli_steps import Stop, Tiny, flags, succeeds, write_probe
+
+from sasa_export.probe.work import Work
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +61,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The path of each miniature data set. Tests copy it before they break it."""
     root = tmp_path_factory.mktemp("datasets")
     return {name: make(root / name) for name, make in miniature.MAKERS.items()}
+
+
+@pytest.fixture
+def stopped_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
+    """`stopped_at(count)`: stop before so many arrays of work are written; gives the names of those that were."""
+    put, written = Work.put, list[str]()
+
+    def set_to(stop: int | None) -> list[str]:
+        def counted(self: Work, name: str, array: np.ndarray) -> None:
+            if len(written) == stop:
+                raise Stop
+            put(self, name, array)
+            written.append(name)
+
+        monkeypatch.setattr(Work, "put", counted)
+        return written
+
+    return set_to
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from click.testing import CliRunner
+from cli_steps import invoke, settle
 from conftest import Guard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from sasa_export.cli import main
 from sasa_export.runtime.settings import FORMAT, SEAL
 
 Guards = Callable[..., Guard]
@@ -42,13 +41,7 @@ AUTO = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel", "Aut
 
 def of_settings(**values: Any) -> Edit:
     """Other values under `sasa` in config.json."""
-
-    def edit(directory: Path) -> None:
-        config = json.loads((directory / "config.json").read_text())
-        config["sasa"].update(values)
-        (directory / "config.json").write_text(json.dumps(config))
-
-    return edit
+    return lambda directory: settle(directory, **values)
 
 
 def without_settings(directory: Path) -> None:
@@ -62,7 +55,7 @@ def without_node(operation: str) -> Edit:
 
     def edit(directory: Path) -> None:
         graph = json.loads((directory / "config.json").read_text())["sasa"]["graph"]
-        of_settings(graph=[node for node in graph if node["op"] != operation])(directory)
+        settle(directory, graph=[node for node in graph if node["op"] != operation])
 
     return edit
 
@@ -269,7 +262,7 @@ def test_verify_names_every_change(guard: Guards, tmp_path: Path, name: str) -> 
     if name in QUIET:
         model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
         assert "unsafe_probability" in model(input_ids=torch.tensor([[1, 65, 70]]))
-    result = CliRunner().invoke(main, ["verify", str(directory), "--files"])
+    result = invoke("verify", str(directory), "--files")
     assert isinstance(result.exception, SystemExit | None), result.exception
     wrong = [line.strip() for line in result.stderr.splitlines() if "✗" in line or "Error:" in line]
     assert (result.exit_code, bool(wrong)) == ((0, False) if name == "nothing" else (1, True)), result.stderr

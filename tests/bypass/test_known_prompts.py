@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_steps import settle
 from conftest import Guard, load
 from safetensors.torch import load_file, save_file
 
@@ -27,14 +28,8 @@ def knowing(guard: Guards, tmp_path: Path) -> Path:
     rows = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
     scores = guarded.expected(inputs).tolist()
     cases = [Case(None, score, (), ids=tuple(row)) for row, score in zip(rows, scores, strict=True)]  # type: ignore[arg-type]
-    edit(directory, known=known(cases))
+    settle(directory, known=known(cases))
     return directory
-
-
-def edit(directory: Path, **settings: Any) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    config["sasa"] |= settings
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def change(directory: Path, much: float) -> None:
@@ -56,7 +51,7 @@ def test_the_same_weights_say_nothing(knowing: Path, caplog: pytest.LogCaptureFi
 
 def test_a_moved_verdict_is_told(knowing: Path, caplog: pytest.LogCaptureFixture) -> None:
     entries = json.loads((knowing / "config.json").read_text())["sasa"]["known"]
-    edit(knowing, known=[{**entry, "unsafe_probability": entry["unsafe_probability"] + 0.15} for entry in entries])
+    settle(knowing, known=[{**entry, "unsafe_probability": entry["unsafe_probability"] + 0.15} for entry in entries])
     with caplog.at_level(logging.WARNING, logger="sasa"):
         load(knowing)
     assert "has moved by up to 0.15" in caplog.text and "patch the result" in caplog.text

@@ -162,6 +162,13 @@ class GraphOracle:
         model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
         return Decoder(self.directory, decoder=model.SerializeToString())
 
+    def plain(self, ids: Sequence[int]) -> Array:
+        """What the head is given by the graph as it was, (hidden,)."""
+        stock = self._session(onnx.load(self.first.path, load_external_data=False), [self.head])
+        stock.start(1)
+        stock.call(np.array([ids]))
+        return stock.values[self.head][0, -1].astype(np.float32)
+
     def end(self, ids: Sequence[int], pair: Pair) -> tuple[Array, None]:
         """What the head is given at the second lane's end, (hidden,)."""
         assert pair == self.pair
@@ -204,6 +211,8 @@ def _producers(model: onnx.ModelProto) -> dict[str, Any]:
 
 def _state(model: onnx.ModelProto, block: int) -> str:
     """The name of what a block puts out; a fused norm of the builder's is made to show its sum."""
+    if f"state.{block}" in _producers(model):  # those of foreign_graphs
+        return f"state.{block}"
     by_name = {node.name: node for node in model.graph.node}
     name = f"/model/layers.{block}/Add_1"  # optimum's
     if name in by_name:

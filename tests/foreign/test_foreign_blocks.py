@@ -8,6 +8,7 @@ import foreign_graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
+from foreign_runner import GraphOracle
 from safetensors.numpy import save_file
 
 import sasa_export
@@ -74,42 +75,11 @@ def test_the_heads_weights_are_what_it_multiplies_by(directory: Path) -> None:
 
 
 def test_features_are_those_of_two_passes(directory: Path) -> None:
-    """The first gives both states; the second is the whole decoder again, in which the state of block 1 is another."""
-    decoder = open_decoder(open_graphs(str(directory)))
-    ids = {"input_ids": np.array([[5, 9, 70, 33, 8]])}
-    found = {name: value.numpy() for name, value in lanes(decoder, PAIR).prompt(ids).items()}
-    graph = ir.from_proto(foreign_graphs.decoder())
-    taken = {str(value.name): value for node in graph.graph for value in node.outputs}
-    first = run(graph, ids, [taken["state.1"], taken["state.2"], find_blocks(graph, None).norm])
-    alpha = (first[0] * first[1]).sum(-1, keepdims=True) / (first[1] ** 2).sum(-1, keepdims=True)
-    graph = ir.from_proto(foreign_graphs.decoder())
-    norm = find_blocks(graph, None).norm
-    state = next(value for node in graph.graph for value in node.outputs if value.name == "state.1")
-    given = ir.Value(name="given", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 5, foreign_graphs.HIDDEN]))
-    graph.graph.inputs.append(given)
-    state.replace_all_uses_with(given)
-    (second,) = run(graph, {**ids, "given": (alpha * first[1]).astype(np.float32)}, [norm])
-    np.testing.assert_allclose(found["projected"][0], second[0, -1], atol=1e-5)
-    np.testing.assert_allclose(found["plain"][0], first[2][0, -1], atol=1e-5)
-
-
-def run(model: ir.Model, given: dict[str, Any], values: list[ir.Value]) -> list[Any]:
-    """The values in a first call on token ids."""
-    import onnxruntime
-
-    for number, value in enumerate(values):
-        node = ir.Node("", "Identity", [value], name=f"out{number}")
-        node.outputs[0].name, node.outputs[0].type = f"out{number}", ir.TensorType(ir.DataType.FLOAT)
-        model.graph.append(node)
-        model.graph.outputs.append(node.outputs[0])
-    held = ir.serde.serialize_model(model).SerializeToString()
-    session = onnxruntime.InferenceSession(held, providers=["CPUExecutionProvider"])
-    count = given["input_ids"].shape[1]
-    feed = {"attention_mask": np.ones((1, count), np.int64), "position_ids": np.arange(count)[None], **given}
-    for value in session.get_inputs():
-        if value.name.startswith("past"):
-            feed[value.name] = np.zeros((1, foreign_graphs.HEADS, 0, foreign_graphs.SIZE), np.float32)
-    return session.run([f"out{number}" for number in range(len(values))], feed)
+    ids, pair = [5, 9, 70, 33, 8], (1, 2)
+    found = lanes(open_decoder(open_graphs(str(directory))), PAIR).prompt({"input_ids": np.array([ids])})
+    oracle = GraphOracle(directory, pair)
+    np.testing.assert_allclose(found["projected"].numpy()[0], oracle.end(ids, pair)[0], atol=1e-5)
+    np.testing.assert_allclose(found["plain"].numpy()[0], oracle.plain(ids), atol=1e-5)
 
 
 FAULTS = {

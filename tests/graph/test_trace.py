@@ -170,16 +170,26 @@ def test_an_addition_behind_the_last_block_is_seen(stock: Stock) -> None:
         rewrite(graph, LaneSettings(3, 4))
 
 
-def test_a_change_behind_the_head_is_seen(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def changed_by(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`changed_by(change)`: a llava whose forward pass changes its logits behind the head."""
     model, _ = stock("llava")
     forward = type(model).forward
 
-    def capped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(self, *args, **kwargs)
-        output.logits = torch.tanh(output.logits / 30) * 30
-        return output
+    def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = forward(self, *args, **kwargs)
+            output.logits = change(output.logits)
+            return output
 
-    monkeypatch.setattr(model, "forward", types.MethodType(capped, model))
+        monkeypatch.setattr(model, "forward", types.MethodType(changing, model))
+        return model
+
+    return changed
+
+
+def test_a_change_behind_the_head_is_seen(stock: Stock, changed_by: Callable[..., Any]) -> None:
+    changed_by(lambda logits: torch.tanh(logits / 30) * 30)
     graph = traced(stock)
     assert (graph.nodes[-1].name, graph.nodes[-1].inputs) == ("after_head", ("head",))
     with pytest.raises(RewriteError, match="after_head"):
@@ -188,22 +198,11 @@ def test_a_change_behind_the_head_is_seen(stock: Stock, monkeypatch: pytest.Monk
     assert gate.inputs == ("after_head", "sasa.probe")
 
 
-def test_logits_that_are_only_scaled(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_only_scaled(changed_by: Callable[..., Any]) -> None:
     """A family's file says so, and is believed no further than the numbers show."""
-    model, _ = stock("llava")
-    forward = type(model).forward
     family = replace(family_of("llava"), scaled_logits=True)
-
-    def changed_by(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
-            output = forward(self, *args, **kwargs)
-            output.logits = change(output.logits)
-            return output
-
-        monkeypatch.setattr(model, "forward", types.MethodType(changing, model))
-
     inputs = {"input_ids": torch.ones(1, 5, dtype=torch.long)}
-    changed_by(lambda logits: logits / 8)
+    model = changed_by(lambda logits: logits / 8)
     assert trace(model, family_of("llava"), inputs).of("after_head")
     assert not trace(model, family, inputs).of("after_head")
     changed_by(lambda logits: torch.tanh(logits / 3) * 3)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_steps import settle
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -58,9 +59,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models(place: Path, patched: Path, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the page looks for the directories: `guarded`, and `observed`, whose gate refuses nothing."""
     watching = shutil.copytree(patched, tmp_path_factory.mktemp("browser") / "watching")
-    config = json.loads((watching / "config.json").read_text())
-    config["sasa"]["gate"] = "observe"
-    (watching / "config.json").write_text(json.dumps(config))
+    settle(watching, gate="observe")
     models = place / "models"
     models.mkdir()
     for name, directory in (("guarded", patched), ("observed", watching)):

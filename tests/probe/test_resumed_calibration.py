@@ -10,45 +10,11 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from cli_steps import fails, flags
+from cli_steps import Stop, Told, fails, flags
 
 import sasa_export
 from sasa_export import Options
 from sasa_export.errors import SasaExportError
-from sasa_export.probe.work import Work
-from sasa_export.report import Silent
-
-
-class Stop(BaseException):
-    """Stands for Ctrl-C."""
-
-
-class Said(Silent):
-    """Keeps the stages that a run tells of."""
-
-    def __init__(self) -> None:
-        self.stages: list[str] = []
-
-    def step(self, stage: str, text: str) -> None:
-        self.stages.append(stage)
-
-
-@pytest.fixture
-def stopped_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
-    """`stopped_at(count)`: stop before so many arrays are written; gives the names of those that were."""
-    put, written = Work.put, list[str]()
-
-    def set_to(stop: int | None) -> list[str]:
-        def counted(self: Work, name: str, array: np.ndarray) -> None:
-            if len(written) == stop:
-                raise Stop
-            put(self, name, array)
-            written.append(name)
-
-        monkeypatch.setattr(Work, "put", counted)
-        return written
-
-    return set_to
 
 
 @pytest.mark.parametrize(
@@ -65,7 +31,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_alike(
     for stop in (3, 7):
         written = stopped_at(stop)
         with pytest.raises(Stop):
-            sasa_export.patch(options, said := Said())
+            sasa_export.patch(options, said := Told())
         assert said.stages[-1] == "kept" and ("resume" in said.stages) == (stop > 3)
         assert [path.name for path in place.iterdir()] == [".out.work"]
         assert {path.stem for path in (place / ".out.work").glob("*.npy")} == set(written)

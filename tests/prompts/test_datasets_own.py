@@ -11,22 +11,14 @@ from typing import Any
 import miniature
 import numpy as np
 import pytest
+from cli_steps import Told
 from PIL import Image
 
 from sasa_export.errors import DataError
 from sasa_export.prompts import calibration_prompts, load
 from sasa_export.prompts.builtin_sets import CARRIERS
-from sasa_export.report import Silent
 
 ROWS: list[dict[str, Any]] = [{"goal": "Break a lamp", "kind": "bad"}, {"goal": "Buy a lamp", "kind": "good"}]
-
-
-class Warned(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.said.append(text)
 
 
 def test_advbench(whole: dict[str, Path], tmp_path: Path) -> None:
@@ -44,12 +36,13 @@ def test_advbench(whole: dict[str, Path], tmp_path: Path) -> None:
 
 def test_text_drawn_as_a_picture(whole: dict[str, Path]) -> None:
     """What does not fit is left out, and counted."""
-    report = Warned()
+    report = Told()
     prompts = load(f"advbench:{whole['advbench']},as=text+picture", report=report)
     assert [(prompt.name, prompt.channel) for prompt in prompts] == [
         ("1", "text"), ("1/picture", "picture"), ("2", "text"), ("3", "text"), ("3/picture", "picture"),
     ]  # fmt: skip
-    assert len(report.said) == 1 and "1 texts do not fit the 64 cells of a picture and are left out" in report.said[0]
+    (warning,) = report.warnings
+    assert "1 texts do not fit the 64 cells of a picture and are left out" in warning
     text, picture = prompts[0], prompts[1]
     assert text.group == picture.group and picture.question == text.prompt and picture.prompt in CARRIERS
     assert picture.attack == "typographic" and picture.image is not None and picture.image().size == (384, 384)

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
+from cli_steps import Stop
 from click.testing import CliRunner
 from PIL import Image
 
 from sasa_export import Options, SasaExportError, patch
 from sasa_export.cli import main
 from sasa_export.errors import EmitError
-from sasa_export.probe.work import Work, resumable
+from sasa_export.probe.work import resumable
 from sasa_export.report import Silent
 from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, markdown
@@ -130,26 +131,15 @@ def test_a_whole_run_on_other_families(tiny_model: Callable[..., Path], family: 
 # ---------------------------------------------------------------------------------------- interruptions
 
 
-class Stop(BaseException):
-    """Stands for Ctrl-C."""
-
-
 def test_an_interrupted_run_goes_on_and_ends_alike(
-    planted_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted_model: Path, tmp_path: Path, stopped_at: Callable[..., list[str]]
 ) -> None:
-    prompts, put, written = planted.write_set(tmp_path / "planted.jsonl", 12), Work.put, list[str]()
+    prompts = planted.write_set(tmp_path / "planted.jsonl", 12)
     whole, out = tmp_path / "whole/report", tmp_path / "cut/report"
     options = quick(planted_model, whole, calibration=(prompts,))
     locate(options)
     for stop in (5, 26, None):  # among the heads, among the batches, not at all
-
-        def counted(self: Work, name: str, array: np.ndarray, stop: int | None = stop) -> None:
-            if len(written) == stop:
-                raise Stop
-            put(self, name, array)
-            written.append(name)
-
-        monkeypatch.setattr(Work, "put", counted)
+        written = stopped_at(stop)
         with pytest.raises(Stop) if stop else nullcontext():
             locate(replace(options, out=out))
         if stop:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cli_steps import fails, flags, invoke, succeeds
+from cli_steps import fails, flags, invoke, settle, succeeds
 from conftest import Guard, load
 from labelled import write_set
 from onnx_runner import Runner
@@ -27,9 +27,7 @@ NEW = 6
 def edited(directory: Path, to: Path, **settings: Any) -> Path:
     """A copy with other settings in its config.json, and nothing else changed."""
     shutil.copytree(directory, to)
-    config = json.loads((to / "config.json").read_text())
-    config["sasa"].update(settings)
-    (to / "config.json").write_text(json.dumps(config))
+    settle(to, **settings)
     return to
 
 

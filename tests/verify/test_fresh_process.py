@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from cli_steps import offline
+from cli_steps import offline, settle
 from conftest import Guard
 
 # These tests share one child process, so they stay with one worker.
@@ -72,9 +72,7 @@ def runs(
                     path.unlink()
                 guarded.model.save_pretrained(directory)
             if name == "edited":
-                config = json.loads((directory / "config.json").read_text())
-                config["sasa"].update(threshold=threshold, refusal=REFUSAL)
-                (directory / "config.json").write_text(json.dumps(config))
+                settle(directory, threshold=threshold, refusal=REFUSAL)
     found = fresh(RUN, jobs)
     return lambda name: found[name]
 
