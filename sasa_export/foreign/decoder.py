@@ -12,6 +12,8 @@ from sasa_export.foreign.blocks import OTHER, Blocks, find_blocks
 from sasa_export.foreign.opened import LAYERS, Graphs
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models.load import Sizes
+from sasa_export.prompts.prompt import Prompt
+from sasa_export.report import Silent
 from sasa_export.verify.fresh.onnx_model import processor_of
 
 DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
@@ -34,6 +36,13 @@ class Decoder:
     linear: bool
     lengths: dict[str, int]
     sees: bool
+
+    def readable(self, prompts: list[Prompt], report: Silent) -> list[Prompt]:
+        """The prompts that can be run through the graphs."""
+        found = [prompt for prompt in prompts if self.sees or prompt.image is None]
+        if len(found) < len(prompts):
+            report.warn("pictures cannot be run through these graphs here, so only prompts of text are used.")
+        return found
 
 
 def open_decoder(graphs: Graphs) -> Decoder:

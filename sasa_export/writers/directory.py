@@ -27,7 +27,7 @@ class Patch:
     """All that a patched directory is made from.
 
     `sasa` is what its config.json holds under that name; `cases` are there where the model was loaded, computed
-    in `dtype`.
+    in `dtype`. `device` is where it is verified, as transformers calls it.
     """
 
     source: Source
@@ -37,6 +37,7 @@ class Patch:
     calibration: Calibration | None
     cases: tuple[Case, ...]
     dtype: str
+    device: str
 
 
 def write_directory(
