@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,11 @@ def run(decoder: Decoder, blocks: Blocks, outputs: dict[str, ir.Value] | None = 
             graph.outputs.append(wide)
     graph.sort()
     common.RemoveUnusedNodesPass()(blocks.model)
-    held = ir.serde.serialize_model(blocks.model).SerializeToString()
-    ready = session(held, "cpu", graphs.decoder.parent)
+    held, folder = ir.serde.serialize_model(blocks.model), graphs.decoder.resolve().parent
+    for entry in (entry for tensor in held.graph.initializer for entry in tensor.external_data):
+        if entry.key == "location":  # onnxruntime follows no links, such as those of the hub's cache, out of the folder
+            entry.value = os.path.relpath((graphs.decoder.parent / entry.value).resolve(), folder)
+    ready = session(held.SerializeToString(), "cpu", folder)
     return Model(graphs.source.directory, "", "cpu", {"graphs": graphs.files, "lengths": blocks.lengths}, ready)
 
 
