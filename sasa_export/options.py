@@ -106,12 +106,6 @@ class Options(OptionSet):
         word=AUTO,
         valid=("auto or a number above 0", lambda value: value == AUTO or 0.0 < float(value) < float("inf")),
     )
-    probe_block: int | None = probing(
-        None,
-        "Block of the second lane that the probe reads, zero-based: the lane ends there and costs less. The safety "
-        "layer's number stands for the projection itself. Default: the last block. `evaluate --depth-curve` measures "
-        "what each is worth.",
-    )
     refusal: str = probing(
         REFUSAL,
         "What the model says when it refuses.",
@@ -180,17 +174,8 @@ class Options(OptionSet):
                 "on. Give both layers.",
             ),
             (
-                self.probe_block is not None and self.finds_layers(),
-                f"--probe-block and layers left to {AUTO} exclude each other: pairs are compared at the last block. "
-                "Give both layers.",
-            ),
-            (
                 self.projection == "none" and layers_given,
                 "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out.",
-            ),
-            (
-                self.projection == "none" and self.probe_block is not None,
-                "--projection none has no second lane. Leave --probe-block out.",
             ),
         )
         for contradict, message in contradictions:
@@ -200,7 +185,7 @@ class Options(OptionSet):
 
     def check_for_graphs(self) -> None:
         """Raise SasaExportError where something is set that does not go with ONNX graphs of others."""
-        unknown = ("revision", "projection", "probe_block", "opset", "onnx_dtype", "dtype")
+        unknown = ("revision", "projection", "opset", "onnx_dtype", "dtype")
         for entry in fields(self):
             value = getattr(self, entry.name)
             odd = entry.name in unknown and value != entry.default

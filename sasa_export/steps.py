@@ -131,7 +131,7 @@ def _layers(
         safety, semantic = possible(with_layer(sizes.blocks, *given), graph.earliest_safety_layer())[0]
     elif None in given and source.family.known_layers(sizes.blocks, sizes.hidden) is None:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
-    return LaneSettings(safety, semantic, softcap=sizes.softcap, probe_block=options.probe_block), layers_from
+    return LaneSettings(safety, semantic, softcap=sizes.softcap), layers_from
 
 
 def choose_threshold(

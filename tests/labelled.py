@@ -51,11 +51,8 @@ def patch_evaluate_locate(model: str, evaluation: str, calibration: str, out: Pa
         )
     )  # fmt: skip
     evaluate(
-        EvaluateOptions(
-            model=out / "patched", out=out / "report", data=(evaluation,), timing=0, max_new_tokens=8, batch_size=8,
-            depth_curve=True,
-        )
-    )  # fmt: skip
+        EvaluateOptions(model=out / "patched", out=out / "report", data=(evaluation,), max_new_tokens=8, batch_size=8)
+    )
     locate(
         LocateOptions(
             model=model, out=out / "located", calibration=(calibration,), pairs="1:3,2:4", blocks="2-3",

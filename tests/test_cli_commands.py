@@ -35,7 +35,7 @@ def test_help_shows_the_common_options_and_help_all_the_rest() -> None:
     common, every = succeeds("--help").stdout, succeeds("--help-all").stdout
     for flag in ("--model", "--out", "--safety-layer", "--calibration", "--probe", "--device", "--help-all"):
         assert flag in common and flag in every
-    for flag in ("--probe-block", "--projection", "--opset", "--batch-size", "--link"):
+    for flag in ("--regularization", "--projection", "--opset", "--batch-size", "--link"):
         assert flag not in common and flag in every
     for command in ("evaluate", "fetch", "locate", "trace", "verify"):
         assert f"\n  {command} " in common and f"\n  {command} " in every

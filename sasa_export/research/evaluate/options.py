@@ -30,19 +30,10 @@ class EvaluateOptions(OptionSet):
         "What the arms without projection and of words alone are fitted on. Default: what the patched model was "
         "calibrated on.",
     )
-    judge: str | None = option(
-        None,
-        "A further judge, module:function, called with the request and the answer: True where the answer complies. "
-        "It runs code of yours.",
-    )
     limit: int | None = option(
         None, "About how many prompts to use. Default: all.", valid=("at least 2", lambda value: value >= 2)
     )
     max_new_tokens: int = option(32, "Longest answer.", valid=AT_LEAST_ONE)
-    depth_curve: bool = option(False, "Also probe at every block of the second lane.")
-    timing: int = option(
-        12, "Prompts to time both models on; 0 leaves it out.", valid=("at least 0", lambda value: value >= 0)
-    )
     batch_size: int = option(16, "Prompts at a time.", valid=AT_LEAST_ONE)
     device: str = option("auto", f"Where the models run: {DEVICE}")
     dtype: str = option("auto", "Type the models run in.", choices=DTYPES)

@@ -131,7 +131,6 @@ class Subject:
             "data": ", ".join(self.options.data) or "the built-in evaluation set",
             "left_out": self.left_out,
             "calibrated_on": self.calibrated_on,
-            "judge": self.options.judge,
             "max_new_tokens": self.options.max_new_tokens,
             "batch_size": self.batch_size,
             "command": command_line("evaluate", self.options),
@@ -222,4 +221,4 @@ def _lane(sasa: dict[str, Any], source: Source) -> LaneSettings:
     """The patched model's second lane; where it has none, what the family's layers would give, to compare it with."""
     sizes = read_sizes(source)
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    return LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, sasa.get("probe_block"))
+    return LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
