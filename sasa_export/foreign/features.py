@@ -94,16 +94,28 @@ def lanes(decoder: Decoder, settings: LaneSettings) -> Model:
     return run(decoder, blocks, ends)
 
 
-def collect(reading: Model, prompts: Sequence[Prompt], work: Work, report: Silent, *, batch_size: int) -> Features:
+def original(decoder: Decoder) -> Model:
+    """The graphs as they are."""
+    return run(decoder, load_blocks(decoder.graphs))
+
+
+def collect(
+    reading: Model, prompts: Sequence[Prompt], work: Work, report: Silent, *, batch_size: int, kind: str = "calibrate"
+) -> Features:
     """What both lanes make of each prompt, by the graphs of `lanes`; what is finished is kept in `work`."""
-    names, results = ("projected", "plain"), Results(work, "calibrate", prompts, batch_size)
+    names, results = ("projected", "plain"), Results(work, kind, prompts, batch_size)
 
     def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        found = [reading.prompt(encoded(reading.processor, prompt)) for prompt in some]
-        return ((name, np.concatenate([values[name].numpy() for values in found])) for name in missing)
+        return ((name, values) for name, values in read(reading, some, names).items() if name in missing)
 
     results.fill(names, compute, report)
     return Features(*map(results.read, names))
+
+
+def read(reading: Model, prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Outputs of graphs by name, (prompts, ...) each, one prompt after the other."""
+    found = [reading.prompt(encoded(reading.processor, prompt)) for prompt in prompts]
+    return {name: np.concatenate([values[name].numpy() for values in found]) for name in names}
 
 
 def fit_graphs(decoder: Decoder, found: Features, prompts: Sequence[Prompt], regularization: float | None) -> Fitted:
@@ -132,14 +144,14 @@ def expect_graphs(
     decoder: Decoder, reading: Model, probe: Probe, prompts: Sequence[Prompt], scores: np.ndarray | None
 ) -> Iterator[Case]:
     """Cases of verification: P(unsafe) by the graphs of `lanes`, and the greedy answer of the decoder as it was."""
-    original = run(decoder, load_blocks(decoder.graphs))
+    as_it_was = original(decoder)
     found = () if scores is None else zip(prompts, scores, strict=True)
     calibrated = {prompt.name: float(score) for prompt, score in found}
     for prompt in choose(prompts, scores):
         inputs = encoded(reading.processor, prompt)
         state = reading.prompt(inputs)["projected"].numpy().astype(np.float64)  # (1, features)
         score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
-        _, first, tokens = original.answer(inputs, TOKENS)
+        _, first, tokens = as_it_was.answer(inputs, TOKENS)
         logits = tuple((int(token), float(first[token])) for token in np.argsort(first)[: -LOGITS - 1 : -1])
         yield Case(prompt, score, tuple(tokens), logits, calibrated.get(prompt.name))
 
@@ -157,7 +169,7 @@ def check_pieces(decoder: Decoder, directory: Path, cases: Sequence[Case], opene
         except Exception as error:
             said = f"a later call fails: {' '.join(str(error).split())[:200]}"
             try:  # some decoders take several tokens in their first call alone
-                run(decoder, load_blocks(decoder.graphs)).prompt(inputs, cuts)
+                original(decoder).prompt(inputs, cuts)
             except Exception:
                 return Check(name, None, f"not checked, since the original fails likewise: {said}")
             return Check(name, False, said)

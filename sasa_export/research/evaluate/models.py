@@ -43,10 +43,10 @@ class TorchModel:
 
 
 class OnnxModel:
-    """The same of a directory of graphs. EvaluateError where they do not run here, or would not answer alike."""
+    """The same of the graphs of a directory. EvaluateError where they would not answer as the original."""
 
-    def __init__(self, directory: Path, dtype: str, device: str, tokens: int) -> None:
-        self.model, self.tokens = load_graphs(directory, dtype, device), tokens
+    def __init__(self, model: Any, directory: Path, tokens: int) -> None:
+        self.model, self.tokens = model, tokens
         if self.model.about["not_followed"]:
             raise EvaluateError(
                 f"generation_config.json of {directory} sets {', '.join(self.model.about['not_followed'])}, which is "

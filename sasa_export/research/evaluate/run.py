@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
 from sasa_export.research.evaluate.measure import Evaluated, measure
-from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_patched
+from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_graphs, load_patched
 from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.page import write_report
 from sasa_export.research.evaluate.subject import Subject, open_subject
@@ -63,27 +64,39 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
 
 def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Features, Fitted, Answers]:
     """What probes read of the evaluation prompts, the probes (bundled, or fitted here), and the original's answers."""
-    model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
-
-    def read(kind: str, prompts: list[Prompt]) -> Features:
-        size = subject.options.batch_size
-        return collect_on_disk(
-            model, subject.processor, subject.lane, prompts, work, report, batch_size=size, kind=kind
-        )
-
-    fitted = subject.bundled
+    read, fit, answering = _torch_original(subject) if subject.decoder is None else _graphs_original(subject)
+    fitted, size = subject.bundled, subject.options.batch_size
     if fitted is None:
-        found = read("calibration", subject.calibration)
-        fitted = calibrate(model, subject.lane, found, subject.calibration, subject.regularization)
-    features = read("evaluation", subject.evaluation)
-    answering = TorchModel(model, subject.processor, subject.options.max_new_tokens)
+        found = read(subject.calibration, work, report, batch_size=size, kind="calibration")
+        fitted = fit(found, subject.calibration, subject.regularization)
+    features = read(subject.evaluation, work, report, batch_size=size, kind="evaluation")
     return features, fitted, _answers(subject, answering, "plain", work, report)
+
+
+Original = tuple[Callable[..., Features], Callable[..., Fitted], TorchModel | OnnxModel]  # reads, fits, answers
+
+
+def _torch_original(subject: Subject) -> Original:
+    model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
+    return (
+        partial(collect_on_disk, model, subject.processor, subject.lane),
+        partial(calibrate, model, subject.lane),
+        TorchModel(model, subject.processor, subject.options.max_new_tokens),
+    )
+
+
+def _graphs_original(subject: Subject) -> Original:
+    from sasa_export.foreign.features import collect, fit_graphs, lanes, original
+
+    assert subject.decoder is not None
+    answering = OnnxModel(original(subject.decoder), subject.source.directory, subject.options.max_new_tokens)
+    return partial(collect, lanes(subject.decoder, subject.settings)), partial(fit_graphs, subject.decoder), answering
 
 
 def _patched(subject: Subject, directory: Path) -> TorchModel | OnnxModel:
     graphs, tokens = dtype_of(directory), subject.options.max_new_tokens
     if graphs is not None:
-        return OnnxModel(directory, graphs, subject.device, tokens)
+        return OnnxModel(load_graphs(directory, graphs, subject.device), directory, tokens)
     return TorchModel(*load_patched(directory, subject.dtype, subject.device), tokens)
 
 

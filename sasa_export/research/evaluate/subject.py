@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sasa_export.errors import EvaluateError, OpenError
 from sasa_export.files import check_apart
@@ -28,6 +28,9 @@ from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
 from sasa_export.workers import workers
 
+if TYPE_CHECKING:
+    from sasa_export.foreign.decoder import Decoder
+
 MISSING = {  # what cannot be measured without a label, and what to add
     1: ("harmful", "attack success and detection", "figstep:DIR or mm-safetybench:DIR"),
     0: ("harmless", "over-refusal and detection", "xstest:FILE,subset=safe or vlguard:DIR,subset=safe_safes"),
@@ -44,7 +47,8 @@ class Subject:
         against: the settings of the gate of --against; None without.
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
-        lane: the second lane, from which the fitted arms read their features.
+        decoder: that of the original, where it is graphs that others exported.
+        lane: the second lane, from which the fitted arms read their features, and `settings` its layers.
         bundled: the probes that the embedded model ships with, where these are what would be fitted.
     """
 
@@ -54,12 +58,14 @@ class Subject:
     against: dict[str, Any] | None
     made: dict[str, Any]
     source: Source
+    decoder: Decoder | None
     processor: Any
     evaluation: list[Prompt]
     left_out: int
     calibration: list[Prompt]
     calibrated_on: str
     lane: LayerGraph
+    settings: LaneSettings
     bundled: Fitted | None
     dtype: str
     device: str
@@ -143,32 +149,45 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     against = None if options.against is None else _read_patched(options.against)[0]
     made = manifest.get("options") or {}
     prompts = load_all(options.data, report=report) if options.data else builtin_evaluation()
+    _check_labels(prompts)
+    specs = options.calibration or made.get("calibration") or ()
+    calibration = calibration_prompts(specs, report)
+    check_disjoint(calibration, prompts)
+    source, decoder = _open_baseline(options, sasa, made, manifest)
+    check_apart(options.out, options.model, source.directory)
+    report.step("open", f"{options.model}, made from {source.name}")
+    if decoder is None:
+        sizes, processor = read_sizes(source), load_processor(source)
+        main = trace_source(source, processor)
+        dtype, device = running(source, options.dtype, workers().device(options.device))
+    else:
+        sizes, processor, main, dtype, device = decoder.sizes, decoder.processor, decoder.main, decoder.dtype, "cpu"
+        prompts, calibration = decoder.readable(prompts, report), decoder.readable(calibration, Silent())
+        _check_labels(prompts)
+    prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
+    share = 1 if options.limit is None else options.limit / len(prompts)
+    evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
+    found = counts(evaluation)
+    report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
+    # Where the patched model has no second lane, what the family's layers would give, to compare it with.
+    layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
+    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
+    return Subject(
+        options, dtype_of(options.model), sasa, against, made, source, decoder, processor, evaluation,
+        len(prompts) - len(evaluation), calibration, ", ".join(specs) or "the built-in calibration set",
+        rewrite_lane(main, lane), lane, bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype,
+        device,
+    )  # fmt: skip
+
+
+def _check_labels(prompts: list[Prompt]) -> None:
+    """Raise EvaluateError where there are no prompts of one label."""
     for label, (what, measures, example) in MISSING.items():
         if not any(prompt.label == label for prompt in prompts):
             raise EvaluateError(
                 f"the data has no {what} prompts (label {label}), so {measures} cannot be measured. Add them with "
                 f"another --data, for example --data {example}."
             )
-    specs = options.calibration or made.get("calibration") or ()
-    calibration = calibration_prompts(specs, report)
-    check_disjoint(calibration, prompts)
-    source = _open_baseline(options, sasa, made, manifest, report)
-    check_apart(options.out, options.model, source.directory)
-    report.step("open", f"{options.model}, made from {source.name}")
-    processor = load_processor(source)
-    prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
-    share = 1 if options.limit is None else options.limit / len(prompts)
-    evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
-    found = counts(evaluation)
-    report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
-    dtype, device = running(source, options.dtype, workers().device(options.device))
-    lane = _lane(sasa, source)
-    graph = rewrite_lane(trace_source(source, processor), lane)
-    return Subject(
-        options, dtype_of(options.model), sasa, against, made, source, processor, evaluation,
-        len(prompts) - len(evaluation), calibration, ", ".join(specs) or "the built-in calibration set", graph,
-        bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
-    )  # fmt: skip
 
 
 def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -187,38 +206,39 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _open_baseline(
-    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any], report: Silent
-) -> Source:
-    """The model that the patched one was made from: --baseline, or what the manifest names.
+    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
+) -> tuple[Source, Decoder | None]:
+    """What the patched model was made from: --baseline, or what the manifest names. Graphs come with their decoder.
 
     Raises EvaluateError where it is another model: of another size, or with other weights.
     """
-    name = options.baseline or made.get("model")
+    name, decoder = options.baseline or made.get("model"), None
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
-        source = open_source(name, None if options.baseline else manifest.get("commit"))
+        if "graphs" in sasa:
+            from sasa_export.foreign.decoder import open_decoder
+            from sasa_export.foreign.opened import open_graphs
+
+            decoder = open_decoder(open_graphs(name, tuple(sasa["graphs"].values())))
+            source = decoder.graphs.source
+        else:
+            source = open_source(name, None if options.baseline else manifest.get("commit"))
     except OpenError as error:
         if options.baseline:
             raise
         raise EvaluateError(f"the original of {options.model} is not there: {error} Or give --baseline.") from None
-    copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte
-    compared = copied and dtype_of(options.model) is None
-    other_weights = compared and not all(digest(shard.path) in copied for shard in source.shards)
-    if other_weights or read_sizes(source).blocks != _blocks(sasa):
+    weights = [shard.path for shard in source.shards if decoder is None or shard.path != decoder.graphs.decoder]
+    copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte, and so is what a graph reads
+    compared = copied and (decoder is not None or dtype_of(options.model) is None)
+    other_weights = compared and not all(digest(path) in copied for path in weights)
+    if other_weights or (read_sizes(source) if decoder is None else decoder.sizes).blocks != _blocks(sasa):
         raise EvaluateError(
             f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "
             "--baseline."
         )
-    return source
+    return source, decoder
 
 
 def _blocks(sasa: dict[str, Any]) -> int:
     return sum(node["op"] == "block" for node in sasa["graph"])
-
-
-def _lane(sasa: dict[str, Any], source: Source) -> LaneSettings:
-    """The patched model's second lane; where it has none, what the family's layers would give, to compare it with."""
-    sizes = read_sizes(source)
-    layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    return LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
