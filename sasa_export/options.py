@@ -15,10 +15,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
 GATES = ("enforce", "observe")
+TORCH_ALONE = ("revision", "projection", "opset", "onnx_dtype", "dtype", "blocks", "ablation_prompts")  # options
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
 # Help that several commands have in common.
 REVISION = "Branch, tag or commit of a model on the hub. Default: its main branch."
+ONNX_FILE = (
+    "Of a directory of ONNX graphs with several variants, the one that is meant: a file, or what its name ends with, "
+    "such as q4. Several times for decoder, embedding and vision encoder."
+)
 DEVICE = (
     "auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto does where one device has no "
     "room for the model."
@@ -50,11 +55,7 @@ class Options(OptionSet):
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
         "one of the two directories in place then changes both.",
     )
-    onnx_file: tuple[str, ...] = what(
-        (),
-        "Of a directory of ONNX graphs with several variants, the one to guard: a file, or what its name ends with, "
-        "such as q4. Several times for decoder, embedding and vision encoder.",
-    )
+    onnx_file: tuple[str, ...] = what((), ONNX_FILE)
     revision: str | None = what(None, REVISION)
 
     safety_layer: int | str | None = layers(
@@ -183,15 +184,6 @@ class Options(OptionSet):
                 raise SasaExportError(message)
         self._check_effects()
 
-    def check_for_graphs(self) -> None:
-        """Raise SasaExportError where something is set that does not go with ONNX graphs of others."""
-        unknown = ("revision", "projection", "opset", "onnx_dtype", "dtype")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            odd = entry.name in unknown and value != entry.default
-            if odd or (value == AUTO and entry.name.endswith("_layer")) or value == "both":
-                raise SasaExportError(f"{flag(entry.name)} {value} is not of use with ONNX graphs. Leave it out.")
-
     def _check_effects(self) -> None:
         """Raise SasaExportError where something is set that would change nothing."""
         without_effect = (
@@ -218,3 +210,11 @@ class Options(OptionSet):
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
         values["calibration"] = list(self.calibration) or None
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def check_for_graphs(options: Any) -> None:
+    """Raise SasaExportError where options of a command have a value that does not go with ONNX graphs of others."""
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if (entry.name in TORCH_ALONE and value != entry.default) or value == "both":
+            raise SasaExportError(f"{flag(entry.name)} {value} is not of use with ONNX graphs. Leave it out.")

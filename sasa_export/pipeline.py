@@ -16,6 +16,8 @@ from sasa_export.foreign.opened import holds_graphs
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.layers.auto import choose_layers
+from sasa_export.layers.lane import watched
+from sasa_export.layers.survey import survey
 from sasa_export.manifest import write_manifest
 from sasa_export.models import open_source
 from sasa_export.models.load import load_processor, read_sizes, running
@@ -87,7 +89,10 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Measure
     model = load_as_traced(plan.source, plan.processor, plan.graph, prompts, dtype=dtype, device=device)
     held_out = None
     if options.finds_layers():
-        found = choose_layers(model, plan.processor, plan.graph, prompts, settings, options, work, report)
+        given = {"batch_size": options.batch_size, "regularization": options.regularization_value()}
+        with watched(model, plan.processor, plan.graph) as main:
+            look = partial(survey, main, settings=settings, work=work, report=report, **given)
+            found = choose_layers(look, plan.graph, prompts, settings, options, report)
         settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
     lane = rewrite_lane(plan.graph, settings)
     if plan.given is None:

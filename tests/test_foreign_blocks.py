@@ -149,7 +149,6 @@ def test_options_of_torch_are_no_options_of_graphs(directory: Path, tmp_path: Pa
         {"opset": 20, "format": "onnx"},
         {"format": "both"},
         {"projection": "none"},
-        {"safety_layer": "auto"},
     ):
         options = sasa_export.Options(model=str(directory), out=tmp_path / "out", **given)
         with pytest.raises(SasaExportError, match="not of use with ONNX graphs"):

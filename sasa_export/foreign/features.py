@@ -78,8 +78,9 @@ def check_lane(decoder: Decoder, settings: LaneSettings) -> float:
     return apart
 
 
-def lanes(decoder: Decoder, settings: LaneSettings) -> Model:
-    """The graphs with both lanes' first-token features as outputs, "projected" and "plain", (1, features)."""
+def lanes(decoder: Decoder, settings: LaneSettings, *, logits: bool = True) -> Model:
+    """The graphs with both lanes' first-token features as outputs, "projected" and "plain", (1, features): normed
+    states, or, where a probe does not fold through the head, `logits`."""
     blocks = load_blocks(decoder.graphs)
     add = Builder(blocks.model.graph, "/sasa/features")
     assert settings.pair is not None
@@ -89,7 +90,7 @@ def lanes(decoder: Decoder, settings: LaneSettings) -> Model:
     projection = add("Mul", add("Div", along, add("Max", square, least)), semantic)  # (1, tokens, hidden)
     end = add_lane(blocks, settings.pair[0], projection, blocks.inputs.get("position_ids"))
     ends = {"projected": add("Gather", end, last, axis=1), "plain": add("Gather", blocks.norm, last, axis=1)}
-    if not decoder.linear:
+    if logits and not decoder.linear:
         ends = {name: add_head(blocks, value, f"/sasa/{name}") for name, value in ends.items()}
     return run(decoder, blocks, ends)
 

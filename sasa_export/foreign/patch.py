@@ -11,8 +11,10 @@ from sasa_export.foreign.decoder import Decoder, open_decoder
 from sasa_export.foreign.features import check_lane, check_pieces, collect, expect_graphs, fit_graphs, lanes
 from sasa_export.foreign.opened import open_graphs
 from sasa_export.foreign.splice import guarded_decoder
+from sasa_export.foreign.survey import survey_graphs
 from sasa_export.foreign.written import write_graphs
-from sasa_export.options import Options
+from sasa_export.layers.auto import choose_layers
+from sasa_export.options import Options, check_for_graphs
 from sasa_export.probe.work import Work, fingerprint
 from sasa_export.report import Silent
 from sasa_export.steps import Measured, Patched, Plan
@@ -27,7 +29,7 @@ from sasa_export.writers.onnx.directory import write_onnx_manifest
 
 def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
     """Turn a directory of graphs into a guarded one. Raises SasaExportError; then nothing is written."""
-    options.check_for_graphs()
+    check_for_graphs(options)
     # What onnxruntime and the exporter raise, which fail in as many ways as there are operators.
     with reworded(EmitError, f"{options.model} cannot be guarded here ({{reason}}). Use another model."):
         decoder, plan = open_and_trace(options, report)
@@ -55,20 +57,27 @@ def open_and_trace(options: Options, report: Silent) -> tuple[Decoder, Plan]:
 def measure(decoder: Decoder, plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
     """Calibrate where no probe is given, on the graphs as they are deployed, and ask them what verification compares
     with."""
-    probe, calibration, prompts, cases = plan.given, None, plan.prompts, tuple[Case, ...]()
-    reading = lanes(decoder, plan.settings) if prompts else None
-    if probe is None and reading is not None:
-        told = fingerprint(plan.source, prompts, layers=str(plan.settings.pair))
+    settings, layers_from, held_out, calibration = plan.settings, plan.layers_from, None, None
+    probe, prompts, cases = plan.given, plan.prompts, tuple[Case, ...]()
+    if probe is None:
+        told = fingerprint(plan.source, prompts, layers=f"{options.safety_layer} {options.semantic_layer}")
         work.open(told, discard=options.force, report=report)
-        found = collect(reading, prompts, work, report, batch_size=options.batch_size)
-        fitted = fit_graphs(decoder, found, prompts, options.regularization_value())
-        calibration = steps.choose_threshold(fitted, prompts, options, report)
+    if options.finds_layers():
+        given = {"batch_size": options.batch_size, "regularization": options.regularization_value()}
+        look = partial(survey_graphs, decoder, work=work, report=report, **given)
+        found = choose_layers(look, plan.graph, prompts, settings, options, report)
+        settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
+    reading = lanes(decoder, settings) if prompts else None
+    if probe is None and reading is not None:
+        features = collect(reading, prompts, work, report, batch_size=options.batch_size)
+        fitted = fit_graphs(decoder, features, prompts, options.regularization_value())
+        calibration = steps.choose_threshold(fitted, prompts, options, report, held_out)
         probe = calibration.probe
     assert probe is not None
     if options.verify == "full" and reading is not None and workers().leads:
         scores = None if calibration is None else calibration.final
         cases = tuple(expect_graphs(decoder, reading, probe, prompts, scores))
-    return Measured(probe, calibration, cases, decoder.dtype, "cpu", plan.settings, plan.layers_from)
+    return Measured(probe, calibration, cases, decoder.dtype, "cpu", settings, layers_from)
 
 
 def _write(decoder: Decoder, options: Options, report: Silent, patch: Patch, directory: Path) -> None:

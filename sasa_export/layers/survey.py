@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,12 +94,24 @@ def survey(
     on_controls.fill(MAIN_LANE, compute, report)
     if not workers().leads:
         return None
-    blocks, head = len(lane.blocks), head_weight(lane.model)  # (vocabulary, hidden)
-    vocabulary = token_texts(lane.processor.tokenizer, len(head))
-    perception = separability(results, blocks, report)
+    return evidence_of(results, on_controls, pairs, head_weight(lane.model), lane.processor, regularization, report)
+
+
+def evidence_of(
+    results: Results,
+    on_controls: Results,
+    pairs: Sequence[Pair],
+    head: np.ndarray,
+    processor: Any,
+    regularization: float | None,
+    report: Silent,
+) -> Evidence:
+    """The figures, once the model has run; head (vocabulary, hidden)."""
+    vocabulary, tokens = token_texts(processor.tokenizer, len(head)), results.read("tokens")  # (prompts, blocks, 5)
+    perception = separability(results, tokens.shape[1], report)
     swept = sweep(results, pairs, head_metric(head), regularization, report)
-    expressed = expression(results.read("tokens"), vocabulary)
-    return Evidence(perception, understanding(on_controls, blocks), expressed, swept, results, vocabulary)
+    understood = understanding(on_controls, tokens.shape[1])
+    return Evidence(perception, understood, expression(tokens, vocabulary), swept, results, vocabulary)
 
 
 def _of_main_lane(lane: MainLane, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,7 +15,7 @@ from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.contents import read_object
 from sasa_export.models.load import load_processor, read_sizes, running
-from sasa_export.options import AUTO
+from sasa_export.options import AUTO, check_for_graphs
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
 from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
@@ -135,6 +135,7 @@ class Subject:
             "device": self.device.partition(":")[0],
             **counts(self.evaluation),
             "data": ", ".join(self.options.data) or "the built-in evaluation set",
+            "texts_alone": self.decoder is not None and not self.decoder.sees,
             "left_out": self.left_out,
             "calibrated_on": self.calibrated_on,
             "max_new_tokens": self.options.max_new_tokens,
@@ -220,6 +221,7 @@ def _open_baseline(
             from sasa_export.foreign.decoder import open_decoder
             from sasa_export.foreign.opened import open_graphs
 
+            check_for_graphs(options)
             decoder = open_decoder(open_graphs(name, tuple(sasa["graphs"].values())))
             source = decoder.graphs.source
         else:

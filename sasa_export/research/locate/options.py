@@ -8,7 +8,7 @@ from pathlib import Path
 from sasa_export.errors import LocateError
 from sasa_export.flags import OptionSet, check_values, option
 from sasa_export.layers import LIMIT
-from sasa_export.options import AT_LEAST_ONE, DEVICE, DTYPES, REVISION
+from sasa_export.options import AT_LEAST_ONE, DEVICE, DTYPES, ONNX_FILE, REVISION
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class LocateOptions(OptionSet):
     out: Path = option(Path(), "Directory to write the report to.", required=True)
     force: bool = option(False, "Replace the report that is there, and discard other unfinished work.")
     revision: str | None = option(None, REVISION)
+    onnx_file: tuple[str, ...] = option((), ONNX_FILE)
     calibration: tuple[str, ...] = option(
         (),
         "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times. "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sasa_export.files import check_apart, staged
+from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import trace_source
@@ -21,6 +22,7 @@ from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.load import Sizes, load_processor, read_sizes, running
 from sasa_export.models.quantized import check_scheme
+from sasa_export.options import check_for_graphs
 from sasa_export.probe.features import load_as_traced
 from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
@@ -32,6 +34,9 @@ from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.locate.pictures import pictures
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
 from sasa_export.workers import workers
+
+if TYPE_CHECKING:
+    from sasa_export.foreign.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Study:
     ablated_on: list[Prompt]  # empty where the ablation is left out
     dtype: str
     device: str
+    decoder: Decoder | None  # of a directory of ONNX graphs
 
 
 def locate(options: LocateOptions, report: Silent | None = None) -> Located | None:
@@ -80,21 +86,29 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
 
 def _study(options: LocateOptions, report: Silent) -> Study:
     """Everything that can be wrong before the work begins."""
-    prompts = calibration_prompts(options.calibration, report)
-    source = open_source(options.model, options.revision, check_scheme)
+    prompts, decoder = calibration_prompts(options.calibration, report), None
+    if options.onnx_file or holds_graphs(options.model):
+        from sasa_export.foreign.decoder import open_decoder
+
+        check_for_graphs(options)
+        decoder = open_decoder(open_graphs(options.model, options.onnx_file))
+        source, sizes, processor, graph = decoder.graphs.source, decoder.sizes, decoder.processor, decoder.main
+        prompts, dtype, device = decoder.readable(prompts, report), decoder.dtype, "cpu"
+    else:
+        source = open_source(options.model, options.revision, check_scheme)
+        sizes, processor = read_sizes(source), load_processor(source)
+        dtype, device = running(source, options.dtype, workers().device(options.device))
+        graph = trace_source(source, processor)
     check_apart(options.out, source.directory)
-    sizes = read_sizes(source)
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
-    processor = load_processor(source)
     prompts = limited(for_model(prompts, processor), options.limit)
-    dtype, device = running(source, options.dtype, workers().device(options.device))
-    graph = trace_source(source, processor)
     pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)
     pairs = possible(pairs, graph.earliest_safety_layer())
     blocks = list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks)
-    ablated = ablated_on(prompts, options.ablation_prompts) if options.ablation_prompts else []
-    return Study(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device)
+    wanted = options.ablation_prompts and decoder is None
+    ablated = ablated_on(prompts, options.ablation_prompts) if wanted else []
+    return Study(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device, decoder)
 
 
 def _fingerprint(study: Study, options: LocateOptions) -> dict[str, Any]:
@@ -110,7 +124,13 @@ def _fingerprint(study: Study, options: LocateOptions) -> dict[str, Any]:
 def _measure(
     study: Study, options: LocateOptions, work: Work, report: Silent
 ) -> tuple[Evidence | None, HeadScores | None]:
-    """Load the model, ablate its heads and survey its blocks; all processes but the first get None for evidence."""
+    """Load the model, ablate its heads (not those of graphs) and survey its blocks; all processes but the first get
+    None for evidence."""
+    if study.decoder is not None:
+        from sasa_export.foreign.survey import survey_graphs
+
+        size = options.batch_size
+        return survey_graphs(study.decoder, study.prompts, study.pairs, work, report, batch_size=size), None
     report.step("load", f"{study.dtype} on {study.device}")
     model = load_as_traced(
         study.source, study.processor, study.graph, study.prompts, dtype=study.dtype, device=study.device
