@@ -13,9 +13,8 @@ from pathlib import Path
 
 from sasa_export import steps
 from sasa_export.foreign.opened import holds_graphs
-from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
+from sasa_export.graph.rewrite import rewrite_lane
 from sasa_export.graph.trace import trace_source
-from sasa_export.layers.auto import choose_layers
 from sasa_export.layers.lane import watched
 from sasa_export.layers.survey import survey
 from sasa_export.manifest import write_manifest
@@ -28,11 +27,11 @@ from sasa_export.probe.features import collect_on_disk, load_as_traced
 from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
-from sasa_export.steps import Measured, Patched, Plan
+from sasa_export.steps import Patched, Plan
 from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
-from sasa_export.writers.cases import Case, expect
+from sasa_export.writers.cases import expect
 from sasa_export.writers.directory import Patch, write_directory
 from sasa_export.writers.onnx.card import write_onnx_card
 from sasa_export.writers.onnx.directory import check_possible, write_onnx_directory, write_onnx_manifest
@@ -55,8 +54,8 @@ def patch(options: Options, report: Silent | None = None) -> Patched:
 
             return patch_graphs(options, work, report)
         plan = open_and_trace(options, report)
-        measured = measure(plan, options, work, report)
-        return steps.write_and_verify(plan, measured, options, report, partial(_write, options, report))
+        made = measure(plan, options, work, report)
+        return steps.write_and_verify(made, options, report, _write)
 
 
 def open_and_trace(options: Options, report: Silent) -> Plan:
@@ -76,55 +75,44 @@ def open_and_trace(options: Options, report: Silent) -> Plan:
     return plan
 
 
-def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
+def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
     """Calibrate where no probe is given, and ask the original model what verification compares with."""
-    settings, layers_from, calibration, scores = plan.settings, plan.layers_from, None, None
     dtype, device = running(plan.source, options.dtype, options.device)
-    prompts = plan.prompts
+    prompts, calibration, held_out = plan.prompts, None, None
     if not prompts:
-        assert plan.given is not None
-        return Measured(plan.given, None, (), dtype, device, settings, layers_from)
+        return steps.make_patch(plan, None, expect, dtype, device, options, report)
     _begin(plan, options, work, report, dtype=dtype, device=device.partition(":")[0])
     report.step("load", f"{dtype} on {device}")
     model = load_as_traced(plan.source, plan.processor, plan.graph, prompts, dtype=dtype, device=device)
-    held_out = None
+    size, regularization = options.batch_size, options.regularization_value()
     if options.finds_layers():
-        given = {"batch_size": options.batch_size, "regularization": options.regularization_value()}
         with watched(model, plan.processor, plan.graph) as main:
-            look = partial(survey, main, settings=settings, work=work, report=report, **given)
-            found = choose_layers(look, plan.graph, prompts, settings, options, report)
-        settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
-    lane = rewrite_lane(plan.graph, settings)
+            look = partial(survey, main, settings=plan.settings, work=work, report=report, batch_size=size)
+            plan, held_out = steps.find_layers(plan, partial(look, regularization=regularization), options, report)
+    lane = rewrite_lane(plan.graph, plan.settings)
     if plan.given is None:
-        fitted = _shipped(plan, settings, options)
+        fitted = _shipped(plan, options)
         if fitted is None:
-            features = collect_on_disk(
-                model, plan.processor, lane, prompts, work, report, batch_size=options.batch_size
-            )
-            fitted = calibrate(model, lane, features, prompts, options.regularization_value())
+            features = collect_on_disk(model, plan.processor, lane, prompts, work, report, batch_size=size)
+            fitted = calibrate(model, lane, features, prompts, regularization)
         calibration = steps.choose_threshold(fitted, prompts, options, report, held_out)
-        scores = calibration.final
-    probe = plan.given if calibration is None else calibration.probe
-    assert probe is not None
-    cases: tuple[Case, ...] = ()
-    if options.verify == "full":
-        cases = tuple(expect(model, plan.processor, lane, probe, prompts, scores))
-    return Measured(probe, calibration, cases, dtype, device, settings, layers_from)
+    ask = partial(expect, model, plan.processor, lane)
+    return steps.make_patch(plan, calibration, ask, dtype, device, options, report)
 
 
 def _begin(plan: Plan, options: Options, work: Work, report: Silent, **running: str) -> None:
     """Begin to calibrate, or go on with what an interrupted run has left, before the weights are loaded."""
-    shipped = not options.finds_layers() and _shipped(plan, plan.settings, options) is not None
+    shipped = not options.finds_layers() and _shipped(plan, options) is not None
     if plan.given is None and not shipped:
         told = fingerprint(plan.source, plan.prompts, **running, batch_size=str(options.batch_size))
         work.open(told, discard=options.force, report=report)
 
 
-def _shipped(plan: Plan, settings: LaneSettings, options: Options) -> Fitted | None:
-    return bundled.read(plan.source.name, settings, options.calibration, options.regularization)
+def _shipped(plan: Plan, options: Options) -> Fitted | None:
+    return bundled.read(plan.source.name, plan.settings, options.calibration, options.regularization)
 
 
-def _write(options: Options, report: Silent, patch: Patch, staging: Path) -> None:
+def _write(patch: Patch, staging: Path, options: Options, report: Silent) -> None:
     """Write and verify the formats that are asked for."""
     plain = staging if options.format == "safetensors" else staging / "safetensors"
     plain.mkdir(exist_ok=True)

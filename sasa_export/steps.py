@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from sasa_export.errors import VerifyError
 from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite
-from sasa_export.layers.pairs import possible, with_layer
+from sasa_export.layers.auto import choose_layers
+from sasa_export.layers.pairs import Pair, possible, with_layer
+from sasa_export.layers.survey import Evidence
 from sasa_export.manifest import check_ours
 from sasa_export.models import Source, layers_of
 from sasa_export.models.load import SPREAD, Sizes
@@ -47,19 +49,6 @@ class Plan:
     layers_from: str
     given: Probe | None
     prompts: list[Prompt]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the original model was needed for; it is out of memory again when this is there."""
-
-    probe: Probe
-    calibration: Calibration | None
-    cases: tuple[Case, ...]
-    dtype: str
-    device: str
-    settings: LaneSettings
-    layers_from: str
 
 
 @dataclass(frozen=True)
@@ -154,41 +143,53 @@ def choose_threshold(
     return found
 
 
-def write_and_verify(
+def find_layers(
+    plan: Plan, survey: Callable[[Sequence[Prompt], Sequence[Pair]], Evidence | None], options: Options, report: Silent
+) -> tuple[Plan, tuple[int, ...]]:
+    """The plan with the layers that were left open, and the numbers of the prompts that took no part in the choice."""
+    found = choose_layers(survey, plan.graph, plan.prompts, plan.settings, options, report)
+    return replace(plan, settings=found.settings, layers_from=found.layers_from), found.held_out
+
+
+def make_patch(
     plan: Plan,
-    measured: Measured,
+    calibration: Calibration | None,
+    ask: Callable[[Probe, Sequence[Prompt], Any], Iterable[Case]],
+    dtype: str,
+    device: str,
     options: Options,
     report: Silent,
-    write: Callable[[Patch, Path], None],
-    **more: Any,
+    more: dict[str, Any] | None = None,
+) -> Patch:
+    """What is to be written. Args: ask: gives the cases of verification; more: what config.json says besides."""
+    probe, scores = (plan.given, None) if calibration is None else (calibration.probe, calibration.final)
+    assert probe is not None
+    cases = tuple(ask(probe, plan.prompts, scores)) if options.verify == "full" else ()
+    graph, pair = rewrite(plan.graph, plan.settings), plan.settings.pair
+    lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
+    report.step("rewrite", f"{lane}, threshold {probe.threshold:.4f}")
+    sasa = sasa_settings(
+        plan.source, plan.processor, graph, plan.settings, layers_from=plan.layers_from, threshold=probe.threshold,
+        refusal=options.refusal, gate=options.gate, known=known(cases),
+    )  # fmt: skip
+    device = "auto" if device == SPREAD else device
+    return Patch(plan.source, graph, {**sasa, **(more or {})}, probe, calibration, cases, dtype, device)
+
+
+def write_and_verify(
+    patch: Patch, options: Options, report: Silent, write: Callable[[Patch, Path, Options, Silent], None]
 ) -> Patched:
     """Write beside `options.out`, verify, and only then show it there; the first process does it for all.
 
-    Args: write: writes a patch into an empty directory, and verifies it; more: what config.json says of it besides.
+    Args: write: writes a patch into an empty directory, and verifies it.
     """
-    graph = rewrite(plan.graph, measured.settings)
     if workers().leads:
-        sasa = {**_sasa(plan, measured, graph, options, report), **more}
-        device = "auto" if measured.device == SPREAD else measured.device
-        patch = Patch(
-            plan.source, graph, sasa, measured.probe, measured.calibration, measured.cases, measured.dtype, device
-        )
-        with staged(options.out, force=options.force, needed_bytes=needed_disk(plan.source, options)) as staging:
-            write(patch, staging)
+        needed = needed_disk(patch.source, options)
+        with staged(options.out, force=options.force, needed_bytes=needed) as staging:
+            write(patch, staging, options, report)
             check_ours(options.out)  # again: the work may have taken hours
         report.step("done", f"{options.out}")
-    return Patched(options.out, graph, measured.probe, measured.calibration)
-
-
-def _sasa(plan: Plan, measured: Measured, graph: LayerGraph, options: Options, report: Silent) -> dict[str, Any]:
-    """What config.json says of the gate."""
-    pair, threshold = measured.settings.pair, measured.probe.threshold
-    lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
-    report.step("rewrite", f"{lane}, threshold {threshold:.4f}")
-    return sasa_settings(
-        plan.source, plan.processor, graph, measured.settings, layers_from=measured.layers_from, threshold=threshold,
-        refusal=options.refusal, gate=options.gate, known=known(measured.cases),
-    )  # fmt: skip
+    return Patched(options.out, patch.graph, patch.probe, patch.calibration)
 
 
 def all_passed(checks: Sequence[Check], report: Silent) -> None:

@@ -145,8 +145,8 @@ def test_layers_left_open_are_found_on_one_half(decoder: Decoder, sets: tuple[st
         semantic_layer=3, max_false_positive_rate=0.2, verify="files",
     )  # fmt: skip
     opened, plan = open_and_trace(options, Silent())
-    measured = measure(opened, plan, options, Work(tmp_path / "work"), Silent())
-    assert measured.settings.pair is not None and measured.settings.pair[1] == 3
-    assert "found by a sweep over 3 pairs on one half of the calibration prompts" in measured.layers_from
-    assert measured.calibration is not None
-    assert next(figure for figure in measured.calibration.figures if figure.part == "all").harmful == 20
+    patch = measure(opened, plan, options, Work(tmp_path / "work"), Silent())
+    assert patch.sasa["semantic_layer"] == 3
+    assert "found by a sweep over 3 pairs on one half of the calibration prompts" in patch.sasa["layers_from"]
+    assert patch.calibration is not None
+    assert next(figure for figure in patch.calibration.figures if figure.part == "all").harmful == 20

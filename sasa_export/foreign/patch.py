@@ -13,16 +13,13 @@ from sasa_export.foreign.opened import open_graphs
 from sasa_export.foreign.splice import guarded_decoder
 from sasa_export.foreign.survey import survey_graphs
 from sasa_export.foreign.written import write_graphs
-from sasa_export.layers.auto import choose_layers
 from sasa_export.options import Options, check_for_graphs
 from sasa_export.probe.work import Work, fingerprint
 from sasa_export.report import Silent
-from sasa_export.steps import Measured, Patched, Plan
+from sasa_export.steps import Patched, Plan
 from sasa_export.verify import check_written
 from sasa_export.verify.compare import QUANTIZED, ROUNDED
-from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
-from sasa_export.writers.cases import Case
 from sasa_export.writers.directory import Patch
 from sasa_export.writers.onnx.directory import write_onnx_manifest
 
@@ -33,11 +30,8 @@ def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
     # What onnxruntime and the exporter raise, which fail in as many ways as there are operators.
     with reworded(EmitError, f"{options.model} cannot be guarded here ({{reason}}). Use another model."):
         decoder, plan = open_and_trace(options, report)
-        measured = measure(decoder, plan, options, work, report)
-        return steps.write_and_verify(
-            plan, measured, options, report, partial(_write, decoder, options, report),
-            graphs=decoder.graphs.files, lengths=decoder.lengths, dtype=decoder.dtype,
-        )  # fmt: skip
+        patch = measure(decoder, plan, options, work, report)
+        return steps.write_and_verify(patch, options, report, partial(_write, decoder))
 
 
 def open_and_trace(options: Options, report: Silent) -> tuple[Decoder, Plan]:
@@ -54,33 +48,27 @@ def open_and_trace(options: Options, report: Silent) -> tuple[Decoder, Plan]:
     return decoder, plan
 
 
-def measure(decoder: Decoder, plan: Plan, options: Options, work: Work, report: Silent) -> Measured:
+def measure(decoder: Decoder, plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
     """Calibrate where no probe is given, on the graphs as they are deployed, and ask them what verification compares
     with."""
-    settings, layers_from, held_out, calibration = plan.settings, plan.layers_from, None, None
-    probe, prompts, cases = plan.given, plan.prompts, tuple[Case, ...]()
-    if probe is None:
+    prompts, calibration, held_out = plan.prompts, None, None
+    size, regularization = options.batch_size, options.regularization_value()
+    if plan.given is None:
         told = fingerprint(plan.source, prompts, layers=f"{options.safety_layer} {options.semantic_layer}")
         work.open(told, discard=options.force, report=report)
     if options.finds_layers():
-        given = {"batch_size": options.batch_size, "regularization": options.regularization_value()}
-        look = partial(survey_graphs, decoder, work=work, report=report, **given)
-        found = choose_layers(look, plan.graph, prompts, settings, options, report)
-        settings, layers_from, held_out = found.settings, found.layers_from, found.held_out
-    reading = lanes(decoder, settings) if prompts else None
-    if probe is None and reading is not None:
-        features = collect(reading, prompts, work, report, batch_size=options.batch_size)
-        fitted = fit_graphs(decoder, features, prompts, options.regularization_value())
+        look = partial(survey_graphs, decoder, work=work, report=report, batch_size=size, regularization=regularization)
+        plan, held_out = steps.find_layers(plan, look, options, report)
+    reading = lanes(decoder, plan.settings) if prompts else None
+    if plan.given is None:
+        fitted = fit_graphs(decoder, collect(reading, prompts, work, report, batch_size=size), prompts, regularization)
         calibration = steps.choose_threshold(fitted, prompts, options, report, held_out)
-        probe = calibration.probe
-    assert probe is not None
-    if options.verify == "full" and reading is not None and workers().leads:
-        scores = None if calibration is None else calibration.final
-        cases = tuple(expect_graphs(decoder, reading, probe, prompts, scores))
-    return Measured(probe, calibration, cases, decoder.dtype, "cpu", settings, layers_from)
+    ask = partial(expect_graphs, decoder, reading)
+    more = {"graphs": decoder.graphs.files, "lengths": decoder.lengths, "dtype": decoder.dtype}
+    return steps.make_patch(plan, calibration, ask, decoder.dtype, "cpu", options, report, more)
 
 
-def _write(decoder: Decoder, options: Options, report: Silent, patch: Patch, directory: Path) -> None:
+def _write(decoder: Decoder, patch: Patch, directory: Path, options: Options, report: Silent) -> None:
     """Write the graphs with the guard in the decoder, and verify them."""
     guarded, ledger = guarded_decoder(decoder, patch.sasa, patch.probe)
     with report.bar(patch.source.weight_bytes(), "write") as advance:
