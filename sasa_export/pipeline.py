@@ -80,7 +80,7 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
     dtype, device = running(plan.source, options.dtype, options.device)
     prompts, calibration, held_out = plan.prompts, None, None
     if not prompts:
-        return steps.make_patch(plan, None, expect, dtype, device, options, report)
+        return steps.make_patch(plan, None, lambda *asked: (), dtype, device, options, report)
     _begin(plan, options, work, report, dtype=dtype, device=device.partition(":")[0])
     report.step("load", f"{dtype} on {device}")
     model = load_as_traced(plan.source, plan.processor, plan.graph, prompts, dtype=dtype, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sasa_export import steps
 from sasa_export.errors import EmitError, reworded
@@ -59,7 +60,7 @@ def measure(decoder: Decoder, plan: Plan, options: Options, work: Work, report: 
     if options.finds_layers():
         look = partial(survey_graphs, decoder, work=work, report=report, batch_size=size, regularization=regularization)
         plan, held_out = steps.find_layers(plan, look, options, report)
-    reading = lanes(decoder, plan.settings) if prompts else None
+    reading: Any = lanes(decoder, plan.settings) if prompts else None
     if plan.given is None:
         fitted = fit_graphs(decoder, collect(reading, prompts, work, report, batch_size=size), prompts, regularization)
         calibration = steps.choose_threshold(fitted, prompts, options, report, held_out)

@@ -12,6 +12,7 @@ import numpy as np
 from sasa_export.errors import EvaluateError
 from sasa_export.files import staged
 from sasa_export.flags import check_values
+from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.manifest import write_manifest
 from sasa_export.models.load import load_model
 from sasa_export.probe import Fitted, calibrate
@@ -88,9 +89,11 @@ def _torch_original(subject: Subject) -> Original:
 def _graphs_original(subject: Subject) -> Original:
     from sasa_export.foreign.features import collect, fit_graphs, lanes, original
 
-    assert subject.decoder is not None
-    answering = OnnxModel(original(subject.decoder), subject.source.directory, subject.options.max_new_tokens)
-    return partial(collect, lanes(subject.decoder, subject.settings)), partial(fit_graphs, subject.decoder), answering
+    decoder, sasa = subject.decoder, subject.sasa
+    assert decoder is not None
+    lane = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"])
+    answering = OnnxModel(original(decoder), subject.source.directory, subject.options.max_new_tokens)
+    return partial(collect, lanes(decoder, lane)), partial(fit_graphs, decoder), answering
 
 
 def _patched(subject: Subject, directory: Path) -> TorchModel | OnnxModel:

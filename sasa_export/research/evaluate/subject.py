@@ -48,7 +48,7 @@ class Subject:
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
         decoder: that of the original, where it is graphs that others exported.
-        lane: the second lane, from which the fitted arms read their features, and `settings` its layers.
+        lane: the second lane, from which the fitted arms read their features.
         bundled: the probes that the embedded model ships with, where these are what would be fitted.
     """
 
@@ -65,7 +65,6 @@ class Subject:
     calibration: list[Prompt]
     calibrated_on: str
     lane: LayerGraph
-    settings: LaneSettings
     bundled: Fitted | None
     dtype: str
     device: str
@@ -150,7 +149,6 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     against = None if options.against is None else _read_patched(options.against)[0]
     made = manifest.get("options") or {}
     prompts = load_all(options.data, report=report) if options.data else builtin_evaluation()
-    _check_labels(prompts)
     specs = options.calibration or made.get("calibration") or ()
     calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)
@@ -164,7 +162,12 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     else:
         sizes, processor, main, dtype, device = decoder.sizes, decoder.processor, decoder.main, decoder.dtype, "cpu"
         prompts, calibration = decoder.readable(prompts, report), decoder.readable(calibration, Silent())
-        _check_labels(prompts)
+    for label, (what, measures, example) in MISSING.items():
+        if not any(prompt.label == label for prompt in prompts):
+            raise EvaluateError(
+                f"the data has no {what} prompts (label {label}), so {measures} cannot be measured. Add them with "
+                f"another --data, for example --data {example}."
+            )
     prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
@@ -176,19 +179,9 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     return Subject(
         options, dtype_of(options.model), sasa, against, made, source, decoder, processor, evaluation,
         len(prompts) - len(evaluation), calibration, ", ".join(specs) or "the built-in calibration set",
-        rewrite_lane(main, lane), lane, bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype,
+        rewrite_lane(main, lane), bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype,
         device,
     )  # fmt: skip
-
-
-def _check_labels(prompts: list[Prompt]) -> None:
-    """Raise EvaluateError where there are no prompts of one label."""
-    for label, (what, measures, example) in MISSING.items():
-        if not any(prompt.label == label for prompt in prompts):
-            raise EvaluateError(
-                f"the data has no {what} prompts (label {label}), so {measures} cannot be measured. Add them with "
-                f"another --data, for example --data {example}."
-            )
 
 
 def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
