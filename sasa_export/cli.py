@@ -16,9 +16,8 @@ from sasa_export.errors import OpenError, SasaExportError
 from sasa_export.flags import flags
 from sasa_export.options import REVISION, Options
 from sasa_export.report import Console, quiet
-from sasa_export.research.evaluate.command import evaluate_command
-from sasa_export.research.locate.command import locate_command
-from sasa_export.research.score.command import score_command
+from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.research.locate.options import LocateOptions
 
 EVERY = f"{__name__}.every"  # set in the context while --help-all prints
 
@@ -183,6 +182,60 @@ def verify(directory: Path, device: str, only_files: bool, load: str | None) -> 
         raise SasaExportError(f"{directory} failed its verification. Do not serve it{todo}.")
 
 
-main.add_command(locate_command)
-main.add_command(evaluate_command)
-main.add_command(score_command)
+@main.command()
+@flags(LocateOptions)
+def locate(**values: Any) -> None:
+    """Find where a model perceives danger, understands and speaks, and propose its layers.
+
+    Writes report.html, which opens without a network, with its pictures, report.md and locate.json. An interrupted run
+    goes on where it stopped when the same command is given again; accelerate launch spreads it over processes.
+    """
+    quiet()
+    from sasa_export.research.locate.run import locate
+
+    locate(LocateOptions(**values), Console())
+
+
+@main.command()
+@flags(EvaluateOptions)
+def evaluate(**values: Any) -> None:
+    """Measure what a patched model refuses, and what it still answers as before.
+
+    Arms side by side on the same prompts: the plain model, the patched model, a probe without projection, and words
+    alone. Writes report.html, which opens without a network, with its pictures, report.md, evaluate.json and
+    answers.jsonl. An interrupted run goes on where it stopped when the same command is given again; accelerate launch
+    spreads it over processes.
+    """
+    quiet()
+    from sasa_export.research.evaluate.run import evaluate
+
+    evaluate(EvaluateOptions(**values), Console())
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("data")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="JSONL file to write: id (or place in DATA), probability and verdict a line.",
+)
+@click.option(
+    "--refuse-at-most",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Propose the lowest threshold that refuses at most this share of the prompts.",
+)
+@click.option("--write-threshold", is_flag=True, help="Write the proposed threshold into config.json.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Prompts at a time.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..., or spread.")
+def score(**values: Any) -> None:
+    """Judge prompts that need no labels: P(unsafe) and verdict of each, and how they are spread.
+
+    DIRECTORY is a patched one, of safetensors or of ONNX graphs. DATA is a JSONL file, {"image": path or null,
+    "prompt": text} a line, or what --calibration takes.
+    """
+    quiet()
+    from sasa_export.research.score import score
+
+    click.echo("\n".join(score(**values, report=Console()).summary()))

@@ -160,57 +160,39 @@ class Options(OptionSet):
         return None if self.regularization == AUTO else float(self.regularization)
 
     def check(self) -> None:
-        """Raise SasaExportError where options contradict each other or leave their range."""
+        """Raise SasaExportError where options contradict each other, change nothing, or leave their range."""
         check_values(self)
-        layers_given = (self.safety_layer, self.semantic_layer) != (None, None)
-        contradictions = (
-            (
-                self.probe is not None and self.calibration,
-                "--probe and --calibration exclude each other: a given probe is not fitted.",
-            ),
-            (
-                self.probe is not None and self.finds_layers(),
+        if self.probe is not None and self.calibration:
+            raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
+        if self.probe is not None and self.finds_layers():
+            raise SasaExportError(
                 f"--probe and layers left to {AUTO} exclude each other: a probe belongs to the layers it was fitted "
-                "on. Give both layers.",
-            ),
-            (
-                self.projection == "none" and layers_given,
-                "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out.",
-            ),
-        )
-        for contradict, message in contradictions:
-            if contradict:
-                raise SasaExportError(message)
-        self._check_effects()
+                "on. Give both layers."
+            )
+        if self.projection == "none" and (self.safety_layer, self.semantic_layer) != (None, None):
+            raise SasaExportError(
+                "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
+            )
+        if self.format == "safetensors":
+            self._check_default("opset", "onnx_dtype", why="has no effect without --format onnx or both")
+        if self.probe is not None:
+            names = ("regularization", "max_false_positive_rate", "batch_size")
+            self._check_default(*names, why="has no effect with --probe, since nothing is calibrated")
+        if self.threshold is not None and not self.finds_layers():
+            self._check_default("max_false_positive_rate", why="has no effect with --threshold, which it would choose")
 
     def check_for_graphs(self) -> None:
         """Raise SasaExportError where something is set that does not go with ONNX graphs of others."""
-        unknown = ("revision", "projection", "opset", "onnx_dtype", "dtype")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            odd = entry.name in unknown and value != entry.default
-            if odd or (value == AUTO and entry.name.endswith("_layer")) or value == "both":
-                raise SasaExportError(f"{flag(entry.name)} {value} is not of use with ONNX graphs. Leave it out.")
+        why = "is not of use with ONNX graphs"
+        self._check_default("revision", "projection", "opset", "onnx_dtype", "dtype", why=why)
+        if self.finds_layers() or self.format == "both":
+            raise SasaExportError(f"Layers left to {AUTO} and --format both are not of use with ONNX graphs.")
 
-    def _check_effects(self) -> None:
-        """Raise SasaExportError where something is set that would change nothing."""
-        without_effect = (
-            (self.format == "safetensors", ("opset", "onnx_dtype"), "without --format onnx or both"),
-            (
-                self.probe is not None,
-                ("regularization", "max_false_positive_rate", "batch_size"),
-                "with --probe, since nothing is calibrated",
-            ),
-            (
-                self.threshold is not None and not self.finds_layers(),
-                ("max_false_positive_rate",),
-                "with --threshold, which it would choose",
-            ),
-        )
-        for given, names, why in without_effect:
-            for entry in fields(self):
-                if given and entry.name in names and getattr(self, entry.name) != entry.default:
-                    raise SasaExportError(f"{flag(entry.name)} has no effect {why}. Leave it out.")
+    def _check_default(self, *names: str, why: str) -> None:
+        """Raise SasaExportError where one of the fields is set."""
+        for entry in fields(self):
+            if entry.name in names and getattr(self, entry.name) != entry.default:
+                raise SasaExportError(f"{flag(entry.name)} {why}. Leave it out.")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that shapes the result; where it is written, and with what load, does not."""

@@ -91,11 +91,10 @@ def leading(states: np.ndarray) -> np.ndarray:
 
 
 def degrees(first: np.ndarray, second: np.ndarray) -> float:
-    """The angle between two unit vectors (hidden,), whichever way either points: 0 to 90."""
-    along = float(first @ second)
-    # By the sine, since the cosine of a small angle rounds to 1.
-    aside = float(np.linalg.norm(second - along * first))
-    return float(np.degrees(np.arctan2(aside, abs(along))))
+    """The angle between two vectors (hidden,), whichever way either points: 0 to 90."""
+    from scipy.linalg import subspace_angles
+
+    return float(np.degrees(subspace_angles(first[:, None], second[:, None])[0]))
 
 
 def _angles(ablated: Results, sets: Sequence[np.ndarray], blocks: Sequence[int]) -> np.ndarray:

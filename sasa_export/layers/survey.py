@@ -42,7 +42,6 @@ class Evidence:
         understanding: alignment behind each block with the "text_only" and the "image_dominant" control, or None.
         results: of each prompt "states", the last token's behind each block, (prompts, blocks, hidden), "tokens", the
             likeliest behind each block, (prompts, blocks, 5), "plain", the normed state, and that of each second lane.
-        vocabulary: every token's text.
     """
 
     perception: dict[str, list[Comparable]]
@@ -50,7 +49,6 @@ class Evidence:
     expression: Expression
     sweep: Sweep
     results: Results
-    vocabulary: list[str]
 
 
 def survey(
@@ -94,11 +92,10 @@ def survey(
     if not workers().leads:
         return None
     blocks, head = len(lane.blocks), head_weight(lane.model)  # (vocabulary, hidden)
-    vocabulary = token_texts(lane.processor.tokenizer, len(head))
     perception = separability(results, blocks, report)
     swept = sweep(results, pairs, head_metric(head), regularization, report)
-    expressed = expression(results.read("tokens"), vocabulary)
-    return Evidence(perception, understanding(on_controls, blocks), expressed, swept, results, vocabulary)
+    expressed = expression(results.read("tokens"), token_texts(lane.processor.tokenizer, len(head)))
+    return Evidence(perception, understanding(on_controls, blocks), expressed, swept, results)
 
 
 def _of_main_lane(lane: MainLane, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:

@@ -18,7 +18,15 @@ from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.options import AUTO
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
-from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
+from sasa_export.prompts import (
+    Prompt,
+    builtin_evaluation,
+    calibration_prompts,
+    check_disjoint,
+    check_labels,
+    for_model,
+    load_all,
+)
 from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
@@ -27,11 +35,6 @@ from sasa_export.research.report import command_line, last_name
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
 from sasa_export.workers import workers
-
-MISSING = {  # what cannot be measured without a label, and what to add
-    1: ("harmful", "attack success and detection", "figstep:DIR or mm-safetybench:DIR"),
-    0: ("harmless", "over-refusal and detection", "xstest:FILE,subset=safe or vlguard:DIR,subset=safe_safes"),
-}
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,6 @@ class Subject:
     def batch_size(self) -> int:
         """Of the answers, which are compared and so run in the same batches in both models."""
         return self.options.batch_size if self.graphs is None else 1
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """How many blocks the decoder and the patched model's second lane have."""
-        return _blocks(self.sasa), len(blocks_again(self.sasa["graph"]))
 
     @property
     def rate(self) -> float:
@@ -121,8 +119,8 @@ class Subject:
             "graphs": self.graphs,
             "safety_layer": self.sasa["safety_layer"],
             "semantic_layer": self.sasa["semantic_layer"],
-            "blocks": self.blocks[0],
-            "lane_blocks": self.blocks[1],
+            "blocks": _blocks(self.sasa),
+            "lane_blocks": len(blocks_again(self.sasa["graph"])),
             "false_positive_rate": self.rate,
             "given_threshold": self.sasa["threshold"] if given else None,
             "dtype": self.dtype,
@@ -143,12 +141,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     against = None if options.against is None else _read_patched(options.against)[0]
     made = manifest.get("options") or {}
     prompts = load_all(options.data, report=report) if options.data else builtin_evaluation()
-    for label, (what, measures, example) in MISSING.items():
-        if not any(prompt.label == label for prompt in prompts):
-            raise EvaluateError(
-                f"the data has no {what} prompts (label {label}), so {measures} cannot be measured. Add them with "
-                f"another --data, for example --data {example}."
-            )
+    check_labels(prompts, 1, "--data", "an evaluation")
     specs = options.calibration or made.get("calibration") or ()
     calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +63,11 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     with resumable(options.out, force=options.force, report=report) as work:
         study = _study(options, report)
         report.step("open", f"{study.source.name}: family {study.source.family.name}, {study.sizes.blocks} blocks")
-        work.open(_fingerprint(study, options), discard=options.force, report=report)
+        told = fingerprint(
+            study.source, study.prompts, batch_size=options.batch_size, dtype=study.dtype,
+            device=study.device.partition(":")[0],
+        )  # fmt: skip
+        work.open(told, discard=options.force, report=report)
         evidence, heads = _measure(study, options, work, report)
         if evidence is None:
             return None
@@ -95,16 +98,6 @@ def _study(options: LocateOptions, report: Silent) -> Study:
     blocks = list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks)
     ablated = ablated_on(prompts, options.ablation_prompts) if options.ablation_prompts else []
     return Study(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device)
-
-
-def _fingerprint(study: Study, options: LocateOptions) -> dict[str, Any]:
-    return fingerprint(
-        study.source,
-        study.prompts,
-        batch_size=options.batch_size,
-        dtype=study.dtype,
-        device=study.device.partition(":")[0],
-    )
 
 
 def _measure(
@@ -140,17 +133,5 @@ def _conclude(study: Study, evidence: Evidence, heads: HeadScores | None, comman
         "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
         "command": command,
     }
-    return Located(
-        subject, evidence, heads, proposal, study.known, held_out(evidence.sweep, candidates, prompts),
-        _example(evidence, prompts),
-    )  # fmt: skip
-
-
-def _example(evidence: Evidence, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The likeliest tokens for a harmless picture prompt where there is one: its words may be shown to anyone."""
-    row = min(range(len(prompts)), key=lambda row: (prompts[row].label, prompts[row].image is None, row))
-    asked, question = prompts[row].prompt, prompts[row].question
-    return {
-        "prompt": f'a picture that says "{question}", with: {asked}' if question else asked,
-        "words": [[evidence.vocabulary[token] for token in ranked] for ranked in evidence.results.read("tokens")[row]],
-    }
+    judged = held_out(evidence.sweep, candidates, prompts)
+    return Located(subject, evidence, heads, proposal, study.known, judged)

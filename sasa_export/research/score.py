@@ -1,4 +1,7 @@
-"""The way through: prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a threshold."""
+"""What a gate would do on prompts as they come, which have no labels, and which threshold suits them.
+
+Prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a threshold.
+"""
 
 from __future__ import annotations
 
