@@ -16,8 +16,7 @@ from sasa_export.errors import OpenError, SasaExportError
 from sasa_export.flags import flags
 from sasa_export.options import REVISION, Options
 from sasa_export.report import Console, quiet
-from sasa_export.research.evaluate.options import EvaluateOptions
-from sasa_export.research.locate.options import LocateOptions
+from sasa_export.research.options import EvaluateOptions, LocateOptions
 
 EVERY = f"{__name__}.every"  # set in the context while --help-all prints
 
@@ -103,11 +102,8 @@ def main(context: click.Context, /, **values: Any) -> None:
 @click.option("--revision", help=REVISION)
 @click.option("--safety-layer", type=int, help="Zero-based. Default: what the family's file says.")
 @click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
-@click.option("--check", is_flag=True, help="Only say whether the model is what its family's file describes.")
 @click.option("--load", is_flag=True, help="Load the weights, and trace a picture too.")
-def trace(
-    model: str, revision: str | None, safety_layer: int | None, semantic_layer: int | None, check: bool, load: bool
-) -> None:
+def trace(model: str, revision: str | None, safety_layer: int | None, semantic_layer: int | None, load: bool) -> None:
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
     quiet()
     from sasa_export.graph.diagram import mermaid
@@ -134,9 +130,6 @@ def trace(
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))
-    if check:
-        click.echo(f"✓ {source.name}: {sizes.blocks} blocks, as graphs/{source.family.name}.toml says")
-        return
     for node in graph:
         arguments = ", ".join(f"{key}: {value}" for key, value in node.attributes.get("arguments", {}).items())
         click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs):<12} {arguments}")

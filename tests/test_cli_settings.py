@@ -16,7 +16,7 @@ import sasa_export
 from sasa_export import patch
 from sasa_export.errors import SasaExportError
 from sasa_export.options import Options
-from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.research.options import EvaluateOptions
 
 
 def record(label: int, number: int, **fields: Any) -> str:

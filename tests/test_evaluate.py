@@ -27,8 +27,8 @@ from sasa_export.prompts import load_all
 from sasa_export.prompts.prompt import batches, encode
 from sasa_export.research.evaluate.measure import Evaluated
 from sasa_export.research.evaluate.models import TorchModel
-from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.run import evaluate
+from sasa_export.research.options import EvaluateOptions
 
 pytestmark = pytest.mark.xdist_group("llava")  # whose models and graphs other tests share
 

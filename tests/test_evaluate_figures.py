@@ -13,9 +13,17 @@ from sasa_export.probe import fit_probes
 from sasa_export.probe.intervals import Estimate, Share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.shares import share_of, spaced
-from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, changes, figures, fitted_arm, parts
-from sasa_export.research.evaluate.fitted import probe, words
-from sasa_export.research.evaluate.judge import is_refusal
+from sasa_export.research.evaluate.arms import (
+    Answers,
+    Arm,
+    answering_arm,
+    changes,
+    figures,
+    fitted_arm,
+    is_refusal,
+    parts,
+)
+from sasa_export.research.evaluate.measure import probe, words
 from sasa_export.research.report import render
 
 NOBODY = np.zeros(8, bool)

@@ -21,9 +21,9 @@ from sasa_export.cli import main
 from sasa_export.errors import EmitError
 from sasa_export.probe.work import Work, resumable
 from sasa_export.report import Silent
-from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, markdown
 from sasa_export.research.locate.run import locate
+from sasa_export.research.options import LocateOptions
 from sasa_export.research.report import html_page
 
 Report = tuple[Located, Path]

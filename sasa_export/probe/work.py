@@ -191,19 +191,13 @@ def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> di
     asked = hashlib.sha256()
     for prompt in prompts:
         asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.before)).encode())
-        if prompt.image is not None:
-            asked.update(_which(prompt).encode())
+        if prompt.picture is not None:
+            asked.update(digest(prompt.picture).encode())
+        elif isinstance(prompt.image, partial):  # by what it is drawn, since drawing thousands takes a minute
+            asked.update(repr((prompt.image.func.__name__, prompt.image.args)).encode())
     return {
         "model": model.hexdigest(),
         "prompts": asked.hexdigest(),
         "versions": {name: version(name) for name in ("sasa-export", "torch", "transformers", "numpy", "pillow")},
         **running,
     }
-
-
-def _which(prompt: Prompt) -> str:
-    """Which picture it is: the bytes of its file, or by what it is drawn, since drawing thousands takes a minute."""
-    if prompt.picture is not None:
-        return digest(prompt.picture)
-    assert isinstance(prompt.image, partial)
-    return repr((prompt.image.func.__name__, prompt.image.args))

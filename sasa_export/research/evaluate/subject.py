@@ -30,7 +30,7 @@ from sasa_export.prompts import (
 from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
-from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import command_line, last_name
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
@@ -88,20 +88,13 @@ class Subject:
         return fingerprint(
             self.source,
             [*self.evaluation, *(self.calibration if self.bundled is None else [])],
-            patched=[digest(path) for path in self._told(self.options.model)],
-            against=[] if self.options.against is None else [digest(path) for path in self._told(self.options.against)],
+            patched=_digests(self.options.model),
+            against=self.options.against and _digests(self.options.against),
             dtype=self.dtype,
             device=self.device.partition(":")[0],
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
         )
-
-    @staticmethod
-    def _told(directory: Path) -> list[Path]:
-        """The files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
-        manifest = directory / MANIFEST
-        weights = sorted(directory.glob("*.safetensors"))
-        return [manifest] if manifest.exists() else [directory / "config.json", *weights]
 
     @property
     def beside(self) -> str:
@@ -155,7 +148,10 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     found = counts(evaluation)
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     dtype, device = running(source, options.dtype, workers().device(options.device))
-    lane = _lane(sasa, source)
+    sizes = read_sizes(source)
+    # Where it has no second lane, what the family's layers would give, to compare it with.
+    layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
+    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
     graph = rewrite_lane(trace_source(source, processor), lane)
     return Subject(
         options, dtype_of(options.model), sasa, against, made, source, processor, evaluation,
@@ -210,8 +206,8 @@ def _blocks(sasa: dict[str, Any]) -> int:
     return sum(node["op"] == "block" for node in sasa["graph"])
 
 
-def _lane(sasa: dict[str, Any], source: Source) -> LaneSettings:
-    """The patched model's second lane; where it has none, what the family's layers would give, to compare it with."""
-    sizes = read_sizes(source)
-    layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    return LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
+def _digests(directory: Path) -> list[str]:
+    """Of the files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
+    manifest, settings = directory / MANIFEST, directory / "config.json"
+    told = [manifest] if manifest.exists() else [settings, *sorted(directory.glob("*.safetensors"))]
+    return [digest(path) for path in told]

@@ -42,19 +42,13 @@ class Located:
 
 def write_report(located: Located, pictures: dict[str, bytes], directory: Path) -> None:
     """Write report.html, report.md, locate.json and the pictures."""
-    title = f"Where {located.subject['model']} perceives, understands and speaks"
-    report.write_report(directory, title, markdown(located), pictures, "locate", figures(located))
-
-
-def figures(located: Located) -> dict[str, Any]:
-    """All figures."""
     evidence, swept = located.evidence, located.evidence.sweep
     halves = [{"pair": pair, "auc": auc} for pair, auc in located.held_out]
     pairs = [
         {"safety_layer": pair[0], "semantic_layer": pair[1], **report.jsonable(estimate)}
         for pair, estimate in swept.pairs.items()
     ]
-    return {
+    figures = {
         "subject": located.subject,
         "proposal": located.proposal,
         "known": located.known,
@@ -65,6 +59,8 @@ def figures(located: Located) -> dict[str, Any]:
         "linguistic_expression": evidence.expression,
         "sweep": {"pairs": pairs, "without_projection": swept.plain},
     }
+    title = f"Where {located.subject['model']} perceives, understands and speaks"
+    report.write_report(directory, title, markdown(located), pictures, "locate", figures)
 
 
 def markdown(located: Located) -> str:
@@ -73,10 +69,7 @@ def markdown(located: Located) -> str:
     return report.render(
         "locate.md.j2",
         located=located,
-        subject=located.subject,
-        proposal=located.proposal,
-        evidence=located.evidence,
-        heads=heads,
+        **vars(located),
         ablated="" if heads is None else spans(heads.blocks),
         foremost=None if heads is None else pd.DataFrame(heads.safety_heads[:LISTED]).round(2),
     )

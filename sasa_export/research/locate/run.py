@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sasa_export.errors import LocateError
 from sasa_export.files import check_apart, staged
+from sasa_export.flags import check_values
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import trace_source
@@ -26,9 +28,9 @@ from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
 from sasa_export.research.locate.ablation import ablate, ablated_on
-from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.locate.pictures import pictures
+from sasa_export.research.options import LocateOptions
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
 from sasa_export.workers import workers
 
@@ -57,7 +59,9 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     same command goes on from there. Several processes share the work (`sasa_export.workers`); all but the first return
     None. Raises SasaExportError; then no report is written.
     """
-    options.check()
+    check_values(options)
+    if options.blocks is not None and not options.ablation_prompts:
+        raise LocateError("--blocks says whose heads are ablated, and --ablation-prompts 0 leaves that out.")
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
