@@ -186,7 +186,7 @@ class Options(OptionSet):
         why = "is not of use with ONNX graphs"
         self._check_default("revision", "projection", "opset", "onnx_dtype", "dtype", why=why)
         if self.finds_layers() or self.format == "both":
-            raise SasaExportError(f"Layers left to {AUTO} and --format both are not of use with ONNX graphs.")
+            raise SasaExportError(f"--format both, and a layer left to {AUTO}, {why}. Leave it out.")
 
     def _check_default(self, *names: str, why: str) -> None:
         """Raise SasaExportError where one of the fields is set."""
