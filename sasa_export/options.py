@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import SasaExportError
-from sasa_export.flags import OptionSet, check_values, flag, option
+from sasa_export.flags import OptionSet, check_values, option
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -161,48 +161,26 @@ class Options(OptionSet):
         return None if self.regularization == AUTO else float(self.regularization)
 
     def check(self) -> None:
-        """Raise SasaExportError where options contradict each other or leave their range."""
+        """Raise SasaExportError where options contradict each other, change nothing, or leave their range."""
         check_values(self)
-        layers_given = (self.safety_layer, self.semantic_layer) != (None, None)
-        contradictions = (
-            (
-                self.probe is not None and self.calibration,
-                "--probe and --calibration exclude each other: a given probe is not fitted.",
-            ),
-            (
-                self.probe is not None and self.finds_layers(),
+        if self.probe is not None and self.calibration:
+            raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
+        if self.probe is not None and self.finds_layers():
+            raise SasaExportError(
                 f"--probe and layers left to {AUTO} exclude each other: a probe belongs to the layers it was fitted "
-                "on. Give both layers.",
-            ),
-            (
-                self.projection == "none" and layers_given,
-                "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out.",
-            ),
-        )
-        for contradict, message in contradictions:
-            if contradict:
-                raise SasaExportError(message)
-        self._check_effects()
-
-    def _check_effects(self) -> None:
-        """Raise SasaExportError where something is set that would change nothing."""
-        without_effect = (
-            (self.format == "safetensors", ("opset", "onnx_dtype"), "without --format onnx or both"),
-            (
-                self.probe is not None,
-                ("regularization", "max_false_positive_rate", "batch_size"),
-                "with --probe, since nothing is calibrated",
-            ),
-            (
-                self.threshold is not None and not self.finds_layers(),
-                ("max_false_positive_rate",),
-                "with --threshold, which it would choose",
-            ),
-        )
-        for given, names, why in without_effect:
-            for entry in fields(self):
-                if given and entry.name in names and getattr(self, entry.name) != entry.default:
-                    raise SasaExportError(f"{flag(entry.name)} has no effect {why}. Leave it out.")
+                "on. Give both layers."
+            )
+        if self.projection == "none" and (self.safety_layer, self.semantic_layer) != (None, None):
+            raise SasaExportError(
+                "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
+            )
+        if self.format == "safetensors":
+            self.check_default("opset", "onnx_dtype", why="has no effect without --format onnx or both")
+        if self.probe is not None:
+            names = ("regularization", "max_false_positive_rate", "batch_size")
+            self.check_default(*names, why="has no effect with --probe, since nothing is calibrated")
+        if self.threshold is not None and not self.finds_layers():
+            self.check_default("max_false_positive_rate", why="has no effect with --threshold, which it would choose")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that shapes the result; where it is written, and with what load, does not."""
@@ -212,9 +190,8 @@ class Options(OptionSet):
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def check_for_graphs(options: Any) -> None:
+def check_for_graphs(options: OptionSet) -> None:
     """Raise SasaExportError where options of a command have a value that does not go with ONNX graphs of others."""
-    for entry in fields(options):
-        value = getattr(options, entry.name)
-        if (entry.name in TORCH_ALONE and value != entry.default) or value == "both":
-            raise SasaExportError(f"{flag(entry.name)} {value} is not of use with ONNX graphs. Leave it out.")
+    options.check_default(*TORCH_ALONE, why="is not of use with ONNX graphs")
+    if getattr(options, "format", "") == "both":
+        raise SasaExportError("--format both is not of use with ONNX graphs. Leave it out.")

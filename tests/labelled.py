@@ -39,10 +39,9 @@ def patch_evaluate_locate(model: str, evaluation: str, calibration: str, out: Pa
     """All that processes can share."""
     import sasa_export
     from sasa_export.report import Console
-    from sasa_export.research.evaluate.options import EvaluateOptions
     from sasa_export.research.evaluate.run import evaluate
-    from sasa_export.research.locate.options import LocateOptions
     from sasa_export.research.locate.run import locate
+    from sasa_export.research.options import EvaluateOptions, LocateOptions
 
     sasa_export.patch(
         sasa_export.Options(

@@ -87,7 +87,7 @@ def test_trace(tiny_model: Tiny, family: str) -> None:
     assert '["blocks 0 to 5"]' in before
     for label in ("safety layer 1", "semantic layer 3", "projection", "second lane: blocks 2 to 5", "probe", "gate"):
         assert f'["{label}"]' in after and f'["{label}"]' not in before
-    assert "✓" in succeeds("trace", "--model", str(model), "--check", "--load").stdout
+    assert "After:" in succeeds("trace", "--model", str(model), "--load").stdout
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,11 @@ def test_trace(tiny_model: Tiny, family: str) -> None:
 def test_a_model_that_its_family_does_not_describe(
     llava: Path, place: Path, monkeypatch: pytest.MonkeyPatch, role: str, path: str, said: str
 ) -> None:
-    """`trace --check` and the patch itself name the node that is not where the file says."""
+    """`trace` and the patch itself name the node that is not where the file says."""
     family = families.families()["llava"]
     changed = replace(family, modules={**family.modules, role: path})
     monkeypatch.setattr(families, "families", lambda: {"llava": changed})
-    assert said in fails("trace", "--model", str(llava), "--check")
+    assert said in fails("trace", "--model", str(llava))
     assert said in fails(*flags(llava, place / "out"))
     assert not list(place.iterdir())
 

@@ -6,8 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from sasa_export.cli import main
-from sasa_export.research.evaluate.options import EvaluateOptions
-from sasa_export.research.locate.options import LocateOptions
+from sasa_export.research.options import EvaluateOptions, LocateOptions
 from sasa_export.research.report import command_line
 
 

@@ -27,8 +27,8 @@ from sasa_export.prompts import load_all
 from sasa_export.prompts.prompt import batches, encode
 from sasa_export.research.evaluate.measure import Evaluated
 from sasa_export.research.evaluate.models import TorchModel
-from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.run import evaluate
+from sasa_export.research.options import EvaluateOptions
 
 pytestmark = pytest.mark.xdist_group("llava")  # whose models and graphs other tests share
 
@@ -78,9 +78,9 @@ def test_the_patched_arm_is_what_the_oracle_says(run: tuple[Evaluated, Path], sp
 def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path]) -> None:
     found, out = run
     pictures = {"roc.png", "scores.png"}
-    texts = {"report.html", "report.md", "card_section.md", "evaluate.json", "answers.jsonl"}
+    texts = {"report.html", "report.md", "evaluate.json", "answers.jsonl"}
     assert {path.name for path in out.iterdir()} == texts | pictures | {"sasa-export.json"}
-    report, card = (out / "report.md").read_text(), (out / "card_section.md").read_text()
+    report = (out / "report.md").read_text()
     for name in pictures:
         assert (out / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in report
     data = json.loads((out / "evaluate.json").read_text())
@@ -96,7 +96,7 @@ def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path
     said = (
         f"success rate is {found.arms['patched']['attack']}, its over-refusal {found.arms['patched']['over_refusal']}"
     )
-    assert said in report and said in card and "Against" not in report
+    assert said in report and "Against" not in report
     words = found.arms["words"]["auc"]
     assert words.value == 1.0 and f"| words alone | {words} |" in report
     assert found.gain["model"].value < 0 and "**Words alone tell more than the patched model**" in report
@@ -256,7 +256,7 @@ def both_formats(out: Path) -> Path:
         (lambda o, tmp, tiny: {"baseline": str(tiny("llava", seed=5))}, "whose weights are others"),
         (lambda o, tmp, tiny: {"baseline": "no-such-model"}, "there is no model"),
         (lambda o, tmp, tiny: {"data": o.calibration}, "the sets leak"),
-        (lambda o, tmp, tiny: {"data": (lacking(o, 1),)}, "no harmful prompts"),
+        (lambda o, tmp, tiny: {"data": (lacking(o, 1),)}, "an evaluation needs both kinds of prompts"),
     ],
 )
 def test_errors(

@@ -13,9 +13,17 @@ from sasa_export.probe import fit_probes
 from sasa_export.probe.intervals import Estimate, Share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.shares import share_of, spaced
-from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, changes, figures, fitted_arm, parts
-from sasa_export.research.evaluate.fitted import probe, words
-from sasa_export.research.evaluate.judge import is_refusal
+from sasa_export.research.evaluate.arms import (
+    Answers,
+    Arm,
+    answering_arm,
+    changes,
+    figures,
+    fitted_arm,
+    is_refusal,
+    parts,
+)
+from sasa_export.research.evaluate.measure import probe, words
 from sasa_export.research.report import render
 
 NOBODY = np.zeros(8, bool)
@@ -139,24 +147,25 @@ def test_a_limit_keeps_groups_whole_and_kinds_in_proportion() -> None:
     assert spaced(range(10), 3) == [1, 5, 8] and spaced("abc", 9) == ["a", "b", "c"] and spaced(range(5), 0) == []
 
 
-def card(given_threshold: float | None) -> str:
-    """The card's section where the plain model refuses 40 % of the harmless prompts, and the gate 2 %."""
+def report(given_threshold: float | None) -> str:
+    """The report where the plain model refuses 40 % of the harmless prompts, and the gate 2 %."""
     many, gain = Share(0.4, 0.2, 0.6, 4, 10), Estimate(0.0, -0.1, 0.1)
     arm = {"attack": many, "over_refusal": many, "false_positives": Share(0.02, 0.0, 0.1, 1, 50), "auc": gain}
     names = ("data", "left_out", "calibrated_on", "graphs", "dtype", "device", "batch_size", "max_new_tokens",
              "harmful", "harmless", "groups", "command", "blocks", "lane_blocks", "safety_layer")  # fmt: skip
     subject = {**dict.fromkeys(names, 0), "safety_layer": None, "false_positive_rate": 0.01}
+    subject |= {"model": "patched", "baseline": "plain"}
     gains = {"projection": gain, "model": gain}
-    found: dict[str, Any] = {"parts": {}, "gain": gains, "identical": None, "emitted": None}
+    found: dict[str, Any] = {"parts": {}, "gain": gains, "changes": [], "identical": None, "emitted": None}
     return render(
-        "evaluate_card.md.j2", found=found, subject={**subject, "given_threshold": given_threshold},
+        "evaluate.md.j2", found=found, subject={**subject, "given_threshold": given_threshold},
         arms={"patched": arm, "plain": arm}, tables={"answers": pd.DataFrame(), "detection": pd.DataFrame()},
     )  # fmt: skip
 
 
 def test_what_the_figures_say() -> None:
     """The report says what the plain model refuses itself, and that only a chosen threshold promised a rate."""
-    chosen, given = card(None), card(0.5)
+    chosen, given = report(None), report(0.5)
     assert "refusal phrase for 40.0% of the harmless prompts" in chosen and "the gate flags 2.0% of them" in chosen
     assert "is 2.0% here: these prompts are not like those" in chosen and "not like those" not in given
     assert "Projection neither helps nor hurts" in chosen

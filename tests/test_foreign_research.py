@@ -23,14 +23,13 @@ from sasa_export.foreign.opened import open_graphs
 from sasa_export.foreign.patch import measure, open_and_trace
 from sasa_export.foreign.survey import survey_graphs
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.probe.work import Work
+from sasa_export.probe.work import Results, Work
 from sasa_export.prompts import load_all
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
-from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.run import evaluate
-from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.run import locate
+from sasa_export.research.options import EvaluateOptions, LocateOptions
 from sasa_export.verify.fresh.onnx_model import Model
 
 pytestmark = pytest.mark.xdist_group("foreign")
@@ -108,7 +107,7 @@ def test_another_original_is_refused(options: EvaluateOptions, tmp_path: Path) -
     (other / "model.onnx_data").write_bytes(data)
     with pytest.raises(EvaluateError, match=re.escape(f"was not made from {other}")):
         evaluate(replace(options, out=tmp_path / "report", baseline=str(other)))
-    with pytest.raises(SasaExportError, match="--dtype float16 is not of use with ONNX graphs"):
+    with pytest.raises(SasaExportError, match="--dtype is not of use with ONNX graphs"):
         evaluate(replace(options, out=tmp_path / "report", dtype="float16"))
 
 
@@ -117,7 +116,7 @@ def test_a_survey_reads_what_the_graphs_compute(decoder: Decoder, sets: tuple[st
     work = Work(tmp_path / "work")
     evidence = survey_graphs(decoder, texts(sets[1]), [(1, 2)], work, Silent(), batch_size=16, regularization=1.0)
     assert evidence is not None
-    row, results = 7, evidence.results
+    row, results = 7, Results(work, "prompts", texts(sets[1]), 16)
     inputs = encoded(decoder.processor, results.prompts[row])
     graph = ir.from_proto(foreign_graphs.decoder())
     blocks = find_blocks(graph, None)
@@ -135,7 +134,7 @@ def test_layers_are_located_by_all_but_heads(decoder: Decoder, sets: tuple[str, 
     assert located is not None and located.heads is None and set(located.evidence.sweep.pairs) == {(0, 1), (1, 2)}
     assert json.loads((tmp_path / "report" / "locate.json").read_text())["safety_heads"] is None
     assert "No attention heads were silenced" in (tmp_path / "report" / "report.md").read_text()
-    with pytest.raises(SasaExportError, match="--blocks 1-2 is not of use with ONNX graphs"):
+    with pytest.raises(SasaExportError, match="--blocks is not of use with ONNX graphs"):
         locate(LocateOptions(source, tmp_path / "other", calibration=(sets[1],), blocks="1-2"))
 
 

@@ -158,8 +158,7 @@ def collect_on_disk(
 
         def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
             found = read(some)
-            arrays = dict(zip(names, (found.projected, found.plain), strict=True))
-            return ((name, arrays[name]) for name in missing)
+            return zip(names, (found.projected, found.plain), strict=True)
 
         results.fill(names, compute, report)
     return Features(*map(results.read, names))

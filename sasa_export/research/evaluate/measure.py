@@ -1,4 +1,8 @@
-"""From answers and features to arms, and from arms to everything that the report says."""
+"""From answers and features to arms, and from arms to everything that the report says.
+
+Two arms are fitted on the calibration prompts, a probe and words alone: logistic regressions, their strength of
+regularization chosen by cross-validation, with the threshold that the false-positive rate allows, as in calibration.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sasa_export.probe import Fitted
+from sasa_export.errors import CalibrationError
+from sasa_export.probe import Fitted, choose_threshold
 from sasa_export.probe.features import Features
+from sasa_export.probe.fit import probability, threshold_of
+from sasa_export.probe.folds import folds_of
 from sasa_export.probe.intervals import Comparable, Share, auc_of, difference, share
-from sasa_export.prompts.prompt import Prompt
+from sasa_export.probe.words import bag_of_words, best_words
+from sasa_export.prompts.prompt import Prompt, asked
 from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.research.evaluate.arms import Answers, Arm, Figures, answering_arm, changes, figures, fitted_arm, parts
-from sasa_export.research.evaluate.fitted import Judged, probe, words
 from sasa_export.research.evaluate.subject import Subject
+
+Judged = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def measure(subject: Subject, answers: dict[str, Answers], features: Features, f
         return {key: figures(arm, rows, prompts, subject.rate) for key, arm in arms.items()}
 
     def gained(better: np.ndarray, base: np.ndarray) -> Comparable:
-        return difference(*(auc_of(scores, labels, groups) for scores in (better, base)))
+        return difference(auc_of(better, labels, groups), auc_of(base, labels, groups))
 
     overall = on(np.arange(len(prompts)))
     return Evaluated(
@@ -95,6 +104,32 @@ def measure(subject: Subject, answers: dict[str, Answers], features: Features, f
         emitted=share(answers["patched"].are(subject.sasa["refusal_token_ids"])[flagged]),
         changes=changes(arms["patched"], arms["against"], prompts) if "against" in arms else [],
     )
+
+
+def probe(found: Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float) -> Judged:
+    """A lane's probe on features (evaluation prompts, features), with the threshold that calibration would choose.
+
+    Args:
+        prompts: the calibration prompts.
+        rate: the largest share of ordinary calibration prompts that may be flagged.
+    """
+    try:
+        chosen = choose_threshold(found, lane, prompts, rate, None)[0]
+        weight, bias, threshold = chosen.weight.astype(float), chosen.bias, chosen.threshold
+    except CalibrationError:  # it is certain of too many harmless prompts
+        (weight, bias), threshold = found.probes[lane], None
+    return probability(evaluation.astype(float), weight, bias), threshold
+
+
+def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Judged:
+    """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known."""
+    chosen, held_out = best_words(calibration, folds_of(calibration))
+    model = bag_of_words(chosen).fit([asked(prompt) for prompt in calibration], labels_and_groups(calibration)[0])
+    scores = model.predict_proba([asked(prompt) for prompt in evaluation])[:, 1]  # (prompts,)
+    try:
+        return scores, threshold_of(held_out, calibration, rate)
+    except CalibrationError:  # as above
+        return scores, None
 
 
 def _arms(subject: Subject, answers: dict[str, Answers], judged: dict[str, Judged]) -> dict[str, Arm]:
@@ -117,8 +152,8 @@ def _arms(subject: Subject, answers: dict[str, Answers], judged: dict[str, Judge
 
 
 def _table(prompts: Sequence[Prompt], answers: dict[str, Answers], arms: dict[str, Arm]) -> pd.DataFrame:
-    asked = ("name", "label", "channel", "attack", "category", "prompt", "question")
-    table = pd.DataFrame([{name: getattr(prompt, name) for name in asked} for prompt in prompts])
+    names = ("name", "label", "channel", "attack", "category", "prompt", "question")
+    table = pd.DataFrame([{name: getattr(prompt, name) for name in names} for prompt in prompts])
     for key, said in answers.items():
         table[f"{key}_answer"] = said.texts
     for key, arm in arms.items():

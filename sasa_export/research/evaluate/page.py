@@ -1,4 +1,4 @@
-"""Write the report: Markdown with tables and pictures, all figures, every answer, and a section for the model card."""
+"""Write the report: Markdown with tables and pictures, all figures, and every answer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ TITLES = {  # of the columns of figures
 
 
 def write_report(found: Evaluated, directory: Path) -> None:
-    """Write report.html, report.md, card_section.md, evaluate.json, answers.jsonl and the pictures."""
-    values = {"found": found, "subject": found.subject, "arms": found.arms, "tables": tables(found)}
+    """Write report.html, report.md, evaluate.json, answers.jsonl and the pictures."""
     title = f"{found.subject['model']} against {found.subject['baseline']}"
     figures = {name: value for name, value in vars(found).items() if name != "answers"}
-    text = report.render("evaluate_report.md.j2", **values)
+    text = report.render("evaluate.md.j2", found=found, subject=found.subject, arms=found.arms, tables=tables(found))
     report.write_report(directory, title, text, pictures(found), "evaluate", figures)
-    (directory / "card_section.md").write_text(report.render("evaluate_card.md.j2", **values), encoding="utf-8")
     answers = directory / "answers.jsonl"
     found.answers.to_json(answers, orient="records", lines=True, force_ascii=False, double_precision=6)
 

@@ -33,8 +33,8 @@ def roc(found: Evaluated) -> bytes:
         for key in found.detecting:
             arm, scored = found.arms[key], found.answers[f"{key}_unsafe_probability"]
             wrong, caught, _ = roc_curve(found.answers.label, scored, drop_intermediate=False)
-            area = f", AUC {arm['auc'].short}" if "auc" in arm else ""
-            axis.plot(wrong, caught, color=COLOURS[key], linewidth=1.8, label=f"{arm['title']}{area}")
+            label = f"{arm['title']}, AUC {arm['auc'].short}"
+            axis.plot(wrong, caught, color=COLOURS[key], linewidth=1.8, label=label)
             if "caught" in arm:
                 axis.plot(arm["false_positives"].value, arm["caught"].value, "o", color=COLOURS[key], markersize=7)
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")

@@ -23,9 +23,9 @@ from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
 from sasa_export.research.evaluate.measure import Evaluated, measure
 from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_graphs, load_patched
-from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.page import write_report
 from sasa_export.research.evaluate.subject import Subject, open_subject
+from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import SPARE_BYTES
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.workers import workers

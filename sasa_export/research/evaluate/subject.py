@@ -18,11 +18,19 @@ from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.options import AUTO, check_for_graphs
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
-from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
+from sasa_export.prompts import (
+    Prompt,
+    builtin_evaluation,
+    calibration_prompts,
+    check_disjoint,
+    check_labels,
+    for_model,
+    load_all,
+)
 from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
-from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import command_line, last_name
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
@@ -30,11 +38,6 @@ from sasa_export.workers import workers
 
 if TYPE_CHECKING:
     from sasa_export.foreign.decoder import Decoder
-
-MISSING = {  # what cannot be measured without a label, and what to add
-    1: ("harmful", "attack success and detection", "figstep:DIR or mm-safetybench:DIR"),
-    0: ("harmless", "over-refusal and detection", "xstest:FILE,subset=safe or vlguard:DIR,subset=safe_safes"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,6 @@ class Subject:
         return self.options.batch_size if self.graphs is None else 1
 
     @property
-    def blocks(self) -> tuple[int, int]:
-        """How many blocks the decoder and the patched model's second lane have."""
-        return _blocks(self.sasa), len(blocks_again(self.sasa["graph"]))
-
-    @property
     def rate(self) -> float:
         """The largest false-positive rate that the threshold was chosen for, unless the threshold was given."""
         return float(self.made.get("max_false_positive_rate", 0.02))
@@ -95,20 +93,13 @@ class Subject:
         return fingerprint(
             self.source,
             [*self.evaluation, *(self.calibration if self.bundled is None else [])],
-            patched=[digest(path) for path in self._told(self.options.model)],
-            against=[] if self.options.against is None else [digest(path) for path in self._told(self.options.against)],
+            patched=_digests(self.options.model),
+            against=self.options.against and _digests(self.options.against),
             dtype=self.dtype,
             device=self.device.partition(":")[0],
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
         )
-
-    @staticmethod
-    def _told(directory: Path) -> list[Path]:
-        """The files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
-        manifest = directory / MANIFEST
-        weights = sorted(directory.glob("*.safetensors"))
-        return [manifest] if manifest.exists() else [directory / "config.json", *weights]
 
     @property
     def beside(self) -> str:
@@ -126,8 +117,8 @@ class Subject:
             "graphs": self.graphs,
             "safety_layer": self.sasa["safety_layer"],
             "semantic_layer": self.sasa["semantic_layer"],
-            "blocks": self.blocks[0],
-            "lane_blocks": self.blocks[1],
+            "blocks": _blocks(self.sasa),
+            "lane_blocks": len(blocks_again(self.sasa["graph"])),
             "false_positive_rate": self.rate,
             "given_threshold": self.sasa["threshold"] if given else None,
             "dtype": self.dtype,
@@ -162,12 +153,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     else:
         sizes, processor, main, dtype, device = decoder.sizes, decoder.processor, decoder.main, decoder.dtype, "cpu"
         prompts, calibration = decoder.readable(prompts, report), decoder.readable(calibration, Silent())
-    for label, (what, measures, example) in MISSING.items():
-        if not any(prompt.label == label for prompt in prompts):
-            raise EvaluateError(
-                f"the data has no {what} prompts (label {label}), so {measures} cannot be measured. Add them with "
-                f"another --data, for example --data {example}."
-            )
+    check_labels(prompts, 1, "--data", "an evaluation")
     prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
@@ -237,3 +223,10 @@ def _open_baseline(
 
 def _blocks(sasa: dict[str, Any]) -> int:
     return sum(node["op"] == "block" for node in sasa["graph"])
+
+
+def _digests(directory: Path) -> list[str]:
+    """Of the files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
+    manifest, settings = directory / MANIFEST, directory / "config.json"
+    told = [manifest] if manifest.exists() else [settings, *sorted(directory.glob("*.safetensors"))]
+    return [digest(path) for path in told]

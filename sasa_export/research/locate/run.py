@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sasa_export.errors import LocateError
 from sasa_export.files import check_apart, staged
+from sasa_export.flags import check_values
 from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
@@ -29,9 +30,9 @@ from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
 from sasa_export.research.locate.ablation import ablate, ablated_on
-from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.locate.pictures import pictures
+from sasa_export.research.options import LocateOptions
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
 from sasa_export.workers import workers
 
@@ -64,13 +65,19 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     same command goes on from there. Several processes share the work (`sasa_export.workers`); all but the first return
     None. Raises SasaExportError; then no report is written.
     """
-    options.check()
+    check_values(options)
+    if options.blocks is not None and not options.ablation_prompts:
+        raise LocateError("--blocks says whose heads are ablated, and --ablation-prompts 0 leaves that out.")
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
         study = _study(options, report)
         report.step("open", f"{study.source.name}: family {study.source.family.name}, {study.sizes.blocks} blocks")
-        work.open(_fingerprint(study, options), discard=options.force, report=report)
+        told = fingerprint(
+            study.source, study.prompts, batch_size=options.batch_size, dtype=study.dtype,
+            device=study.device.partition(":")[0],
+        )  # fmt: skip
+        work.open(told, discard=options.force, report=report)
         evidence, heads = _measure(study, options, work, report)
         if evidence is None:
             return None
@@ -109,16 +116,6 @@ def _study(options: LocateOptions, report: Silent) -> Study:
     wanted = options.ablation_prompts and decoder is None
     ablated = ablated_on(prompts, options.ablation_prompts) if wanted else []
     return Study(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device, decoder)
-
-
-def _fingerprint(study: Study, options: LocateOptions) -> dict[str, Any]:
-    return fingerprint(
-        study.source,
-        study.prompts,
-        batch_size=options.batch_size,
-        dtype=study.dtype,
-        device=study.device.partition(":")[0],
-    )
 
 
 def _measure(
@@ -160,17 +157,5 @@ def _conclude(study: Study, evidence: Evidence, heads: HeadScores | None, comman
         "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
         "command": command,
     }
-    return Located(
-        subject, evidence, heads, proposal, study.known, held_out(evidence.sweep, candidates, prompts),
-        _example(evidence, prompts),
-    )  # fmt: skip
-
-
-def _example(evidence: Evidence, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The likeliest tokens for a harmless picture prompt where there is one: its words may be shown to anyone."""
-    row = min(range(len(prompts)), key=lambda row: (prompts[row].label, prompts[row].image is None, row))
-    asked, question = prompts[row].prompt, prompts[row].question
-    return {
-        "prompt": f'a picture that says "{question}", with: {asked}' if question else asked,
-        "words": [[evidence.vocabulary[token] for token in ranked] for ranked in evidence.results.read("tokens")[row]],
-    }
+    judged = held_out(evidence.sweep, candidates, prompts)
+    return Located(subject, evidence, heads, proposal, study.known, judged)
