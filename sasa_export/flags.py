@@ -44,18 +44,18 @@ class OptionSet:
                 value = os.path.join(".", value)  # "llava" may be an alias, and "./llava" is none
             object.__setattr__(self, name, value)
 
+    def check_default(self, *names: str, why: str) -> None:
+        """Raise SasaExportError where one of the fields is set."""
+        for entry in fields(self):  # type: ignore[arg-type]
+            if entry.name in names and getattr(self, entry.name) != entry.default:
+                raise SasaExportError(f"{flag(entry.name)} {why}. Leave it out.")
+
 
 def kinds_of(options: type) -> dict[str, set[Any]]:
     """What each field of a dataclass may be: {int, str} of `int | str`, {tuple} of `tuple[str, ...]`."""
     hints = get_type_hints(options)
     parts = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
     return {name: {get_origin(part) or part for part in of} for name, of in parts.items()}
-
-    def check_default(self, *names: str, why: str) -> None:
-        """Raise SasaExportError where one of the fields is set."""
-        for entry in fields(self):  # type: ignore[arg-type]
-            if entry.name in names and getattr(self, entry.name) != entry.default:
-                raise SasaExportError(f"{flag(entry.name)} {why}. Leave it out.")
 
 
 def check_values(options: Any) -> None:

@@ -15,6 +15,7 @@ from sasa_export import steps
 from sasa_export.foreign.opened import holds_graphs
 from sasa_export.graph.rewrite import rewrite_lane
 from sasa_export.graph.trace import trace_source
+from sasa_export.layers.auto import choose_layers
 from sasa_export.layers.lane import watched
 from sasa_export.layers.survey import survey
 from sasa_export.manifest import write_manifest
@@ -27,7 +28,7 @@ from sasa_export.probe.features import collect_on_disk, load_as_traced
 from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.report import Check, Silent
 from sasa_export.runtime.settings import OPERATOR
-from sasa_export.steps import Patched, Plan
+from sasa_export.steps import Plan
 from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
@@ -37,7 +38,7 @@ from sasa_export.writers.onnx.card import write_onnx_card
 from sasa_export.writers.onnx.directory import check_possible, write_onnx_directory, write_onnx_manifest
 
 
-def patch(options: Options, report: Silent | None = None) -> Patched:
+def patch(options: Options, report: Silent | None = None) -> Patch:
     """Turn a vision-language model into a guarded one. Raises SasaExportError; then nothing is written.
 
     Several processes (`sasa_export.workers`) share the calibration, and the first of them writes. An interrupted
@@ -87,8 +88,12 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
     size, regularization = options.batch_size, options.regularization_value()
     if options.finds_layers():
         with watched(model, plan.processor, plan.graph) as main:
-            look = partial(survey, main, settings=plan.settings, work=work, report=report, batch_size=size)
-            plan, held_out = steps.find_layers(plan, partial(look, regularization=regularization), options, report)
+            look = partial(
+                survey, main, settings=plan.settings, work=work, report=report, batch_size=size,
+                regularization=regularization,
+            )  # fmt: skip
+            settings, layers_from, held_out = choose_layers(look, plan.graph, prompts, plan.settings, options, report)
+        plan = replace(plan, settings=settings, layers_from=layers_from)
     lane = rewrite_lane(plan.graph, plan.settings)
     if plan.given is None:
         fitted = _shipped(plan, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,7 @@ from sasa_export.errors import VerifyError
 from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite
-from sasa_export.layers.auto import choose_layers
-from sasa_export.layers.pairs import Pair, possible, with_layer
-from sasa_export.layers.survey import Evidence
+from sasa_export.layers.pairs import possible, with_layer
 from sasa_export.manifest import check_ours
 from sasa_export.models import Source, layers_of
 from sasa_export.models.load import SPREAD, Sizes
@@ -49,16 +47,6 @@ class Plan:
     layers_from: str
     given: Probe | None
     prompts: list[Prompt]
-
-
-@dataclass(frozen=True)
-class Patched:
-    """A written, verified directory, and what was measured on the way."""
-
-    directory: Path
-    graph: LayerGraph
-    probe: Probe
-    calibration: Calibration | None
 
 
 def read_inputs(options: Options, report: Silent) -> tuple[Probe | None, list[Prompt]]:
@@ -143,14 +131,6 @@ def choose_threshold(
     return found
 
 
-def find_layers(
-    plan: Plan, survey: Callable[[Sequence[Prompt], Sequence[Pair]], Evidence | None], options: Options, report: Silent
-) -> tuple[Plan, tuple[int, ...]]:
-    """The plan with the layers that were left open, and the numbers of the prompts that took no part in the choice."""
-    found = choose_layers(survey, plan.graph, plan.prompts, plan.settings, options, report)
-    return replace(plan, settings=found.settings, layers_from=found.layers_from), found.held_out
-
-
 def make_patch(
     plan: Plan,
     calibration: Calibration | None,
@@ -173,12 +153,13 @@ def make_patch(
         refusal=options.refusal, gate=options.gate, known=known(cases),
     )  # fmt: skip
     device = "auto" if device == SPREAD else device
-    return Patch(plan.source, graph, {**sasa, **(more or {})}, probe, calibration, cases, dtype, device)
+    sasa |= more or {}
+    return Patch(options.out, plan.source, graph, sasa, probe, calibration, cases, dtype, device)
 
 
 def write_and_verify(
     patch: Patch, options: Options, report: Silent, write: Callable[[Patch, Path, Options, Silent], None]
-) -> Patched:
+) -> Patch:
     """Write beside `options.out`, verify, and only then show it there; the first process does it for all.
 
     Args: write: writes a patch into an empty directory, and verifies it.
@@ -189,7 +170,7 @@ def write_and_verify(
             write(patch, staging, options, report)
             check_ours(options.out)  # again: the work may have taken hours
         report.step("done", f"{options.out}")
-    return Patched(options.out, patch.graph, patch.probe, patch.calibration)
+    return patch
 
 
 def all_passed(checks: Sequence[Check], report: Silent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from sasa_export.foreign.opened import open_graphs
 from sasa_export.foreign.splice import guarded_decoder
 from sasa_export.foreign.survey import survey_graphs
 from sasa_export.foreign.written import write_graphs
+from sasa_export.layers.auto import choose_layers
 from sasa_export.options import Options, check_for_graphs
 from sasa_export.probe.work import Work, fingerprint
 from sasa_export.report import Silent
-from sasa_export.steps import Patched, Plan
+from sasa_export.steps import Plan
 from sasa_export.verify import check_written
 from sasa_export.verify.compare import QUANTIZED, ROUNDED
 from sasa_export.writers.card import write_card
@@ -25,7 +27,7 @@ from sasa_export.writers.directory import Patch
 from sasa_export.writers.onnx.directory import write_onnx_manifest
 
 
-def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
+def patch_graphs(options: Options, work: Work, report: Silent) -> Patch:
     """Turn a directory of graphs into a guarded one. Raises SasaExportError; then nothing is written."""
     check_for_graphs(options)
     # What onnxruntime and the exporter raise, which fail in as many ways as there are operators.
@@ -59,7 +61,8 @@ def measure(decoder: Decoder, plan: Plan, options: Options, work: Work, report: 
         work.open(told, discard=options.force, report=report)
     if options.finds_layers():
         look = partial(survey_graphs, decoder, work=work, report=report, batch_size=size, regularization=regularization)
-        plan, held_out = steps.find_layers(plan, look, options, report)
+        settings, layers_from, held_out = choose_layers(look, plan.graph, prompts, plan.settings, options, report)
+        plan = replace(plan, settings=settings, layers_from=layers_from)
     reading: Any = lanes(decoder, plan.settings) if prompts else None
     if plan.given is None:
         fitted = fit_graphs(decoder, collect(reading, prompts, work, report, batch_size=size), prompts, regularization)

@@ -7,7 +7,7 @@ took no part in the choice; the probe itself is fitted on both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
@@ -22,15 +22,6 @@ from sasa_export.report import Silent
 from sasa_export.workers import workers
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The layers, where they are from in words, and the numbers of the prompts that took no part in the choice."""
-
-    settings: LaneSettings
-    layers_from: str
-    held_out: tuple[int, ...]
-
-
 def choose_layers(
     survey: Callable[[Sequence[Prompt], Sequence[Pair]], Evidence | None],
     graph: LayerGraph,
@@ -38,8 +29,9 @@ def choose_layers(
     settings: LaneSettings,
     options: Options,
     report: Silent,
-) -> Chosen:
-    """Choose the layers that `options` leave open. `settings` give what is no layer.
+) -> tuple[LaneSettings, str, tuple[int, ...]]:
+    """The layers that `options` leave open, where they are from in words, and the numbers of the prompts that took no
+    part in the choice. `settings` give what is no layer.
 
     Raises LocateError where either half of the prompts is too small to choose or to judge by.
     """
@@ -57,7 +49,7 @@ def choose_layers(
     (safety, semantic), layers_from = workers().tell(found)  # type: ignore[misc]
     report.step("locate", f"safety layer {safety}, semantic layer {semantic}")
     settings = replace(settings, safety_layer=safety, semantic_layer=semantic)
-    return Chosen(settings, layers_from, tuple(held_out.tolist()))
+    return settings, layers_from, tuple(held_out.tolist())
 
 
 def _in_words(evidence: Evidence, proposal: Proposal, *, both: bool) -> str:
