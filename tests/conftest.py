@@ -115,8 +115,7 @@ class Guard:
         if self.safety is None or self.semantic is None:
             logits = oracle.plain_logits(self.stock, inputs)  # (batch, vocabulary)
         else:
-            end = self.model.config.sasa["probe_block"]
-            logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic, end)  # (batch, vocabulary)
+            logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic)  # (batch, vocabulary)
         return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
 
     def check_answers(self, found: Tensor, expected: Tensor, refused: Tensor) -> None:

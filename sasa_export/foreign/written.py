@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from sasa_export.foreign.opened import GENAI, LAYERS, Graphs, variant
 from sasa_export.models.contents import read_object
 from sasa_export.writers.cases import write_cases
 from sasa_export.writers.config import config_text
-from sasa_export.writers.directory import LICENCES, Patch
+from sasa_export.writers.directory import Patch, copy_files
 from sasa_export.writers.onnx.layout import SEAL
 from sasa_export.writers.scores import write_scores
 from sasa_export.writers.weights import bring, save_probe
 
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", *LICENCES)
 JAVASCRIPT = {"": "fp32", "quantized": "q8"}  # what transformers.js calls types, where it is another word
 
 
@@ -38,16 +36,13 @@ def write_graphs(
 
     Args: added: how many layers the ledger adds to the cache.
     """
-    directory, digests = graphs.source.directory, {}
-    for path in (path for pattern in COPIED for path in sorted(directory.glob(pattern))):
-        if path.is_file() and not path.name.startswith("sasa-"):
-            shutil.copyfile(path, out / path.name)
-    for file in graphs.files.values():
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-    ir.save(guarded, out / graphs.files["decoder"])
-    for name in {*graphs.weights, *graphs.files.values()} - {graphs.files["decoder"]}:
+    digests: dict[str, str] = {}
+    copy_files(graphs.source, out)
+    for name in {*graphs.weights, *graphs.files.values()}:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        digests[name] = bring(directory / name, out / name, link=link, advance=advance)
+        if name != graphs.files["decoder"]:
+            digests[name] = bring(graphs.source.directory / name, out / name, link=link, advance=advance)
+    ir.save(guarded, out / graphs.files["decoder"])
     _write_configs(graphs, added, patch, out)
     save_probe(patch.probe, out / "sasa-probe.safetensors")
     if patch.calibration is not None:

@@ -18,15 +18,13 @@ from sasa_export.graph import LayerGraph, Node
 class LaneSettings:
     """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any.
 
-    Without layers there is no projection and no second lane: the probe reads the end of the main lane. With
-    `probe_block` the second lane ends there; the safety layer's own number stands for the projection itself.
+    Without layers there is no projection and no second lane: the probe reads the end of the main lane.
     """
 
     safety_layer: int | None
     semantic_layer: int | None
     epsilon: float = 1e-6
     softcap: float | None = None
-    probe_block: int | None = None
 
     @property
     def pair(self) -> tuple[int, int] | None:
@@ -34,10 +32,6 @@ class LaneSettings:
         if self.safety_layer is None or self.semantic_layer is None:
             return None
         return self.safety_layer, self.semantic_layer
-
-    def last(self, graph: LayerGraph) -> int:
-        """The block whose output the probe reads."""
-        return len(graph.of("block")) - 1 if self.probe_block is None else self.probe_block
 
 
 def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
@@ -85,10 +79,10 @@ def add_projection(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
 
 
 def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """Blocks s+1 .. L-1 once more, or as far as they are wanted, with the main lane's weights."""
+    """Blocks s+1 .. L-1 once more, with the main lane's weights."""
     if settings.pair is None:
         return graph
-    safety, blocks, last = settings.pair[0], graph.of("block"), settings.last(graph)
+    safety, blocks = settings.pair[0], graph.of("block")
     before, earliest = "sasa.projection", graph.earliest_safety_layer()
     if safety < earliest:
         # What is added between two blocks is no block's doing, so replaying blocks would lose it.
@@ -98,12 +92,7 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
             f"layer, {safety}, and the second lane would miss it. Choose a later --safety-layer: {possible} that can "
             "be."
         )
-    if not safety <= last < len(blocks):
-        raise RewriteError(
-            f"--probe-block is {last}; it must be from the safety layer, {safety}, to the last block, "
-            f"{len(blocks) - 1}."
-        )
-    for block in blocks[safety + 1 : last + 1]:
+    for block in blocks[safety + 1 :]:
         name, index = f"sasa.lane.layers.{block.attributes['index']}", block.attributes["index"]
         graph = graph.add(Node(name, "lane_block", (before,), block.module, {"index": index}))
         before = name
@@ -112,9 +101,7 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
 
 def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     """The final norm of the lane, at the judged position alone; without a lane, of the main lane's end."""
-    last, end = settings.last(graph), "sasa.last"
-    if settings.pair is not None:
-        end = "sasa.projection" if last == settings.pair[0] else f"sasa.lane.layers.{last}"
+    end = "sasa.last" if settings.pair is None else f"sasa.lane.layers.{len(graph.of('block')) - 1}"
     return graph.add(Node("sasa.lane.norm", "lane_norm", (end,), graph["norm"].module))
 
 

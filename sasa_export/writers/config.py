@@ -37,7 +37,6 @@ def sasa_settings(
         "format": FORMAT,
         "safety_layer": lane.safety_layer,
         "semantic_layer": lane.semantic_layer,
-        "probe_block": lane.probe_block,
         "layers_from": layers_from,
         "epsilon": lane.epsilon,
         "gate": gate,

@@ -24,12 +24,13 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 @dataclass(frozen=True)
 class Patch:
-    """All that a patched directory is made from.
+    """All that a patched `directory` is made from; it is written beside its place, and shown there when verified.
 
     `sasa` is what its config.json holds under that name; `cases` are there where the model was loaded, computed
-    in `dtype`.
+    in `dtype`. `device` is where it is verified, as transformers calls it.
     """
 
+    directory: Path
     source: Source
     graph: LayerGraph
     sasa: dict[str, Any]
@@ -37,6 +38,7 @@ class Patch:
     calibration: Calibration | None
     cases: tuple[Case, ...]
     dtype: str
+    device: str
 
 
 def write_directory(

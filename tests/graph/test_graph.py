@@ -103,17 +103,6 @@ def test_the_rewritten_graph_where_logits_are_capped() -> None:
     ]
 
 
-@pytest.mark.parametrize("end", [1, 2])
-def test_a_lane_that_ends_early(end: int) -> None:
-    """With `probe_block` the lane's norm reads that block, or the projection itself at the safety layer."""
-    graph = rewrite(decoder(), LaneSettings(1, 2, probe_block=end))
-    assert [node.attributes["index"] for node in graph.of("lane_block")] == list(range(2, end + 1))
-    assert graph["sasa.lane.norm"].inputs == ("sasa.projection" if end == 1 else "sasa.lane.layers.2",)
-    for wrong in (0, 4):
-        with pytest.raises(RewriteError, match=f"--probe-block is {wrong}; it must be from the safety layer, 1, to"):
-            rewrite(decoder(), LaneSettings(1, 2, probe_block=wrong))
-
-
 def test_no_projection() -> None:
     """The probe then reads the main lane's last block, behind the norm, which must read that block too."""
     graph = rewrite(decoder(), LaneSettings(None, None))

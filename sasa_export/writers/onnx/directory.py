@@ -44,8 +44,8 @@ def write_onnx_directory(
         shutil.copytree(patched / FOLDER, out / FOLDER)
 
 
-def write_onnx_manifest(out: Path, **entries: Any) -> None:
+def write_onnx_manifest(out: Path, known: dict[str, str], **entries: Any) -> None:
     """Write the manifest of a verified directory, with the versions of what made its graphs and ran them."""
     import onnxruntime  # one package by two names, of which its version says nothing
 
-    write_manifest(out, {}, packages=PACKAGES, onnxruntime=onnxruntime.__version__, **entries)
+    write_manifest(out, known, packages=PACKAGES, onnxruntime=onnxruntime.__version__, **entries)
