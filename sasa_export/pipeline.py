@@ -37,8 +37,13 @@ from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Case, expect, known
 from sasa_export.writers.config import refusal_ids, sasa_settings
 from sasa_export.writers.directory import Patch, write_directory
-from sasa_export.writers.onnx.card import write_onnx_card
-from sasa_export.writers.onnx.directory import PACKAGES, check_possible, write_onnx_directory, write_onnx_manifest
+from sasa_export.writers.onnx.directory import (
+    PACKAGES,
+    check_possible,
+    write_onnx_card,
+    write_onnx_directory,
+    write_onnx_manifest,
+)
 from sasa_export.writers.onnx.memory import needed_bytes
 
 if TYPE_CHECKING:
@@ -254,7 +259,7 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, device: 
         digests = write_directory(patch, directory, link=options.link, advance=advance)
     if options.format == "onnx":
         return
-    checks, _ = check_written(directory, device=device, only_files=not patch.cases)
+    checks = check_written(directory, device=device, only_files=not patch.cases)
     _all_passed(checks, report)
     write_card(patch, checks, options.verify, directory)
     operator = {name: patch.sasa[name] for name in OPERATOR}  # who may edit these
@@ -273,16 +278,15 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, de
         shutil.rmtree(plain)
     if patch.cases and patch.calibration is not None:
         report.step("verify", "the graphs judge calibration prompts again")
-    checks, changed = check_written(directory, device=device, only_files=not patch.cases, calibration=patch.calibration)
+    checks = check_written(directory, device=device, only_files=not patch.cases, calibration=patch.calibration)
     if patch.cases and patch.calibration is None:
         said = "not checked, since the probe was given (--probe), so there are no calibration prompts"
         checks.append(Check("verdicts hold over the calibration prompts", None, said))
     _all_passed(checks, report)
     write_onnx_card(patch, checks, options, directory)
     write_onnx_manifest(
-        directory, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"],
-        changed_verdicts=None if changed is None else changed.to_json(),
-    )  # fmt: skip
+        directory, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"]
+    )
 
 
 def patch_graphs(options: Options, work: Work, report: Silent) -> Patched:
@@ -374,7 +378,7 @@ def write_and_verify_graphs(
             digests = write_graphs(
                 decoder.graphs, guarded, ledger.layers, result, staging, link=options.link, advance=advance
             )
-        checks, changed = check_written(staging, only_files=not result.cases, calibration=result.calibration)
+        checks = check_written(staging, only_files=not result.cases, calibration=result.calibration)
         if result.cases:
             opened = bool(sasa["generation_prompt_ids"])
             most = ROUNDED["float32"] if decoder.exact else QUANTIZED
@@ -383,7 +387,6 @@ def write_and_verify_graphs(
         write_card(result, checks, options.verify, staging, "foreign_card.md.j2")
         write_manifest(
             staging, digests, packages=PACKAGES, options=options.to_json(), layers_from=sasa["layers_from"],
-            changed_verdicts=None if changed is None else changed.to_json(),
         )  # fmt: skip
         check_ours(options.out)
     report.step("done", f"{options.out}")

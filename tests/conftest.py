@@ -194,7 +194,7 @@ def guard(
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`exported(patched, opset=23)`: the ONNX directory of a patched one, written once per session."""
 
-    from sasa_export.writers.onnx.export import export
+    from sasa_export.writers.onnx.directory import export
 
     @cache  # which tells arguments apart by how they are written
     def made(patched: Path, opset: int, dtype: str) -> Path:

@@ -17,8 +17,6 @@ from onnx_ir.passes import common
 from onnx_runner import Runner, batch, image_token, lane_of, positions
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
-from sasa_export.errors import EmitError
-from sasa_export.writers.onnx.export import export
 from sasa_export.writers.onnx.graphs import write_embeddings
 from sasa_export.writers.onnx.passes.attention import trust_finite_masks
 
@@ -172,15 +170,6 @@ def test_a_cache_without_its_ledger_fails(split: Any, directory: Path) -> None:
     fed = runner.embed(np.full((len(following), 1), 7))  # (batch, 1, hidden)
     with pytest.raises((Fail, InvalidArgument, RuntimeException)):
         runner.call(fed, mask, following)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"), [({"opset": 17}, "opset 17"), ({"dtype": "float8"}, "dtype 'float8'")]
-)
-def test_bad_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(EmitError, match=message):
-        export(tmp_path / "patched", tmp_path / "out", **settings)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

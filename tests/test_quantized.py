@@ -73,11 +73,11 @@ def test_a_quantized_source_without_loading(fp8: Path, probe: Path, place: Path)
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no scales": (lambda tensors: tensors.pop(f"{UP}_scale_inv"), "is F8_E4M3, and its scales are not there"),
-    "no weight": (lambda tensors: tensors.pop(UP), "has shape (3, 2), and its config.json says"),
-    "neither": (lambda tensors: [tensors.pop(UP), tensors.pop(f"{UP}_scale_inv")], "lack 1 tensors of the model"),
+    "no scales": (lambda tensors: tensors.pop(f"{UP}_scale_inv"), "has 8 bits, and its scales are not there"),
+    "no weight": (lambda tensors: tensors.pop(UP), "1 missing keys (model.language_model.layers.1.mlp.up_proj.weight)"),
+    "neither": (lambda tensors: [tensors.pop(UP), tensors.pop(f"{UP}_scale_inv")], "1 missing keys (model.language_model.layers.1.mlp.up_proj.weight)"),
     "another shape": (
-        lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][:9].clone()}), "has shape (9, 64)"
+        lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][:9].clone()}), "1 mismatched keys (lm_head.weight, (9, 64) in the shards and (384, 64) by config.json)"
     ),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, MERGING, SUFFIX, VISION
@@ -18,7 +19,7 @@ from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, deep_fea
 from sasa_export.writers.onnx.genai import write_genai_config
 from sasa_export.writers.onnx.layout import stock_type, write_files
 from sasa_export.writers.onnx.passes.branch import run_where
-from sasa_export.writers.onnx.passes.names import forget_origin, name_decoder, name_tower
+from sasa_export.writers.onnx.passes.names import name_decoder, name_tower
 from sasa_export.writers.onnx.passes.weights import deduplicate
 from sasa_export.writers.onnx.quantize import BITS, Table, halve_kernels, quantize
 from sasa_export.writers.onnx.recipes import Recipe, recipe_of
@@ -32,7 +33,7 @@ SMALL = 1024  # bytes of a weight that stays in the graph
 
 
 def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
-    """Load a guarded directory and write the ONNX directory; see `sasa_export.writers.onnx.export`."""
+    """Load a guarded directory and write the ONNX directory; see `sasa_export.writers.onnx.directory`."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     advance("loading the guarded model")
@@ -83,7 +84,6 @@ def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float3
     arguments, signature = recipe.inputs(model)
     graph = convert(Features(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
     name_tower(graph, "/vision")
-    forget_origin(graph)
     for name in recipe.optional:
         _make_optional(graph, name)
     if dtype in BITS:
@@ -129,7 +129,6 @@ def embedding_graph(model: Any, table: Table | None, *, opset: int, merging: boo
     module = Float32((Merging if merging else Embedding)(model), model.dtype)
     graph = convert(module, example, Signature(inputs, {"inputs_embeds": (*tokens, width)}), opset=opset)
     name_tower(graph, "/embedding")
-    forget_origin(graph)
     if table:
         table.store(graph)
     return graph
@@ -142,7 +141,6 @@ def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float
     graph = convert(decoder, decoder.example(signature), signature, opset=opset)
     family = family_of(stock_type(model.config.model_type))
     name_decoder(graph, {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")})
-    forget_origin(graph)
     graph = _quantized(graph, dtype)
     if decoder.guarded:
         run_where(graph, "/sasa/lane", result="unsafe_probability", fill=float("nan"), predicate="is_due")
@@ -154,6 +152,7 @@ def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float
 def _quantized(graph: ir.Model, dtype: str) -> ir.Model:
     if dtype in BITS:
         quantize(graph, dtype)
+        common.RemoveUnusedNodesPass()(graph)
         deduplicate(graph)
     return graph
 
