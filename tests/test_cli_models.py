@@ -196,7 +196,10 @@ def named(tensors: dict[str, np.ndarray]) -> str:
         (lambda tensors: tensors[named(tensors)].__setitem__((3, 5), np.nan), f"NaN or infinity in {UP}"),
         (lambda tensors: tensors.pop(named(tensors)), f"1 missing keys ({UP})"),
         (lambda tensors: tensors.update({"extra.weight": np.zeros(2, np.float32)}), "1 unexpected keys (extra.weight)"),
-        (lambda tensors: tensors.update({named(tensors): tensors[named(tensors)][:-1].copy()}), f"1 mismatched keys ({UP}, (95, 64) in the shards"),
+        (
+            lambda tensors: tensors.update({named(tensors): tensors[named(tensors)][:-1].copy()}),
+            f"1 mismatched keys ({UP}, (95, 64) in the shards",
+        ),
     ],
     ids=["NaN", "missing", "unexpected", "mismatched"],
 )

@@ -151,12 +151,7 @@ def _check_vision(order: list[str], family: Family) -> None:
             )
 
 
-def expected_blocks(config: Any) -> int:
-    """The number of decoder blocks that a configuration names."""
-    return int(config.get_text_config(decoder=True).num_hidden_layers)
-
-
-def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+def _modules(model: Any, family: Family) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for role, path in family.modules.items():
         try:
@@ -167,7 +162,7 @@ def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
                 "correct its module paths."
             ) from None
     blocks = found.pop(family.modules["blocks"])
-    count = expected_blocks(model.config)
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(blocks, nn.ModuleList) or len(blocks) != count:
         raise TraceError(f"{family.modules['blocks']} should be a list of {count} blocks, as the configuration says.")
     found.update((f"{family.modules['blocks']}.{index}", block) for index, block in enumerate(blocks))

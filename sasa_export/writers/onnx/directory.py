@@ -36,18 +36,6 @@ def check_possible(source: Source, options: Options) -> None:
 
 
 def write_onnx_directory(
-    patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None] = lambda step: None
-) -> None:
-    """Write everything but the card and the manifest, which tell what was verified, into the directory `out`."""
-    export(patched, out, opset=opset, dtype=dtype, advance=advance)
-    for pattern in (SCORES, *LICENCES):
-        for path in sorted(patched.glob(pattern)):
-            shutil.copyfile(path, out / path.name)
-    if (patched / FOLDER).is_dir():
-        shutil.copytree(patched / FOLDER, out / FOLDER)
-
-
-def export(
     patched: Path,
     out: Path,
     *,
@@ -55,15 +43,18 @@ def export(
     dtype: str = "float32",
     advance: Callable[[str], None] = lambda step: None,
 ) -> None:
-    """Write graphs, configuration and processor of a guarded directory; EmitError says at which step it ended.
+    """Write everything but the card and the manifest, which tell what was verified, into the directory `out`.
 
     Args:
+        patched: a guarded directory for transformers.
         opset: 23 keeps attention, rotary embedding and RMS norm as single operators; 20 loads in old runtimes.
         dtype: of weights, states and cache; int8 and int4 are of the weights alone, in blocks. The gate's
             arithmetic stays in float32 in all of them, as do the inputs and outputs other than the cache.
         advance: told of each step as it begins.
+
+    Raises EmitError, which says at which step it ended.
     """
-    from sasa_export.writers.onnx.graphs import write_graphs
+    from sasa_export.writers.onnx import graphs
 
     steps: list[str] = []
 
@@ -72,7 +63,7 @@ def export(
         advance(name)
 
     try:
-        write_graphs(patched, out, opset=opset, dtype=dtype, advance=step)
+        graphs.write_graphs(patched, out, opset=opset, dtype=dtype, advance=step)
     except (SasaExportError, OSError):
         raise
     except Exception as error:  # the exporter and its rewriting fail in as many ways as there are operators
@@ -81,6 +72,11 @@ def export(
             f"{steps[-1]} failed ({type(error).__name__}: {said[:300]}). The model may hold what the exporter cannot "
             "turn into ONNX, or memory ran out. Try another --onnx-dtype or --opset, or give --format safetensors."
         ) from error
+    for pattern in (SCORES, *LICENCES):
+        for path in sorted(patched.glob(pattern)):
+            shutil.copyfile(path, out / path.name)
+    if (patched / FOLDER).is_dir():
+        shutil.copytree(patched / FOLDER, out / FOLDER)
 
 
 def write_onnx_card(patch: Patch, checks: Sequence[Check], options: Options, directory: Path) -> None:

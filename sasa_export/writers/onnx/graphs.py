@@ -15,8 +15,9 @@ from onnx_ir.passes import common
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, MERGING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
-from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, deep_features, gate_layers
+from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, feature_width, gate_layers
 from sasa_export.writers.onnx.genai import write_genai_config
+from sasa_export.writers.onnx.guard import Witness, first_token
 from sasa_export.writers.onnx.layout import stock_type, write_files
 from sasa_export.writers.onnx.passes.branch import run_where
 from sasa_export.writers.onnx.passes.names import name_decoder, name_tower
@@ -24,7 +25,6 @@ from sasa_export.writers.onnx.passes.weights import deduplicate
 from sasa_export.writers.onnx.quantize import BITS, Table, halve_kernels, quantize
 from sasa_export.writers.onnx.recipes import Recipe, recipe_of
 from sasa_export.writers.onnx.vision import Embedding, Features, Float32, Merging
-from sasa_export.writers.onnx.witness import Witness, first_token
 
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
 # built in memory as a whole.
@@ -81,14 +81,16 @@ def _forget(model: Any) -> None:
 
 
 def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
-    arguments, signature = recipe.inputs(model)
+    inputs, arguments = recipe.inputs(model)
+    signature = Signature(inputs, {"image_features": ("num_image_tokens", feature_width(model))})
     graph = convert(Features(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
     name_tower(graph, "/vision")
-    for name in recipe.optional:
-        _make_optional(graph, name)
     if dtype in BITS:
         halve_kernels(graph)
-    return _quantized(graph, dtype)
+    graph = _quantized(graph, dtype)
+    for name in recipe.optional:
+        _make_optional(graph, name)
+    return graph
 
 
 def write_embeddings(model: Any, folder: Path, *, opset: int, dtype: str, merging: bool) -> bool:
@@ -119,7 +121,7 @@ def share_file(model: ir.Model, stored: ir.Model) -> None:
 
 
 def embedding_graph(model: Any, table: Table | None, *, opset: int, merging: bool = False) -> ir.Model:
-    width = model.config.get_text_config(decoder=True).hidden_size * (1 + deep_features(model))
+    width = feature_width(model)
     tokens = ("batch_size", "sequence_length")
     inputs: dict[str, Shape] = {"input_ids": tokens}
     example: tuple[torch.Tensor, ...] = (torch.ones(2, 5, dtype=torch.int64),)

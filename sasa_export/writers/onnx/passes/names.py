@@ -24,7 +24,9 @@ def name_decoder(model: ir.Model, modules: dict[str, str]) -> None:
 
 def name_tower(model: ir.Model, prefix: str) -> None:
     """Name the nodes of a graph of one part of the model, by its modules' own paths."""
-    _name(model, lambda node: prefix + "".join(f"/{part}" for part in _path(node).removeprefix("inner").split(".") if part))
+    _name(
+        model, lambda node: "/".join([prefix, *(part for part in _path(node).split(".") if part not in ("", "inner"))])
+    )
 
 
 def _name(model: ir.Model, place: Callable[[ir.Node], str]) -> None:
