@@ -139,8 +139,7 @@ def trace(
         click.echo(f"✓ {source.name}: {sizes.blocks} blocks, as graphs/{source.family.name}.toml says")
         return
     for node in graph:
-        arguments = ", ".join(f"{key}: {value}" for key, value in node.attributes.get("arguments", {}).items())
-        click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs):<12} {arguments}")
+        click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs)}")
     click.echo(f"\nsafety layer {safety}, semantic layer {semantic} ({layers_from})")
     click.echo(f"\nBefore:\n\n```mermaid\n{mermaid(graph)}```\n\nAfter:\n\n```mermaid\n{mermaid(after)}```")
 

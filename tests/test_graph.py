@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,8 +22,7 @@ def decoder(blocks: int = 4, *, between: int | None = None, after_head: bool = F
     nodes = [Node("embed", "embed", (), "embed_tokens")]
     for index in range(blocks):
         before = nodes[-1].name
-        attributes = {"index": index, "arguments": {"mask": "None"}}
-        nodes.append(Node(f"layers.{index}", "block", (before,), f"layers.{index}", attributes))
+        nodes.append(Node(f"layers.{index}", "block", (before,), f"layers.{index}", {"index": index}))
         if index == between:
             following = index + 1 if index + 1 < blocks else "norm"
             nodes.append(Node(f"between.{index}.{following}", "between", (f"layers.{index}",)))

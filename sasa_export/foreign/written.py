@@ -13,9 +13,8 @@ from sasa_export.foreign.opened import GENAI, LAYERS, Graphs, variant
 from sasa_export.models.contents import read_object
 from sasa_export.writers.cases import write_cases
 from sasa_export.writers.config import config_text
-from sasa_export.writers.directory import LICENCES, Patch
+from sasa_export.writers.directory import LICENCES, Patch, write_scores
 from sasa_export.writers.onnx.layout import SEAL
-from sasa_export.writers.scores import write_scores
 from sasa_export.writers.weights import bring, save_probe
 
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", *LICENCES)
@@ -31,14 +30,14 @@ def write_graphs(
     *,
     link: bool,
     advance: Callable[[int], None],
-) -> dict[str, str]:
-    """Write graphs, weights, and the files beside them. Returns the digests of what was copied or linked.
+) -> dict[str, str | None]:
+    """Write graphs, weights, and the files beside them. Returns the digests of what was copied.
 
     Other variants of the decoder stay behind, since nothing guards them.
 
     Args: added: how many layers the ledger adds to the cache.
     """
-    directory, digests = graphs.source.directory, {}
+    directory, digests = graphs.source.directory, dict[str, str | None]()
     for path in (path for pattern in COPIED for path in sorted(directory.glob(pattern))):
         if path.is_file() and not path.name.startswith("sasa-"):
             shutil.copyfile(path, out / path.name)

@@ -16,10 +16,9 @@ from sasa_export.options import Options
 from sasa_export.report import Check
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import FOLDER
-from sasa_export.writers.directory import LICENCES, Patch
+from sasa_export.writers.directory import LICENCES, SCORES, Patch
 from sasa_export.writers.onnx import SUFFIX
 from sasa_export.writers.onnx.memory import check_memory
-from sasa_export.writers.scores import SCORES
 
 PACKAGES = ("onnx", "onnx-ir", "onnxscript")
 

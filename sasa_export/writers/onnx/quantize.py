@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
@@ -130,12 +130,8 @@ def _packer(bits: int, block: int) -> Any:
 
     Blocks are (columns, blocks, block * bits / 8), uint8, and scales (columns, blocks).
     """
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    from onnxruntime.quantization import matmul_nbits_quantizer as library
-
-    root.handlers[:] = handlers  # importing it sets up logging for the whole process
-    root.setLevel(level)
+    with patch("logging.basicConfig"):  # which it calls for the whole process when it is imported
+        from onnxruntime.quantization import matmul_nbits_quantizer as library
     config = library.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
     quantizer = library.DefaultWeightOnlyQuantizer(config)
 

@@ -18,7 +18,6 @@ from sasa_export.writers.onnx.vision_llava_next import LlavaNext
 from sasa_export.writers.onnx.vision_pixtral import Mistral3
 from sasa_export.writers.onnx.vision_qwen import Qwen
 
-
 # The inputs of a vision graph with their dimensions, and arguments to trace it with.
 Inputs = tuple[dict[str, Shape], tuple[torch.Tensor, ...]]
 
