@@ -12,9 +12,8 @@ from sasa_export.foreign.opened import GENAI, LAYERS, Graphs, variant
 from sasa_export.models.contents import read_object
 from sasa_export.writers.cases import write_cases
 from sasa_export.writers.config import config_text
-from sasa_export.writers.directory import Patch, copy_files
+from sasa_export.writers.directory import Patch, copy_files, write_scores
 from sasa_export.writers.onnx.layout import SEAL
-from sasa_export.writers.scores import write_scores
 from sasa_export.writers.weights import bring, save_probe
 
 JAVASCRIPT = {"": "fp32", "quantized": "q8"}  # what transformers.js calls types, where it is another word
@@ -29,14 +28,14 @@ def write_graphs(
     *,
     link: bool,
     advance: Callable[[int], None],
-) -> dict[str, str]:
-    """Write graphs, weights, and the files beside them. Returns the digests of what was copied or linked.
+) -> dict[str, str | None]:
+    """Write graphs, weights, and the files beside them. Returns the digests of what was copied.
 
     Other variants of the decoder stay behind, since nothing guards them.
 
     Args: added: how many layers the ledger adds to the cache.
     """
-    digests: dict[str, str] = {}
+    digests: dict[str, str | None] = {}
     copy_files(graphs.source, out)
     for name in {*graphs.weights, *graphs.files.values()}:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
