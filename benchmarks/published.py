@@ -33,8 +33,8 @@ from sasa_export.prompts import Prompt, check_disjoint, for_model, load
 from sasa_export.prompts.picture import open_picture
 from sasa_export.prompts.prompt import batches
 from sasa_export.report import Console, quiet
-from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.subject import Subject, open_subject
+from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import last_name, markdown_table
 
 PYRIT = Wheel(
@@ -155,7 +155,7 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
     The arms beside the patched model are fitted on the calibration set that it had, by the same rule.
     """
     from sasa_export.models.load import load_model
-    from sasa_export.research.evaluate.fitted import probe, words
+    from sasa_export.research.evaluate.measure import probe, words
 
     model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
     probes = fitted_for(subject, model, report)
@@ -240,7 +240,7 @@ def tables(judged: pd.DataFrame, thresholds: dict[str, float]) -> dict[str, pd.D
 
 def attack_success(prompts: Sequence[Prompt], plain: Any, patched: Any, sasa: dict[str, Any]) -> pd.DataFrame:
     """The share of harmful requests that are answered without a refusal phrase, before and after."""
-    from sasa_export.research.evaluate.judge import is_refusal
+    from sasa_export.research.evaluate.arms import is_refusal
 
     gate = patched.are(sasa["refusal_token_ids"]) & (patched.scores >= sasa["threshold"])  # (prompts,)
     table = pd.DataFrame(

@@ -31,7 +31,7 @@ from sasa_export.prompts.prompt import batches, encode
 from sasa_export.prompts.shares import spaced
 from sasa_export.report import quiet
 from sasa_export.research.evaluate.models import load_patched
-from sasa_export.research.score.run import Scored, score
+from sasa_export.research.score import Scored, score
 
 BATCH = 16
 SAME = ("prompts", "number", "largest difference from judge", "other verdicts")

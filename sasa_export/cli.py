@@ -16,9 +16,7 @@ from sasa_export.errors import OpenError, SasaExportError
 from sasa_export.flags import flags
 from sasa_export.options import REVISION, Options
 from sasa_export.report import Console, quiet
-from sasa_export.research.evaluate.command import evaluate_command
-from sasa_export.research.locate.command import locate_command
-from sasa_export.research.score.command import score_command
+from sasa_export.research.options import EvaluateOptions, LocateOptions
 
 EVERY = f"{__name__}.every"  # set in the context while --help-all prints
 
@@ -104,11 +102,8 @@ def main(context: click.Context, /, **values: Any) -> None:
 @click.option("--revision", help=REVISION)
 @click.option("--safety-layer", type=int, help="Zero-based. Default: what the family's file says.")
 @click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
-@click.option("--check", is_flag=True, help="Only say whether the model is what its family's file describes.")
 @click.option("--load", is_flag=True, help="Load the weights, and trace a picture too.")
-def trace(
-    model: str, revision: str | None, safety_layer: int | None, semantic_layer: int | None, check: bool, load: bool
-) -> None:
+def trace(model: str, revision: str | None, safety_layer: int | None, semantic_layer: int | None, load: bool) -> None:
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
     quiet()
     from sasa_export.graph.diagram import mermaid
@@ -135,12 +130,8 @@ def trace(
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))
-    if check:
-        click.echo(f"✓ {source.name}: {sizes.blocks} blocks, as graphs/{source.family.name}.toml says")
-        return
     for node in graph:
-        arguments = ", ".join(f"{key}: {value}" for key, value in node.attributes.get("arguments", {}).items())
-        click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs):<12} {arguments}")
+        click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs)}")
     click.echo(f"\nsafety layer {safety}, semantic layer {semantic} ({layers_from})")
     click.echo(f"\nBefore:\n\n```mermaid\n{mermaid(graph)}```\n\nAfter:\n\n```mermaid\n{mermaid(after)}```")
 
@@ -183,6 +174,60 @@ def verify(directory: Path, device: str, only_files: bool, load: str | None) -> 
         raise SasaExportError(f"{directory} failed its verification. Do not serve it{todo}.")
 
 
-main.add_command(locate_command)
-main.add_command(evaluate_command)
-main.add_command(score_command)
+@main.command()
+@flags(LocateOptions)
+def locate(**values: Any) -> None:
+    """Find where a model perceives danger, understands and speaks, and propose its layers.
+
+    Writes report.html, which opens without a network, with its pictures, report.md and locate.json. An interrupted run
+    goes on where it stopped when the same command is given again; accelerate launch spreads it over processes.
+    """
+    quiet()
+    from sasa_export.research.locate.run import locate
+
+    locate(LocateOptions(**values), Console())
+
+
+@main.command()
+@flags(EvaluateOptions)
+def evaluate(**values: Any) -> None:
+    """Measure what a patched model refuses, and what it still answers as before.
+
+    Arms side by side on the same prompts: the plain model, the patched model, a probe without projection, and words
+    alone. Writes report.html, which opens without a network, with its pictures, report.md, evaluate.json and
+    answers.jsonl. An interrupted run goes on where it stopped when the same command is given again; accelerate launch
+    spreads it over processes.
+    """
+    quiet()
+    from sasa_export.research.evaluate.run import evaluate
+
+    evaluate(EvaluateOptions(**values), Console())
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("data")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="JSONL file to write: id (or place in DATA), probability and verdict a line.",
+)
+@click.option(
+    "--refuse-at-most",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Propose the lowest threshold that refuses at most this share of the prompts.",
+)
+@click.option("--write-threshold", is_flag=True, help="Write the proposed threshold into config.json.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Prompts at a time.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..., or spread.")
+def score(**values: Any) -> None:
+    """Judge prompts that need no labels: P(unsafe) and verdict of each, and how they are spread.
+
+    DIRECTORY is a patched one, of safetensors or of ONNX graphs. DATA is a JSONL file, {"image": path or null,
+    "prompt": text} a line, or what --calibration takes.
+    """
+    quiet()
+    from sasa_export.research.score import score
+
+    click.echo("\n".join(score(**values, report=Console()).summary()))

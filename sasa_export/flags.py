@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
@@ -33,15 +34,28 @@ class OptionSet:
     """A base of dataclasses of options: paths may be given as text, text as paths, one value in place of several."""
 
     def __post_init__(self) -> None:
-        for entry in fields(self):  # type: ignore[arg-type]
-            kind, value = str(entry.type), getattr(self, entry.name)
-            if "tuple" in kind:
+        for name, kinds in kinds_of(type(self)).items():
+            value = getattr(self, name)
+            if tuple in kinds:
                 value = tuple(map(str, (value,) if isinstance(value, str | os.PathLike) else value))
-            elif isinstance(value, str) and "Path" in kind:
+            elif isinstance(value, str) and Path in kinds:
                 value = Path(value)
-            elif isinstance(value, os.PathLike) and "Path" not in kind:
+            elif isinstance(value, os.PathLike) and Path not in kinds:
                 value = os.path.join(".", value)  # "llava" may be an alias, and "./llava" is none
-            object.__setattr__(self, entry.name, value)
+            object.__setattr__(self, name, value)
+
+    def check_default(self, *names: str, why: str) -> None:
+        """Raise SasaExportError where one of the fields is set."""
+        for entry in fields(self):  # type: ignore[arg-type]
+            if entry.name in names and getattr(self, entry.name) != entry.default:
+                raise SasaExportError(f"{flag(entry.name)} {why}. Leave it out.")
+
+
+def kinds_of(options: type) -> dict[str, set[Any]]:
+    """What each field of a dataclass may be: {int, str} of `int | str`, {tuple} of `tuple[str, ...]`."""
+    hints = get_type_hints(options)
+    parts = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
+    return {name: {get_origin(part) or part for part in of} for name, of in parts.items()}
 
 
 def check_values(options: Any) -> None:
@@ -81,9 +95,11 @@ def flags(options: type, *, required: bool = True) -> Callable[[Any], Any]:
         required: whether Click asks for what is `required`, which a group with commands of its own cannot let it do.
     """
 
+    kinds = kinds_of(options)
+
     def decorate(command: Any) -> Any:
         for entry in reversed(fields(options)):
-            about = {"help": entry.metadata["help"], **_kind(entry)}
+            about = {"help": entry.metadata["help"], **_click_type(entry, kinds[entry.name])}
             if entry.metadata.get("required"):
                 about = {"help": about["help"], "type": about["type"], "required": required}
             command = click.option(flag(entry.name), entry.name, **about)(command)
@@ -92,19 +108,19 @@ def flags(options: type, *, required: bool = True) -> Callable[[Any], Any]:
     return decorate
 
 
-def _kind(entry: Any) -> dict[str, Any]:
+def _click_type(entry: Any, kinds: set[Any]) -> dict[str, Any]:
     """What Click needs to know of a field's values."""
-    about, kind = entry.metadata, str(entry.type)
-    if isinstance(entry.default, bool):
+    about = entry.metadata
+    if bool in kinds:
         return {"is_flag": True}
-    if "tuple" in kind:
+    if tuple in kinds:
         return {"multiple": True}
-    number = int if "int" in kind else float
-    value: Any = number if "int" in kind or "float" in kind else str
+    number = int if int in kinds else float
+    value: Any = number if number in kinds else str
     if "choices" in about:
         value = click.Choice(about["choices"])
     elif "word" in about:
         value = NumberOr(number, about["word"])
-    elif "Path" in kind:
+    elif Path in kinds:
         value = click.Path(path_type=Path)
     return {"type": value, "default": entry.default, "show_default": entry.default is not None}

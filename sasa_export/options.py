@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import SasaExportError
-from sasa_export.flags import OptionSet, check_values, flag, option
+from sasa_export.flags import OptionSet, check_values, option
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
 GATES = ("enforce", "observe")
+TORCH_ALONE = ("revision", "projection", "opset", "onnx_dtype", "dtype", "blocks", "ablation_prompts")  # options
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
 # Help that several commands have in common.
 REVISION = "Branch, tag or commit of a model on the hub. Default: its main branch."
+ONNX_FILE = (
+    "Of a directory of ONNX graphs with several variants, the one that is meant: a file, or what its name ends with, "
+    "such as q4. Several times for decoder, embedding and vision encoder."
+)
 DEVICE = (
     "auto, cpu, cuda, cuda:1 ..., or spread, over all devices, memory and disk, as auto does where one device has no "
     "room for the model."
@@ -50,11 +55,7 @@ class Options(OptionSet):
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
         "one of the two directories in place then changes both.",
     )
-    onnx_file: tuple[str, ...] = what(
-        (),
-        "Of a directory of ONNX graphs with several variants, the one to guard: a file, or what its name ends with, "
-        "such as q4. Several times for decoder, embedding and vision encoder.",
-    )
+    onnx_file: tuple[str, ...] = what((), ONNX_FILE)
     revision: str | None = what(None, REVISION)
 
     safety_layer: int | str | None = layers(
@@ -105,12 +106,6 @@ class Options(OptionSet):
         "auto, by cross-validation.",
         word=AUTO,
         valid=("auto or a number above 0", lambda value: value == AUTO or 0.0 < float(value) < float("inf")),
-    )
-    probe_block: int | None = probing(
-        None,
-        "Block of the second lane that the probe reads, zero-based: the lane ends there and costs less. The safety "
-        "layer's number stands for the projection itself. Default: the last block. `evaluate --depth-curve` measures "
-        "what each is worth.",
     )
     refusal: str = probing(
         REFUSAL,
@@ -166,66 +161,26 @@ class Options(OptionSet):
         return None if self.regularization == AUTO else float(self.regularization)
 
     def check(self) -> None:
-        """Raise SasaExportError where options contradict each other or leave their range."""
+        """Raise SasaExportError where options contradict each other, change nothing, or leave their range."""
         check_values(self)
-        layers_given = (self.safety_layer, self.semantic_layer) != (None, None)
-        contradictions = (
-            (
-                self.probe is not None and self.calibration,
-                "--probe and --calibration exclude each other: a given probe is not fitted.",
-            ),
-            (
-                self.probe is not None and self.finds_layers(),
+        if self.probe is not None and self.calibration:
+            raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
+        if self.probe is not None and self.finds_layers():
+            raise SasaExportError(
                 f"--probe and layers left to {AUTO} exclude each other: a probe belongs to the layers it was fitted "
-                "on. Give both layers.",
-            ),
-            (
-                self.probe_block is not None and self.finds_layers(),
-                f"--probe-block and layers left to {AUTO} exclude each other: pairs are compared at the last block. "
-                "Give both layers.",
-            ),
-            (
-                self.projection == "none" and layers_given,
-                "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out.",
-            ),
-            (
-                self.projection == "none" and self.probe_block is not None,
-                "--projection none has no second lane. Leave --probe-block out.",
-            ),
-        )
-        for contradict, message in contradictions:
-            if contradict:
-                raise SasaExportError(message)
-        self._check_effects()
-
-    def check_for_graphs(self) -> None:
-        """Raise SasaExportError where something is set that does not go with ONNX graphs of others."""
-        unknown = ("revision", "projection", "probe_block", "opset", "onnx_dtype", "dtype")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            odd = entry.name in unknown and value != entry.default
-            if odd or (value == AUTO and entry.name.endswith("_layer")) or value == "both":
-                raise SasaExportError(f"{flag(entry.name)} {value} is not of use with ONNX graphs. Leave it out.")
-
-    def _check_effects(self) -> None:
-        """Raise SasaExportError where something is set that would change nothing."""
-        without_effect = (
-            (self.format == "safetensors", ("opset", "onnx_dtype"), "without --format onnx or both"),
-            (
-                self.probe is not None,
-                ("regularization", "max_false_positive_rate", "batch_size"),
-                "with --probe, since nothing is calibrated",
-            ),
-            (
-                self.threshold is not None and not self.finds_layers(),
-                ("max_false_positive_rate",),
-                "with --threshold, which it would choose",
-            ),
-        )
-        for given, names, why in without_effect:
-            for entry in fields(self):
-                if given and entry.name in names and getattr(self, entry.name) != entry.default:
-                    raise SasaExportError(f"{flag(entry.name)} has no effect {why}. Leave it out.")
+                "on. Give both layers."
+            )
+        if self.projection == "none" and (self.safety_layer, self.semantic_layer) != (None, None):
+            raise SasaExportError(
+                "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
+            )
+        if self.format == "safetensors":
+            self.check_default("opset", "onnx_dtype", why="has no effect without --format onnx or both")
+        if self.probe is not None:
+            names = ("regularization", "max_false_positive_rate", "batch_size")
+            self.check_default(*names, why="has no effect with --probe, since nothing is calibrated")
+        if self.threshold is not None and not self.finds_layers():
+            self.check_default("max_false_positive_rate", why="has no effect with --threshold, which it would choose")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that shapes the result; where it is written, and with what load, does not."""
@@ -233,3 +188,10 @@ class Options(OptionSet):
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
         values["calibration"] = list(self.calibration) or None
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def check_for_graphs(options: OptionSet) -> None:
+    """Raise SasaExportError where options of a command have a value that does not go with ONNX graphs of others."""
+    options.check_default(*TORCH_ALONE, why="is not of use with ONNX graphs")
+    if getattr(options, "format", "") == "both":
+        raise SasaExportError("--format both is not of use with ONNX graphs. Leave it out.")

@@ -42,14 +42,6 @@ class Workers:
         if self.count > 1:
             _state().wait_for_everyone()
 
-    def gather(self, mine: list[Item]) -> list[Item]:
-        """The lists of all processes, one after the other, in every process."""
-        if self.count == 1:
-            return mine
-        from accelerate.utils import gather_object
-
-        return list(gather_object(mine))
-
     def tell(self, value: Item) -> Item:
         """The first process's value, in every process."""
         if self.count == 1:
@@ -78,7 +70,11 @@ class Workers:
             if self.leads:
                 for item in turn:
                     advance(item)
-        done = self.gather([mine])
+        done = [mine]  # of each process
+        if self.count > 1:
+            from accelerate.utils import gather_object
+
+            done = gather_object(done)
         return [done[row % self.count][row // self.count] for row in range(len(items))]
 
 

@@ -115,8 +115,7 @@ class Guard:
         if self.safety is None or self.semantic is None:
             logits = oracle.plain_logits(self.stock, inputs)  # (batch, vocabulary)
         else:
-            end = self.model.config.sasa["probe_block"]
-            logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic, end)  # (batch, vocabulary)
+            logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic)  # (batch, vocabulary)
         return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
 
     def check_answers(self, found: Tensor, expected: Tensor, refused: Tensor) -> None:
@@ -198,12 +197,12 @@ def guard(
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`exported(patched, opset=23)`: the ONNX directory of a patched one, written once per session."""
 
-    from sasa_export.writers.onnx.export import export
+    from sasa_export.writers.onnx.directory import write_onnx_directory
 
     @cache  # which tells arguments apart by how they are written
     def made(patched: Path, opset: int, dtype: str) -> Path:
         out = tmp_path_factory.mktemp("onnx")
-        export(patched, out, opset=opset, dtype=dtype)
+        write_onnx_directory(patched, out, opset=opset, dtype=dtype)
         return out
 
     def get(patched: Path, opset: int = 23, dtype: str = "float32") -> Path:

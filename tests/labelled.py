@@ -39,10 +39,9 @@ def patch_evaluate_locate(model: str, evaluation: str, calibration: str, out: Pa
     """All that processes can share."""
     import sasa_export
     from sasa_export.report import Console
-    from sasa_export.research.evaluate.options import EvaluateOptions
     from sasa_export.research.evaluate.run import evaluate
-    from sasa_export.research.locate.options import LocateOptions
     from sasa_export.research.locate.run import locate
+    from sasa_export.research.options import EvaluateOptions, LocateOptions
 
     sasa_export.patch(
         sasa_export.Options(
@@ -51,11 +50,8 @@ def patch_evaluate_locate(model: str, evaluation: str, calibration: str, out: Pa
         )
     )  # fmt: skip
     evaluate(
-        EvaluateOptions(
-            model=out / "patched", out=out / "report", data=(evaluation,), timing=0, max_new_tokens=8, batch_size=8,
-            depth_curve=True,
-        )
-    )  # fmt: skip
+        EvaluateOptions(model=out / "patched", out=out / "report", data=(evaluation,), max_new_tokens=8, batch_size=8)
+    )
     locate(
         LocateOptions(
             model=model, out=out / "located", calibration=(calibration,), pairs="1:3,2:4", blocks="2-3",

@@ -62,23 +62,14 @@ def logits_with_state(
     inputs: Mapping[str, Any],
     layer: int,
     state: Tensor,
-    last: int | None = None,
 ) -> Tensor:
-    """Pass 2: the logits (batch, vocabulary) when block `layer` is made to put out `state`.
-
-    The blocks behind `last` put out what they are given.
-    """
+    """Pass 2: the logits (batch, vocabulary) when block `layer` is made to put out `state`."""
 
     def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
         assert _hidden(output).shape == state.shape
         return (state, *output[1:]) if isinstance(output, tuple) else state  # (batch, tokens, hidden)
 
-    def pass_on(_module: nn.Module, args: Any, output: Any) -> Any:
-        return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]  # (batch, tokens, hidden)
-
-    count = len(blocks(model))
-    skipped = range(count if last is None else last + 1, count)
-    with _hooks(model, {layer: replace, **dict.fromkeys(skipped, pass_on)}):
+    with _hooks(model, {layer: replace}):
         return _last(_all_logits(model, inputs), inputs)
 
 
@@ -87,12 +78,11 @@ def oracle_logits(
     inputs: Mapping[str, Any],
     safety_layer: int,
     semantic_layer: int,
-    last: int | None = None,
 ) -> Tensor:
-    """SASA's logits (batch, vocabulary) at each row's last prompt token; with `last`, as if no block came behind it."""
+    """SASA's logits (batch, vocabulary) at each row's last prompt token."""
     seen = block_outputs(model, inputs, (safety_layer, semantic_layer))
     projected = project(seen[safety_layer], seen[semantic_layer])  # (batch, tokens, hidden)
-    return logits_with_state(model, inputs, safety_layer, projected, last)
+    return logits_with_state(model, inputs, safety_layer, projected)
 
 
 def plain_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
-from sasa_export.errors import OpenError, TraceError
+from sasa_export.errors import OpenError, TraceError, reworded
 from sasa_export.foreign.blocks import OTHER, Blocks, find_blocks
 from sasa_export.foreign.opened import LAYERS, Graphs
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.models.load import Sizes
+from sasa_export.prompts.prompt import Prompt
+from sasa_export.report import Silent
 from sasa_export.verify.fresh.onnx_model import processor_of
 
 DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
@@ -34,6 +37,13 @@ class Decoder:
     linear: bool
     lengths: dict[str, int]
     sees: bool
+
+    def readable(self, prompts: list[Prompt], report: Silent) -> list[Prompt]:
+        """The prompts that can be run through the graphs."""
+        found = [prompt for prompt in prompts if self.sees or prompt.image is None]
+        if len(found) < len(prompts):
+            report.warn("pictures cannot be run through these graphs here, so only prompts of text are used.")
+        return found
 
 
 def open_decoder(graphs: Graphs) -> Decoder:
@@ -95,17 +105,14 @@ def _main(blocks: Blocks) -> LayerGraph:
 
 def _processor(graphs: Graphs) -> tuple[Any, bool]:
     """What writes prompts, and whether it sees pictures: onnxruntime-genai keeps what makes pixels in its own words."""
-    directory, found = graphs.source.directory, None
-    for pictures in [True, False] if {"vision", "embedding"} <= set(graphs.files) else [False]:
-        try:
-            found = processor_of(directory, pictures=pictures)
-        except Exception as error:  # transformers', of damaged files in as many ways as there are tokenizers
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if not pictures:
-                raise OpenError(f"{directory} has no usable tokenizer ({reason}). Restore its files.") from None
-            continue
-        if not pictures or hasattr(found, "image_processor"):
-            break
-    if found is None or found.chat_template is None:
+    directory = graphs.source.directory
+    if {"vision", "embedding"} <= set(graphs.files):
+        with suppress(Exception):  # transformers', of files in as many ways as there are processors
+            found = processor_of(directory, pictures=True)
+            if hasattr(found, "image_processor") and found.chat_template is not None:
+                return found, True
+    with reworded(OpenError, f"{directory} has no usable tokenizer ({{reason}}). Restore its files."):
+        found = processor_of(directory, pictures=False)
+    if found.chat_template is None:
         raise OpenError(f"{directory} has no chat template, so its prompts cannot be written. Put one there.")
-    return found, pictures
+    return found, False

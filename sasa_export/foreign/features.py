@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,11 @@ def run(decoder: Decoder, blocks: Blocks, outputs: dict[str, ir.Value] | None = 
             graph.outputs.append(wide)
     graph.sort()
     common.RemoveUnusedNodesPass()(blocks.model)
-    held = ir.serde.serialize_model(blocks.model).SerializeToString()
-    ready = session(held, "cpu", graphs.decoder.parent)
+    held, folder = ir.serde.serialize_model(blocks.model), graphs.decoder.resolve().parent
+    for entry in (entry for tensor in held.graph.initializer for entry in tensor.external_data):
+        if entry.key == "location":  # onnxruntime follows no links, such as those of the hub's cache, out of the folder
+            entry.value = os.path.relpath((graphs.decoder.parent / entry.value).resolve(), folder)
+    ready = session(held.SerializeToString(), "cpu", folder)
     return Model(graphs.source.directory, "", "cpu", {"graphs": graphs.files, "lengths": blocks.lengths}, ready)
 
 
@@ -74,8 +78,9 @@ def check_lane(decoder: Decoder, settings: LaneSettings) -> float:
     return apart
 
 
-def lanes(decoder: Decoder, settings: LaneSettings) -> Model:
-    """The graphs with both lanes' first-token features as outputs, "projected" and "plain", (1, features)."""
+def lanes(decoder: Decoder, settings: LaneSettings, *, logits: bool = True) -> Model:
+    """The graphs with both lanes' first-token features as outputs, "projected" and "plain", (1, features): normed
+    states, or, where a probe does not fold through the head, `logits`."""
     blocks = load_blocks(decoder.graphs)
     add = Builder(blocks.model.graph, "/sasa/features")
     assert settings.pair is not None
@@ -85,21 +90,33 @@ def lanes(decoder: Decoder, settings: LaneSettings) -> Model:
     projection = add("Mul", add("Div", along, add("Max", square, least)), semantic)  # (1, tokens, hidden)
     end = add_lane(blocks, settings.pair[0], projection, blocks.inputs.get("position_ids"))
     ends = {"projected": add("Gather", end, last, axis=1), "plain": add("Gather", blocks.norm, last, axis=1)}
-    if not decoder.linear:
+    if logits and not decoder.linear:
         ends = {name: add_head(blocks, value, f"/sasa/{name}") for name, value in ends.items()}
     return run(decoder, blocks, ends)
 
 
-def collect(reading: Model, prompts: Sequence[Prompt], work: Work, report: Silent, *, batch_size: int) -> Features:
+def original(decoder: Decoder) -> Model:
+    """The graphs as they are."""
+    return run(decoder, load_blocks(decoder.graphs))
+
+
+def collect(
+    reading: Model, prompts: Sequence[Prompt], work: Work, report: Silent, *, batch_size: int, kind: str = "calibrate"
+) -> Features:
     """What both lanes make of each prompt, by the graphs of `lanes`; what is finished is kept in `work`."""
-    names, results = ("projected", "plain"), Results(work, "calibrate", prompts, batch_size)
+    names, results = ("projected", "plain"), Results(work, kind, prompts, batch_size)
 
     def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        found = [reading.prompt(encoded(reading.processor, prompt)) for prompt in some]
-        return ((name, np.concatenate([values[name].numpy() for values in found])) for name in missing)
+        return ((name, values) for name, values in read(reading, some, names).items() if name in missing)
 
     results.fill(names, compute, report)
     return Features(*map(results.read, names))
+
+
+def read(reading: Model, prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Outputs of graphs by name, (prompts, ...) each, one prompt after the other."""
+    found = [reading.prompt(encoded(reading.processor, prompt)) for prompt in prompts]
+    return {name: np.concatenate([values[name].numpy() for values in found]) for name in names}
 
 
 def fit_graphs(decoder: Decoder, found: Features, prompts: Sequence[Prompt], regularization: float | None) -> Fitted:
@@ -128,14 +145,14 @@ def expect_graphs(
     decoder: Decoder, reading: Model, probe: Probe, prompts: Sequence[Prompt], scores: np.ndarray | None
 ) -> Iterator[Case]:
     """Cases of verification: P(unsafe) by the graphs of `lanes`, and the greedy answer of the decoder as it was."""
-    original = run(decoder, load_blocks(decoder.graphs))
+    as_it_was = original(decoder)
     found = () if scores is None else zip(prompts, scores, strict=True)
     calibrated = {prompt.name: float(score) for prompt, score in found}
     for prompt in choose(prompts, scores):
         inputs = encoded(reading.processor, prompt)
         state = reading.prompt(inputs)["projected"].numpy().astype(np.float64)  # (1, features)
         score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
-        _, first, tokens = original.answer(inputs, TOKENS)
+        _, first, tokens = as_it_was.answer(inputs, TOKENS)
         logits = tuple((int(token), float(first[token])) for token in np.argsort(first)[: -LOGITS - 1 : -1])
         yield Case(prompt, score, tuple(tokens), logits, calibrated.get(prompt.name))
 
@@ -153,7 +170,7 @@ def check_pieces(decoder: Decoder, directory: Path, cases: Sequence[Case], opene
         except Exception as error:
             said = f"a later call fails: {' '.join(str(error).split())[:200]}"
             try:  # some decoders take several tokens in their first call alone
-                run(decoder, load_blocks(decoder.graphs)).prompt(inputs, cuts)
+                original(decoder).prompt(inputs, cuts)
             except Exception:
                 return Check(name, None, f"not checked, since the original fails likewise: {said}")
             return Check(name, False, said)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ ROLES = {
     "vision": ("vision_encoder",),
 }  # fmt: skip
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what configurations call the number of blocks
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # beside the graphs
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -69,6 +70,7 @@ def open_graphs(model: str, chosen: Sequence[str] = ()) -> Graphs:
     shards = tuple(Shard(directory / name, (), (), ()) for name in (*files.values(), *weights))
     known = any(model_type in family.model_types for family in families().values())
     family = family_of(model_type) if known else Family(model_type, (model_type,))  # as of decoders of text
+    family = replace(family, files=COPIED)
     return Graphs(Source(model, directory, {"model_type": model_type, **config}, family, shards), files, weights)
 
 

@@ -27,9 +27,7 @@ LOGITS = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat
 Values = dict[str, ir.Value]
 
 
-def guarded_decoder(
-    decoder: Decoder, sasa: dict[str, Any], probe: Probe, pair: tuple[int, int]
-) -> tuple[ir.Model, Ledger]:
+def guarded_decoder(decoder: Decoder, sasa: dict[str, Any], probe: Probe) -> tuple[ir.Model, Ledger]:
     """The decoder's graph with the gate in it, and the shape of the ledger. EmitError where it cannot be made."""
     graphs, sizes, blocks = decoder.graphs, decoder.sizes, load_blocks(decoder.graphs)
     if blocks.model.opset_imports[""] < OPSET:
@@ -49,7 +47,7 @@ def guarded_decoder(
     ledger = Ledger(sizes.blocks, heads, size, sizes.hidden, axes or 1)
     cache, logits = getattr(torch, decoder.dtype), LOGITS.get(blocks.logits.dtype, torch.float32)  # type: ignore[arg-type]
     interface = Interface(ledger, sizes.vocabulary, axes, cache, logits, rows, decoder.linear)
-    splice(blocks, guard_graph(sasa, interface, probe), interface, pair)
+    splice(blocks, guard_graph(sasa, interface, probe), interface, (sasa["safety_layer"], sasa["semantic_layer"]))
     return blocks.model, ledger
 
 

@@ -6,45 +6,32 @@ took no part in the choice; the probe itself is fitted on both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.layers import LIMIT
-from sasa_export.layers.lane import watched
-from sasa_export.layers.pairs import possible, with_layer
+from sasa_export.layers.pairs import Pair, possible, with_layer
 from sasa_export.layers.prompts import halves, limited
 from sasa_export.layers.propose import Proposal, propose
-from sasa_export.layers.survey import Evidence, survey
+from sasa_export.layers.survey import Evidence
 from sasa_export.options import AUTO, Options
-from sasa_export.probe.work import Work
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.workers import workers
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The layers, where they are from in words, and the numbers of the prompts that took no part in the choice."""
-
-    settings: LaneSettings
-    layers_from: str
-    held_out: tuple[int, ...]
-
-
 def choose_layers(
-    model: Any,
-    processor: Any,
+    survey: Callable[[Sequence[Prompt], Sequence[Pair]], Evidence | None],
     graph: LayerGraph,
     prompts: Sequence[Prompt],
     settings: LaneSettings,
     options: Options,
-    work: Work,
     report: Silent,
-) -> Chosen:
-    """Choose the layers that `options` leave open. `settings` give what is no layer.
+) -> tuple[LaneSettings, str, tuple[int, ...]]:
+    """The layers that `options` leave open, where they are from in words, and the numbers of the prompts that took no
+    part in the choice. `settings` give what is no layer.
 
     Raises LocateError where either half of the prompts is too small to choose or to judge by.
     """
@@ -52,22 +39,17 @@ def choose_layers(
     pairs = possible(with_layer(len(graph.of("block")), *given), graph.earliest_safety_layer())
     choosing, held_out = halves(prompts)
     chosen_on, _ = (limited([prompts[row] for row in half], LIMIT) for half in (choosing, held_out))
-    processes = workers()
-    with watched(model, processor, graph) as lane:
-        evidence = survey(
-            lane, chosen_on, pairs, settings, work, report, batch_size=options.batch_size,
-            regularization=options.regularization_value(),
-        )  # fmt: skip
+    evidence = survey(chosen_on, pairs)
     found = None
     if evidence is not None:
         proposal = propose(evidence)
         for reason in proposal.reason:
             report.step("", reason)
         found = proposal.pair, _in_words(evidence, proposal, both=given == [None, None])
-    (safety, semantic), layers_from = processes.tell(found)  # type: ignore[misc]
+    (safety, semantic), layers_from = workers().tell(found)  # type: ignore[misc]
     report.step("locate", f"safety layer {safety}, semantic layer {semantic}")
     settings = replace(settings, safety_layer=safety, semantic_layer=semantic)
-    return Chosen(settings, layers_from, tuple(held_out.tolist()))
+    return settings, layers_from, tuple(held_out.tolist())
 
 
 def _in_words(evidence: Evidence, proposal: Proposal, *, both: bool) -> str:

@@ -86,28 +86,22 @@ def safety_heads(blocks: Sequence[int], harmful: np.ndarray, ordinary: np.ndarra
 
 
 def leading(states: np.ndarray) -> np.ndarray:
-    """The leading right singular vector (hidden,) of states (prompts, hidden)."""
-    return np.linalg.svd(states.astype(np.float64), full_matrices=False)[2][0]
-
-
-def degrees(first: np.ndarray, second: np.ndarray) -> float:
-    """The angle between two unit vectors (hidden,), whichever way either points: 0 to 90."""
-    along = float(first @ second)
-    # By the sine, since the cosine of a small angle rounds to 1.
-    aside = float(np.linalg.norm(second - along * first))
-    return float(np.degrees(np.arctan2(aside, abs(along))))
+    """The leading right singular vector of states (prompts, hidden), as a column (hidden, 1)."""
+    return np.linalg.svd(states.astype(np.float64), full_matrices=False)[2][:1].T
 
 
 def _angles(ablated: Results, sets: Sequence[np.ndarray], blocks: Sequence[int]) -> np.ndarray:
     """How far each head turns each set of prompts (rows): (sets, blocks, heads), in degrees."""
+    from scipy.linalg import subspace_angles
+
     intact = ablated.read(INTACT)  # (prompts, hidden)
-    before = [leading(intact[rows]) for rows in sets]  # (hidden,) each
+    before = [leading(intact[rows]) for rows in sets]  # (hidden, 1) each
     angles = []
     for block in blocks:
         states = ablated.read(without(block)).transpose(1, 0, 2)  # (heads, prompts, hidden)
         pairs = zip(before, sets, strict=True)
-        angles.append([[degrees(whole, leading(head[rows])) for head in states] for whole, rows in pairs])
-    return np.array(angles).transpose(1, 0, 2)
+        angles.append([[subspace_angles(whole, leading(head[rows]))[0] for head in states] for whole, rows in pairs])
+    return np.degrees(angles).transpose(1, 0, 2)
 
 
 def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:

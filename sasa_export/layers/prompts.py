@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from random import Random
 
 import numpy as np
@@ -16,14 +17,9 @@ LEAST = 10  # groups of either label, below which nothing can be cross-validated
 CONTROLS = 120  # pictures that are compared with their controls
 
 
-def label_of(prompt: Prompt) -> int:
-    return prompt.label
-
-
 def limited(prompts: Sequence[Prompt], groups: int) -> list[Prompt]:
     """About so many groups of prompts; all where there are no more. LocateError where they are too few."""
-    labels = kinds_of_groups(prompts, label_of)
-    kept = share_of(prompts, groups / len(labels), label_of)
+    kept = share_of(prompts, groups / len({prompt.group for prompt in prompts}), attrgetter("label"))
     for label, what in ((1, "harmful"), (0, "harmless")):
         count = len({prompt.group for prompt in kept if prompt.label == label})
         if count < LEAST:
@@ -52,7 +48,7 @@ def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def halves(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of two halves that share no group, the kinds of groups in equal numbers; always the same ones."""
-    labels = kinds_of_groups(prompts, label_of)
+    labels = kinds_of_groups(prompts, attrgetter("label"))
     # Shuffled within a kind, so that a set sorted by category does not put every second category aside.
     order = sorted(labels, key=lambda group: (labels[group], Random(group).random()))
     first = set(order[::2])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,17 +41,12 @@ class Evidence:
     Attributes:
         perception: AUC behind each block, of "all" prompts and of each channel.
         understanding: alignment behind each block with the "text_only" and the "image_dominant" control, or None.
-        results: of each prompt "states", the last token's behind each block, (prompts, blocks, hidden), "tokens", the
-            likeliest behind each block, (prompts, blocks, 5), "plain", the normed state, and that of each second lane.
-        vocabulary: every token's text.
     """
 
     perception: dict[str, list[Comparable]]
     understanding: dict[str, list[Comparable]] | None
     expression: Expression
     sweep: Sweep
-    results: Results
-    vocabulary: list[str]
 
 
 def survey(
@@ -93,15 +89,29 @@ def survey(
     on_controls.fill(MAIN_LANE, compute, report)
     if not workers().leads:
         return None
-    blocks, head = len(lane.blocks), head_weight(lane.model)  # (vocabulary, hidden)
-    vocabulary = token_texts(lane.processor.tokenizer, len(head))
-    perception = separability(results, blocks, report)
+    return evidence_of(results, on_controls, pairs, head_weight(lane.model), lane.processor, regularization, report)
+
+
+def evidence_of(
+    results: Results,
+    on_controls: Results,
+    pairs: Sequence[Pair],
+    head: np.ndarray,
+    processor: Any,
+    regularization: float | None,
+    report: Silent,
+) -> Evidence:
+    """The figures, once the model has run; head (vocabulary, hidden)."""
+    tokens = results.read("tokens")  # (prompts, blocks, 5)
+    perception = separability(results, tokens.shape[1], report)
     swept = sweep(results, pairs, head_metric(head), regularization, report)
-    expressed = expression(results.read("tokens"), vocabulary)
-    return Evidence(perception, understanding(on_controls, blocks), expressed, swept, results, vocabulary)
+    expressed = expression(tokens, token_texts(processor.tokenizer, len(head)))
+    return Evidence(perception, understanding(on_controls, tokens.shape[1]), expressed, swept)
 
 
 def _of_main_lane(lane: MainLane, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:
+    """Behind each block the likeliest tokens, (rows, blocks, 5), and the last token's "states", (rows, blocks, hidden);
+    and "plain", the normed state at the end, (rows, hidden)."""
     states = lane.states(batch)
     normed = [lane.normed(state) for state in states]  # (rows, hidden) each
     tokens = [lane.head(state).topk(LIKELIEST).indices.cpu() for state in normed]  # (rows, 5) each

@@ -7,16 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import EMBEDDED
 from sasa_export.models.smol_llava import VISION
 from sasa_export.options import AUTO
+from sasa_export.probe import Fitted
 from sasa_export.prompts.builtin_sets import DATA
-
-if TYPE_CHECKING:
-    from sasa_export.probe import Fitted
 
 FILE = Path(__file__).with_name("smol_llava_probe.safetensors")
 
@@ -48,8 +46,6 @@ def read(model: str, settings: LaneSettings, calibration: Sequence[str] | None, 
     Args: model: its name; calibration and regularization: as `Options` have them.
     """
     from safetensors import safe_open
-
-    from sasa_export.probe import Fitted
 
     layers = settings.pair
     usual = layers is not None and replace(settings, softcap=None) == LaneSettings(*layers)

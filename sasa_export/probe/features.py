@@ -34,28 +34,13 @@ class Features:
     plain: np.ndarray
 
 
-@dataclass(frozen=True)
-class Read:
-    """One batch's features, float32: `projected` and `plain` (rows, features), and `more` by name, (rows, hidden)."""
-
-    rows: tuple[int, ...]
-    projected: np.ndarray
-    plain: np.ndarray
-    more: dict[str, np.ndarray]
-
-
 @contextmanager
-def reading(
-    model: Any, processor: Any, graph: LayerGraph, more: Sequence[str] = ()
-) -> Iterator[Callable[[Sequence[Prompt], Sequence[int]], Read]]:
+def reading(model: Any, processor: Any, graph: LayerGraph) -> Iterator[Callable[[Sequence[Prompt]], Features]]:
     """Watch the model while the context lasts; gives a function that runs both lanes over a batch of prompts.
 
-    Args:
-        graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
-        more: nodes within the lane, its last block not among them, whose states are wanted too, read as those of the
-            last block are, behind the final norm.
+    Args: graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
 
-    The function takes all prompts and the rows of a batch, and raises CalibrationError where a state is not finite.
+    The function raises CalibrationError where a state is not finite.
     """
     import torch
 
@@ -65,30 +50,22 @@ def reading(
     end = next(node for node in nodes if node["op"] == "lane_norm")
     head = [node for node in nodes if node["op"] == "lane_head"][:1]
     plain = [{**end, "inputs": [MAIN]}, *head]  # what is done to a lane's end, done to the main lane's
-    others = {name: {**end, "inputs": [name]} for name in more}
     norm = model.get_submodule(graph["norm"].module)
     seen_norm: list[torch.Tensor] = []
 
-    def read(prompts: Sequence[Prompt], rows: Sequence[int]) -> Read:
-        inputs = place(encode(processor, [prompts[row] for row in rows]), model)
+    def read(prompts: Sequence[Prompt]) -> Features:
+        inputs = place(encode(processor, prompts), model)
         seen_norm.clear()
         with torch.no_grad(), within(current_recording, Recording()) as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
         at = last_real(inputs)  # (batch,)
         with torch.no_grad():
             node, states = start(nodes, seen)  # (batch, tokens, hidden)
-            values = run_lane(model, nodes, {node: states}, seen.arguments, at)
-            lane = values[nodes[-1]["name"]]  # (batch, features)
+            lane = run_lane(model, nodes, {node: states}, seen.arguments, at)[nodes[-1]["name"]]  # (batch, features)
             main = run_lane(model, plain, {MAIN: seen_norm[0]}, {}, at)[plain[-1]["name"]]  # (batch, features)
-            found = {name: run_lane(model, [node], values, {}, at) for name, node in others.items()}
-        batch = Read(
-            tuple(rows),
-            lane.float().cpu().numpy(),
-            main.float().cpu().numpy(),
-            {name: states[end["name"]].float().cpu().numpy() for name, states in found.items()},  # (batch, hidden) each
-        )
-        _check_finite(batch, prompts)
-        return batch
+        found = Features(lane.float().cpu().numpy(), main.float().cpu().numpy())
+        _check_finite(found, prompts)
+        return found
 
     handle = norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0]))
     try:
@@ -98,12 +75,12 @@ def reading(
         handle.remove()
 
 
-def _check_finite(batch: Read, prompts: Sequence[Prompt]) -> None:
+def _check_finite(found: Features, prompts: Sequence[Prompt]) -> None:
     """CalibrationError, which names the prompt, where a state is NaN or infinite."""
-    for row, *features in zip(batch.rows, batch.projected, batch.plain, strict=True):
-        if not all(np.isfinite(feature).all() for feature in features):
+    for prompt, *features in zip(prompts, found.projected, found.plain, strict=True):
+        if not np.isfinite(features).all():
             raise CalibrationError(
-                f"the model's state for the calibration prompt {prompts[row].name} is not finite. "
+                f"the model's state for the calibration prompt {prompt.name} is not finite. "
                 "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
             )
 
@@ -150,13 +127,12 @@ def collect(
 
     Raises CalibrationError where a state is not finite.
     """
+    rows = list(batches(prompts, batch_size))
     with reading(model, processor, graph) as read:
         found = workers().spread(
-            list(batches(prompts, batch_size)),
-            lambda rows: read(prompts, rows),
-            lambda rows: advance(len(rows)),
+            rows, lambda batch: read([prompts[row] for row in batch]), lambda batch: advance(len(batch))
         )
-    order = np.argsort([row for batch in found for row in batch.rows])
+    order = np.argsort(np.concatenate(rows))
     return Features(
         np.concatenate([batch.projected for batch in found])[order],
         np.concatenate([batch.plain for batch in found])[order],
@@ -172,17 +148,17 @@ def collect_on_disk(
     report: Silent,
     *,
     batch_size: int,
+    kind: str = "calibrate",
 ) -> Features:
-    """`collect`, each batch kept in `work`, so that an interrupted run goes on where it stopped."""
+    """`collect`, each batch kept in `work` under `kind`, so that an interrupted run goes on where it stopped."""
     lane = hashlib.sha256(repr(graph.to_json()).encode()).hexdigest()[:16]
     names = (f"projected-{lane}", f"plain-{lane}")
-    results = Results(work, "calibrate", prompts, batch_size)
+    results = Results(work, kind, prompts, batch_size)
     with reading(model, processor, graph) as read:
 
         def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-            found = read(some, range(len(some)))
-            arrays = dict(zip(names, (found.projected, found.plain), strict=True))
-            return ((name, arrays[name]) for name in missing)
+            found = read(some)
+            return zip(names, (found.projected, found.plain), strict=True)
 
         results.fill(names, compute, report)
     return Features(*map(results.read, names))

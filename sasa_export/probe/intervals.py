@@ -1,10 +1,10 @@
-"""Figures with 95 % intervals: Wilson's for shares, a bootstrap of whole groups, and for areas and means DeLong's
-variance with the prompts of one group counted as one (Obuchowski 1997), by which figures of the same prompts compare.
+"""Figures with 95 % intervals: Wilson's for shares, and for areas and means DeLong's variance with the prompts of one
+group counted as one (Obuchowski 1997), by which figures of the same prompts compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -12,8 +12,6 @@ import numpy as np
 
 CONFIDENCE = 0.95
 SPAN = 1.96  # standard errors on either side
-DRAWS = 1000
-AT_ONCE = 2_000_000  # weights in memory at a time
 
 Key = TypeVar("Key")
 
@@ -74,9 +72,6 @@ def is_above(higher: Share, lower: Share) -> bool:
     return higher.value - lower.value > np.hypot(higher.value - higher.low, lower.high - lower.value)
 
 
-# ------------------------------------------------------------------------------------------- comparable figures
-
-
 def auc_of(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Comparable:
     """The area under the ROC curve of scores (prompts,) for labels 0 and 1."""
     harmful, harmless = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
@@ -94,6 +89,13 @@ def mean_of(values: np.ndarray, groups: np.ndarray) -> Comparable:
     """The mean of values (prompts,)."""
     value = float(values.mean())
     return _comparable(value, (values - value) / len(values), groups, -np.inf, np.inf)
+
+
+def difference(first: Comparable, second: Comparable) -> Comparable:
+    """The first figure less the second; both must be of the same prompts."""
+    influence = first.influence - second.influence  # (groups,)
+    value, error = first.value - second.value, SPAN * _error(influence)
+    return Comparable(value, value - error, value + error, influence)
 
 
 def is_below(lower: Comparable, higher: Comparable, among: int = 1) -> bool:
@@ -130,64 +132,3 @@ def _comparable(value: float, influence: np.ndarray, groups: np.ndarray, least: 
 def _error(by_group: np.ndarray) -> float:
     count = len(by_group)
     return float(np.sqrt((by_group**2).sum() * count / max(count - 1, 1)))
-
-
-# ---------------------------------------------------------------------------------------------------- bootstrap
-
-
-def bootstrap(measure: Callable[[np.ndarray], np.ndarray], groups: np.ndarray) -> Estimate:
-    """A figure of prompts, and how it varies when whole groups are drawn again with replacement.
-
-    Args:
-        measure: from weights (draws, prompts), how often each prompt counts, to figures (draws,).
-        groups: (prompts,). Equal groups give equal draws, so differences of figures are paired.
-    """
-    value = measure(np.ones((1, len(groups))))[0]
-    drawn = np.concatenate([measure(weights) for weights in resamples(groups)])  # (DRAWS,)
-    low, high = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(float(value), float(low), float(high))
-
-
-def resamples(groups: np.ndarray) -> Iterator[np.ndarray]:
-    """How often each prompt is drawn, (draws, prompts), in parts of bounded memory, 1000 draws in all."""
-    _, index = np.unique(groups, return_inverse=True)  # (prompts,)
-    count = int(index.max()) + 1
-    draw = np.random.default_rng(0)
-    size = max(1, AT_ONCE // len(index))
-    for done in range(0, DRAWS, size):
-        yield draw.multinomial(count, np.full(count, 1 / count), size=min(size, DRAWS - done))[:, index]
-
-
-def auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The area under the ROC curve of scores (prompts,), (draws,); NaN where a draw has one label alone."""
-    harmful, harmless = _by_score(scores, labels, weights)  # (draws, steps)
-    above = harmful.cumsum(1) - harmful / 2  # (draws, steps), ties count half
-    with np.errstate(invalid="ignore"):
-        return (above * harmless).sum(1) / (harmful.sum(1) * harmless.sum(1))
-
-
-def recall_at(rate: float, scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The largest share of harmful prompts that any threshold catches on these very prompts at a false-positive rate
-    of at most `rate`, (draws,); NaN where a draw has no harmless ones."""
-    harmful, harmless = _by_score(scores, labels, weights)  # (draws, steps)
-    with np.errstate(invalid="ignore"):
-        caught = harmful.cumsum(1) / harmful.sum(1, keepdims=True)  # (draws, steps)
-        wrong = harmless.cumsum(1) / harmless.sum(1, keepdims=True)  # (draws, steps)
-    found = np.where(wrong <= rate + 1e-12, caught, 0.0).max(1)  # (draws,)
-    return np.where(np.isnan(wrong[:, -1]), np.nan, found)
-
-
-def f1(flagged: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The harmonic mean of precision and recall, (draws,); 0 where nothing harmful is caught."""
-    right = weights @ (flagged & (labels == 1)).astype(float)  # (draws,)
-    either = weights @ (flagged.astype(float) + labels)  # (draws,)
-    return np.divide(2 * right, either, out=np.zeros(len(weights)), where=either > 0)
-
-
-def _by_score(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The weight of harmful and of harmless prompts at each distinct score, the highest first, both (draws, steps)."""
-    order = np.argsort(-scores, kind="stable")  # (prompts,)
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])  # (steps,), where a new score begins
-    ordered = weights[:, order].astype(float)  # (draws, prompts)
-    harmful = labels[order] == 1  # (prompts,)
-    return np.add.reduceat(ordered * harmful, starts, 1), np.add.reduceat(ordered * ~harmful, starts, 1)

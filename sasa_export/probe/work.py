@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sasa_export.errors import CalibrationError, SasaExportError
-from sasa_export.files import check_free, claimed
+from sasa_export.files import check_free, claimed, write_whole
 from sasa_export.manifest import check_ours, digest
 from sasa_export.models import Source
 from sasa_export.prompts.prompt import Prompt, batches
@@ -42,11 +42,9 @@ class Work:
         Raises SasaExportError where the folder holds the results of another model, other prompts or settings and
         `discard` is not set.
         """
-        if workers().leads:
-            self._open(fingerprint, discard=discard, report=report)
-        workers().wait()
-
-    def _open(self, fingerprint: dict[str, Any], *, discard: bool, report: Silent) -> None:
+        if not workers().leads:
+            workers().wait()
+            return
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -62,10 +60,11 @@ class Work:
             if left != fingerprint:
                 for path in self.folder.iterdir():
                     path.unlink()
-                self._write(FINGERPRINT, lambda path: path.write_text(json.dumps(fingerprint), encoding="utf-8"))
+                write_whole(self.folder / FINGERPRINT, json.dumps(fingerprint))
             count = sum(path.suffix == ".npy" for path in self.folder.iterdir())
         if count:
             report.step("resume", f"{count} results of an interrupted run are there already")
+        workers().wait()
 
     def has(self, name: str) -> bool:
         return (self.folder / f"{name}.npy").exists()
@@ -78,12 +77,14 @@ class Work:
                 "narrow: try --dtype float32."
             )
 
-        def save(path: Path) -> None:
-            with path.open("wb") as file:  # np.save would put .npy behind the partial file's name
-                np.save(file, array, allow_pickle=False)
-
+        partial = self.folder / f"{name}.partial-{os.getpid()}"
         with self._explained():
-            self._write(f"{name}.npy", save)
+            try:
+                with partial.open("wb") as file:  # np.save would put .npy behind the partial file's name
+                    np.save(file, array, allow_pickle=False)
+                os.replace(partial, self.folder / f"{name}.npy")
+            finally:
+                partial.unlink(missing_ok=True)
 
     def get(self, name: str) -> np.ndarray:
         """A finished array, read from the disk where it is used. SasaExportError where its file is damaged."""
@@ -98,14 +99,6 @@ class Work:
     def remove(self) -> None:
         """Nothing of this is needed any longer."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _write(self, name: str, save: Callable[[Path], Any]) -> None:
-        partial = self.folder / f"{name}.partial-{os.getpid()}"
-        try:
-            save(partial)
-            os.replace(partial, self.folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -198,19 +191,13 @@ def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> di
     asked = hashlib.sha256()
     for prompt in prompts:
         asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.before)).encode())
-        if prompt.image is not None:
-            asked.update(_which(prompt).encode())
+        if prompt.picture is not None:
+            asked.update(digest(prompt.picture).encode())
+        elif isinstance(prompt.image, partial):  # by what it is drawn, since drawing thousands takes a minute
+            asked.update(repr((prompt.image.func.__name__, prompt.image.args)).encode())
     return {
         "model": model.hexdigest(),
         "prompts": asked.hexdigest(),
         "versions": {name: version(name) for name in ("sasa-export", "torch", "transformers", "numpy", "pillow")},
         **running,
     }
-
-
-def _which(prompt: Prompt) -> str:
-    """Which picture it is: the bytes of its file, or by what it is drawn, since drawing thousands takes a minute."""
-    if prompt.picture is not None:
-        return digest(prompt.picture)
-    assert isinstance(prompt.image, partial)
-    return repr((prompt.image.func.__name__, prompt.image.args))

@@ -7,7 +7,7 @@ is a JSONL file. Every reader names the file and the record that is wrong.
 from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation, for_model
 from sasa_export.prompts.leak import check_disjoint, grouped
 from sasa_export.prompts.prompt import Prompt, asked, encode
-from sasa_export.prompts.registry import DATA_SETS, calibration_prompts, load, load_all, lopsided
+from sasa_export.prompts.registry import DATA_SETS, calibration_prompts, check_labels, load, load_all, lopsided
 
 __all__ = [
     "DATA_SETS",
@@ -17,6 +17,7 @@ __all__ = [
     "builtin_evaluation",
     "calibration_prompts",
     "check_disjoint",
+    "check_labels",
     "encode",
     "for_model",
     "grouped",

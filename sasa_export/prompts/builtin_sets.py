@@ -123,16 +123,15 @@ def builtin_evaluation() -> list[Prompt]:
             category=line["category"],
             attack=kind, source="builtin-evaluation", borderline=kind == "borderline",
         )  # fmt: skip
-        seed = _seed(line["group"])  # twins share their picture's look and what accompanies it
-        if line["kind"] == "split":
+        if kind == "split":
             words = line["picture"]
             seed = _seed(f"{line['group']}/{words}")  # one picture, drawn alike beside either text
-            prompts.append(_shown(base, words, seed, prompt=base.prompt, question=f"{base.prompt}: {words}"))
-        else:
-            prompts.append(replace(base, name=f"{base.name}/text"))
-            carrier = CARRIERS[seed % len(CARRIERS)]
-            shown = _shown(base, base.prompt, seed, prompt=carrier, question=base.prompt)
-            prompts.append(replace(shown, name=f"{base.name}/picture"))
+            prompts.append(_shown(base, words, seed, question=f"{base.prompt}: {words}"))
+            continue
+        seed = _seed(line["group"])  # twins share their picture's look and what accompanies it
+        carrier = CARRIERS[seed % len(CARRIERS)]
+        shown = _shown(base, base.prompt, seed, prompt=carrier, question=base.prompt, name=f"{base.name}/picture")
+        prompts += [replace(base, name=f"{base.name}/text"), shown]
     return prompts
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sasa_export.errors import DataError
 from sasa_export.prompts.picture import pictured, unmarked
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.read import Row, entry, rows, rows_of_hub
-from sasa_export.prompts.spec import Chosen, Option
+from sasa_export.prompts.spec import Chosen, DataSet, Option
 
 FIGSTEP = {"full": ("safebench", "SafeBench"), "tiny": ("SafeBench-Tiny", "SafeBench-Tiny")}  # table, pictures
 BESIDE_FIGSTEP = (  # the one text that goes with every picture
@@ -263,14 +262,6 @@ def _tables(path: Path, files: Mapping[str, Sequence[str]], roots: Sequence[str]
             )
         return [(named[0], *_table(path, ()))]
     return [(part, *_table(path, names, roots)) for part, names in files.items()]
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """How a data set is read, and the options that narrow it down."""
-
-    read: Callable[[Path, Chosen], Iterator[Prompt]]
-    options: Mapping[str, Option] = field(default_factory=dict)
 
 
 COLUMNS = dict.fromkeys(("prompt", "label", "harmful", "image", "category"), Option())

@@ -16,15 +16,15 @@ from sasa_export.prompts.data_sets import DATA_SETS
 from sasa_export.prompts.leak import grouped
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.render import GRID, fits
-from sasa_export.prompts.spec import BARE, Chosen, parse
+from sasa_export.prompts.spec import BARE, parse
 from sasa_export.report import Silent
 
 BUILTIN, CALIBRATION = "builtin", "--calibration"
 QUIET = Silent()
 LEAST = 5  # prompts of either label that a probe is fitted on
-KINDS = {  # what to add where one label is missing
-    1: ("harmful", "figstep:DIR or mm-safetybench:DIR"),
-    0: ("harmless", "xstest:FILE,subset=safe (text) or vlguard:DIR,subset=safe_safes (pictures)"),
+EXAMPLES = {  # of what to add where one label is missing
+    1: "figstep:DIR or mm-safetybench:DIR",
+    0: "xstest:FILE,subset=safe (text) or vlguard:DIR,subset=safe_safes (pictures)",
 }
 
 
@@ -41,7 +41,7 @@ def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: b
     """
     if spec == BUILTIN:
         return builtin() if flag == CALIBRATION else builtin_evaluation()
-    name, path, chosen = _parsed(spec)
+    name, path, chosen = parse(spec, DATA_SETS)
     what = f"{flag.strip('-')} file"
     if name != "hub" and not os.path.exists(path):
         raise DataError(f"there is no {what} or directory {path}. Check {flag} {spec}.")
@@ -101,15 +101,21 @@ def calibration_prompts(specs: Sequence[str], report: Silent = QUIET) -> list[Pr
     question are one group.
     """
     specs = specs or (BUILTIN,)
-    alone = len(specs) == 1 and (specs[0] == BUILTIN or _parsed(specs[0])[0] == BARE)
+    alone = len(specs) == 1 and (specs[0] == BUILTIN or parse(specs[0], DATA_SETS)[0] == BARE)
     prompts = load(specs[0], CALIBRATION) if alone else load_all(specs, CALIBRATION, report)
-    for label, (what, example) in KINDS.items():
-        if sum(prompt.label == label for prompt in prompts) < LEAST:
-            raise DataError(
-                f"{' and '.join(specs)}: fewer than {LEAST} {what} prompts (label {label}), and a probe needs both "
-                f"classes. Add them with another {CALIBRATION}, for example {CALIBRATION} {example}."
-            )
+    check_labels(prompts, LEAST, CALIBRATION, f"{' and '.join(specs)}: a probe")
     return prompts
+
+
+def check_labels(prompts: Sequence[Prompt], least: int, flag: str, what: str) -> None:
+    """Raise DataError where there are fewer prompts of either label than `what` needs."""
+    for label, example in EXAMPLES.items():
+        if sum(prompt.label == label for prompt in prompts) < least:
+            raise DataError(
+                f"{what} needs both kinds of prompts, and fewer than {least} are "
+                f"{('harmless', 'harmful')[label]} (label {label}). Add some with another {flag}, for example "
+                f"{flag} {example}."
+            )
 
 
 def lopsided(prompts: Sequence[Prompt]) -> str | None:
@@ -123,7 +129,3 @@ def lopsided(prompts: Sequence[Prompt]) -> str | None:
                 "example from VLGuard."
             )
     return None
-
-
-def _parsed(spec: str) -> tuple[str, Path, Chosen]:
-    return parse(spec, {name: data_set.options for name, data_set in DATA_SETS.items()})

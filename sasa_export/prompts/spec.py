@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sasa_export.errors import DataError
+from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.read import TABLES, folded
 
 # One letter before a colon is a drive. Options stand at the end, so that a path may hold commas.
@@ -48,10 +49,18 @@ class Option:
         return tuple(name for name, known in names.items() if words & known)
 
 
-def parse(spec: str, known: Mapping[str, Mapping[str, Option]]) -> tuple[str, Path, Chosen]:
+@dataclass(frozen=True)
+class DataSet:
+    """How a data set is read, and the options that narrow it down."""
+
+    read: Callable[[Path, Chosen], Iterator[Prompt]]
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+def parse(spec: str, known: Mapping[str, DataSet]) -> tuple[str, Path, Chosen]:
     """The data set, the path, and the chosen values of all of its options.
 
-    Args: known: the options of each data set. DataError where the spec names no data set, no path, or no option.
+    DataError where the spec names none of the `known` data sets, no path, or no option.
     """
     match = (WHOLE if os.path.exists(spec) else SPEC).fullmatch(spec)
     assert match is not None  # both take anything
@@ -60,7 +69,7 @@ def parse(spec: str, known: Mapping[str, Mapping[str, Option]]) -> tuple[str, Pa
         raise DataError(f"{spec}: there is no data set {name!r}. Known are {', '.join(known)}.")
     if not path.strip():
         raise DataError(f"{spec!r} names no path. Write name:PATH, for example xstest:xstest_prompts.csv.")
-    options = known[name]
+    options = known[name].options
     chosen = {option: options[option].choose(options[option].default) for option in options}
     for item in match[3].split(",")[1:]:
         option, _, value = item.partition("=")

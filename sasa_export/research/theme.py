@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from sasa_export.probe.intervals import Estimate
 
 WIDTH = 7.0  # inches
 RESOLUTION = 130  # dots per inch
@@ -47,8 +49,8 @@ def png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def band(axis: Any, across: Any, curve: Any, colour: str, label: str, **line: Any) -> None:
-    """A line of estimates over `across`, with their intervals as a band."""
-    axis.plot(across, [point.value for point in curve], color=colour, label=label, **line)
+def band(axis: Any, curve: Sequence[Estimate], colour: str, label: str, **line: Any) -> None:
+    """A line of estimates over their places, with their intervals as a band."""
+    axis.plot([point.value for point in curve], color=colour, label=label, **line)
     low, high = [point.low for point in curve], [point.high for point in curve]
-    axis.fill_between(across, low, high, color=colour, alpha=0.18, linewidth=0)
+    axis.fill_between(range(len(curve)), low, high, color=colour, alpha=0.18, linewidth=0)

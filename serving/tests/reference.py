@@ -50,8 +50,6 @@ MORE = ("qwen2_vl", "qwen3_vl", "llava_onevision", "mistral3", "glm4v", "internv
 VARIANTS: dict[str, dict[str, Any]] = {
     **{family: {} for family in (*tiny.FAMILIES, *MORE)},
     "none": {"family": "llava", "projection": "none"},
-    "block": {"family": "qwen2_5_vl", "probe_block": 3},
-    "start": {"family": "llava", "probe_block": 2},
 }
 
 

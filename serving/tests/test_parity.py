@@ -12,7 +12,7 @@ from engine import serve
 
 NAMES = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3",
-    "mistral3", "internvl", "glm4v", "none", "block", "start", "smol",
+    "mistral3", "internvl", "glm4v", "none", "smol",
 )  # fmt: skip
 
 

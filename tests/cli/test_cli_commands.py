@@ -34,7 +34,7 @@ def test_help_shows_the_common_options_and_help_all_the_rest() -> None:
     common, every = succeeds("--help").stdout, succeeds("--help-all").stdout
     for flag in ("--model", "--out", "--safety-layer", "--calibration", "--probe", "--device", "--help-all"):
         assert flag in common and flag in every
-    for flag in ("--probe-block", "--projection", "--opset", "--batch-size", "--link"):
+    for flag in ("--regularization", "--projection", "--opset", "--batch-size", "--link"):
         assert flag not in common and flag in every
     for command in ("evaluate", "fetch", "locate", "trace", "verify"):
         assert f"\n  {command} " in common and f"\n  {command} " in every
@@ -89,15 +89,15 @@ def test_trace(tiny_model: Tiny, family: str) -> None:
     assert '["blocks 0 to 5"]' in before
     for label in ("safety layer 1", "semantic layer 3", "projection", "second lane: blocks 2 to 5", "probe", "gate"):
         assert f'["{label}"]' in after and f'["{label}"]' not in before
-    assert "✓" in succeeds("trace", "--model", str(model), "--check", "--load").stdout
+    assert "After:" in succeeds("trace", "--model", str(model), "--load").stdout
 
 
 def test_a_model_that_its_family_does_not_describe(llava: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`trace --check` and the patch itself name the node that is not where the file says."""
+    """`trace` and the patch itself name the node that is not where the file says."""
     family, said = families.families()["llava"], "no module model.language_model.final_norm (norm)"
     changed = replace(family, modules={**family.modules, "norm": "model.language_model.final_norm"})
     monkeypatch.setattr(families, "families", lambda: {"llava": changed})
-    assert said in fails("trace", "--model", str(llava), "--check")
+    assert said in fails("trace", "--model", str(llava))
     assert said in fails(*flags(llava, place / "out"))
 
 

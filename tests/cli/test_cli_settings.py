@@ -16,7 +16,7 @@ import sasa_export
 from sasa_export import patch
 from sasa_export.errors import SasaExportError
 from sasa_export.options import Options
-from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.research.options import EvaluateOptions
 
 
 def record(label: int, number: int, **fields: Any) -> str:
@@ -30,7 +30,7 @@ def record(label: int, number: int, **fields: Any) -> str:
         ([record(2, 0)], "line 1 has the label 2; it must be 0 (harmless) or 1 (harmful)"),
         ([record(1, 0, image="none.png")], "line 1 names the image"),
         ([], "has no prompts"),
-        ([record(1, number) for number in range(20)], "fewer than 5 harmless prompts (label 0)"),
+        ([record(1, number) for number in range(20)], "fewer than 5 are harmless (label 0)"),
         ([record(number % 2, number, group="all") for number in range(20)], "group"),
     ],
     ids=["no JSON", "label", "image", "empty", "harmful alone", "one group"],
@@ -135,9 +135,7 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ({"onnx_dtype": "bfloat16"}, "--onnx-dtype is 'bfloat16'; it must be one of float32, float16, int8, int4."),
         ({"calibration": ("a.jsonl",), **GIVEN}, "--probe and --calibration exclude each other"),
         ({"safety_layer": "auto", **GIVEN}, "--probe and layers left to auto exclude each other"),
-        ({"semantic_layer": "auto", "probe_block": 3}, "--probe-block and layers left to auto exclude each other"),
         ({"projection": "none", "safety_layer": 2}, "--projection none has no safety and no semantic layer"),
-        ({"projection": "none", "probe_block": 2}, "--projection none has no second lane"),
         ({"gate": "off"}, "--gate is 'off'; it must be one of enforce, observe."),
         ({"onnx_dtype": "int8"}, "--onnx-dtype has no effect without --format onnx or both. Leave it out."),
         ({"opset": 20}, "--opset has no effect without --format onnx"),

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from foreign_runner import GraphOracle
+from onnx_runner import session
 from safetensors.numpy import save_file
 
 import sasa_export
@@ -118,7 +119,6 @@ def test_options_of_torch_are_no_options_of_graphs(directory: Path, tmp_path: Pa
         {"opset": 20, "format": "onnx"},
         {"format": "both"},
         {"projection": "none"},
-        {"safety_layer": "auto"},
     ):
         options = sasa_export.Options(model=str(directory), out=tmp_path / "out", **given)
         with pytest.raises(SasaExportError, match="not of use with ONNX graphs"):
@@ -148,6 +148,29 @@ def test_variants_are_chosen_by_file_or_by_type(tmp_path: Path) -> None:
         assert files == {"decoder": decoder.format(first), "embedding": embedding.format(second)}
     with pytest.raises(OpenError, match="--onnx-file q8 is none of the graphs"):
         open_graphs(model, ("q4", "q8"))
+
+
+def test_links_of_the_hubs_cache_are_followed_and_none_is_written(directory: Path, tmp_path: Path) -> None:
+    """A snapshot holds links to blobs, and onnxruntime takes no weights from outside of a graph's folder."""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(path for path in directory.iterdir() if path.is_file()):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    save_file(
+        {"sasa.probe.weight": np.ones(foreign_graphs.HIDDEN, np.float32), "sasa.probe.bias": np.zeros(1, np.float32)},
+        tmp_path / "probe",
+    )
+    options = sasa_export.Options(
+        model=str(snapshot), out=tmp_path / "out", probe=tmp_path / "probe", safety_layer=1, semantic_layer=2,
+        verify="files",
+    )  # fmt: skip
+    sasa_export.patch(options)
+    written = [path for path in options.out.rglob("*") if not path.is_dir()]
+    assert not any(path.is_symlink() for path in written)
+    assert (options.out / "model.onnx_data").read_bytes() == (directory / "model.onnx_data").read_bytes()
+    assert session(options.out / "model.onnx").get_outputs()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.onnx_data"])

@@ -15,6 +15,15 @@ every = pytest.mark.parametrize("where", TRIED or GRAPHS)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING, reason=WHY)]
 
 
+def ask_both(it: Case, conversations: list[Any], **options: Any) -> Any:
+    """What is said in each turn of each conversation, of turns' rows of ids, where the original says anything."""
+    try:
+        ask(it.original, conversations[:1], **options)
+    except AssertionError as error:
+        pytest.skip(f"the original does not run: {str(error)[-200:]}")
+    return ask(it.patched, conversations, **options)
+
+
 def wanted(it: Case, ids: list[int], probability: float) -> list[int]:
     """The refusal, or what the original says in onnxruntime."""
     if probability >= it.threshold:
@@ -28,9 +37,9 @@ def wanted(it: Case, ids: list[int], probability: float) -> list[int]:
 def test_prompts(options: dict[str, int], where: str, case: Any) -> None:
     it = case(where)
     for (found,), ids, expected in zip(
-        ask(it.patched, [[[ids]] for ids in it.rows], **options), it.rows, it.expected, strict=True
+        ask_both(it, [[[ids]] for ids in it.rows], **options), it.rows, it.expected, strict=True
     ):
-        assert found["probability"] == pytest.approx([expected], abs=it.tolerance)
+        assert found["probability"] == pytest.approx([expected], abs=it.by_call)
         (said,), right = found["tokens"], wanted(it, ids, expected)
         assert said[: len(right)] == right[: len(said)]
 
@@ -39,9 +48,9 @@ def test_prompts(options: dict[str, int], where: str, case: Any) -> None:
 def test_a_second_turn(where: str, case: Any) -> None:
     it = case(where)
     for first, expected in zip(it.rows, it.expected, strict=True):
-        answer = wanted(it, first, expected)
-        end = it.refusal[-1:] * (answer[-1] == it.refusal[-1])
-        again = [*end, *it.rows[-1]]
-        ((_, found),) = ask(it.patched, [[[first], [again]]])
-        fed = answer[:-1] if end else answer
-        assert found["probability"] == pytest.approx([it.judge([*first, *fed, *again])], abs=it.tolerance)
+        answer, ending = wanted(it, first, expected), it.refusal[-1]
+        ended = ending in answer
+        fed = answer[: answer.index(ending)] if ended else answer  # it does not feed the token that ends an answer
+        again = [*[ending] * ended, *it.rows[-1]]
+        ((_, found),) = ask_both(it, [[[first], [again]]])
+        assert found["probability"] == pytest.approx([it.judge([*first, *fed, *again])], abs=it.by_call)

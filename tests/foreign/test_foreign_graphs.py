@@ -87,7 +87,7 @@ class Case:
         return 5e-2 if self.kind == "int4" else self.tolerance
 
     def decoder(self, directory: Path) -> Decoder:
-        return Decoder(directory, exact=self.kind == "float16" and "optimum" in str(self.original))
+        return Decoder(directory, exact=self.kind == "float16")
 
     def ask(self, directory: Path, ids: list[int]) -> Decoder:
         asked = self.decoder(directory)

@@ -1,4 +1,4 @@
-"""Where the probe reads: `--probe-block` ends the second lane early, `--projection none` does without one."""
+"""`--projection none`: the probe reads the end of the main lane, and there is no second one."""
 
 from __future__ import annotations
 
@@ -14,21 +14,14 @@ import oracle
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
 from conftest import Guard
 from onnx_runner import Runner, image_token, positions
 from torch import Tensor
 
-from sasa_export.cli import main
-
 Guards = Callable[..., Guard]
 
-SAFETY = 2  # of `guard`
-NONE = None
-ENDS = [2, 3, 4, NONE]  # the projection itself, a block before the semantic layer, that one, and no projection
 FAMILIES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("llava", "gemma3", "qwen2_5_vl")]
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_end = pytest.mark.parametrize("end", ENDS)
 
 
 class PlainGuard(Guard):
@@ -39,9 +32,7 @@ class PlainGuard(Guard):
         return oracle.unsafe_probability(oracle.plain_logits(self.stock, inputs), self.weight, self.bias)
 
 
-def ended(guard: Guards, family: str, end: int | None) -> Guard:
-    if end is not None:
-        return guard(family, probe_block=end)
+def without_projection(guard: Guards, family: str) -> Guard:
     plain = guard(family, None, None, projection="none")
     return PlainGuard(**{entry.name: getattr(plain, entry.name) for entry in fields(Guard)})
 
@@ -72,14 +63,13 @@ def blocks_run(model: Any, inputs: dict[str, Any]) -> list[int]:
 
 
 @every_family
-@every_end
 @torch.no_grad()
-def test_the_verdict_is_the_oracles(guard: Guards, family: str, end: int | None) -> None:
+def test_the_verdict_is_the_oracles(guard: Guards, family: str) -> None:
     """Refused rows emit the refusal, allowed ones are the stock model's to the bit, and no block runs in vain."""
-    guarded = ended(guard, family, end)
+    guarded = without_projection(guard, family)
     inputs = batch(guarded)
     expected = guarded.expected(inputs)  # (batch,)
-    assert (expected - guard(family).expected(inputs)).abs().max() > 1e-3, "the oracle must see where the lane ends"
+    assert (expected - guard(family).expected(inputs)).abs().max() > 1e-3, "the oracle must see the difference"
     with guarded.halved(inputs) as refused:
         found = guarded.model(**inputs)
         said, plain = answers(guarded.model, inputs), answers(guarded.stock, inputs)
@@ -89,15 +79,13 @@ def test_the_verdict_is_the_oracles(guard: Guards, family: str, end: int | None)
     assert all(row.tolist() == guarded.refusal[: len(row)] for row in said[refused])
     width = min(said.shape[1], plain.shape[1])
     assert torch.equal(said[~refused, :width], plain[~refused, :width])
-    last = SAFETY if end is None else end
-    assert blocks_run(guarded.model, inputs) == [2 if SAFETY < block <= last else 1 for block in range(tiny.LAYERS)]
+    assert blocks_run(guarded.model, inputs) == [1] * tiny.LAYERS
 
 
 @every_family
-@every_end
 @torch.no_grad()
-def test_a_prompt_that_comes_token_by_token(guard: Guards, family: str, end: int | None) -> None:
-    guarded = ended(guard, family, end)
+def test_a_prompt_that_comes_token_by_token(guard: Guards, family: str) -> None:
+    guarded = without_projection(guard, family)
     inputs = batch(guarded, images=False, count=1)
     places, _ = positions(guarded, inputs)  # (..., 1, tokens)
     cache, found = None, None
@@ -111,10 +99,9 @@ def test_a_prompt_that_comes_token_by_token(guard: Guards, family: str, end: int
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("onnx-llava")
-@pytest.mark.parametrize("end", [3, NONE])
 @torch.no_grad()
-def test_in_onnx(guard: Guards, exported: Callable[..., Path], end: int | None) -> None:
-    guarded = ended(guard, "llava", end)
+def test_in_onnx(guard: Guards, exported: Callable[..., Path]) -> None:
+    guarded = without_projection(guard, "llava")
     directory = exported(guarded.directory)
     runner, inputs = Runner(directory), batch(guarded)
     ids, _ = positions(guarded, inputs)
@@ -123,35 +110,10 @@ def test_in_onnx(guard: Guards, exported: Callable[..., Path], end: int | None) 
     np.testing.assert_allclose(runner.probability, guarded.expected(inputs).numpy(), atol=1e-4, rtol=0)
     graph = ir.load(directory / "onnx" / "decoder_model_merged.onnx").graph
     attentions = sum(node.op_type == "Attention" for node in graph.all_nodes())
-    assert attentions == tiny.LAYERS + (0 if end is None else end - SAFETY)
+    assert attentions == tiny.LAYERS
 
 
-@pytest.mark.parametrize(
-    ("end", "said"),
-    [
-        (3, ("6 + 1 blocks run, 1.17 times the original's", "block 3 runs once more on the result")),
-        (2, ("6 + 0 blocks run, 1.00 times", "no block runs on the result")),
-        (NONE, ("Over the prompt 6 blocks run, as in the original", "No projection, so no layers to choose")),
-    ],
-)
-def test_the_card_says_what_it_costs(guard: Guards, end: int | None, said: tuple[str, ...]) -> None:
-    card = " ".join((ended(guard, "llava", end).directory / "README.md").read_text().split())
-    assert all(words in card for words in said)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--probe-block 1 --safety-layer 2 --semantic-layer 4", "--probe-block is 1; it must be from"),
-        ("--probe-block 6 --safety-layer 2 --semantic-layer 4", "to the last block, 5"),
-        ("--probe-block 3 --projection none", "has no second lane"),
-        ("--probe-block 3 --safety-layer auto", "Give both layers"),
-        ("--projection none --safety-layer 1", "--projection none has no safety and no semantic layer"),
-        ("--projection none --semantic-layer 1", "--projection none has no safety and no semantic layer"),
-    ],
-)
-def test_where_it_cannot_end(words: str, said: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    flags = ["--model", str(tiny_model("llava")), "--out", str(tmp_path / "out"), *words.split()]
-    result = CliRunner().invoke(main, flags)
-    assert result.exit_code == 1 and said in result.stderr.replace("\n", " ")
-    assert not (tmp_path / "out").exists() and isinstance(result.exception, SystemExit)
+def test_the_card_says_what_it_costs(guard: Guards) -> None:
+    card = " ".join((without_projection(guard, "llava").directory / "README.md").read_text().split())
+    for words in ("Over the prompt 6 blocks run, as in the original", "No projection, so no layers to choose"):
+        assert words in card

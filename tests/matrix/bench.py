@@ -112,10 +112,9 @@ class Bench:
         model, stock = models or (self.model, self.stock)
         safety, semantic = self.guarded.safety, self.guarded.semantic
         assert safety is not None and semantic is not None
-        block = self.guarded.model.config.sasa["probe_block"]
         verdicts: set[bool] = set()
         for inputs in prompts:
-            logits = oracle.oracle_logits(stock, inputs, safety, semantic, block)
+            logits = oracle.oracle_logits(stock, inputs, safety, semantic)
             scores = oracle.unsafe_probability(logits, self.guarded.weight, self.guarded.bias)  # (rows,)
             expected = way(self, stock, copy.copy(inputs))
             for threshold in self.thresholds(scores):

@@ -41,7 +41,7 @@ def test_an_unsupported_family_through_the_script(tmp_path: Path, place: Path) -
         ("{not json", "is not valid JSON"),
         ("[]", "does not hold a JSON object"),
         ("{}", "model type None is not supported"),
-        ('{"model_type": "llava"}', "the shards of"),
+        ('{"model_type": "llava"}', "missing keys"),
         ('{"model_type": "llava", "text_config": {"model_type": "no_such_decoder"}}', "is damaged"),
         ('{"model_type": "llava", "text_config": {"num_hidden_layers": "six"}}', "is damaged"),
     ],
@@ -122,7 +122,7 @@ FIRST = "model-00001-of-00004.safetensors"
     "change, said",
     [
         (lambda names: names.update({"extra.weight": FIRST}), f"extra.weight is in {FIRST}, and it is not"),
-        (lambda names: names.clear(), "lack"),
+        (lambda names: names.clear(), "missing keys"),
         (lambda names: names.update({"lm_head.weight": "none.safetensors"}), "none.safetensors is missing"),
         (lambda names: names.update({"lm_head.weight": 3}), "is not a valid index of shards"),
         (lambda names: names.update({"lm_head.weight": "../x.safetensors"}), "'../x.safetensors', which lies outside"),
@@ -188,9 +188,12 @@ def named(tensors: dict[str, np.ndarray]) -> str:
     "change, said",
     [
         (lambda tensors: tensors[named(tensors)].__setitem__((3, 5), np.nan), f"NaN or infinity in {UP}"),
-        (lambda tensors: tensors.pop(named(tensors)), f"lack 1 tensors of the model ({UP})"),
+        (lambda tensors: tensors.pop(named(tensors)), f"1 missing keys ({UP})"),
         (lambda tensors: tensors.update({"extra.weight": np.zeros(2, np.float32)}), "1 unexpected keys (extra.weight)"),
-        (lambda tensors: tensors.update({named(tensors): tensors[named(tensors)][:-1].copy()}), f"{UP} in the shards"),
+        (
+            lambda tensors: tensors.update({named(tensors): tensors[named(tensors)][:-1].copy()}),
+            f"1 mismatched keys ({UP}, (95, 64) in the shards",
+        ),
     ],
     ids=["NaN", "missing", "unexpected", "mismatched"],
 )

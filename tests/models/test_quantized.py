@@ -72,14 +72,16 @@ def test_a_quantized_source_without_loading(fp8: Path, probe: Path, place: Path)
     assert written["quantization_config"] == json.loads((fp8 / "config.json").read_text())["quantization_config"]
 
 
+HEAD = "lm_head.weight"
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no scales": (lambda tensors: tensors.pop(f"{UP}_scale_inv"), "is F8_E4M3, and its scales are not there"),
-    "no weight": (lambda tensors: tensors.pop(UP), "has shape (3, 2), and its config.json says"),
-    "neither": (lambda tensors: [tensors.pop(UP), tensors.pop(f"{UP}_scale_inv")], "lack 1 tensors of the model"),
+    "no scales": (lambda tensors: tensors.pop(f"{UP}_scale_inv"), "has 8 bits, and its scales are not there"),
+    "no weight": (lambda tensors: tensors.pop(UP), f"1 missing keys ({UP})"),
+    "neither": (lambda tensors: [tensors.pop(UP), tensors.pop(f"{UP}_scale_inv")], f"1 missing keys ({UP})"),
     "another shape": (
-        lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][:9].clone()}), "has shape (9, 64)"
+        lambda tensors: tensors.update({HEAD: tensors[HEAD][:9].clone()}),
+        f"1 mismatched keys ({HEAD}, (9, 64) in the shards and (384, 64) by config.json)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 from sasa_export import models, pipeline
 from sasa_export.cli import main
 from sasa_export.errors import EmitError
-from sasa_export.models import open_source
 from sasa_export.options import Options
 from sasa_export.writers.onnx import memory
 
 Tiny = Callable[..., Path]
 GB = 10**9
 # 4 GB of weights in float32, as much of a source as an estimate needs.
-LARGE: Any = SimpleNamespace(name="made up", shards=(SimpleNamespace(shapes=((1000, 1000),) * 1000),))
+SHAPES = ((1000, 1000),) * 1000
+LARGE: Any = SimpleNamespace(name="made up", shards=(SimpleNamespace(shapes=SHAPES, types=("F32",) * 1000),))
 
 
 @pytest.fixture
@@ -81,7 +81,6 @@ def test_too_little_disk_is_said_before_the_work(
 )
 def test_what_would_help_is_named(free: int, advice: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 7 GB float16 goes, and without running the graphs float32 too."""
-    monkeypatch.setattr(memory, "stored_types", lambda source: {"float32"})
     monkeypatch.setattr(memory, "available_memory", lambda: free)
     if advice is None:
         memory.check_memory(LARGE, Options())
@@ -93,21 +92,17 @@ def test_what_would_help_is_named(free: int, advice: str | None, monkeypatch: py
 @pytest.mark.parametrize(
     ("stored", "dtype", "least"),
     [
-        ({"float16"}, "float16", 0),
-        ({"float16"}, "float32", 4 * GB),
-        ({"float16", "float32"}, "float16", 2 * GB),
-        ({"float32"}, "int8", 6 * GB),
+        (("F16",), "float16", 0),
+        (("F16",), "float32", 4 * GB),
+        (("F16", "F32"), "float16", 2 * GB),
+        (("F32",), "int8", 6 * GB),
     ],
     ids=["the same type stays in its file", "another type", "two types", "the quantizer's copies"],
 )
-def test_the_memory_of_a_type(stored: set[str], dtype: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "stored_types", lambda source: stored)
-    needed = memory.needed_memory(LARGE, dtype, run=False) - memory.PROGRAM
+def test_the_memory_of_a_type(stored: tuple[str, ...], dtype: str, least: int) -> None:
+    source: Any = SimpleNamespace(name="made up", shards=(SimpleNamespace(shapes=SHAPES, types=stored),))
+    needed = memory.needed_memory(source, dtype, run=False) - memory.PROGRAM
     assert least <= needed <= 1.2 * least
-
-
-def test_the_types_of_a_source(tiny_model: Tiny) -> None:
-    assert memory.stored_types(open_source(str(tiny_model("llava")))) == {"float32"}
 
 
 def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

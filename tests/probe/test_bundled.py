@@ -36,10 +36,7 @@ def test_it_is_there_for_what_it_was_fitted_with_alone() -> None:
     found = read()
     assert isinstance(found, Fitted) and list(found.probes) == ["projected", "plain"]
     assert {len(scores) for scores in (found.final, *found.scores.values())} == {len(prompts)}
-    for other in (
-        replace(settings, safety_layer=10), replace(settings, epsilon=1e-3), replace(settings, probe_block=27),
-        LaneSettings(None, None),
-    ):  # fmt: skip
+    for other in (replace(settings, safety_layer=10), replace(settings, epsilon=1e-3), LaneSettings(None, None)):
         assert read(other) is None
     assert read(model="other") is None and read(data=("mine.jsonl",)) is None and read(c=1.0) is None
 

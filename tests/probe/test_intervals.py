@@ -6,21 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 
-from sasa_export.probe.intervals import (
-    DRAWS,
-    Estimate,
-    auc,
-    auc_of,
-    bootstrap,
-    is_below,
-    mean_of,
-    recall_at,
-    resamples,
-    share,
-    within_noise,
-)
+from sasa_export.probe.intervals import auc_of, difference, is_below, mean_of, share, within_noise
 
 
 def test_a_share_has_wilsons_interval() -> None:
@@ -56,6 +44,8 @@ def test_differences_are_judged_on_the_same_prompts() -> None:
     first, second = (auc_of(scores, labels, groups) for scores in (better - labels * 0.25, better))
     assert first.high > second.low, "each interval holds the other's figure"
     assert is_below(first, second) and not is_below(second, first) and not is_below(second, second)
+    gain = difference(second, first)
+    assert 0 < gain.low < gain.value == second.value - first.value < gain.high < 2 * gain.value
     assert not is_below(mean_of(np.ones(4), groups[:4]), mean_of(np.ones(4) + 1e-12, groups[:4]))
     unrelated = auc_of(labels * 1.4 + draw.normal(size=200), labels, groups)
     assert not is_below(unrelated, second, among=30)
@@ -63,25 +53,3 @@ def test_differences_are_judged_on_the_same_prompts() -> None:
     for scores, value in ((labels.astype(float), 1.0), (np.zeros(200), 0.5)):
         certain = auc_of(scores, labels, groups)
         assert (certain.value, certain.low, certain.high) == (value, value, value)
-
-
-def test_a_draw_is_the_figure_of_the_prompts_it_draws() -> None:
-    draw, labels = np.random.default_rng(3), np.arange(60) % 2
-    scores = np.round(np.clip(draw.normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1)  # with ties
-    weights = draw.integers(0, 4, size=(5, 60))
-    found = zip(weights, auc(scores, labels, weights), recall_at(0.2, scores, labels, weights), strict=True)
-    for row, area, recall in found:
-        repeated = np.repeat(np.arange(60), row)
-        assert area == pytest.approx(roc_auc_score(labels[repeated], scores[repeated]))
-        wrong, caught, _ = roc_curve(labels[repeated], scores[repeated], drop_intermediate=False)
-        assert recall == pytest.approx(caught[wrong <= 0.2].max())
-
-
-def test_whole_groups_are_drawn_the_same_each_time() -> None:
-    groups = np.array(["a", "b", "a", "c", "c", "c"])
-    found = np.concatenate(list(resamples(groups)))
-    assert found.shape == (DRAWS, 6) and (found[:, [0, 1, 3]].sum(1) == 3).all()
-    assert (found[:, 0] == found[:, 2]).all() and (found[:, 3] == found[:, 5]).all()
-    whole = np.array([1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
-    expected = Estimate(2.0, *np.quantile(2 * found[:, 0], [0.025, 0.975]))
-    assert bootstrap(lambda weights: weights @ whole, groups) == expected

@@ -106,9 +106,9 @@ def test_calibration_on_one_label_says_what_to_add(whole: dict[str, Path]) -> No
     with pytest.raises(DataError) as caught:
         calibration_prompts([f"mm-safetybench:{whole['mm-safetybench']}"])
     said = str(caught.value)
-    assert "fewer than 5 harmless prompts (label 0), and a probe needs both classes" in said
+    assert "a probe needs both kinds of prompts, and fewer than 5 are harmless (label 0)" in said
     assert "another --calibration, for example --calibration xstest:FILE,subset=safe" in said
-    with pytest.raises(DataError, match=r"fewer than 5 harmful prompts .*--calibration figstep:DIR"):
+    with pytest.raises(DataError, match=r"fewer than 5 are harmful .*--calibration figstep:DIR"):
         calibration_prompts([f"xstest:{whole['xstest']},subset=safe", f"vlguard:{whole['vlguard']},subset=safe_safes"])
 
 

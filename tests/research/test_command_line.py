@@ -6,8 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from sasa_export.cli import main
-from sasa_export.research.evaluate.options import EvaluateOptions
-from sasa_export.research.locate.options import LocateOptions
+from sasa_export.research.options import EvaluateOptions, LocateOptions
 from sasa_export.research.report import command_line
 
 
@@ -15,10 +14,9 @@ def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
     """It names no place of this machine, and flags come as the command line takes them."""
     (tmp_path / "my model").mkdir()
     options = EvaluateOptions(
-        tmp_path / "my model", tmp_path / "out", data=("xstest:x.csv", "b.jsonl"), depth_curve=True, limit=7,
-        device="cpu", force=True,
-    )  # fmt: skip
-    said = "sasa-export evaluate --model 'my model' --data xstest:x.csv --data b.jsonl --limit 7 --depth-curve"
+        tmp_path / "my model", tmp_path / "out", data=("xstest:x.csv", "b.jsonl"), limit=7, device="cpu", force=True
+    )
+    said = "sasa-export evaluate --model 'my model' --data xstest:x.csv --data b.jsonl --limit 7"
     assert command_line("evaluate", options) == f"{said} --out report"
     located = LocateOptions("smol-llava", tmp_path / "out", ablation_prompts=0)
     said = "sasa-export locate --model smol-llava --ablation-prompts 0"

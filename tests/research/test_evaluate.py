@@ -14,30 +14,21 @@ from typing import Any
 
 import labelled
 import numpy as np
-import oracle
 import pytest
-import tiny
-import torch
 from click.testing import CliRunner
-from labelled import SAFETY, SEMANTIC, write_set
+from labelled import write_set
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import sasa_export
 from sasa_export.cli import main
-from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
-from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import write_manifest
-from sasa_export.models import open_source
-from sasa_export.models.load import load_model, load_processor
-from sasa_export.probe.features import reading
 from sasa_export.prompts import load_all
 from sasa_export.prompts.prompt import batches, encode
-from sasa_export.research.evaluate.fitted import depths_of
 from sasa_export.research.evaluate.measure import Evaluated
 from sasa_export.research.evaluate.models import TorchModel
-from sasa_export.research.evaluate.options import EvaluateOptions
 from sasa_export.research.evaluate.run import evaluate
+from sasa_export.research.options import EvaluateOptions
 
 pytestmark = pytest.mark.xdist_group("llava")  # whose models and graphs other tests share
 
@@ -56,7 +47,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def options(split: Guards, sets: tuple[str, str]) -> EvaluateOptions:
     """Of a patched model that refuses some of the evaluation set and allows some; `out` is to be given."""
     return EvaluateOptions(
-        split("llava").directory, data=(sets[0],), calibration=(sets[1],), max_new_tokens=TOKENS, batch_size=8, timing=0
+        split("llava").directory, data=(sets[0],), calibration=(sets[1],), max_new_tokens=TOKENS, batch_size=8
     )
 
 
@@ -64,7 +55,7 @@ def options(split: Guards, sets: tuple[str, str]) -> EvaluateOptions:
 def run(options: EvaluateOptions, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluated, Path]:
     """A whole run with everything in it."""
     out = tmp_path_factory.mktemp("run") / "report"
-    found = evaluate(replace(options, out=out, timing=2, depth_curve=True))
+    found = evaluate(replace(options, out=out))
     assert found is not None
     return found, out
 
@@ -86,10 +77,10 @@ def test_the_patched_arm_is_what_the_oracle_says(run: tuple[Evaluated, Path], sp
 
 def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path]) -> None:
     found, out = run
-    pictures = {"answers.png", "roc.png", "scores.png", "depth.png"}
-    texts = {"report.html", "report.md", "card_section.md", "evaluate.json", "answers.jsonl"}
+    pictures = {"roc.png", "scores.png"}
+    texts = {"report.html", "report.md", "evaluate.json", "answers.jsonl"}
     assert {path.name for path in out.iterdir()} == texts | pictures | {"sasa-export.json"}
-    report, card = (out / "report.md").read_text(), (out / "card_section.md").read_text()
+    report = (out / "report.md").read_text()
     for name in pictures:
         assert (out / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in report
     data = json.loads((out / "evaluate.json").read_text())
@@ -102,37 +93,14 @@ def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path
             assert of["prompts"] == len(part)
             over = sum(not row["label"] and row[f"{arm}_refused"] for row in part)
             assert of[arm]["over_refusal"]["count"] == over
-    assert data["timing"]["allowed"]["prompts"] == data["timing"]["refused"]["prompts"] == 1
     said = (
         f"success rate is {found.arms['patched']['attack']}, its over-refusal {found.arms['patched']['over_refusal']}"
     )
-    assert said in report and said in card and "Against" not in report
+    assert said in report and "Against" not in report
     words = found.arms["words"]["auc"]
     assert words.value == 1.0 and f"| words alone | {words} |" in report
     assert found.gain["model"].value < 0 and "**Words alone tell more than the patched model**" in report
     assert "(of the patched model: at P = 0." in report and not list(out.parent.glob(".report*"))
-
-
-def test_the_depth_curve_ends_where_the_probe_reads(run: tuple[Evaluated, Path]) -> None:
-    found, _ = run
-    assert [depth["block"] for depth in found.depth] == [2, 3, 4, 5]
-    assert [depth["cost"] for depth in found.depth] == pytest.approx([1, 7 / 6, 8 / 6, 9 / 6])
-    gained = found.depth[-1]["auc"].value - found.arms["without"]["auc"].value
-    assert found.gain["projection"].value == pytest.approx(gained)
-
-
-@torch.no_grad()
-def test_what_is_read_within_the_lane(tiny_model: Guards, stock: Guards, sets: tuple[str, str]) -> None:
-    source, prompts = open_source(str(tiny_model("llava"))), load_all([sets[0]])[:4]
-    lane = rewrite_lane(trace_source(source, load_processor(source)), LaneSettings(SAFETY, SEMANTIC))
-    processor, depths, judge = load_processor(source), depths_of(lane), stock("llava")[0]
-    with reading(load_model(source, dtype="float32", device="cpu"), processor, lane, list(depths.values())) as read:
-        found = read(prompts, range(4))
-    assert list(depths) == list(range(SAFETY, tiny.LAYERS - 1))
-    for block, node in depths.items():
-        logits = judge.lm_head(torch.from_numpy(found.more[node]))  # (prompts, vocabulary)
-        wanted = oracle.oracle_logits(judge, encode(processor, prompts), SAFETY, SEMANTIC, block)
-        assert (logits - wanted).abs().max() < 1e-4, block
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(
@@ -189,19 +157,19 @@ def test_an_onnx_directory(
 ) -> None:
     graphs = Path(shutil.copytree(exported(options.model), tmp_path / "graphs"))
     write_manifest(graphs, {}, options={"model": str(tiny_model("llava"))})
-    found = evaluate(replace(options, model=graphs, out=tmp_path / "report", timing=2))
+    found = evaluate(replace(options, model=graphs, out=tmp_path / "report"))
     assert found is not None and found.subject["graphs"] == "float32" and found.subject["batch_size"] == 1
     torch_table, table = run[0].answers, found.answers
     assert (torch_table.patched_unsafe_probability - table.patched_unsafe_probability).abs().max() < 1e-4
     assert (torch_table.patched_refused == table.patched_refused).all()
     assert found.identical is not None and found.identical.value == 1.0
     assert found.emitted is not None and found.emitted.value == 1.0
-    assert "runs in onnxruntime" in (tmp_path / "report/report.md").read_text()
+    assert "float32 graphs in onnxruntime" in (tmp_path / "report/report.md").read_text()
 
 
 def test_the_command(options: EvaluateOptions, tmp_path: Path) -> None:
     arguments = ["evaluate", "--model", str(options.model), "--data", *options.data, "--calibration"]
-    arguments += [*options.calibration, "--out", str(tmp_path / "report"), "--limit", "8", "--timing", "0"]
+    arguments += [*options.calibration, "--out", str(tmp_path / "report"), "--limit", "8"]
     result = CliRunner().invoke(main, [*arguments, "--max-new-tokens", "2"])
     assert result.exit_code == 0, result.output
     assert "attack success " in result.stderr and ", AUC " in result.stderr
@@ -277,8 +245,7 @@ def both_formats(out: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda o, tmp, tiny: {"timing": -1}, "--timing is -1"),
-        (lambda o, tmp, tiny: {"judge": "json:absent"}, "--judge json:absent cannot be imported"),
+        (lambda o, tmp, tiny: {"limit": 1}, "--limit is 1"),
         (lambda o, tmp, tiny: {"out": o.model.parent, "force": True}, "did not write"),
         (lambda o, tmp, tiny: {"model": both_formats(tmp / "both")}, "holds two patched models"),
         (lambda o, tmp, tiny: {"model": tiny("llava")}, "has no gate"),
@@ -289,7 +256,7 @@ def both_formats(out: Path) -> Path:
         (lambda o, tmp, tiny: {"baseline": str(tiny("llava", seed=5))}, "whose weights are others"),
         (lambda o, tmp, tiny: {"baseline": "no-such-model"}, "there is no model"),
         (lambda o, tmp, tiny: {"data": o.calibration}, "the sets leak"),
-        (lambda o, tmp, tiny: {"data": (lacking(o, 1),)}, "no harmful prompts"),
+        (lambda o, tmp, tiny: {"data": (lacking(o, 1),)}, "an evaluation needs both kinds of prompts"),
     ],
 )
 def test_errors(

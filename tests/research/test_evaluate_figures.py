@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from sasa_export.probe import fit_probes
 from sasa_export.probe.intervals import Estimate, Share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.shares import share_of, spaced
-from sasa_export.research.evaluate.arms import Answers, Arm, answering_arm, changes, figures, fitted_arm, parts
-from sasa_export.research.evaluate.fitted import probe, words
-from sasa_export.research.evaluate.judge import is_refusal, load_judge
-from sasa_export.research.evaluate.timing import ROUNDS, choose, timed
+from sasa_export.research.evaluate.arms import (
+    Answers,
+    Arm,
+    answering_arm,
+    changes,
+    figures,
+    fitted_arm,
+    is_refusal,
+    parts,
+)
+from sasa_export.research.evaluate.measure import probe, words
 from sasa_export.research.report import render
 
 NOBODY = np.zeros(8, bool)
@@ -44,12 +49,10 @@ def said(*texts: str) -> Answers:
 def test_detection_is_scikit_learns() -> None:
     labels = np.arange(60) % 2
     scores = np.round(np.clip(np.random.default_rng(3).normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1)  # with ties
-    arm, flagged = Arm("an arm", np.zeros(60, bool), scores=scores, threshold=0.55), scores >= 0.55
+    arm = Arm("an arm", np.zeros(60, bool), scores, 0.55)
     found = figures(arm, np.arange(60), prompts_of(labels), 0.1)
     wrong, caught, _ = roc_curve(labels, scores, drop_intermediate=False)
     assert found["auc"].value == pytest.approx(roc_auc_score(labels, scores))
-    assert found["f1"].value == pytest.approx(f1_score(labels, flagged))
-    assert found["accuracy"].value == pytest.approx(accuracy_score(labels, flagged))
     assert found["recall_at_rate"].value == pytest.approx(caught[wrong <= 0.1].max())
     assert all(of.low <= of.value <= of.high for of in found.values())
     assert "auc" not in figures(arm, np.flatnonzero(labels), prompts_of(labels), 0.1)
@@ -81,32 +84,16 @@ def test_a_split_request_is_a_channel() -> None:
 def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
     prompts = prompts_of([1, 1, 1, 0, 0])
     answers = said("Here is how.", "I\u2019m sorry, but I can\u2019t.", "Sure.", "As an AI, no.", "Yes.")
-    plain = answering_arm("plain", answers, NOBODY[:5], prompts, None)
+    plain = answering_arm("plain", answers, NOBODY[:5])
     assert plain.refused.tolist() == [False, True, False, True, False]
     arm = fitted_arm("a gate", plain, np.array([0.9, 0.1, 0.2, 0.1, 0.7]), 0.6)
     found = figures(arm, np.arange(5), prompts, 0.02)
     assert {name: (of.count, of.total) for name, of in found.items() if isinstance(of, Share)} == {
-        "attack": (1, 3), "over_refusal": (2, 2), "caught": (1, 3), "false_positives": (1, 2), "accuracy": (2, 5)
+        "attack": (1, 3), "over_refusal": (2, 2), "caught": (1, 3), "false_positives": (1, 2), "recall_at_rate": (1, 3),
     }  # fmt: skip
     assert set(figures(arm, np.arange(3), prompts, 0.02)) == {"attack", "caught"}
     unsure = fitted_arm("no threshold", plain, np.ones(5), None)
     assert (unsure.refused == plain.refused).all() and unsure.flagged is None
-
-
-def test_the_judge_is_asked_about_harmful_requests_that_the_gate_let_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is a function in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    Path("verdicts_of_mine.py").write_text(
-        "asked = []\ndef done(*said):\n    asked.append(said)\n    return said[1] == 'done'\n"
-    )
-    judge: Any = load_judge("verdicts_of_mine:done")
-    prompts = prompts_of([1, 1, 0, 1], prompt=["a", "b", "c", "d"])
-    arm = answering_arm("an arm", said("done", "what?", "done", "done"), np.arange(4) == 3, prompts, judge)
-    assert judge.__globals__["asked"] == [("a", "done"), ("b", "what?")]
-    found = figures(arm, np.arange(4), prompts, 0.02)
-    assert found["judged"].value == pytest.approx(1 / 3) and found["attack"].value == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +133,7 @@ def test_words_alone_read_what_is_asked() -> None:
     assert threshold is not None and scores[0] > threshold > scores[1]
 
 
-# ----------------------------------------------------------------------------------------- prompts, time, report
+# ----------------------------------------------------------------------------------------- prompts, report
 
 
 def test_a_limit_keeps_groups_whole_and_kinds_in_proportion() -> None:
@@ -160,39 +147,25 @@ def test_a_limit_keeps_groups_whole_and_kinds_in_proportion() -> None:
     assert spaced(range(10), 3) == [1, 5, 8] and spaced("abc", 9) == ["a", "b", "c"] and spaced(range(5), 0) == []
 
 
-def test_timing_alternates_and_leaves_out_the_first_calls() -> None:
-    calls: list[str] = []
-
-    def model(name: str) -> Any:
-        return SimpleNamespace(prepare=list, judge=lambda inputs: calls.append(name), begin=lambda inputs: None)
-
-    chosen = choose(prompts_of([0, 1] * 6), [row in (3, 7) for row in range(12)], 6)
-    assert [kind for kind, _ in chosen] == ["allowed"] * 4 + ["refused"] * 2
-    plain, patched = model("plain"), model("patched")
-    found = timed(lambda: plain, lambda: patched, chosen, lambda count: None)
-    assert len(calls) == 2 * (ROUNDS * 6 + 1) and calls[:4] == ["patched", "plain", "plain", "patched"]
-    assert found["allowed"].prompts == 4 and found["refused"].prompts == 2
-    assert all(of.verdict.low <= of.verdict.value <= of.verdict.high for of in found.values())
-
-
-def card(given_threshold: float | None) -> str:
-    """The card's section where the plain model refuses 40 % of the harmless prompts, and the gate 2 %."""
+def report(given_threshold: float | None) -> str:
+    """The report where the plain model refuses 40 % of the harmless prompts, and the gate 2 %."""
     many, gain = Share(0.4, 0.2, 0.6, 4, 10), Estimate(0.0, -0.1, 0.1)
     arm = {"attack": many, "over_refusal": many, "false_positives": Share(0.02, 0.0, 0.1, 1, 50), "auc": gain}
-    names = ("data", "left_out", "calibrated_on", "graphs", "dtype", "device", "batch_size", "max_new_tokens", "judge",
+    names = ("data", "left_out", "calibrated_on", "graphs", "dtype", "device", "batch_size", "max_new_tokens",
              "harmful", "harmless", "groups", "command", "blocks", "lane_blocks", "safety_layer")  # fmt: skip
-    subject = {**dict.fromkeys(names, 0), "safety_layer": None, "false_positive_rate": 0.01}
+    subject: dict[str, Any] = {**dict.fromkeys(names, 0), "safety_layer": None, "false_positive_rate": 0.01}
+    subject |= {"model": "patched", "baseline": "plain"}
     gains = {"projection": gain, "model": gain}
-    found: dict[str, Any] = {"parts": {}, "gain": gains, "depth": [], "identical": None, "emitted": None, "timing": {}}
+    found: dict[str, Any] = {"parts": {}, "gain": gains, "changes": [], "identical": None, "emitted": None}
     return render(
-        "evaluate_card.md.j2", found=found, subject={**subject, "given_threshold": given_threshold},
+        "evaluate.md.j2", found=found, subject={**subject, "given_threshold": given_threshold},
         arms={"patched": arm, "plain": arm}, tables={"answers": pd.DataFrame(), "detection": pd.DataFrame()},
     )  # fmt: skip
 
 
 def test_what_the_figures_say() -> None:
     """The report says what the plain model refuses itself, and that only a chosen threshold promised a rate."""
-    chosen, given = card(None), card(0.5)
+    chosen, given = report(None), report(0.5)
     assert "refusal phrase for 40.0% of the harmless prompts" in chosen and "the gate flags 2.0% of them" in chosen
     assert "is 2.0% here: these prompts are not like those" in chosen and "not like those" not in given
     assert "Projection neither helps nor hurts" in chosen

@@ -16,7 +16,7 @@ from cli_steps import fails, succeeds
 from sasa_export.models.load import place
 from sasa_export.prompts import load
 from sasa_export.prompts.prompt import encode
-from sasa_export.research.score.run import score
+from sasa_export.research.score import score
 from sasa_export.verify import verify_directory
 from sasa_export.verify.fresh.onnx_model import Model
 

@@ -16,7 +16,7 @@ team = workers()
 advanced = []
 found = {
     "spread": [team.spread(range(count), lambda item: item * item, advanced.append) for count in (7, 2, 1, 0)],
-    "gather": team.gather([team.index] * 2), "tell": team.tell(f"from {team.index}"), "device": team.device("auto"),
+    "tell": team.tell(f"from {team.index}"), "device": team.device("auto"),
 }
 team.wait()
 print(json.dumps({**found, "leads": team.leads, "advanced": advanced}))
@@ -29,7 +29,7 @@ def test_one_process() -> None:
     team, advanced = workers(), list[int]()
     assert [team.spread(range(n), lambda item: item * item, advanced.append) for n in (7, 2, 1, 0)] == SQUARES
     assert advanced == ALL and team.leads and team.count == 1
-    assert (team.gather([3]), team.tell("x"), team.device("auto")) == ([3], "x", "auto")
+    assert (team.tell("x"), team.device("auto")) == ("x", "auto")
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -46,5 +46,4 @@ def test_several_processes(count: int) -> None:
     answers = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in running]
     for rank, answer in enumerate(answers):
         assert answer["spread"] == SQUARES and answer["tell"] == "from 0" and answer["device"] == "cpu"
-        assert answer["gather"] == [index for index in range(count) for _ in range(2)]
         assert answer["leads"] == (rank == 0) and answer["advanced"] == (ALL if rank == 0 else [])

@@ -323,7 +323,7 @@ def test_verify_counts_the_verdicts_that_training_moves(llava: Path, calibration
 def test_evaluate_of_a_saved_model(saved: Path, llava: Path, tmp_path: Path) -> None:
     """It does not know what it was made from, and says so; with that, it is evaluated."""
     data, other = (str(write_set(tmp_path, name, seed, 6)) for name, seed in (("evaluation", 1), ("calibration", 2)))
-    given = {"data": data, "calibration": other, "max-new-tokens": 2, "timing": 0}
+    given = {"data": data, "calibration": other, "max-new-tokens": 2}
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "sasa": {**config["sasa"], "gate": "observe"}}))
     assert "Give it as --baseline" in fails("evaluate", *flags(saved, tmp_path / "report", **given))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.verify.verdicts import count_changed, draw
+from sasa_export.verify import verdicts
+from sasa_export.verify.verdicts import check_changed, draw
 
 NAN = float("nan")
 
@@ -23,18 +24,19 @@ def calibration(kinds: list[tuple[int, str]]) -> Any:
 
 def test_a_small_set_is_judged_whole() -> None:
     given = calibration([(0, "text")] * 7)
-    prompts, scores = draw(given, 7)
+    prompts, scores = draw(given)
     assert prompts == given.prompts
     np.testing.assert_allclose(scores, given.final)
 
 
-def test_a_draw_takes_labels_and_channels_evenly_and_is_the_same_each_time() -> None:
+def test_a_draw_takes_labels_and_channels_evenly_and_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "JUDGED_AGAIN", 40)
     given = calibration([(int(row < 90), "picture" if row % 3 == 0 else "text") for row in range(100)])
-    prompts, scores = draw(given, 40)
+    prompts, scores = draw(given)
     counts = Counter((prompt.label, prompt.channel) for prompt in prompts)
     assert counts[0, "picture"] == 4 and counts[0, "text"] == 6, "a small kind comes in whole"
     assert counts[1, "picture"] == counts[1, "text"] == 15
-    assert (prompts, scores) == draw(given, 40)
+    assert (prompts, scores) == draw(given)
     assert [given.prompts[round(100 * score)] for score in scores] == prompts, "each with its own score"
 
 
@@ -49,10 +51,10 @@ def test_a_draw_takes_labels_and_channels_evenly_and_is_the_same_each_time() -> 
     ids=["both ways", "NaN is refused", "by rounding", "not by rounding"],
 )
 def test_changes_are_counted(before: list[float], after: list[float], answered: int, refused: int, clear: int) -> None:
-    found = count_changed(before, after, 0.5, 1e-4, whole=9)
-    assert (found.judged, found.whole) == (len(before), 9)
-    assert (found.now_answered, found.now_refused, found.clear) == (answered, refused, clear)
-    assert found.share == (answered + refused) / len(before)
+    detail = check_changed(before, after, 0.5, 1e-4, whole=9, exact=False).detail
+    share = (answered + refused) / len(before)
+    counted = f"{share:.1%} changed of {len(before)} drawn from 9 ({answered} now answered, {refused} now refused)"
+    assert detail.startswith(counted) and f"; {clear} of them farther than 0.0001" in detail
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,12 @@ def test_changes_are_counted(before: list[float], after: list[float], answered: 
     ],
     ids=["few enough", "too many", "in float32", "in float32 by rounding", "no share excuses rounding"],
 )
-def test_what_is_too_many(before: float, after: float, most: float, exact: bool, passed: bool) -> None:
+def test_what_is_too_many(
+    before: float, after: float, most: float, exact: bool, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of 50 changes; where all is float32, only rounding may change a verdict."""
+    monkeypatch.setattr(verdicts, "MOST_CHANGED", most)
     rest = [0.4] * 49
-    check = count_changed([before, *rest], [after, *rest], 0.5, 1e-4, whole=50).check(most, exact=exact)
+    check = check_changed([before, *rest], [after, *rest], 0.5, 1e-4, whole=50, exact=exact)
     assert check.passed is passed
     assert check.detail.startswith("2.0% changed of all 50 (") and f"at most {most:.1%} may" in check.detail

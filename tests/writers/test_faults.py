@@ -68,7 +68,7 @@ def command(llava: Path, patched: Path, probe: Path, calibration: Path, place: P
         "locate": ["locate", "--model", str(llava), "--calibration", str(calibration), "--pairs", "2:4",
                    "--ablation-prompts", "2", "--blocks", "2"],
         "evaluate": ["evaluate", "--model", str(patched), "--data", str(asked), "--calibration",
-                     str(calibration), "--max-new-tokens", "4", "--timing", "0"],
+                     str(calibration), "--max-new-tokens", "4"],
     }  # fmt: skip
 
     def get(name: str) -> Command:

@@ -1,4 +1,8 @@
-"""From answers and features to arms, and from arms to everything that the report says."""
+"""From answers and features to arms, and from arms to everything that the report says.
+
+Two arms are fitted on the calibration prompts, a probe and words alone: logistic regressions, their strength of
+regularization chosen by cross-validation, with the threshold that the false-positive rate allows, as in calibration.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sasa_export.probe.intervals import Estimate, Share, auc, bootstrap, share
-from sasa_export.prompts.prompt import Prompt
+from sasa_export.errors import CalibrationError
+from sasa_export.probe import Fitted, choose_threshold
+from sasa_export.probe.features import Features
+from sasa_export.probe.fit import probability, threshold_of
+from sasa_export.probe.folds import folds_of
+from sasa_export.probe.intervals import Comparable, Share, auc_of, difference, share
+from sasa_export.probe.words import bag_of_words, best_words
+from sasa_export.prompts.prompt import Prompt, asked
 from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.research.evaluate.arms import Answers, Arm, Figures, answering_arm, changes, figures, fitted_arm, parts
-from sasa_export.research.evaluate.fitted import Features, Judged, depth_curve, fitted_arms
-from sasa_export.research.evaluate.judge import Judge
 from sasa_export.research.evaluate.subject import Subject
-from sasa_export.research.evaluate.timing import Timing
+
+Judged = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
 
 
 @dataclass(frozen=True)
@@ -34,19 +43,16 @@ class Evaluated:
         identical: harmless prompts that the patched model allows, answered token for token as by the original.
         emitted: flagged prompts that are answered with the refusal.
         changes: from the patched model to that of --against, see `changes`; none without.
-        timing: by kind of prompt, allowed or refused; depth: see `depth_curve`.
     """
 
     subject: dict[str, Any]
     answers: pd.DataFrame
     arms: dict[str, dict[str, Any]]
     parts: dict[str, dict[str, dict[str, Any]]]
-    gain: dict[str, Estimate]
+    gain: dict[str, Comparable]
     identical: Share | None
     emitted: Share | None
     changes: list[dict[str, Any]]
-    timing: dict[str, Timing]
-    depth: list[dict[str, Any]]
 
     @property
     def detecting(self) -> list[str]:
@@ -54,33 +60,32 @@ class Evaluated:
         return [key for key in self.arms if f"{key}_unsafe_probability" in self.answers]
 
 
-def measure(
-    subject: Subject,
-    answers: dict[str, Answers],
-    features: dict[str, Features],
-    metric: np.ndarray | None,
-    timing: dict[str, Timing],
-    judge: Judge | None,
-) -> Evaluated:
+def measure(subject: Subject, answers: dict[str, Answers], features: Features, fitted: Fitted) -> Evaluated:
     """All arms and all figures.
 
     Args:
         answers: of the "plain" and the "patched" model, and of that of --"against".
-        features: of the "evaluation" prompts, and of the "calibration" prompts where something is fitted on them.
-        metric: the head's (`head_metric`), in which it is fitted; None where the features are logits.
+        features: of the evaluation prompts.
+        fitted: probes on the calibration prompts.
     """
-    prompts, fitted = subject.evaluation, fitted_arms(subject, features, metric)
+    prompts, calibration, rate = subject.evaluation, subject.calibration, subject.rate
+    judged = {
+        "with": probe(fitted, "projected", features.projected, calibration, rate),
+        "without": probe(fitted, "plain", features.plain, calibration, rate),
+        "words": words(calibration, prompts, rate),
+    }
     labels, groups = labels_and_groups(prompts)
-    arms = _arms(subject, answers, fitted, judge)
-    scores = {key: arm.scores for key, arm in arms.items() if arm.scores is not None}  # (prompts,) each
-    flagged = scores["patched"] >= subject.sasa["threshold"]  # (prompts,)
+    arms = _arms(subject, answers, judged)
+    scores = answers["patched"].scores  # (prompts,)
+    assert scores is not None  # it has a gate
+    flagged = scores >= subject.sasa["threshold"]  # (prompts,)
     same = (answers["plain"].tokens == answers["patched"].tokens).all(1)  # (prompts,)
 
     def on(rows: np.ndarray) -> dict[str, Figures]:
         return {key: figures(arm, rows, prompts, subject.rate) for key, arm in arms.items()}
 
-    def gained(better: np.ndarray, base: np.ndarray) -> Estimate:
-        return bootstrap(lambda weights: auc(better, labels, weights) - auc(base, labels, weights), groups)
+    def gained(better: np.ndarray, base: np.ndarray) -> Comparable:
+        return difference(auc_of(better, labels, groups), auc_of(base, labels, groups))
 
     overall = on(np.arange(len(prompts)))
     return Evaluated(
@@ -92,47 +97,67 @@ def measure(
             for kind, of in parts(prompts).items()
         },
         gain={
-            "projection": gained(fitted["with"][0], fitted["without"][0]),
-            "model": gained(scores["patched"], scores["words"]),
+            "projection": gained(judged["with"][0], judged["without"][0]),
+            "model": gained(scores, judged["words"][0]),
         },
         identical=share(same[(labels == 0) & ~flagged]),
         emitted=share(answers["patched"].are(subject.sasa["refusal_token_ids"])[flagged]),
         changes=changes(arms["patched"], arms["against"], prompts) if "against" in arms else [],
-        timing=timing,
-        depth=depth_curve(subject, features, metric) if subject.options.depth_curve else [],
     )
 
 
-def _arms(
-    subject: Subject, answers: dict[str, Answers], fitted: dict[str, Judged], judge: Judge | None
-) -> dict[str, Arm]:
-    prompts = subject.evaluation
+def probe(found: Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float) -> Judged:
+    """A lane's probe on features (evaluation prompts, features), with the threshold that calibration would choose.
+
+    Args:
+        prompts: the calibration prompts.
+        rate: the largest share of ordinary calibration prompts that may be flagged.
+    """
+    try:
+        chosen = choose_threshold(found, lane, prompts, rate, None)[0]
+        weight, bias, threshold = chosen.weight.astype(float), chosen.bias, chosen.threshold
+    except CalibrationError:  # it is certain of too many harmless prompts
+        (weight, bias), threshold = found.probes[lane], None
+    return probability(evaluation.astype(float), weight, bias), threshold
+
+
+def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Judged:
+    """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known."""
+    chosen, held_out = best_words(calibration, folds_of(calibration))
+    model = bag_of_words(chosen).fit([asked(prompt) for prompt in calibration], labels_and_groups(calibration)[0])
+    scores = model.predict_proba([asked(prompt) for prompt in evaluation])[:, 1]  # (prompts,)
+    try:
+        return scores, threshold_of(held_out, calibration, rate)
+    except CalibrationError:  # as above
+        return scores, None
+
+
+def _arms(subject: Subject, answers: dict[str, Answers], judged: dict[str, Judged]) -> dict[str, Arm]:
     own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
-    plain = answering_arm("plain model", answers["plain"], np.zeros(len(prompts), bool), prompts, judge)
+    plain = answering_arm("plain model", answers["plain"], np.zeros(len(subject.evaluation), bool))
 
     def guarded(title: str, said: Answers, sasa: dict[str, Any]) -> Arm:
         assert said.scores is not None  # it has a gate
         gate = said.are(sasa["refusal_token_ids"]) & (said.scores >= sasa["threshold"])  # (prompts,)
-        return answering_arm(title, said, gate, prompts, judge, float(sasa["threshold"]))
+        return answering_arm(title, said, gate, float(sasa["threshold"]))
 
     against = None if subject.against is None else guarded(subject.beside, answers["against"], subject.against)
     return {
         "plain": plain,
         "patched": guarded(f"patched model (probe {own} projection)", answers["patched"], subject.sasa),
         **({} if against is None else {"against": against}),
-        other: fitted_arm(f"probe {other} projection", plain, *fitted[other]),
-        "words": fitted_arm("words alone", plain, *fitted["words"]),
+        other: fitted_arm(f"probe {other} projection", plain, *judged[other]),
+        "words": fitted_arm("words alone", plain, *judged["words"]),
     }
 
 
 def _table(prompts: Sequence[Prompt], answers: dict[str, Answers], arms: dict[str, Arm]) -> pd.DataFrame:
-    asked = ("name", "label", "channel", "attack", "category", "prompt", "question")
-    table = pd.DataFrame([{name: getattr(prompt, name) for name in asked} for prompt in prompts])
+    names = ("name", "label", "channel", "attack", "category", "prompt", "question")
+    table = pd.DataFrame([{name: getattr(prompt, name) for name in names} for prompt in prompts])
     for key, said in answers.items():
         table[f"{key}_answer"] = said.texts
     for key, arm in arms.items():
-        columns = {"refused": arm.refused, "complied": arm.complied, "unsafe_probability": arm.scores}
-        for name, values in columns.items():
-            if values is not None:
-                table[f"{key}_{name}"] = values
+        table[f"{key}_refused"] = arm.refused
+        if arm.scores is not None:
+            table[f"{key}_unsafe_probability"] = arm.scores
     return table

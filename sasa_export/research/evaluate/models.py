@@ -29,55 +29,24 @@ class TorchModel:
     def answers(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         """`tokens` (prompts, longest), the end token included and -1 behind it; and `scores` (prompts,), P(unsafe),
         NaN where no verdict was given."""
-        inputs = self.prepare(prompts)
-        verdicts: list[np.ndarray] = []
-
-        def see(module: Any, args: Any, output: Any) -> None:
-            if getattr(output, "unsafe_probability", None) is not None:
-                verdicts.append(output.unsafe_probability.float().cpu().numpy())  # (batch,), NaN where none is due
-
-        handle = self.model.register_forward_hook(see)
-        try:
-            found = self._generate(inputs, self.tokens)[:, inputs["input_ids"].shape[1] :].cpu().numpy()
-        finally:
-            handle.remove()
+        inputs = place(encode(self.processor, prompts), self.model)
+        with torch.no_grad():
+            said = self.model.generate(
+                **inputs, max_new_tokens=self.tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
+            )
+        found = said["sequences"][:, inputs["input_ids"].shape[1] :].cpu().numpy()  # (batch, tokens)
         ends = np.isin(found, [end for end in self.ends if end is not None])  # (batch, tokens)
         tokens = np.full((len(prompts), self.tokens), -1)
         tokens[:, : found.shape[1]] = np.where(ends.cumsum(1) > ends, -1, found)
-        calls = np.stack(verdicts or [np.full(len(prompts), np.nan)])  # (calls, batch)
-        first = (~np.isnan(calls)).argmax(0)  # (batch,), the call that judged
-        return {"tokens": tokens, "scores": calls[first, np.arange(len(prompts))].astype(float)}
-
-    def prepare(self, prompts: Sequence[Prompt]) -> Any:
-        """The model's inputs for a batch."""
-        return place(encode(self.processor, prompts), self.model)
-
-    def judge(self, inputs: Any) -> None:
-        """Run the prompt: the verdict is there, and so are the first logits."""
-        with torch.no_grad():
-            self.model(**inputs, logits_to_keep=1)
-        self._finish()
-
-    def begin(self, inputs: Any) -> None:
-        """Give the first token of the answer."""
-        self._generate(inputs, 1)
-        self._finish()
-
-    @torch.no_grad()
-    def _generate(self, inputs: Any, count: int) -> torch.Tensor:
-        return self.model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1)
-
-    def _finish(self) -> None:
-        """Wait for the device, which may only have been told what to do."""
-        if self.model.device.type not in ("cpu", "meta"):
-            torch.accelerator.synchronize()
+        scores = said.get("unsafe_probability", torch.full((len(prompts),), torch.nan))  # (batch,)
+        return {"tokens": tokens, "scores": scores.double().cpu().numpy()}
 
 
 class OnnxModel:
-    """The same of a directory of graphs. EvaluateError where they do not run here, or would not answer alike."""
+    """The same of the graphs of a directory. EvaluateError where they would not answer as the original."""
 
-    def __init__(self, directory: Path, dtype: str, device: str, tokens: int) -> None:
-        self.model, self.tokens = load_graphs(directory, dtype, device), tokens
+    def __init__(self, model: Any, directory: Path, tokens: int) -> None:
+        self.model, self.tokens = model, tokens
         if self.model.about["not_followed"]:
             raise EvaluateError(
                 f"generation_config.json of {directory} sets {', '.join(self.model.about['not_followed'])}, which is "
@@ -88,19 +57,10 @@ class OnnxModel:
         """As `TorchModel.answers`."""
         tokens, scores = np.full((len(prompts), self.tokens), -1), np.zeros(len(prompts))
         for row, prompt in enumerate(prompts):
-            scores[row], _, said = self.model.answer(self.prepare([prompt]), self.tokens)
+            inputs = {name: tensor.numpy() for name, tensor in encode(self.model.processor, [prompt]).items()}
+            scores[row], _, said = self.model.answer(inputs, self.tokens)
             tokens[row, : len(said)] = said
         return {"tokens": tokens, "scores": scores}
-
-    def prepare(self, prompts: Sequence[Prompt]) -> Any:
-        """The graphs' inputs for one prompt."""
-        return {name: tensor.numpy() for name, tensor in encode(self.model.processor, prompts).items()}
-
-    def judge(self, inputs: Any) -> None:
-        """Run the prompt: the verdict is there with the first logits, and so is the first token."""
-        self.model.judge(inputs)
-
-    begin = judge
 
 
 def read_gate(directory: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write the report: Markdown with tables and pictures, all figures, every answer, and a section for the model card."""
+"""Write the report: Markdown with tables and pictures, all figures, and every answer."""
 
 from __future__ import annotations
 
@@ -15,25 +15,20 @@ from sasa_export.research.evaluate.pictures import pictures
 
 TITLES = {  # of the columns of figures
     "attack": "attack success",
-    "judged": "by the judge",
     "over_refusal": "over-refusal",
     "auc": "AUC",
     "caught": "caught",
     "false_positives": "harmless flagged",
-    "accuracy": "accuracy",
-    "f1": "F1",
     "recall_at_rate": "recall at rate",
 }
 
 
 def write_report(found: Evaluated, directory: Path) -> None:
-    """Write report.html, report.md, card_section.md, evaluate.json, answers.jsonl and the pictures."""
-    values = {"found": found, "subject": found.subject, "arms": found.arms, "tables": tables(found)}
+    """Write report.html, report.md, evaluate.json, answers.jsonl and the pictures."""
     title = f"{found.subject['model']} against {found.subject['baseline']}"
     figures = {name: value for name, value in vars(found).items() if name != "answers"}
-    text = report.render("evaluate_report.md.j2", **values)
+    text = report.render("evaluate.md.j2", found=found, subject=found.subject, arms=found.arms, tables=tables(found))
     report.write_report(directory, title, text, pictures(found), "evaluate", figures)
-    (directory / "card_section.md").write_text(report.render("evaluate_card.md.j2", **values), encoding="utf-8")
     answers = directory / "answers.jsonl"
     found.answers.to_json(answers, orient="records", lines=True, force_ascii=False, double_precision=6)
 
@@ -41,16 +36,11 @@ def write_report(found: Evaluated, directory: Path) -> None:
 def tables(found: Evaluated) -> dict[str, pd.DataFrame]:
     """All tables of the report."""
     titles = {key: arm["title"] for key, arm in found.arms.items()}
-    answered = [name for name in ("attack", "judged", "over_refusal") if name in found.arms["plain"]]
-    detected = ["auc", "caught", "false_positives", "accuracy", "f1", "recall_at_rate"]
-    timing = [[kind, of.prompts, f"{of.verdict:.2f}", f"{of.first_token:.2f}"] for kind, of in found.timing.items()]
-    depth = [[of["block"], f"{of['cost']:.2f}", f"{of['auc']}", f"{of['recall_at_rate']}"] for of in found.depth]
+    detected = ["auc", "caught", "false_positives", "recall_at_rate"]
     return {
-        "answers": _table(found.arms, titles, answered),
+        "answers": _table(found.arms, titles, ["attack", "over_refusal"]),
         "detection": _table(found.arms, {key: titles[key] for key in found.detecting}, detected),
         "changes": _changes_table(found),
-        "timing": pd.DataFrame(timing, columns=["verdict", "prompts", "time to verdict", "time to first token"]),
-        "depth": pd.DataFrame(depth, columns=["block", "cost", "AUC", "recall at rate"]),
         **{f"by {kind}": _part_table(found, kind, titles) for kind in found.parts},
     }
 

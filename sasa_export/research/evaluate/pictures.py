@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
-from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
 from sasa_export.research.evaluate.measure import Evaluated
 
@@ -24,29 +20,7 @@ BORDERLINE = "borderline"  # the category or attack of harmless prompts that are
 
 def pictures(found: Evaluated) -> dict[str, bytes]:
     """All pictures by name."""
-    drawn = {"answers": bars(found), "roc": roc(found), "scores": scores(found)}
-    return {**drawn, "depth": depth(found)} if found.depth else drawn
-
-
-def bars(found: Evaluated) -> bytes:
-    """Attack success rate and over-refusal of every arm, with intervals."""
-    arms = list(found.arms.values())
-    with theme.drawing(1.2 + 0.52 * len(arms)) as figure:
-        left, right = figure.subplots(1, 2, sharey=True)
-        _bars(left, "Attack success", [arm["attack"] for arm in arms], theme.HARMFUL)
-        _bars(right, "Over-refusal", [arm["over_refusal"] for arm in arms], theme.HARMLESS)
-        left.set_yticks(range(len(arms)), [arm["title"].replace(" (", "\n(") for arm in arms])
-        left.invert_yaxis()
-        return theme.png(figure)
-
-
-def _bars(axis: Any, title: str, shares: Sequence[Estimate], colour: str) -> None:
-    for place, share in enumerate(shares):
-        axis.barh(place, 100 * share.value, 0.62, color=colour, alpha=0.85)
-        axis.plot([100 * share.low, 100 * share.high], [place, place], "|-", color=theme.INK, linewidth=1)
-        axis.annotate(share.short, (100 * share.high, place), (6, 0), textcoords="offset points", va="center")
-    # Each side has its own scale, or the bars of a small share could not be told apart.
-    axis.set(xlim=(0, 130 * max(0.1, *(share.high for share in shares))), xlabel="%", title=title)
+    return {"roc": roc(found), "scores": scores(found)}
 
 
 def roc(found: Evaluated) -> bytes:
@@ -54,14 +28,17 @@ def roc(found: Evaluated) -> bytes:
     from sklearn.metrics import roc_curve
 
     with theme.drawing(5.2, 5.6) as figure:
-        axis = _unit_square(figure, "share of harmless prompts flagged", "share of harmful prompts flagged")
+        axis = figure.subplots()
+        axis.plot([0, 1], [0, 1], color=theme.FAINT, linewidth=1, linestyle=":")
         for key in found.detecting:
             arm, scored = found.arms[key], found.answers[f"{key}_unsafe_probability"]
             wrong, caught, _ = roc_curve(found.answers.label, scored, drop_intermediate=False)
-            area = f", AUC {arm['auc'].short}" if "auc" in arm else ""
-            axis.plot(wrong, caught, color=COLOURS[key], linewidth=1.8, label=f"{arm['title']}{area}")
+            label = f"{arm['title']}, AUC {arm['auc'].short}"
+            axis.plot(wrong, caught, color=COLOURS[key], linewidth=1.8, label=label)
             if "caught" in arm:
                 axis.plot(arm["false_positives"].value, arm["caught"].value, "o", color=COLOURS[key], markersize=7)
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axis.set(xlabel="share of harmless prompts flagged", ylabel="share of harmful prompts flagged")
         axis.set_title("Large dots: the threshold of the calibration")
         axis.legend(loc="lower right", fontsize=8.5)
         return theme.png(figure)
@@ -92,33 +69,3 @@ def scores(found: Evaluated) -> bytes:
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9)
         axes[-1].set(xlim=(0, 1), xlabel="P(unsafe); dashed: the threshold of the calibration")
         return theme.png(figure)
-
-
-def depth(found: Evaluated) -> bytes:
-    """The AUC of probing at each block of the second lane, against the blocks that the prompt runs through."""
-    costs, areas = [of["cost"] for of in found.depth], [of["auc"] for of in found.depth]
-    with theme.drawing(3.8) as figure:
-        axis = figure.subplots()
-        theme.band(axis, costs, areas, theme.SAFETY, "probe in the lane", marker="o")
-        for key in ("without", "words"):
-            arm = found.arms.get(key, {})
-            if "auc" in arm:
-                axis.axhline(arm["auc"].value, color=COLOURS[key], linestyle="--", label=arm["title"])
-        for of in (found.depth[0], found.depth[len(areas) // 2], found.depth[-1]):
-            place = (of["cost"], of["auc"].value)
-            axis.annotate(f"block {of['block']}", place, (0, 8), textcoords="offset points", ha="center", fontsize=8.5)
-        axis.set(
-            xlabel="blocks that a prompt runs through (1: as in the plain model)",
-            ylabel="AUC, with its 95 % interval",
-            title="Probing earlier in the second lane",
-        )
-        axis.legend(loc="best", fontsize=8.5)
-        return theme.png(figure)
-
-
-def _unit_square(figure: Any, across: str, up: str) -> Any:
-    """Axes from 0 to 1 with the diagonal."""
-    axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color=theme.FAINT, linewidth=1, linestyle=":")
-    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=across, ylabel=up)
-    return axis

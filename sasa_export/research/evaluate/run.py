@@ -1,39 +1,34 @@
-"""The way through an evaluation: open -> features of the original -> both models' answers -> figures -> report."""
+"""The way through an evaluation: open -> features and answers of the original -> the patched model's answers -> figures
+-> report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sasa_export.errors import EvaluateError
 from sasa_export.files import staged
 from sasa_export.flags import check_values
+from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.manifest import write_manifest
-from sasa_export.models.load import head_weight, load_model
-from sasa_export.probe.features import reading
-from sasa_export.probe.fit import head_metric
+from sasa_export.models.load import load_model
+from sasa_export.probe import Fitted, calibrate
+from sasa_export.probe.features import Features, collect_on_disk
 from sasa_export.probe.work import Results, Work, resumable
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
-from sasa_export.research.evaluate.fitted import Features, depths_of
-from sasa_export.research.evaluate.judge import load_judge
 from sasa_export.research.evaluate.measure import Evaluated, measure
-from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_patched
-from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_graphs, load_patched
 from sasa_export.research.evaluate.page import write_report
 from sasa_export.research.evaluate.subject import Subject, open_subject
-from sasa_export.research.evaluate.timing import choose, timed
+from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import SPARE_BYTES
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.workers import workers
-
-Model = Callable[[], Any]  # loads the model when it is first asked for
-Arrays = Iterator[tuple[str, np.ndarray]]
 
 
 def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluated | None:
@@ -47,29 +42,18 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
-        judge = None if options.judge is None else load_judge(options.judge)
         subject = open_subject(options, report)
         work.open(subject.fingerprint(), discard=options.force, report=report)
-        plain, patched = cache(lambda: _plain(subject)), cache(lambda: _patched(subject, options.model))
-        features = _features(subject, plain, work, report)
-        metric = _metric(subject, plain) if "calibration" in features else None
-        answers = {"plain": _answers(subject, plain, "plain", work, report)}
-        if not (processes.leads and options.timing):
-            plain.cache_clear()
-        if options.against is not None:  # out of memory again behind this
-            other = partial(_patched, subject, options.against)
-            answers["against"] = _answers(subject, cache(other), "against", work, report)
-        answers["patched"] = _answers(subject, patched, "patched", work, report)
+        # One model at a time is in memory.
+        features, fitted, plain = _of_the_original(subject, work, report)
+        answers = {"plain": plain}
+        if options.against is not None:
+            answers["against"] = _answers(subject, _patched(subject, options.against), "against", work, report)
+        answers["patched"] = _answers(subject, _patched(subject, options.model), "patched", work, report)
         if not processes.leads:
             return None
-        refused = answers["patched"].scores >= subject.sasa["threshold"]  # (prompts,)
-        chosen = choose(subject.evaluation, refused, options.timing)
-        with report.bar(len(chosen), "timing") as advance:
-            timing = timed(plain, patched, chosen, advance)
-        plain.cache_clear()
-        patched.cache_clear()
         report.step("measure", "fitting the arms, drawing intervals")
-        found = measure(subject, answers, features, metric, timing, judge)
+        found = measure(subject, answers, features, fitted)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
             write_report(found, staging)
             write_manifest(staging, {})
@@ -79,50 +63,51 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     return found
 
 
-def _plain(subject: Subject) -> TorchModel:
+def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Features, Fitted, Answers]:
+    """What probes read of the evaluation prompts, the probes (bundled, or fitted here), and the original's answers."""
+    read, fit, answering = _torch_original(subject) if subject.decoder is None else _graphs_original(subject)
+    fitted, size = subject.bundled, subject.options.batch_size
+    if fitted is None:
+        found = read(subject.calibration, work, report, batch_size=size, kind="calibration")
+        fitted = fit(found, subject.calibration, subject.regularization)
+    features = read(subject.evaluation, work, report, batch_size=size, kind="evaluation")
+    return features, fitted, _answers(subject, answering, "plain", work, report)
+
+
+Original = tuple[Callable[..., Features], Callable[..., Fitted], TorchModel | OnnxModel]  # reads, fits, answers
+
+
+def _torch_original(subject: Subject) -> Original:
     model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
-    return TorchModel(model, subject.processor, subject.options.max_new_tokens)
+    return (
+        partial(collect_on_disk, model, subject.processor, subject.lane),
+        partial(calibrate, model, subject.lane),
+        TorchModel(model, subject.processor, subject.options.max_new_tokens),
+    )
+
+
+def _graphs_original(subject: Subject) -> Original:
+    from sasa_export.foreign.features import collect, fit_graphs, lanes, original
+
+    decoder, sasa = subject.decoder, subject.sasa
+    assert decoder is not None
+    lane = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"])
+    answering = OnnxModel(original(decoder), subject.source.directory, subject.options.max_new_tokens)
+    return partial(collect, lanes(decoder, lane)), partial(fit_graphs, decoder), answering
 
 
 def _patched(subject: Subject, directory: Path) -> TorchModel | OnnxModel:
     graphs, tokens = dtype_of(directory), subject.options.max_new_tokens
     if graphs is not None:
-        return OnnxModel(directory, graphs, subject.device, tokens)
+        return OnnxModel(load_graphs(directory, graphs, subject.device), directory, tokens)
     return TorchModel(*load_patched(directory, subject.dtype, subject.device), tokens)
 
 
-def _features(subject: Subject, plain: Model, work: Work, report: Silent) -> dict[str, Features]:
-    """What probes read of the original, for the evaluation prompts, and the calibration's if a probe is fitted."""
-    nodes = list(depths_of(subject.lane).values()) if subject.options.depth_curve else []
+def _answers(subject: Subject, model: TorchModel | OnnxModel, kind: str, work: Work, report: Silent) -> Answers:
+    """The answers of the "plain" or a patched model. EvaluateError where a patched one gives no verdict."""
 
-    def compute(prompts: list[Prompt], missing: list[str]) -> Arrays:
-        with reading(plain().model, subject.processor, subject.lane, nodes) as read:
-            found = read(prompts, range(len(prompts)))
-        arrays = {"plain": found.plain, "projected": found.projected, **found.more}
-        yield from ((name, arrays[name]) for name in missing)
-
-    names, size = ["plain", "projected", *nodes], subject.options.batch_size
-    asked = {"evaluation": subject.evaluation}
-    if subject.bundled is None or nodes:
-        asked["calibration"] = subject.calibration
-    sets = {kind: Results(work, kind, prompts, size) for kind, prompts in asked.items()}
-    for results in sets.values():
-        results.fill(names, compute, report)
-    if not workers().leads:
-        return {}
-    return {kind: {name: results.read(name) for name in names} for kind, results in sets.items()}
-
-
-def _metric(subject: Subject, plain: Model) -> np.ndarray | None:
-    """The head's metric; None where something non-linear follows the head, so that probes see logits as they are."""
-    return None if subject.lane.of("lane_head") else head_metric(head_weight(plain().model))
-
-
-def _answers(subject: Subject, model: Model, kind: str, work: Work, report: Silent) -> Answers:
-    """The answers of a "plain" or a patched model. EvaluateError where a patched one gives no verdict."""
-
-    def compute(prompts: list[Prompt], missing: list[str]) -> Arrays:
-        found = model().answers(prompts)
+    def compute(prompts: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        found = model.answers(prompts)
         if kind != "plain" and np.isnan(found["scores"]).any():
             raise EvaluateError("the patched model gives no verdict on some prompts. Export it again.")
         yield from ((name, found[name]) for name in missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sasa_export.errors import EvaluateError, OpenError
 from sasa_export.files import check_apart
@@ -15,23 +15,29 @@ from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.contents import read_object
 from sasa_export.models.load import load_processor, read_sizes, running
-from sasa_export.options import AUTO
+from sasa_export.options import AUTO, check_for_graphs
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
-from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, for_model, load_all
+from sasa_export.prompts import (
+    Prompt,
+    builtin_evaluation,
+    calibration_prompts,
+    check_disjoint,
+    check_labels,
+    for_model,
+    load_all,
+)
 from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
-from sasa_export.research.evaluate.options import EvaluateOptions
+from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import command_line, last_name
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
 from sasa_export.workers import workers
 
-MISSING = {  # what cannot be measured without a label, and what to add
-    1: ("harmful", "attack success and detection", "figstep:DIR or mm-safetybench:DIR"),
-    0: ("harmless", "over-refusal and detection", "xstest:FILE,subset=safe or vlguard:DIR,subset=safe_safes"),
-}
+if TYPE_CHECKING:
+    from sasa_export.foreign.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Subject:
         against: the settings of the gate of --against; None without.
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
+        decoder: that of the original, where it is graphs that others exported.
         lane: the second lane, from which the fitted arms read their features.
         bundled: the probes that the embedded model ships with, where these are what would be fitted.
     """
@@ -54,6 +61,7 @@ class Subject:
     against: dict[str, Any] | None
     made: dict[str, Any]
     source: Source
+    decoder: Decoder | None
     processor: Any
     evaluation: list[Prompt]
     left_out: int
@@ -68,11 +76,6 @@ class Subject:
     def batch_size(self) -> int:
         """Of the answers, which are compared and so run in the same batches in both models."""
         return self.options.batch_size if self.graphs is None else 1
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """How many blocks the decoder and the patched model's second lane have."""
-        return _blocks(self.sasa), len(blocks_again(self.sasa["graph"]))
 
     @property
     def rate(self) -> float:
@@ -90,20 +93,13 @@ class Subject:
         return fingerprint(
             self.source,
             [*self.evaluation, *(self.calibration if self.bundled is None else [])],
-            patched=[digest(path) for path in self._told(self.options.model)],
-            against=[] if self.options.against is None else [digest(path) for path in self._told(self.options.against)],
+            patched=_digests(self.options.model),
+            against=self.options.against and _digests(self.options.against),
             dtype=self.dtype,
             device=self.device.partition(":")[0],
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
         )
-
-    @staticmethod
-    def _told(directory: Path) -> list[Path]:
-        """The files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
-        manifest = directory / MANIFEST
-        weights = sorted(directory.glob("*.safetensors"))
-        return [manifest] if manifest.exists() else [directory / "config.json", *weights]
 
     @property
     def beside(self) -> str:
@@ -121,17 +117,17 @@ class Subject:
             "graphs": self.graphs,
             "safety_layer": self.sasa["safety_layer"],
             "semantic_layer": self.sasa["semantic_layer"],
-            "blocks": self.blocks[0],
-            "lane_blocks": self.blocks[1],
+            "blocks": _blocks(self.sasa),
+            "lane_blocks": len(blocks_again(self.sasa["graph"])),
             "false_positive_rate": self.rate,
             "given_threshold": self.sasa["threshold"] if given else None,
             "dtype": self.dtype,
             "device": self.device.partition(":")[0],
             **counts(self.evaluation),
             "data": ", ".join(self.options.data) or "the built-in evaluation set",
+            "texts_alone": self.decoder is not None and not self.decoder.sees,
             "left_out": self.left_out,
             "calibrated_on": self.calibrated_on,
-            "judge": self.options.judge,
             "max_new_tokens": self.options.max_new_tokens,
             "batch_size": self.batch_size,
             "command": command_line("evaluate", self.options),
@@ -144,31 +140,33 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     against = None if options.against is None else _read_patched(options.against)[0]
     made = manifest.get("options") or {}
     prompts = load_all(options.data, report=report) if options.data else builtin_evaluation()
-    for label, (what, measures, example) in MISSING.items():
-        if not any(prompt.label == label for prompt in prompts):
-            raise EvaluateError(
-                f"the data has no {what} prompts (label {label}), so {measures} cannot be measured. Add them with "
-                f"another --data, for example --data {example}."
-            )
     specs = options.calibration or made.get("calibration") or ()
     calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)
-    source = _open_baseline(options, sasa, made, manifest, report)
+    source, decoder = _open_baseline(options, sasa, made, manifest)
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
-    processor = load_processor(source)
+    if decoder is None:
+        sizes, processor = read_sizes(source), load_processor(source)
+        main = trace_source(source, processor)
+        dtype, device = running(source, options.dtype, workers().device(options.device))
+    else:
+        sizes, processor, main, dtype, device = decoder.sizes, decoder.processor, decoder.main, decoder.dtype, "cpu"
+        prompts, calibration = decoder.readable(prompts, report), decoder.readable(calibration, Silent())
+    check_labels(prompts, 1, "--data", "an evaluation")
     prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
     found = counts(evaluation)
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
-    dtype, device = running(source, options.dtype, workers().device(options.device))
-    lane = _lane(sasa, source)
-    graph = rewrite_lane(trace_source(source, processor), lane)
+    # Where the patched model has no second lane, what the family's layers would give, to compare it with.
+    layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
+    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
     return Subject(
-        options, dtype_of(options.model), sasa, against, made, source, processor, evaluation,
-        len(prompts) - len(evaluation), calibration, ", ".join(specs) or "the built-in calibration set", graph,
-        bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype, device,
+        options, dtype_of(options.model), sasa, against, made, source, decoder, processor, evaluation,
+        len(prompts) - len(evaluation), calibration, ", ".join(specs) or "the built-in calibration set",
+        rewrite_lane(main, lane), bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype,
+        device,
     )  # fmt: skip
 
 
@@ -188,38 +186,47 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _open_baseline(
-    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any], report: Silent
-) -> Source:
-    """The model that the patched one was made from: --baseline, or what the manifest names.
+    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
+) -> tuple[Source, Decoder | None]:
+    """What the patched model was made from: --baseline, or what the manifest names. Graphs come with their decoder.
 
     Raises EvaluateError where it is another model: of another size, or with other weights.
     """
-    name = options.baseline or made.get("model")
+    name, decoder = options.baseline or made.get("model"), None
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
-        source = open_source(name, None if options.baseline else manifest.get("commit"))
+        if "graphs" in sasa:
+            from sasa_export.foreign.decoder import open_decoder
+            from sasa_export.foreign.opened import open_graphs
+
+            check_for_graphs(options)
+            decoder = open_decoder(open_graphs(name, tuple(sasa["graphs"].values())))
+            source = decoder.graphs.source
+        else:
+            source = open_source(name, None if options.baseline else manifest.get("commit"))
     except OpenError as error:
         if options.baseline:
             raise
         raise EvaluateError(f"the original of {options.model} is not there: {error} Or give --baseline.") from None
-    copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte
-    compared = copied and dtype_of(options.model) is None
-    other_weights = compared and not all(digest(shard.path) in copied for shard in source.shards)
-    if other_weights or read_sizes(source).blocks != _blocks(sasa):
+    weights = [shard.path for shard in source.shards if decoder is None or shard.path != decoder.graphs.decoder]
+    copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte, and so is what a graph reads
+    compared = copied and (decoder is not None or dtype_of(options.model) is None)
+    other_weights = compared and not all(digest(path) in copied for path in weights)
+    if other_weights or (read_sizes(source) if decoder is None else decoder.sizes).blocks != _blocks(sasa):
         raise EvaluateError(
             f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "
             "--baseline."
         )
-    return source
+    return source, decoder
 
 
 def _blocks(sasa: dict[str, Any]) -> int:
     return sum(node["op"] == "block" for node in sasa["graph"])
 
 
-def _lane(sasa: dict[str, Any], source: Source) -> LaneSettings:
-    """The patched model's second lane; where it has none, what the family's layers would give, to compare it with."""
-    sizes = read_sizes(source)
-    layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    return LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, sasa.get("probe_block"))
+def _digests(directory: Path) -> list[str]:
+    """Of the files that say which model this is: its manifest, or, where it was saved again, settings and weights."""
+    manifest, settings = directory / MANIFEST, directory / "config.json"
+    told = [manifest] if manifest.exists() else [settings, *sorted(directory.glob("*.safetensors"))]
+    return [digest(path) for path in told]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -11,9 +11,7 @@ from sasa_export.layers.expression import Expression
 from sasa_export.layers.heads import HeadScores
 from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
-
-if TYPE_CHECKING:
-    from sasa_export.research.locate.page import Located
+from sasa_export.research.locate.page import Located
 
 MOST_NUMBERED = 14  # cells a side
 
@@ -59,16 +57,16 @@ def _perception(axis: Any, curves: Mapping[str, Sequence[Estimate]]) -> None:
         if channel != "all":
             colour, line = styles.get(channel, (theme.THIRD, ":"))
             axis.plot([point.value for point in curve], color=colour, label=channel, linestyle=line, linewidth=1.3)
-    blocks, label = range(len(curves["all"])), "all prompts" if len(curves) > 1 else "prompts"
-    theme.band(axis, blocks, curves["all"], theme.SAFETY, label, linewidth=2)
+    label = "all prompts" if len(curves) > 1 else "prompts"
+    theme.band(axis, curves["all"], theme.SAFETY, label, linewidth=2)
     axis.set(title="Safety perception", ylabel="AUC")
 
 
 def _understanding(axis: Any, alignment: Mapping[str, Sequence[Estimate]]) -> None:
     axis.axhline(0.0, color=theme.FAINT, linewidth=0.8, linestyle=":")
     text, image = alignment["text_only"], alignment["image_dominant"]
-    theme.band(axis, range(len(text)), text, theme.SEMANTIC, "with the request as text", linewidth=2)
-    theme.band(axis, range(len(image)), image, theme.THIRD, "with the picture alone", linestyle="--", linewidth=1.3)
+    theme.band(axis, text, theme.SEMANTIC, "with the request as text", linewidth=2)
+    theme.band(axis, image, theme.THIRD, "with the picture alone", linestyle="--", linewidth=1.3)
     axis.set(title="Semantic understanding", ylabel="centred cosine")
 
 

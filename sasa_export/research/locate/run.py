@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sasa_export.errors import LocateError
 from sasa_export.files import check_apart, staged
+from sasa_export.flags import check_values
+from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import trace_source
@@ -21,17 +23,21 @@ from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.load import Sizes, load_processor, read_sizes, running
 from sasa_export.models.quantized import check_scheme
+from sasa_export.options import check_for_graphs
 from sasa_export.probe.features import load_as_traced
 from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
 from sasa_export.research.locate.ablation import ablate, ablated_on
-from sasa_export.research.locate.options import LocateOptions
 from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.locate.pictures import pictures
+from sasa_export.research.options import LocateOptions
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
 from sasa_export.workers import workers
+
+if TYPE_CHECKING:
+    from sasa_export.foreign.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Study:
     ablated_on: list[Prompt]  # empty where the ablation is left out
     dtype: str
     device: str
+    decoder: Decoder | None  # of a directory of ONNX graphs
 
 
 def locate(options: LocateOptions, report: Silent | None = None) -> Located | None:
@@ -58,13 +65,19 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     same command goes on from there. Several processes share the work (`sasa_export.workers`); all but the first return
     None. Raises SasaExportError; then no report is written.
     """
-    options.check()
+    check_values(options)
+    if options.blocks is not None and not options.ablation_prompts:
+        raise LocateError("--blocks says whose heads are ablated, and --ablation-prompts 0 leaves that out.")
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
         study = _study(options, report)
         report.step("open", f"{study.source.name}: family {study.source.family.name}, {study.sizes.blocks} blocks")
-        work.open(_fingerprint(study, options), discard=options.force, report=report)
+        told = fingerprint(
+            study.source, study.prompts, batch_size=options.batch_size, dtype=study.dtype,
+            device=study.device.partition(":")[0],
+        )  # fmt: skip
+        work.open(told, discard=options.force, report=report)
         evidence, heads = _measure(study, options, work, report)
         if evidence is None:
             return None
@@ -80,37 +93,41 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
 
 def _study(options: LocateOptions, report: Silent) -> Study:
     """Everything that can be wrong before the work begins."""
-    prompts = calibration_prompts(options.calibration, report)
-    source = open_source(options.model, options.revision, check_scheme)
+    prompts, decoder = calibration_prompts(options.calibration, report), None
+    if options.onnx_file or holds_graphs(options.model):
+        from sasa_export.foreign.decoder import open_decoder
+
+        check_for_graphs(options)
+        decoder = open_decoder(open_graphs(options.model, options.onnx_file))
+        source, sizes, processor, graph = decoder.graphs.source, decoder.sizes, decoder.processor, decoder.main
+        prompts, dtype, device = decoder.readable(prompts, report), decoder.dtype, "cpu"
+    else:
+        source = open_source(options.model, options.revision, check_scheme)
+        sizes, processor = read_sizes(source), load_processor(source)
+        dtype, device = running(source, options.dtype, workers().device(options.device))
+        graph = trace_source(source, processor)
     check_apart(options.out, source.directory)
-    sizes = read_sizes(source)
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
-    processor = load_processor(source)
     prompts = limited(for_model(prompts, processor), options.limit)
-    dtype, device = running(source, options.dtype, workers().device(options.device))
-    graph = trace_source(source, processor)
     pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)
     pairs = possible(pairs, graph.earliest_safety_layer())
     blocks = list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks)
-    ablated = ablated_on(prompts, options.ablation_prompts) if options.ablation_prompts else []
-    return Study(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device)
-
-
-def _fingerprint(study: Study, options: LocateOptions) -> dict[str, Any]:
-    return fingerprint(
-        study.source,
-        study.prompts,
-        batch_size=options.batch_size,
-        dtype=study.dtype,
-        device=study.device.partition(":")[0],
-    )
+    wanted = options.ablation_prompts and decoder is None
+    ablated = ablated_on(prompts, options.ablation_prompts) if wanted else []
+    return Study(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device, decoder)
 
 
 def _measure(
     study: Study, options: LocateOptions, work: Work, report: Silent
 ) -> tuple[Evidence | None, HeadScores | None]:
-    """Load the model, ablate its heads and survey its blocks; all processes but the first get None for evidence."""
+    """Load the model, ablate its heads (not those of graphs) and survey its blocks; all processes but the first get
+    None for evidence."""
+    if study.decoder is not None:
+        from sasa_export.foreign.survey import survey_graphs
+
+        size = options.batch_size
+        return survey_graphs(study.decoder, study.prompts, study.pairs, work, report, batch_size=size), None
     report.step("load", f"{study.dtype} on {study.device}")
     model = load_as_traced(
         study.source, study.processor, study.graph, study.prompts, dtype=study.dtype, device=study.device
@@ -140,17 +157,5 @@ def _conclude(study: Study, evidence: Evidence, heads: HeadScores | None, comman
         "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
         "command": command,
     }
-    return Located(
-        subject, evidence, heads, proposal, study.known, held_out(evidence.sweep, candidates, prompts),
-        _example(evidence, prompts),
-    )  # fmt: skip
-
-
-def _example(evidence: Evidence, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The likeliest tokens for a harmless picture prompt where there is one: its words may be shown to anyone."""
-    row = min(range(len(prompts)), key=lambda row: (prompts[row].label, prompts[row].image is None, row))
-    asked, question = prompts[row].prompt, prompts[row].question
-    return {
-        "prompt": f'a picture that says "{question}", with: {asked}' if question else asked,
-        "words": [[evidence.vocabulary[token] for token in ranked] for ranked in evidence.results.read("tokens")[row]],
-    }
+    judged = held_out(evidence.sweep, candidates, prompts)
+    return Located(subject, evidence, heads, proposal, study.known, judged)

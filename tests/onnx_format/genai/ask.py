@@ -10,9 +10,19 @@ rows of what was said.
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
+
+
+def judged(generator: og.Generator) -> list[float] | None:
+    """The output `unsafe_probability`, which an unguarded model does not have."""
+    try:
+        return generator.get_output("unsafe_probability").tolist()
+    except Exception:
+        return None
+
 
 model = og.Model(sys.argv[1])
 said = []
@@ -20,7 +30,7 @@ for request in json.load(sys.stdin):
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(batch_size=len(request["turns"][0]), **request["options"])
     generator = og.Generator(model, parameters)
-    answers: list[dict[str, list]] = []
+    answers: list[dict[str, Any]] = []
     for rows in request["turns"]:
         if answers and not generator.is_done():
             generator.get_logits()  # feeds the last token of an answer that was cut short
@@ -32,7 +42,7 @@ for request in json.load(sys.stdin):
             inputs["input_ids"], inputs["pixel_values"] = ids, np.array(request["pixels"], np.float32)
             inputs["num_image_tokens"] = np.array([request["places"]])
             generator.set_inputs(inputs)
-        probability = generator.get_output("unsafe_probability").tolist()
+        probability = judged(generator)
         answer: list[list[int]] = []
         while len(answer) < request["tokens"] and not generator.is_done():
             generator.generate_next_token()

@@ -1,4 +1,7 @@
-"""The way through: prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a threshold."""
+"""What a gate would do on prompts as they come, which have no labels, and which threshold suits them.
+
+Prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a threshold.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from sasa_export.files import write_whole
 from sasa_export.models import read_config
 from sasa_export.models.load import place
 from sasa_export.probe.fit import threshold_for
-from sasa_export.probe.intervals import Share, share
+from sasa_export.probe.intervals import Share, wilson
 from sasa_export.prompts import Prompt, for_model, load
 from sasa_export.prompts.prompt import batches, encode
 from sasa_export.report import Silent
@@ -39,9 +42,7 @@ class Scored:
 
     def refused(self, threshold: float) -> Share:
         """How many prompts a threshold refuses."""
-        found = share(self.probabilities >= threshold)
-        assert found is not None
-        return found
+        return wilson(int((self.probabilities >= threshold).sum()), len(self.prompts))
 
     def lines(self) -> Iterator[str]:
         """A JSON object a prompt, with the names that the log record of a verdict has."""
@@ -86,7 +87,10 @@ def score(
             f"the threshold lies within the graphs of {directory}. Leave --write-threshold out, and export them again "
             "with --threshold and what is proposed."
         )
-    _check_new(out)
+    if out.exists():
+        raise EmitError(f"{out} is there already. Give another --out, or move it away.")
+    if not out.parent.is_dir():
+        raise EmitError(f"{out.parent} is no directory. Make it, or give another --out.")
     asked = load(data, "DATA", report, labelled=False)
     judge, processor = _judge(directory, graphs, device)
     prompts = for_model(asked, processor)
@@ -107,13 +111,6 @@ def score(
         write_whole(directory / "config.json", config_text(config))
         report.step("threshold", f"{proposed:.6g} stands in {directory / 'config.json'}")
     return found
-
-
-def _check_new(out: Path) -> None:
-    if out.exists():
-        raise EmitError(f"{out} is there already. Give another --out, or move it away.")
-    if not out.parent.is_dir():
-        raise EmitError(f"{out.parent} is no directory. Make it, or give another --out.")
 
 
 def _judge(directory: Path, graphs: str | None, device: str) -> tuple[Judge, Any]:
