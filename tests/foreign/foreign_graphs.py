@@ -8,8 +8,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import tiny
+from cli_steps import write_probe
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from sasa_export import Options
 
 BLOCKS, HIDDEN, HEADS, SIZE, VOCABULARY = 4, 32, 2, 16, 400
 TEMPLATE = (
@@ -169,3 +172,9 @@ def run(model: ir.Model, given: dict[str, Any], values: list[ir.Value]) -> list[
         if value.name.startswith("past"):
             feed[value.name] = np.zeros((1, HEADS, 0, SIZE), np.float32)
     return session.run([f"out{number}" for number in range(len(values))], feed)
+
+
+def options(source: Path, place: Path, weight: Any = None, bias: float = 0.0, **settings: Any) -> Options:
+    """Of a patch of such a directory to place/out, by a probe of `weight` (hidden,)."""
+    probe = write_probe(place / "probe", np.ones(HIDDEN) if weight is None else weight, bias)
+    return Options(model=str(source), out=place / "out", probe=probe, safety_layer=1, semantic_layer=2, **settings)

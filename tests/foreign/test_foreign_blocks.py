@@ -10,7 +10,6 @@ import onnx_ir as ir
 import pytest
 from foreign_runner import GraphOracle
 from onnx_runner import session
-from safetensors.numpy import save_file
 
 import sasa_export
 from sasa_export.errors import OpenError, SasaExportError, TraceError
@@ -96,18 +95,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_guarded_ends_in_a_line_that_says_why(fault: str, tmp_path: Path) -> None:
     source = foreign_graphs.write(tmp_path / "source", fault)
-    save_file(
-        {"sasa.probe.weight": np.ones(foreign_graphs.HIDDEN, np.float32), "sasa.probe.bias": np.zeros(1, np.float32)},
-        tmp_path / "probe",
-    )
-    options = sasa_export.Options(
-        model=str(source),
-        out=tmp_path / "out",
-        probe=tmp_path / "probe",
-        safety_layer=1,
-        semantic_layer=2,
-        verify="files",
-    )
+    options = foreign_graphs.options(source, tmp_path, verify="files")
     with pytest.raises(SasaExportError, match=FAULTS[fault]) as caught:
         sasa_export.patch(options)
     assert "\n" not in str(caught.value)
@@ -158,14 +146,7 @@ def test_links_of_the_hubs_cache_are_followed_and_none_is_written(directory: Pat
     for number, path in enumerate(path for path in directory.iterdir() if path.is_file()):
         (blobs / str(number)).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    save_file(
-        {"sasa.probe.weight": np.ones(foreign_graphs.HIDDEN, np.float32), "sasa.probe.bias": np.zeros(1, np.float32)},
-        tmp_path / "probe",
-    )
-    options = sasa_export.Options(
-        model=str(snapshot), out=tmp_path / "out", probe=tmp_path / "probe", safety_layer=1, semantic_layer=2,
-        verify="files",
-    )  # fmt: skip
+    options = foreign_graphs.options(snapshot, tmp_path, verify="files")
     sasa_export.patch(options)
     written = [path for path in options.out.rglob("*") if not path.is_dir()]
     assert not any(path.is_symlink() for path in written)

@@ -8,7 +8,6 @@ from typing import Any
 import foreign_graphs
 import numpy as np
 import pytest
-from cli_steps import write_probe
 from foreign_runner import Decoder as Runner
 from foreign_runner import padded
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
@@ -46,14 +45,10 @@ def probe(decoder: Decoder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def patched(decoder: Decoder, probe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("patched")
-    sasa_export.patch(
-        sasa_export.Options(
-            model=str(decoder.graphs.source.directory), out=folder / "out", safety_layer=1, semantic_layer=2,
-            probe=write_probe(folder / "probe", probe["weight"], probe["bias"]), threshold=0.5,
-            refusal="I will not help.",
-        )
-    )  # fmt: skip
-    return folder / "out"
+    source, settings = decoder.graphs.source.directory, {"threshold": 0.5, "refusal": "I will not help."}
+    return sasa_export.patch(
+        foreign_graphs.options(source, folder, probe["weight"], probe["bias"], **settings)
+    ).directory
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from labelled import write_set
-from safetensors.numpy import save_file
 
 import sasa_export
 from sasa_export.errors import EvaluateError, SasaExportError
@@ -67,16 +66,10 @@ def expected(decoder: Decoder, sets: tuple[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def options(decoder: Decoder, folder: Path, expected: dict[str, Any], sets: tuple[str, str]) -> EvaluateOptions:
-    probe = {"sasa.probe.weight": expected["weight"], "sasa.probe.bias": np.array([expected["bias"]], np.float32)}
-    save_file(probe, folder / "probe")
-    sasa_export.patch(
-        sasa_export.Options(
-            model=str(decoder.graphs.source.directory), out=folder / "patched", probe=folder / "probe", safety_layer=1,
-            semantic_layer=2, threshold=0.5, verify="files",
-        )
-    )  # fmt: skip
+    source, settings = decoder.graphs.source.directory, {"threshold": 0.5, "verify": "files"}
+    sasa_export.patch(foreign_graphs.options(source, folder, expected["weight"], expected["bias"], **settings))
     return EvaluateOptions(
-        folder / "patched", folder / "report", data=(sets[0],), calibration=(sets[1],), max_new_tokens=TOKENS
+        folder / "out", folder / "report", data=(sets[0],), calibration=(sets[1],), max_new_tokens=TOKENS
     )
 
 

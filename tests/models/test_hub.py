@@ -25,13 +25,8 @@ def hub(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     revisions = {}
     for name, seed in (("main", 0), ("v1", 1)):
         revisions[name] = Path(shutil.copytree(tiny_model("llava", shards=3, seed=seed), tmp_path / name))
-        for other in (
-            "original/a.safetensors",
-            "consolidated.safetensors",
-            "onnx/config.json",
-            "pytorch_model.bin",
-            "model.gguf",
-        ):
+        others = "original/a.safetensors consolidated.safetensors onnx/config.json pytorch_model.bin model.gguf"
+        for other in others.split():
             (revisions[name] / other).parent.mkdir(exist_ok=True)
             (revisions[name] / other).write_bytes(b"{}")
         (revisions[name] / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')

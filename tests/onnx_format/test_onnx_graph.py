@@ -92,21 +92,6 @@ def test_standard_names_and_no_trace_of_the_machine(directory: Path, decoder: ir
             assert trace not in content
 
 
-def test_several_tokens_on_a_past_are_judged(split: Any, directory: Path) -> None:
-    """Behind a turn's end, tokens on a past are a prompt again: judged on the whole context, as torch judges it."""
-    guard = split("llava")
-    runner, inputs, following = started(guard, directory)
-    more = np.tile([guard.refusal[-1], 7, 8, 9], (len(following), 1))  # (batch, 4), an end of sequence first
-    mask = np.concatenate([runner.mask, np.ones_like(more)], axis=1)
-    runner.call(runner.embed(more), mask, following + np.arange(4))
-    whole = {"input_ids": torch.cat([inputs["input_ids"], torch.tensor(more)], 1), "attention_mask": torch.tensor(mask)}
-    expected = guard.expected({**inputs, **whole}).numpy()  # (batch,)
-    assert runner.probability is not None
-    np.testing.assert_allclose(runner.probability, expected, atol=1e-4)
-    refused = expected >= guard.model.config.sasa["threshold"]
-    assert ((runner.logits.argmax(-1) == guard.refusal[0]) == refused).all()
-
-
 def test_rounded_embeddings_are_those_that_the_decoder_gets(stock: Any, tmp_path: Path) -> None:
     """To the bit, since the gate knows the template's tokens by them; a head that shared the weight keeps it."""
     model = copy.deepcopy(stock("llava")[0])

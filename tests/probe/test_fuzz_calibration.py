@@ -111,16 +111,7 @@ def test_files_of_any_kind(folder: Path, what: str) -> None:
 
 NAMES = ["jsonl", "figstep", "mm-safetybench", "vlguard", "jailbreakv", "xstest", "no-set"]
 PATHS = ["", " ", ".", "/", "no.jsonl", "loop.png", "a\nb", "x" * 5000, "whole.png", "\udc80", "~", "~nobody/x"]
-TAILS = [
-    "",
-    ",subset=safe",
-    ",variant=SD+TYPO",
-    ",part=tiny",
-    ",split=train,split=test",
-    ",mini=yes",
-    ",format=",
-    ",=x",
-]
+TAILS = ["", *",subset=safe ,variant=SD+TYPO ,part=tiny ,split=train,split=test ,mini=yes ,format= ,=x".split()]
 
 
 def test_specs_of_any_kind(folder: Path) -> None:
