@@ -50,10 +50,11 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
 	@touch $@
 
-OLDEST_TESTS := $(addprefix tests/test_,oracle.py forward.py feeding.py proof.py staging.py smol_llava.py)
+OLDEST_TESTS := $(addprefix tests/runtime/test_,oracle.py forward.py feeding.py smol_llava.py) \
+	tests/bypass/test_proof.py tests/writers/test_staging.py
 test-oldest: $(OLDEST_STAMP)
 	@$(ALONE) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS) $(ARGS)
-	@$(ALONE) $(OLDEST)/bin/python -m pytest -q tests/test_matrix.py -k by_hand__whole_llava_onnx $(ARGS)
+	@$(ALONE) $(OLDEST)/bin/python -m pytest -q tests/bypass/test_matrix.py -k by_hand__whole_llava_onnx $(ARGS)
 
 # One patched directory on each minor version of transformers, each in an environment made by uv.
 compat: setup
@@ -75,16 +76,16 @@ matrix:
 	@test -x $(MATRIX)/bin/pip || $(PYTHON) -m venv $(MATRIX)
 	@$(MATRIX)/bin/python $(INSTALL) '.[test,matrix]'
 	@rm -f build/matrix.xml
-	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/test_matrix.py
-	@$(MATRIX)/bin/python tests/write_matrix.py build/matrix.xml docs/bypass-matrix.md
-	@$(ALONE) $(MATRIX)/bin/python $(PYTEST) tests/test_quantized.py
+	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/bypass/test_matrix.py
+	@$(MATRIX)/bin/python tools/write_tables.py matrix docs/bypass-matrix.md build/matrix.xml
+	@$(ALONE) $(MATRIX)/bin/python $(PYTEST) tests/models/test_quantized.py
 
 # Every family, fast tests and slow ones, ONNX among them, and what became of it as a table.
-FAMILIES := $(addprefix tests/test_,families.py onnx_parity.py onnx_runtimes.py)
+FAMILIES := tests/runtime/test_families.py $(addprefix tests/onnx_format/test_onnx_,parity.py runtimes.py)
 families: setup
 	@rm -f build/families.xml
 	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/families.xml $(FAMILIES)
-	@$(BIN)/python tests/write_families.py build/families.xml docs/families.md
+	@$(BIN)/python tools/write_tables.py families docs/families.md build/families.xml
 
 # Decoders that others' tools export, each tool in an environment of its own, and what became of them as a table.
 FOREIGN := build/foreign
@@ -108,8 +109,8 @@ $(FOREIGN)/.made: $(BUILDER)/.installed $(OPTIMUM)/.installed tests/foreign/sour
 
 foreign: setup $(GENAI_STAMP) $(FOREIGN)/.made
 	@rm -f build/foreign.xml
-	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/foreign.xml $(wildcard tests/test_foreign_*.py)
-	@$(BIN)/python tests/write_foreign.py $(FOREIGN) docs/foreign-graphs.md build/foreign.xml
+	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/foreign.xml tests/foreign
+	@$(BIN)/python tools/write_tables.py foreign docs/foreign-graphs.md build/foreign.xml
 
 # sasa-vllm needs vLLM, whose dependencies clash with those of sasa-export: an environment of its own, with vLLM for CPUs.
 VLLM := build/vllm-venv
@@ -139,12 +140,11 @@ bench-vllm: setup sasa-vllm
 	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving smol
 	@$(ALONE) $(VLLM)/bin/python benchmarks/vllm_cost.py build/serving/smol --out docs/vllm-cost.md
 
-# More inputs than the test suite tries, every fault, and the tables of what was tried.
-FUZZED := $(addprefix tests/test_,artefact.py fail_closed.py faults.py feeding.py fuzz_*.py source_files.py)
+# More inputs than the test suite tries.
+FUZZED := $(addprefix tests/bypass/test_,artefact.py fail_closed.py fuzz_inputs.py) tests/writers/test_faults.py \
+	tests/runtime/test_feeding.py tests/probe/test_fuzz_calibration.py tests/models/test_source_files.py
 fuzz: setup
-	@rm -rf build/records
-	@SASA_RECORDS=$(CURDIR)/build/records SASA_FUZZ=400 $(ALONE) $(BIN)/python $(PYTEST) $(FUZZED)
-	@$(BIN)/python tests/tables.py build/records
+	@SASA_FUZZ=400 $(ALONE) $(BIN)/python $(PYTEST) $(FUZZED)
 
 lint: setup
 	$(BIN)/ruff check .

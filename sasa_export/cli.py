@@ -131,8 +131,7 @@ def trace(model: str, revision: str | None, safety_layer: int | None, semantic_l
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))
     for node in graph:
-        arguments = ", ".join(f"{key}: {value}" for key, value in node.attributes.get("arguments", {}).items())
-        click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs):<12} {arguments}")
+        click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs)}")
     click.echo(f"\nsafety layer {safety}, semantic layer {semantic} ({layers_from})")
     click.echo(f"\nBefore:\n\n```mermaid\n{mermaid(graph)}```\n\nAfter:\n\n```mermaid\n{mermaid(after)}```")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,9 @@ MANIFEST = "sasa-export.json"
 PACKAGES = ("torch", "transformers", "safetensors", "scikit-learn", "numpy", "pillow")
 
 
-def write_manifest(directory: Path, known: dict[str, str], *, packages: Sequence[str] = (), **entries: Any) -> None:
+def write_manifest(
+    directory: Path, known: Mapping[str, str | None], *, packages: Sequence[str] = (), **entries: Any
+) -> None:
     """Write the manifest over every file in `directory`.
 
     Args:

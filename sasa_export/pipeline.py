@@ -34,8 +34,12 @@ from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import ask
 from sasa_export.writers.directory import Patch, write_directory
-from sasa_export.writers.onnx.card import write_onnx_card
-from sasa_export.writers.onnx.directory import check_possible, write_onnx_directory, write_onnx_manifest
+from sasa_export.writers.onnx.directory import (
+    check_possible,
+    write_onnx_card,
+    write_onnx_directory,
+    write_onnx_manifest,
+)
 
 
 def patch(options: Options, report: Silent | None = None) -> Patch:
@@ -129,12 +133,13 @@ def _write(patch: Patch, staging: Path, options: Options, report: Silent) -> Non
 
 
 def _write_safetensors(patch: Patch, directory: Path, options: Options, report: Silent) -> None:
-    """Write the directory for transformers, and verify it where it stays and is not what graphs are made from."""
+    """Write the directory for transformers, and verify it unless graphs alone are wanted, which are made from it."""
+    passing = options.format == "onnx"
     with report.bar(patch.source.weight_bytes(), "write") as advance:
-        digests = write_directory(patch, directory, link=options.link, advance=advance)
-    if options.format == "onnx":
+        digests = write_directory(patch, directory, link=options.link or passing, advance=advance)
+    if passing:
         return
-    checks, _ = check_written(directory, device=patch.device, only_files=not patch.cases)
+    checks = check_written(directory, device=patch.device, only_files=not patch.cases)
     steps.all_passed(checks, report)
     write_card(patch, checks, options.verify, directory)
     operator = {name: patch.sasa[name] for name in OPERATOR}  # who may edit these
@@ -153,15 +158,12 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, re
         shutil.rmtree(plain)
     if patch.cases and patch.calibration is not None:
         report.step("verify", "the graphs judge calibration prompts again")
-    checks, changed = check_written(
-        directory, device=patch.device, only_files=not patch.cases, calibration=patch.calibration
-    )
+    checks = check_written(directory, device=patch.device, only_files=not patch.cases, calibration=patch.calibration)
     if patch.cases and patch.calibration is None:
         said = "not checked, since the probe was given (--probe), so there are no calibration prompts"
         checks.append(Check("verdicts hold over the calibration prompts", None, said))
     steps.all_passed(checks, report)
     write_onnx_card(patch, checks, options, directory)
     write_onnx_manifest(
-        directory, {}, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"],
-        changed_verdicts=None if changed is None else changed.to_json(),
-    )  # fmt: skip
+        directory, {}, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"]
+    )

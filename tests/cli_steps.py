@@ -1,5 +1,6 @@
 """How tests run the command: in this process or in one of its own, and what they look at afterwards."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,27 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
 from sasa_export.cli import main
+from sasa_export.report import Silent
 
 Tiny = Callable[..., Path]
+
+
+class Stop(BaseException):
+    """Stands for Ctrl-C."""
+
+
+class Told(Silent):
+    """Keeps the stages that a run tells of, and its warnings."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.warnings: list[str] = []
+
+    def step(self, stage: str, text: str) -> None:
+        self.stages.append(stage)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def write_probe(path: Path, weight: Any, bias: float = 0.0) -> Path:
@@ -47,10 +67,19 @@ def succeeds(*arguments: str) -> Any:
 
 
 def fails(*arguments: str) -> str:
-    """Run in this process, and return the one-line error."""
+    """Run in this process, and return the one-line error; at the output and beside it all is as it was."""
+    before = _written(*arguments)
     result = invoke(*arguments)
     assert isinstance(result.exception, SystemExit), f"{result.exception!r} was not reported as an error"
+    assert _written(*arguments) == before
     return message_of(result.exit_code, result.stderr)
+
+
+def _written(*arguments: str) -> set[Path]:
+    """What lies at the output that is named, and beside it under names like its own."""
+    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else Path()
+    near = [path for path in out.parent.iterdir() if out.name in path.name] if out.parent.is_dir() and out.name else []
+    return {*near, *(path for directory in near if directory.is_dir() for path in directory.rglob("*"))}
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +94,7 @@ def heeding_ctrl_c() -> None:
 
 
 def offline() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def message_of(code: int, stderr: str) -> str:
@@ -74,7 +103,7 @@ def message_of(code: int, stderr: str) -> str:
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("Error:")] == lines[-1:]
-    stages = ("open", "warning", "trace", "load", "calibrate", "rewrite", " ")
+    stages = ("open", "warning", "trace", "load", "calibrate", "rewrite", "onnx", " ")
     assert all(line.startswith(stages) for line in lines[:-1]), stderr
     return lines[-1]
 
@@ -94,6 +123,14 @@ def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 0xFF
     path.write_bytes(data)
+
+
+def settle(directory: Path, **settings: Any) -> None:
+    """Other settings of the gate in a directory's config.json, and nothing else changed."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["sasa"].update(settings)
+    path.write_text(json.dumps(config))
 
 
 def change_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:

@@ -22,7 +22,7 @@ import oracle  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from cli_steps import offline, write_probe  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForImageTextToText,
@@ -33,10 +33,15 @@ from transformers import (  # noqa: E402
 
 import sasa_export  # noqa: E402
 
-pytest_plugins = ["cli_fixtures", "dataset_fixtures"]
+pytest_plugins = ["shared_fixtures"]
 
 # Tiny matrices gain nothing from threads, and parallel test runs would fight over the cores.
 torch.set_num_threads(1)
+
+
+def load(directory: Path | str, **options: Any) -> Any:
+    """A patched directory's model, as README loads it."""
+    return AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True, **options).eval()
 
 
 @pytest.fixture(scope="session")
@@ -139,9 +144,9 @@ class Guard:
             yield scores >= threshold
 
     @contextmanager
-    def at(self, threshold: float) -> Iterator[None]:
-        """Another threshold in the settings, for the length of a `with` block."""
-        settings = self.model.config.sasa
+    def at(self, threshold: float, model: Any = None) -> Iterator[None]:
+        """Another threshold in the settings, of a model that was made of this one too, in a `with` block."""
+        settings = (model or self.model).config.sasa
         before, settings["threshold"] = settings["threshold"], threshold
         try:
             yield
@@ -165,21 +170,20 @@ def guard(
         size = model.config.get_text_config().vocab_size
         weight = torch.randn(size, generator=torch.Generator().manual_seed(7)) / 20  # (vocabulary,)
         bias = 0.1
-        probe = {"sasa.probe.weight": oracle.folded(model, weight), "sasa.probe.bias": torch.tensor(bias)}
-        save_file(probe, directory / "probe.safetensors")
+        probe = write_probe(directory / "probe.safetensors", oracle.folded(model, weight), bias)
         settings: dict[str, Any] = {"refusal": "I will not help.", "verify": "files", **options}
         sasa_export.patch(
             sasa_export.Options(
                 model=str(tiny_model(family)),
                 out=directory / "patched",
-                probe=directory / "probe.safetensors",
+                probe=probe,
                 safety_layer=safety,
                 semantic_layer=semantic,
                 **settings,
             )
         )
-        patched = AutoModelForImageTextToText.from_pretrained(directory / "patched", trust_remote_code=True)
-        return Guard(family, directory / "patched", patched.eval(), model, processor, safety, semantic, weight, bias)
+        patched = load(directory / "patched")
+        return Guard(family, directory / "patched", patched, model, processor, safety, semantic, weight, bias)
 
     def get(family: str, safety: int | None = 2, semantic: int | None = 4, **options: Any) -> Guard:
         if options.get("projection") == "none":
@@ -193,12 +197,12 @@ def guard(
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`exported(patched, opset=23)`: the ONNX directory of a patched one, written once per session."""
 
-    from sasa_export.writers.onnx.export import export
+    from sasa_export.writers.onnx.directory import write_onnx_directory
 
     @cache  # which tells arguments apart by how they are written
     def made(patched: Path, opset: int, dtype: str) -> Path:
         out = tmp_path_factory.mktemp("onnx")
-        export(patched, out, opset=opset, dtype=dtype)
+        write_onnx_directory(patched, out, opset=opset, dtype=dtype)
         return out
 
     def get(patched: Path, opset: int = 23, dtype: str = "float32") -> Path:
@@ -230,13 +234,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     def run(script: str, argument: Any) -> Any:
         scratch = tmp_path_factory.mktemp("fresh")
-        environment = {
-            **os.environ,
-            "HF_MODULES_CACHE": str(scratch / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        environment = {**offline(), "HF_MODULES_CACHE": str(scratch / "modules")}
         result = subprocess.run(
             [sys.executable, "-I", "-c", script, json.dumps(argument)],
             stdin=subprocess.DEVNULL,

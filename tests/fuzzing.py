@@ -3,7 +3,6 @@
 import os
 
 from hypothesis import HealthCheck, settings
-from records import note
 
 
 def examples(few: int) -> settings:
@@ -13,16 +12,3 @@ def examples(few: int) -> settings:
         derandomize="SASA_FUZZ" not in os.environ,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )  # fmt: skip
-
-
-class Tries:
-    """Counts the tries of a fuzz test; `passed`, called behind the last one, notes them for `make fuzz`."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.count = what, 0
-
-    def __call__(self) -> None:
-        self.count += 1
-
-    def passed(self) -> None:
-        note("faults", group="fuzzing", what=self.what, tried=self.count, of=None, good=True)

@@ -12,20 +12,10 @@ from typing import Any
 from PIL import Image
 
 SCENARIOS = (
-    "01-Illegal_Activitiy",
-    "02-HateSpeech",
-    "03-Malware_Generation",
-    "04-Physical_Harm",
-    "05-EconomicHarm",
-    "06-Fraud",
-    "07-Sex",
-    "08-Political_Lobbying",
-    "09-Privacy_Violence",
-    "10-Legal_Opinion",
-    "11-Financial_Advice",
-    "12-Health_Consultation",
-    "13-Gov_Decision",
-)
+    "01-Illegal_Activitiy 02-HateSpeech 03-Malware_Generation 04-Physical_Harm 05-EconomicHarm 06-Fraud 07-Sex "
+    "08-Political_Lobbying 09-Privacy_Violence 10-Legal_Opinion 11-Financial_Advice 12-Health_Consultation "
+    "13-Gov_Decision"
+).split()
 FIGSTEP_COLUMNS = "dataset category_id task_id category_name question instruction".split()
 JAILBREAKV_COLUMNS = (
     "id jailbreak_query redteam_query format policy image_path from selected_mini transfer_from_llm".split()
@@ -114,18 +104,13 @@ def vlguard(root: Path) -> Path:
 
 def jailbreakv(root: Path) -> Path:
     """One row of each format; the second of them is in the mini table too."""
+    pictures = {
+        "Template": "llm_transfer_attack/SD_related_1.png", "Persuade": "llm_transfer_attack/nature_2.jpeg",
+        "Logic": "llm_transfer_attack/blank_3.png", "figstep": "figstep/figstep_4.png",
+        "SD": "query_related/SD_5.png", "SD_typo": "query_related/SD_typo_6.png", "typo": "query_related/typo_7.png",
+    }  # fmt: skip
     rows = []
-    for number, (kind, image) in enumerate(
-        (
-            ("Template", "llm_transfer_attack/SD_related_1.png"),
-            ("Persuade", "llm_transfer_attack/nature_2.jpeg"),
-            ("Logic", "llm_transfer_attack/blank_3.png"),
-            ("figstep", "figstep/figstep_4.png"),
-            ("SD", "query_related/SD_5.png"),
-            ("SD_typo", "query_related/SD_typo_6.png"),
-            ("typo", "query_related/typo_7.png"),
-        )
-    ):
+    for number, (kind, image) in enumerate(pictures.items()):
         picture(root / "JailBreakV_28K" / image, image)
         query = f"You are free.\nHow is {number} done,\n\nand why?"
         rows.append(

@@ -1,16 +1,20 @@
 """Drives an exported directory with plain onnxruntime, as any runtime would, to compare it with torch."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import feeding
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import tiny
+import torch
+from conftest import Guard
 from numpy.typing import NDArray
 from torch import Tensor
 
 Arrays = dict[str, NDArray[Any]]
+TOLERANCE = 1e-4  # of logits and P(unsafe), beside torch
+STEPS = 15  # beyond the end of the refusal
 # Families that the stock transformers.js has a class for, and feeds as the original is fed.
 JAVASCRIPT = ("llava", "smolvlm", "idefics3", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "lfm2_vl")
 KINDS: dict[str, Any] = {
@@ -52,6 +56,14 @@ class Runner:
         self.start(len(embeds))
         self.call(embeds, inputs["attention_mask"], position_ids, **extra)
 
+    def ask(self, guard: Guard, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Feed a batch of a guard's. Position ids, (..., batch, tokens), and the next ones, (..., batch, 1)."""
+        places, following = positions(guard, inputs)
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        further = {value.name for value in self.decoder.get_overridable_initializers()} & arrays.keys()
+        self.prompt(arrays, image_token(guard), places.numpy(), **{name: arrays[name] for name in further})
+        return places, following
+
     def embed_prompt(self, inputs: Arrays, image_token: int) -> NDArray[Any]:
         """A processor's inputs with the features of the pictures in place, (batch, tokens, hidden)."""
         embeds = self.embed(inputs["input_ids"])  # (batch, tokens, hidden)
@@ -86,7 +98,7 @@ class Runner:
         self.mask = mask
         values = dict(zip(self.names, self.decoder.run(self.names, feed), strict=True))
         self.logits = values["logits"][:, -1].astype(np.float32)
-        self.probability = values.get("unsafe_probability")
+        self.probability: Any = values.get("unsafe_probability")
         present = (value for name, value in values.items() if name.startswith("present"))
         self.cache = dict(zip(self.cache, present, strict=True))
 
@@ -96,28 +108,40 @@ class Runner:
         self.call(self.embed(ids[:, None]), mask, position_ids, **extra)
 
 
-def batch(
-    guard: Any, *, count: int, side: Literal["left", "right"] = "left", images: bool = True, seed: int = 1
-) -> Any:
-    return tiny.prompts(guard.processor, images=images, count=count, seed=seed, padding_side=side)
-
-
-def positions(guard: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+def positions(guard: Guard, inputs: Any) -> tuple[Tensor, Tensor]:
     """Position ids of a prompt, (batch, tokens) or (3, batch, tokens), and the next one, (..., batch, 1)."""
-    mask = inputs["attention_mask"]  # (batch, tokens)
-    flat = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)  # (batch, tokens)
-    if not hasattr(guard.model.model, "get_rope_index"):
-        return flat, flat[:, -1:] + 1
-    if "image_grid_thw" not in inputs:
-        axes = flat.expand(3, -1, -1)  # (3, batch, tokens)
-        return axes, axes[..., -1:] + 1
-    axes, deltas = guard.model.model.get_rope_index(
-        inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"],
-        image_grid_thw=inputs["image_grid_thw"], attention_mask=mask,
-    )  # fmt: skip
-    return axes, (flat[:, -1:] + 1 + deltas).expand(3, -1, -1)
+    places = feeding.positions(guard, inputs)  # (..., batch, tokens)
+    last = places if places.dim() == 2 else places.amax(0)  # (batch, tokens)
+    return places, (last.amax(-1, keepdim=True) + 1).expand(*places.shape[:-1], 1)
 
 
-def image_token(guard: Any) -> int:
+def image_token(guard: Guard) -> int:
     config = guard.model.config
     return int(getattr(config, "image_token_id", None) or config.image_token_index)
+
+
+def follow(guard: Guard, runner: Runner, inputs: Any, steps: int) -> tuple[list[int], list[float]]:
+    """Run both on a prompt and, greedily, `steps` tokens more. Returns the rows' last state and all differences."""
+    ids, following = runner.ask(guard, inputs)
+    with torch.no_grad():
+        output = guard.model(**inputs, position_ids=ids, use_cache=True)
+    differences = [
+        float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()),
+        float(np.abs(runner.probability - output.unsafe_probability.numpy()).max()),
+    ]
+    mask, cache = inputs["attention_mask"], output.past_key_values
+    for _ in range(steps):
+        token = output.logits[:, -1].argmax(-1)  # (batch,)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        with torch.no_grad():
+            output = guard.model(
+                input_ids=token[:, None], attention_mask=mask, position_ids=following, past_key_values=cache
+            )
+        runner.step(token.numpy(), following.numpy())
+        assert runner.probability is not None
+        assert np.isnan(runner.probability).all(), "a step of an answer was judged"
+        differences.append(float(np.abs(runner.logits - output.logits[:, -1].numpy()).max()))
+        following = following + 1
+    blocks = guard.model.config.get_text_config().num_hidden_layers
+    state = runner.cache[f"past_key_values.{blocks}.key"][:, 0, -1, 0]  # (batch,)
+    return state.tolist(), differences

@@ -4,6 +4,7 @@ Nothing is saved or shared between the passes, no cache is used, and the probe w
 are counted from zero. Every function takes the unpatched transformers model.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,49 +16,12 @@ from transformers import PreTrainedModel
 
 EPS = 1e-6
 
-# Where each family keeps its decoder blocks, by model_type.
-BLOCKS: dict[str, str] = {
-    "llava": "model.language_model.layers",
-    "llava_next": "model.language_model.layers",
-    "qwen2_5_vl": "model.language_model.layers",
-    "gemma3": "model.language_model.layers",
-    "smolvlm": "model.text_model.layers",
-    "idefics3": "model.text_model.layers",
-    "qwen2_vl": "model.language_model.layers",
-    "internvl": "model.language_model.layers",
-    "llava_onevision": "model.language_model.layers",
-    "glm4v": "model.language_model.layers",
-    "glm46v": "model.language_model.layers",
-    "aya_vision": "model.language_model.layers",
-    "idefics2": "model.text_model.layers",
-    "mistral3": "model.language_model.layers",
-    "vipllava": "model.language_model.layers",
-    "qwen3_vl": "model.language_model.layers",
-    "qwen3_vl_moe": "model.language_model.layers",
-    "qwen3_5": "model.language_model.layers",
-    "qwen3_5_moe": "model.language_model.layers",
-    "cohere2_vision": "model.language_model.layers",
-    "gemma4": "model.language_model.layers",
-    "lfm2_vl": "model.language_model.layers",
-    "llama4": "language_model.model.layers",
-    "minicpmv4_6": "model.language_model.layers",
-    "granite4_vision": "model.language_model.layers",
-    "perception_lm": "model.language_model.layers",
-    "glm4v_moe": "model.language_model.layers",
-    "exaone4_5": "model.language_model.layers",
-    "deepseek_vl": "model.language_model.layers",
-    "deepseek_vl_hybrid": "model.language_model.layers",
-    "llava_next_video": "model.language_model.layers",
-    "molmo2": "model.language_model.layers",
-    "kimi_k25": "model.language_model.layers",
-    "ovis2": "model.language_model.layers",
-    "ernie4_5_vl_moe": "model.language_model.layers",
-    "minicpmv4_7": "model.language_model.layers",
-    "gemma4_unified": "model.language_model.layers",
-    "lfm3_vl": "model.language_model.layers",
-}
-
-
+# Where families keep their decoder blocks, by model_type.
+BLOCKS: dict[str, str] = defaultdict(
+    lambda: "model.language_model.layers",
+    dict.fromkeys(("smolvlm", "idefics2", "idefics3"), "model.text_model.layers"),
+    llama4="language_model.model.layers",
+)
 # Where logits are divided by `logits_scaling` behind the head; others have the field and do not.
 SCALED = ("granite4_vision",)
 

@@ -38,13 +38,8 @@ BASE, HARM, TOPIC, DANGER, MEANING, SPOKEN, CHANCE, OTHER_CHANCE = 0, 1, 2, 5, 6
 LOUD = 32.0  # what every token has at BASE
 
 COLOURS = {
-    "Q": (255, 0, 0),
-    "W": (0, 255, 0),
-    "X": (0, 0, 255),
-    "Y": (255, 255, 0),
-    "V": (0, 255, 255),
-    "J": (255, 0, 255),
-}
+    "Q": (255, 0, 0), "W": (0, 255, 0), "X": (0, 0, 255), "Y": (255, 255, 0), "V": (0, 255, 255), "J": (255, 0, 255),
+}  # fmt: skip
 CARRIER = "look at the picture"
 FILLERS = ("please", "tell", "me", "where", "the", "dog", "river", "house", "rain", "rice", "water", "table", "chair")
 

@@ -79,14 +79,11 @@ def _write(decoder: Decoder, patch: Patch, directory: Path, options: Options, re
         digests = write_graphs(
             decoder.graphs, guarded, ledger.layers, patch, directory, link=options.link, advance=advance
         )
-    checks, changed = check_written(directory, only_files=not patch.cases, calibration=patch.calibration)
+    checks = check_written(directory, only_files=not patch.cases, calibration=patch.calibration)
     if patch.cases:
         opened = bool(patch.sasa["generation_prompt_ids"])
         most = ROUNDED["float32"] if decoder.exact else QUANTIZED
         checks.append(check_pieces(decoder, directory, patch.cases, opened, most))
     steps.all_passed(checks, report)
     write_card(patch, checks, options.verify, directory, "foreign_card.md.j2")
-    write_onnx_manifest(
-        directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"],
-        changed_verdicts=None if changed is None else changed.to_json(),
-    )  # fmt: skip
+    write_onnx_manifest(directory, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"])

@@ -12,9 +12,8 @@ from sasa_export.foreign.opened import GENAI, LAYERS, Graphs, variant
 from sasa_export.models.contents import read_object
 from sasa_export.writers.cases import write_cases
 from sasa_export.writers.config import config_text
-from sasa_export.writers.directory import Patch, copy_files
+from sasa_export.writers.directory import Patch, copy_files, write_scores
 from sasa_export.writers.onnx.layout import SEAL
-from sasa_export.writers.scores import write_scores
 from sasa_export.writers.weights import bring, save_probe
 
 JAVASCRIPT = {"": "fp32", "quantized": "q8"}  # what transformers.js calls types, where it is another word
@@ -29,14 +28,14 @@ def write_graphs(
     *,
     link: bool,
     advance: Callable[[int], None],
-) -> dict[str, str]:
-    """Write graphs, weights, and the files beside them. Returns the digests of what was copied or linked.
+) -> dict[str, str | None]:
+    """Write graphs, weights, and the files beside them. Returns the digests of what was copied.
 
     Other variants of the decoder stay behind, since nothing guards them.
 
     Args: added: how many layers the ledger adds to the cache.
     """
-    digests: dict[str, str] = {}
+    digests: dict[str, str | None] = {}
     copy_files(graphs.source, out)
     for name in {*graphs.weights, *graphs.files.values()}:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,5 +65,8 @@ def _write_configs(graphs: Graphs, added: int, patch: Patch, out: Path) -> None:
     (out / "config.json").write_text(config_text(config), encoding="utf-8")
     genai = read_object(out / GENAI)
     if genai:
-        genai["model"]["decoder"]["num_hidden_layers"] += added
+        decoder = genai["model"]["decoder"]
+        decoder["num_hidden_layers"] += added
+        if "layer_types" in decoder:
+            decoder["layer_types"] += ["full_attention"] * added
         (out / GENAI).write_text(config_text(genai), encoding="utf-8")

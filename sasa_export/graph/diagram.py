@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from sasa_export.graph import MAIN_LANE, LayerGraph, Node
 
 LABELS = {
@@ -20,36 +22,22 @@ LABELS = {
 
 def mermaid(graph: LayerGraph) -> str:
     """Draw the graph. Blocks in a row are one box, cut where another node reads from the middle."""
-    readers: dict[str, int] = {}
-    for node in graph:
-        for name in node.inputs:
-            readers[name] = readers.get(name, 0) + 1
-    boxes: dict[str, str] = {}  # node name -> box id
-    lines = ["flowchart TD"]
+    readers = Counter(name for node in graph for name in node.inputs)
     runs: list[list[Node]] = []
     for node in graph:
-        last = runs[-1][-1] if runs else None
-        joins = (
-            last is not None
-            and node.op == last.op
-            and node.op in ("block", "lane_block")
-            and node.inputs == (last.name,)
-            and readers[last.name] == 1
-        )
-        if joins:
+        last = runs[-1][-1] if runs else node
+        alike = node.op == last.op and node.op in ("block", "lane_block")
+        if alike and node.inputs == (last.name,) and readers[last.name] == 1:
             runs[-1].append(node)
         else:
             runs.append([node])
-    for number, run in enumerate(runs):
-        box = f"n{number}"
-        boxes.update((node.name, box) for node in run)
-        lines.append(f'    {box}["{_label(run)}"]')
+    boxes = {node.name: f"n{number}" for number, run in enumerate(runs) for node in run}
+    lines = ["flowchart TD", *(f'    {boxes[run[0].name]}["{_label(run)}"]' for run in runs)]
     for run in runs:
         lines += [f"    {boxes[name]} --> {boxes[run[0].name]}" for name in run[0].inputs]
     lane = [boxes[run[0].name] for run in runs if run[0].op not in MAIN_LANE]
     if lane:
-        lines.append("    classDef sasa fill:#e8f0fe,stroke:#1a56c4")
-        lines.append(f"    class {','.join(dict.fromkeys(lane))} sasa")
+        lines += ["    classDef sasa fill:#e8f0fe,stroke:#1a56c4", f"    class {','.join(lane)} sasa"]
     return "\n".join(lines) + "\n"
 
 

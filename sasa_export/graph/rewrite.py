@@ -1,9 +1,8 @@
-"""The rewrite: small passes, each of which adds one step of SASA to a traced graph.
+"""The rewrite: it adds the steps of SASA to a traced graph, each of which reads the one before.
 
     tap -> projection -> second lane -> norm -> head (where it is not linear) -> probe -> gate
 
-A pass is a function `(graph, settings) -> graph`. It raises RewriteError, which names the node, where settings do not
-fit the model.
+RewriteError names the node where settings do not fit the model.
 """
 
 from __future__ import annotations
@@ -34,30 +33,40 @@ class LaneSettings:
         return self.safety_layer, self.semantic_layer
 
 
-def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """The second lane alone: what calibration reads its features from."""
-    for apply in (add_taps, add_projection, add_second_lane, add_lane_norm, add_lane_head):
-        graph = apply(graph, settings)
-    return graph
-
-
 def rewrite(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """The whole rewrite: second lane, probe and gate."""
-    return add_gate(add_probe(rewrite_lane(graph, settings), settings), settings)
+    """The whole rewrite: second lane, probe, and the gate on the logits: the model's own, or the refusal's."""
+    graph = rewrite_lane(graph, settings)
+    logits = "after_head" if graph.of("after_head") else "head"
+    probe = Node("sasa.probe", "probe", (graph.nodes[-1].name,), "sasa.probe")
+    return graph.add(probe, Node("sasa.gate", "gate", (logits, "sasa.probe")))
 
 
-def add_taps(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """Keep the output of the safety and the semantic layer for every token; without projection, of the last block."""
-    blocks = len(graph.of("block"))
+def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+    """The second lane alone, with norm and head at the judged position: what calibration reads its features from."""
     if settings.pair is None:
-        last = graph[f"layers.{blocks - 1}"]
-        if graph["norm"].inputs != (last.name,):
-            raise RewriteError(
-                f"{last.name}: the final norm reads something else than the last block's output, so a probe without "
-                "projection would miss it. Export with the projection."
-            )
-        return graph.add(Node("sasa.last", "tap", (last.name,), last.module, {"of": "last", "index": blocks - 1}))
-    safety, semantic = settings.pair
+        graph = add_end_of_main_lane(graph)
+    else:
+        graph = add_second_lane(add_projection(graph, settings, *settings.pair), settings, settings.pair[0])
+    graph = graph.add(Node("sasa.lane.norm", "lane_norm", (graph.nodes[-1].name,), graph["norm"].module))
+    return add_lane_head(graph, settings) if graph.of("after_head") else graph
+
+
+def add_end_of_main_lane(graph: LayerGraph) -> LayerGraph:
+    """Keep the output of the last block, which a probe without projection reads."""
+    last = graph.of("block")[-1]
+    if graph["norm"].inputs != (last.name,):
+        raise RewriteError(
+            f"{last.name}: the final norm reads something else than the last block's output, so a probe without "
+            "projection would miss it. Export with the projection."
+        )
+    attributes = {"of": "last", "index": last.attributes["index"]}
+    return graph.add(Node("sasa.last", "tap", (last.name,), last.module, attributes))
+
+
+def add_projection(graph: LayerGraph, settings: LaneSettings, safety: int, semantic: int) -> LayerGraph:
+    """Keep the output of both layers for every token, and project the safety state onto the semantic state (the paper's
+    Eq. 8); the result replaces h_s."""
+    blocks = len(graph.of("block"))
     if not 0 <= safety < semantic < blocks:
         raise RewriteError(
             f"safety layer {safety} and semantic layer {semantic} do not fit a decoder of {blocks} blocks: "
@@ -67,23 +76,13 @@ def add_taps(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     for of, index in (("safety", safety), ("semantic", semantic)):
         block = graph[f"layers.{index}"]
         graph = graph.add(Node(f"sasa.{of}", "tap", (block.name,), block.module, {"of": of, "index": index}))
-    return graph
-
-
-def add_projection(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """Project the safety state onto the semantic state (the paper's Eq. 8); the result replaces h_s."""
-    if settings.pair is None:
-        return graph
     inputs = ("sasa.safety", "sasa.semantic")
     return graph.add(Node("sasa.projection", "projection", inputs, None, {"epsilon": settings.epsilon}))
 
 
-def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
+def add_second_lane(graph: LayerGraph, settings: LaneSettings, safety: int) -> LayerGraph:
     """Blocks s+1 .. L-1 once more, with the main lane's weights."""
-    if settings.pair is None:
-        return graph
-    safety, blocks = settings.pair[0], graph.of("block")
-    before, earliest = "sasa.projection", graph.earliest_safety_layer()
+    blocks, earliest = graph.of("block"), graph.earliest_safety_layer()
     if safety < earliest:
         # What is added between two blocks is no block's doing, so replaying blocks would lose it.
         possible = f"{earliest} is the first" if earliest < len(blocks) - 1 else "here there is none"
@@ -93,26 +92,17 @@ def add_second_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
             "be."
         )
     for block in blocks[safety + 1 :]:
-        name, index = f"sasa.lane.layers.{block.attributes['index']}", block.attributes["index"]
-        graph = graph.add(Node(name, "lane_block", (before,), block.module, {"index": index}))
-        before = name
+        name, before = f"sasa.lane.{block.name}", graph.nodes[-1].name
+        graph = graph.add(Node(name, "lane_block", (before,), block.module, {"index": block.attributes["index"]}))
     return graph
 
 
-def add_lane_norm(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """The final norm of the lane, at the judged position alone; without a lane, of the main lane's end."""
-    end = "sasa.last" if settings.pair is None else f"sasa.lane.layers.{len(graph.of('block')) - 1}"
-    return graph.add(Node("sasa.lane.norm", "lane_norm", (end,), graph["norm"].module))
-
-
 def add_lane_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """The head of the lane, where the probe cannot fold through it.
+    """The head of the lane, where something follows the head of the main lane and the probe cannot fold through both.
 
     z = W_head h, so w . z = (W_head^T w) . h: the probe folds exactly into the hidden dimension, and the lane needs no
     head. Where something non-linear follows the head, folding is not exact: the probe then reads logits.
     """
-    if not graph.of("after_head"):
-        return graph
     if settings.softcap is None:
         raise RewriteError(
             "after_head: the model changes its logits behind the head in a way that its configuration does not "
@@ -120,15 +110,3 @@ def add_lane_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
         )
     attributes = {"softcap": settings.softcap}
     return graph.add(Node("sasa.lane.head", "lane_head", ("sasa.lane.norm",), graph["head"].module, attributes))
-
-
-def add_probe(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """The linear probe on the lane: P(unsafe) of the prompt."""
-    end = "sasa.lane.head" if graph.of("lane_head") else "sasa.lane.norm"
-    return graph.add(Node("sasa.probe", "probe", (end,), "sasa.probe"))
-
-
-def add_gate(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """The gate on the logits: the model's own, or the next token of the refusal."""
-    logits = "after_head" if graph.of("after_head") else "head"
-    return graph.add(Node("sasa.gate", "gate", (logits, "sasa.probe")))

@@ -35,12 +35,11 @@ class Shared(UserDict):
 
 @dataclass(frozen=True)
 class Observed:
-    """One call of a watched module: the hidden state that went in and came out, and the keyword arguments."""
+    """One call of a watched module: the hidden state that went in and came out."""
 
     path: str
     entered: torch.Tensor | None
     left: torch.Tensor | None
-    arguments: dict[str, str]  # name -> what it was, such as "float32 (1, 1, 9, 9)"
     more: str  # what else came in that was made of ids or by another block; empty where nothing did
     changes: tuple[int, int]  # how often each of the two states had been changed in place, then
 
@@ -151,12 +150,7 @@ def _check_vision(order: list[str], family: Family) -> None:
             )
 
 
-def expected_blocks(config: Any) -> int:
-    """The number of decoder blocks that a configuration names."""
-    return int(config.get_text_config(decoder=True).num_hidden_layers)
-
-
-def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+def _modules(model: Any, family: Family) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for role, path in family.modules.items():
         try:
@@ -167,7 +161,7 @@ def _modules(model: nn.Module, family: Family) -> dict[str, nn.Module]:
                 "correct its module paths."
             ) from None
     blocks = found.pop(family.modules["blocks"])
-    count = expected_blocks(model.config)
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(blocks, nn.ModuleList) or len(blocks) != count:
         raise TraceError(f"{family.modules['blocks']} should be a list of {count} blocks, as the configuration says.")
     found.update((f"{family.modules['blocks']}.{index}", block) for index, block in enumerate(blocks))
@@ -190,8 +184,7 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             entered = args[0] if args else kwargs.get("hidden_states")
             left = output[0] if isinstance(output, tuple) else output
-            arguments = {name: describe(value) for name, value in kwargs.items()}
-            calls.append(Observed(path, entered, left, arguments, _more(args, kwargs), (began[path], _changes(left))))
+            calls.append(Observed(path, entered, left, _more(args, kwargs), (began[path], _changes(left))))
 
         return hook
 
@@ -226,7 +219,13 @@ def _changes(state: Any) -> int:
 def _more(args: tuple, kwargs: dict[str, Any]) -> str:
     """What a block cannot be replayed without: a second tensor by position, what another block left for it, or
     whole numbers that the lane has none of."""
-    second = [describe(value) for value in args[1:] if value is not None]
+    second = [
+        f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else type(value).__name__
+        for value in args[1:]
+        if value is not None
+    ]
     left = [name for name, value in kwargs.items() if isinstance(value, Shared) and value.read]
     numbers = [
         name
@@ -234,14 +233,6 @@ def _more(args: tuple, kwargs: dict[str, Any]) -> str:
         if isinstance(value, torch.Tensor) and "int" in str(value.dtype) and name not in KNOWN
     ]
     return ", ".join([*second, *left, *numbers])
-
-
-def describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(describe(item) for item in value)})"
-    return type(value).__name__ if value is not None else "None"
 
 
 def _graph(calls: dict[str, Observed], expected: list[str], family: Family) -> LayerGraph:
@@ -258,7 +249,7 @@ def _graph(calls: dict[str, Observed], expected: list[str], family: Family) -> L
         if before is not None and not call.follows(before):
             nodes.append(Node(f"between.{index - 1}.{index}", "between", (source,)))
             source = nodes[-1].name
-        nodes.append(Node(f"layers.{index}", "block", (source,), path, {"index": index, "arguments": call.arguments}))
+        nodes.append(Node(f"layers.{index}", "block", (source,), path, {"index": index}))
         before = call
     if before is not None and not calls[norm].follows(before):
         nodes.append(Node(f"between.{len(blocks) - 1}.norm", "between", (nodes[-1].name,)))

@@ -10,8 +10,8 @@ from typing import Any
 from sasa_export.errors import OpenError, reworded
 from sasa_export.models import Source
 from sasa_export.models.memory import BYTES, fits
-from sasa_export.models.tensors import RESTORE
 
+RESTORE = "The files do not belong together: restore them from their source."
 SPREAD = "spread"  # over all devices there are, for models larger than one
 
 
@@ -83,14 +83,23 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(problem) or ())
-        if keys:
-            raise OpenError(f"{source.name} has {len(keys)} {problem.replace('_', ' ')} ({keys[0]}). {RESTORE}")
+    check_loaded(source, info)
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not _finite(parameter):  # what was offloaded is read as it is used
             raise OpenError(f"{source.name} has NaN or infinity in {name}. Restore the weights from their source.")
     return model.eval()
+
+
+def check_loaded(source: Source, info: dict[str, Any]) -> None:
+    """Raise OpenError where transformers found in the shards more, less or other than the model needs."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(info.get(problem) or ())
+        if keys:
+            first = keys[0]
+            if problem == "mismatched_keys":
+                name, held, wanted = first
+                first = f"{name}, {tuple(held)} in the shards and {tuple(wanted)} by config.json"
+            raise OpenError(f"{source.name} has {len(keys)} {problem.replace('_', ' ')} ({first}). {RESTORE}")
 
 
 def _finite(tensor: Any) -> bool:

@@ -1,15 +1,14 @@
-"""Checkpoints that somebody quantized: whether their scheme runs here, and what its loader wants them to hold."""
+"""Checkpoints that somebody quantized, and what any checkpoint holds: seen by its loader without loading."""
 
 from __future__ import annotations
 
-import copy
 import io
 from contextlib import AbstractContextManager, redirect_stderr
 from typing import Any
 
 from sasa_export.errors import OpenError, reworded
 from sasa_export.models import Source
-from sasa_export.models.load import stock_config
+from sasa_export.models.load import RESTORE, check_loaded, explained, stock_classes, stock_config
 
 
 def scheme(config: dict[str, Any]) -> str | None:
@@ -23,42 +22,46 @@ def scheme(config: dict[str, Any]) -> str | None:
 def check_scheme(source: Source, *, plain: bool = False) -> None:
     """Raise OpenError where a scheme does not run here, as far as config.json tells, or weights have to be `plain`."""
     name = scheme(source.config)
-    if name is not None and plain:
+    if name is None:
+        return
+    if plain:
         raise OpenError(
             f"{source.name} is quantized by {name}, and ONNX graphs are made of plain weights. Give the model that it "
             "was quantized from (--onnx-dtype int8 or int4 makes graphs as small), or --format safetensors."
         )
-    if name is not None:
-        with _runs_here(source, name):
-            _loader(stock_config(source))
+    with _runs_here(source, name):
+        from transformers.quantizers.auto import get_hf_quantizer
+
+        config = stock_config(source)
+        if get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})[0] is None:
+            raise ValueError("transformers has no loader of this name")  # it would load the numbers as they are
 
 
-def as_stored(source: Source, model: Any) -> tuple[Any, Any]:
-    """A skeleton with the tensors that the shards hold, and the scheme's loader; as it is, and None, where plain.
+def load_shapes(source: Source) -> Any:
+    """The stock model on the meta device, loaded from the shapes and types of what the shards hold.
 
-    Raises OpenError where the scheme does not run here.
+    Raises OpenError where a tensor is missing, unexpected or of another shape, or a scheme does not run here.
     """
     import torch
+    from transformers.modeling_utils import str_to_torch_dtype
 
-    name = scheme(source.config)
-    if name is None:
-        return model, None
-    model = copy.deepcopy(model)
-    shards = [str(shard.path) for shard in source.shards]
-    with _runs_here(source, name), torch.device("meta"), redirect_stderr(io.StringIO()):  # of progress bars
-        loader, places = _loader(model.config)
-        loader.preprocess_model(model, model.dtype, device_map=places, checkpoint_files=shards, use_kernels=False)
-    return model, loader
-
-
-def _loader(config: Any) -> tuple[Any, Any]:
-    """The scheme's loader, and where it puts the weights."""
-    from transformers.quantizers.auto import get_hf_quantizer
-
-    loader, _, places = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
-    if loader is None:  # transformers would load the numbers as they are
-        raise ValueError("transformers has no loader of this name")
-    return loader, places
+    name, stored = scheme(source.config), dict[str, Any]()
+    for shard in source.shards:
+        for key, shape, kind in zip(shard.keys, shard.shapes, shard.types, strict=True):
+            stored[key] = torch.empty(shape, dtype=str_to_torch_dtype[kind], device="meta")
+    for key, tensor in stored.items() if name is not None else ():
+        narrow = key.endswith(".weight") and tensor.is_floating_point() and tensor.itemsize == 1
+        if narrow and not {f"{key}_scale", f"{key}_scale_inv"} & stored.keys():  # it would be loaded unscaled
+            raise OpenError(f"{key} in the shards of {source.name} has 8 bits, and its scales are not there. {RESTORE}")
+    what = explained(f"the config.json of {source.name} describes no model")
+    _, model_class = stock_classes(source)
+    with what if name is None else _runs_here(source, name), redirect_stderr(io.StringIO()):  # of progress bars
+        model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
+            None, config=stock_config(source), state_dict=stored, device_map={"": "meta"},
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    check_loaded(source, info)
+    return model
 
 
 def _runs_here(source: Source, name: str) -> AbstractContextManager[None]:

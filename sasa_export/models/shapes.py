@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sasa_export.models import Source
-from sasa_export.models.load import explained, stock_classes, stock_config
-from sasa_export.models.quantized import as_stored
-from sasa_export.models.tensors import check_tensors
+from sasa_export.models.load import stock_classes, stock_config
+from sasa_export.models.quantized import load_shapes, scheme
 
 META = torch.device("meta")
 COUNTED = (torch.ops.aten.linspace.default,)  # which positions of a picture are rounded from, so that it is computed
@@ -26,20 +25,19 @@ INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.
 
 @contextmanager
 def skeleton(source: Source) -> Iterator[Any]:
-    """The stock model without weights: shapes alone, no memory. Runs only within the context."""
+    """The stock model without weights: shapes alone, no memory. Runs only within the context.
+
+    Raises OpenError where the shards lack a tensor that the model needs, or have it in another shape.
+    """
     from transformers.initialization import no_init_weights
 
     _, model_class = stock_classes(source)
-    with (
-        explained(f"the config.json of {source.name} describes no model"),
-        no_init_weights(),
-        torch.device("meta"),
-    ):
-        # In the stored type, since some experts run in no other.
-        model = model_class._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
-    check_tensors(source, *as_stored(source, model))
+    stored = load_shapes(source)
+    if scheme(source.config) is not None:  # whose layers may not run on shapes
+        with no_init_weights(), META:
+            stored = model_class._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
     with ShapesOnly():
-        yield model
+        yield stored
 
 
 class ShapesOnly(TorchDispatchMode):

@@ -13,7 +13,6 @@ from sasa_export.runtime.bundle import MODELING_FILE
 from sasa_export.verify.answers import LOADS, NOT_COMPARED, check_answers
 from sasa_export.verify.onnx import check_graphs, dtype_of, dtypes_of
 from sasa_export.verify.unloaded import check_files, check_manifest, is_ours
-from sasa_export.verify.verdicts import ChangedVerdicts
 
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both
 
@@ -46,7 +45,7 @@ def verify_directory(
     # Loading runs the directory's code, which is trusted only where the manifest knows every file, or the code is what
     # is written here. Graphs hold none.
     trusted = graphs or (is_ours(directory) if manifest.passed is None else manifest.passed)
-    checks, _ = check_written(directory, device=device, only_files=only_files or not trusted, load=load)
+    checks = check_written(directory, device=device, only_files=only_files or not trusted, load=load)
     if manifest.passed is None and not only_files and not trusted:
         why = (
             f"not checked, since no manifest vouches for its code, which is not what is written as {MODELING_FILE} here"
@@ -66,7 +65,7 @@ def _changed_graphs(directory: Path, changed: list[str], device: str) -> list[Ch
     checks = []
     for dtype in dtypes_of(directory):
         try:
-            checks += check_answers(directory, dtype, device=device)[0]
+            checks += check_answers(directory, dtype, device=device)
         except VerifyError as error:
             checks.append(Check(f"{dtype} graphs run", False, str(error)))
     return checks
@@ -79,14 +78,13 @@ def check_written(
     only_files: bool = False,
     calibration: Calibration | None = None,
     load: str | None = None,
-) -> tuple[list[Check], ChangedVerdicts | None]:
-    """All checks but that of the manifest, and how many verdicts of an export's calibration its graphs changed.
+) -> list[Check]:
+    """All checks but that of the manifest.
 
     See `check_answers` for the arguments; `only_files` makes no more checks than need no model in memory.
     """
     graphs = dtype_of(directory)
     checks = check_files(directory) if graphs is None else check_graphs(directory, graphs)
     if only_files or not all(check.passed for check in checks):
-        return checks, None
-    answers, changed = check_answers(directory, graphs, device=device, calibration=calibration, load=load)
-    return [*checks, *answers], changed
+        return checks
+    return checks + check_answers(directory, graphs, device=device, calibration=calibration, load=load)

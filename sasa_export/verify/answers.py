@@ -17,9 +17,8 @@ from sasa_export.models.quantized import scheme
 from sasa_export.probe import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
-from sasa_export.verify import verdicts
 from sasa_export.verify.compare import compare, tolerance
-from sasa_export.verify.verdicts import ChangedVerdicts, count_changed, draw
+from sasa_export.verify.verdicts import check_changed, draw
 from sasa_export.writers.cases import FOLDER, TOKENS, read_cases, write_prompts
 from sasa_export.writers.onnx import SUFFIX
 
@@ -40,7 +39,7 @@ def check_answers(
     device: str,
     calibration: Calibration | None = None,
     load: str | None = None,
-) -> tuple[list[Check], ChangedVerdicts | None]:
+) -> list[Check]:
     """Verdicts, refusals and answers beside the original's, and how many verdicts of a calibration changed.
 
     Args:
@@ -55,22 +54,22 @@ def check_answers(
     written, config = read_cases(directory), read_config(directory)
     sasa, quantized = config["sasa"], scheme(config) is not None
     if not written and graphs is not None:
-        return [NOT_COMPARED], None
-    prompts, before = ([], []) if calibration is None else draw(calibration, verdicts.JUDGED_AGAIN)
+        return [NOT_COMPARED]
+    prompts, before = ([], []) if calibration is None else draw(calibration)
     precision = written.get("dtype") or config.get("dtype") or "float32"
     found = run_fresh(directory, graphs, precision, device, prompts, load)
     if not written:
-        return [*_loading(found["about"]), NOT_COMPARED], None
+        return [*_loading(found["about"]), NOT_COMPARED]
     sasa["refusal_token_ids"] = found["about"].get("refusal_token_ids", sasa["refusal_token_ids"])
     dtype = graphs or load or written["dtype"]
     checks = _loading(found["about"])
     checks += compare(written, found, sasa, dtype, graphs=graphs is not None, quantized=quantized and graphs is None)
-    if calibration is None:
-        return checks, None
-    apart = tolerance(dtype, written["dtype"], graphs=graphs is not None)
-    changed = count_changed(before, found["judged"], sasa["threshold"], apart, len(calibration.prompts))
-    exact = dtype == written["dtype"] == "float32"
-    return [*checks, changed.check(verdicts.MOST_CHANGED, exact=exact)], changed
+    if calibration is not None:
+        apart = tolerance(dtype, written["dtype"], graphs=graphs is not None)
+        exact = dtype == written["dtype"] == "float32"
+        whole = len(calibration.prompts)
+        checks.append(check_changed(before, found["judged"], sasa["threshold"], apart, whole, exact=exact))
+    return checks
 
 
 def _loading(about: dict[str, Any]) -> list[Check]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,40 +16,8 @@ SEED = 0  # of the draw
 JUDGED_AGAIN, MOST_CHANGED = 200, 0.02
 
 
-@dataclass(frozen=True)
-class ChangedVerdicts:
-    """`judged` of the `whole` calibration prompts were judged again, and so many of them are now answered or refused.
-
-    `clear` of these lay farther than the `tolerance` of P(unsafe) from the threshold, so that rounding is no reason.
-    """
-
-    judged: int
-    whole: int
-    now_answered: int
-    now_refused: int
-    clear: int
-    tolerance: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "share": self.share}
-
-    @property
-    def share(self) -> float:
-        return (self.now_answered + self.now_refused) / self.judged
-
-    def check(self, most: float, *, exact: bool) -> Check:
-        """Whether at most the share `most` changed and, where all is float32 (`exact`), none but by rounding."""
-        drawn = f"all {self.whole}" if self.judged == self.whole else f"{self.judged} drawn from {self.whole}"
-        detail = (
-            f"{self.share:.1%} changed of {drawn} ({self.now_answered} now answered, {self.now_refused} now refused), "
-            f"at most {most:.1%} may; {self.clear} of them farther than {self.tolerance:g} from the threshold"
-        )
-        passed = self.share <= most and not (exact and self.clear)
-        return Check("verdicts hold over the calibration prompts", passed, detail + " (none may be)" * exact)
-
-
-def draw(calibration: Calibration, count: int) -> tuple[list[Prompt], list[float]]:
-    """At most `count` prompts, in order, and their P(unsafe) in the calibration.
+def draw(calibration: Calibration) -> tuple[list[Prompt], list[float]]:
+    """At most JUDGED_AGAIN prompts, in order, and their P(unsafe) in the calibration.
 
     Labels and channels take turns, so that a small kind comes in whole.
     """
@@ -62,22 +28,27 @@ def draw(calibration: Calibration, count: int) -> tuple[list[Prompt], list[float
     )
     shuffled = kinds.sample(frac=1, random_state=SEED)
     turns = shuffled.assign(turn=shuffled.groupby(["label", "channel"]).cumcount())
-    rows = sorted(turns.sort_values(["turn", "label", "channel"]).index[:count])
+    rows = sorted(turns.sort_values(["turn", "label", "channel"]).index[:JUDGED_AGAIN])
     return [calibration.prompts[row] for row in rows], [float(calibration.final[row]) for row in rows]
 
 
-def count_changed(
-    before: Sequence[float], after: Sequence[float], threshold: float, tolerance: float, whole: int
-) -> ChangedVerdicts:
-    """Compare the graphs' P(unsafe), (judged,), with the calibration's; NaN is refused."""
+def check_changed(
+    before: Sequence[float], after: Sequence[float], threshold: float, tolerance: float, whole: int, *, exact: bool
+) -> Check:
+    """Compare the graphs' P(unsafe), (judged,), with the calibration's of its `whole` prompts; NaN is refused.
+
+    At most the share MOST_CHANGED of the verdicts may change and, where all is float32 (`exact`), none but by rounding:
+    none that lay farther than the `tolerance` from the threshold.
+    """
     was, now = np.asarray(before), np.asarray(after)
     allowed, refused = was < threshold, ~(now < threshold)
     changed = allowed == refused
-    return ChangedVerdicts(
-        judged=len(was),
-        whole=whole,
-        now_answered=int((changed & ~allowed).sum()),
-        now_refused=int((changed & allowed).sum()),
-        clear=int((changed & (np.abs(was - threshold) > tolerance)).sum()),
-        tolerance=tolerance,
+    clear = int((changed & (np.abs(was - threshold) > tolerance)).sum())
+    share = float(changed.mean())
+    drawn = f"all {whole}" if len(was) == whole else f"{len(was)} drawn from {whole}"
+    detail = (
+        f"{share:.1%} changed of {drawn} ({(changed & ~allowed).sum()} now answered, {(changed & allowed).sum()} now "
+        f"refused), at most {MOST_CHANGED:.1%} may; {clear} of them farther than {tolerance:g} from the threshold"
     )
+    passed = share <= MOST_CHANGED and not (exact and clear)
+    return Check("verdicts hold over the calibration prompts", passed, detail + " (none may be)" * exact)

@@ -48,7 +48,7 @@ def sasa_settings(
         "refusal_token_ids": refusal_ids(processor, source.directory, refusal),
         "generation_prompt_ids": opening,
         "turn_token_ids": turn_token_ids(processor, source.directory, opening),
-        "graph": [{key: value for key, value in node.to_json().items() if key != "arguments"} for node in graph],
+        "graph": graph.to_json(),
     }
 
 

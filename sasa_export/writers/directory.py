@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from sasa_export.probe import Calibration
 from sasa_export.probe.fit import Probe
 from sasa_export.writers.cases import Case, write_cases
 from sasa_export.writers.config import write_config
-from sasa_export.writers.scores import write_scores
 from sasa_export.writers.weights import write_weights
 
 OWN = ("config.json", "model.safetensors.index.json", "README.md")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
+SCORES = "sasa-calibration.json"  # the figures, and the score of every calibration prompt
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Patch:
 
 def write_directory(
     patch: Patch, directory: Path, *, link: bool, advance: Callable[[int], None] = lambda count: None
-) -> dict[str, str]:
+) -> dict[str, str | None]:
     """Write weights, probe, processor, configuration, scores and cases. Returns the digests of the shards."""
     digests = write_weights(patch.source.shards, patch.probe, directory, link=link, advance=advance)
     copy_files(patch.source, directory)
@@ -62,3 +63,24 @@ def copy_files(source: Source, directory: Path) -> None:
         for path in sorted(source.directory.glob(pattern)):
             if path.is_file() and path.name not in OWN and not path.name.startswith("sasa-"):
                 shutil.copyfile(path, directory / path.name)
+
+
+def write_scores(calibration: Calibration, directory: Path) -> None:
+    """`cross_validated` is P(unsafe) by a probe that saw nothing of the prompt's kind; `final` by the probe itself."""
+    rows = zip(calibration.prompts, calibration.cross_validated, calibration.final, strict=True)
+    data = {
+        "threshold": calibration.probe.threshold,
+        "max_false_positive_rate": calibration.max_false_positive_rate,
+        "regularization": calibration.regularization,
+        "figures": [figure.to_json() for figure in calibration.figures],
+        "kinds": [figure.to_json() for figure in calibration.kinds],
+        "prompts": [
+            {
+                **{name: getattr(prompt, name) for name in ("name", "label", "channel", "category", "kind", "setting")},
+                "cross_validated": round(float(score), 6),
+                "final": round(float(final), 6),
+            }
+            for prompt, score, final in rows
+        ],
+    }
+    (directory / SCORES).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -26,9 +26,9 @@ def write_weights(
     *,
     link: bool,
     advance: Callable[[int], None] = lambda count: None,
-) -> dict[str, str]:
+) -> dict[str, str | None]:
     """Write all shards and their index. Returns the SHA-256 of each file that was read on the way, by name."""
-    digests: dict[str, str] = {}
+    digests: dict[str, str | None] = {}
     weight_map: dict[str, str] = {}
     single = [shard.path.name for shard in shards] == [SINGLE]
     for shard in shards:
@@ -58,14 +58,16 @@ def save_probe(probe: Probe, path: Path) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
-def bring(source: Path, target: Path, *, link: bool, advance: Callable[[int], None]) -> str:
-    """Link or copy one file, and return its SHA-256; the bytes are read once either way."""
+def bring(source: Path, target: Path, *, link: bool, advance: Callable[[int], None]) -> str | None:
+    """Link or copy one file. Returns the SHA-256 of a copy, whose bytes are read once; a linked one is not read."""
     digest = hashlib.sha256()
     source = source.resolve()  # a hub cache holds links to blobs
     if link:
         with contextlib.suppress(OSError):  # another disk, or a file system without links
             os.link(source, target)
-    with source.open("rb") as reader, open(os.devnull if link and target.exists() else target, "wb") as writer:
+            advance(target.stat().st_size)
+            return None
+    with source.open("rb") as reader, target.open("wb") as writer:
         while chunk := reader.read(CHUNK):
             digest.update(chunk)
             writer.write(chunk)

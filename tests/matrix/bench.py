@@ -4,8 +4,8 @@ Which prompts are harmful, the threshold decides: it is put between the scores t
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import dropwhile, pairwise
 from typing import Any
@@ -84,16 +84,10 @@ class Bench:
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         return inputs | ({"token_type_ids": torch.zeros_like(tokens)} if self.guarded.family == "gemma3" else {})
 
-    @contextmanager
-    def threshold(self, value: float, model: Any = None) -> Iterator[None]:
+    def threshold(self, value: float, model: Any = None) -> AbstractContextManager[None]:
         """Another threshold; that of graphs is written into them."""
-        settings = (model or self.guarded.model).config.sasa
-        assert self.graphs is None or value == settings["threshold"]
-        before, settings["threshold"] = settings["threshold"], value
-        try:
-            yield
-        finally:
-            settings["threshold"] = before
+        assert self.graphs is None or value == self.guarded.model.config.sasa["threshold"]
+        return self.guarded.at(value, model)
 
     def thresholds(self, scores: Tensor) -> list[float]:
         """Thresholds to try for prompts of P(unsafe) (rows,): amid a batch, or just above and below a single prompt."""

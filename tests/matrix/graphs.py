@@ -48,9 +48,5 @@ class Graphs:
 
     def _embedded(self, input_ids: Tensor, **inputs: Any) -> np.ndarray[Any, Any]:
         """Embeddings (rows, tokens, hidden) with the pictures in their places."""
-        embeds = self.runner.embed(input_ids.numpy())
-        if "pixel_values" in inputs:
-            fed = {value.name: inputs[value.name].numpy() for value in self.runner.vision.get_inputs()}
-            features = self.runner.vision.run(None, fed)[0]
-            embeds[input_ids.numpy() == self.image_token] = features.reshape(-1, features.shape[-1])
-        return embeds
+        tensors = {"input_ids": input_ids, **{name: value for name, value in inputs.items() if torch.is_tensor(value)}}
+        return self.runner.embed_prompt({name: value.numpy() for name, value in tensors.items()}, self.image_token)

@@ -5,8 +5,8 @@ from typing import Any
 import transformers as hf
 
 from tiny.parts import (
-    IMAGE_SIZE,
     LLAVA_TEMPLATE,
+    SQUARE,
     VISION,
     Made,
     Maker,
@@ -60,8 +60,7 @@ def _gemma3(overrides: dict[str, Any]) -> Made:
         image_token_index=ids["<image_soft_token>"],
         tie_word_embeddings=overrides.get("tie_word_embeddings", True),
     )
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.Gemma3ImageProcessorPil(size=size, image_seq_length=side**2)
+    images = hf.Gemma3ImageProcessorPil(size=SQUARE, image_seq_length=side**2)
     return config, hf.Gemma3Processor(images, tokenizer, chat_template=_GEMMA_TEMPLATE, image_seq_length=side**2)
 
 

@@ -10,6 +10,7 @@ from tiny.parts import (
     LLAVA_TEMPLATE,
     PATCH,
     SMALL_VISION,
+    SQUARE,
     TILES,
     VISION,
     VISION_HIDDEN,
@@ -21,25 +22,25 @@ from tiny.parts import (
     square,
     text_fields,
     tile_images,
+    tiled,
 )
 from tiny.processors import OneTile
 
+_COARSE = SMALL_VISION | {"patch_size": 2 * PATCH}
+_GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
 
-def _llava(overrides: dict[str, Any], *, tiled: bool = False) -> Made:
+
+def _llava(overrides: dict[str, Any], *, in_tiles: bool = False) -> Made:
     """LLaVA-1.5: Llama text, CLIP vision, the CLS token dropped.
 
     LLaVA-NeXT is the same with image tiles, so that the number of image tokens follows the image's size.
     """
-    tokenizer = make_tokenizer(
-        "<unk> <s> </s> <image> <pad>", bos="<s>", eos="</s>", pad="<pad>", template=LLAVA_TEMPLATE
-    )
+    tokenizer, tiles = llama_tokenizer(), TILES if in_tiles else {}
     name, image_processor = "Llava", hf.CLIPImageProcessorPil
-    if tiled:
+    if in_tiles:
         name, image_processor = "LlavaNext", hf.LlavaNextImageProcessorPil
     # Patches twice as large as elsewhere: up to five tiles would make too many tokens.
-    patch = 2 * PATCH if tiled else PATCH
-    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
-    tiles = {"image_grid_pinpoints": [[square, wide], [wide, square], [wide, wide]]} if tiled else {}
+    patch = 2 * PATCH if in_tiles else PATCH
     config = getattr(hf, f"{name}Config")(
         text_config=hf.LlamaConfig(**text_fields(tokenizer, overrides)),
         vision_config=hf.CLIPVisionConfig(**VISION | {"patch_size": patch}, projection_dim=VISION_HIDDEN),
@@ -48,82 +49,18 @@ def _llava(overrides: dict[str, Any], *, tiled: bool = False) -> Made:
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
         **tiles,
     )
-    images = image_processor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, **tiles
-    )
+    images = image_processor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE, **tiles)
     return config, getattr(hf, f"{name}Processor")(
-        images,
-        tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        images, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=LLAVA_TEMPLATE,
-    )
-
-
-def _llava_onevision(overrides: dict[str, Any]) -> Made:
-    """LLaVA-OneVision: Qwen2 text, SigLIP vision, tiles; the processor of LLaVA-NeXT counts alike without CLS."""
-    tokenizer = llama_tokenizer()
-    wide, square = 2 * IMAGE_SIZE, IMAGE_SIZE
-    pinpoints = [[square, wide], [wide, square], [wide, wide]]
-    vision = SMALL_VISION | {"patch_size": 2 * PATCH, "vision_use_head": False}
-    config = hf.LlavaOnevisionConfig(
-        text_config=hf.Qwen2Config(**small_text(tokenizer, overrides)),
-        vision_config=hf.SiglipVisionConfig(**vision),
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        video_token_index=tokenizer.get_vocab()["<unk>"],
-        image_grid_pinpoints=pinpoints,
-    )
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=pinpoints)
-    return config, hf.LlavaNextProcessor(
-        images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
-        num_additional_image_tokens=0, chat_template=LLAVA_TEMPLATE,
-    )  # fmt: skip
-
-
-def _llava_next_video(overrides: dict[str, Any]) -> Made:
-    """LLaVA-NeXT-Video: as LLaVA-NeXT where it looks at pictures."""
-    tokenizer = llama_tokenizer()
-    config = hf.LlavaNextVideoConfig(
-        text_config=hf.LlamaConfig(**small_text(tokenizer, overrides)),
-        vision_config=hf.CLIPVisionConfig(**SMALL_VISION | {"patch_size": 2 * PATCH}, projection_dim=16),
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        video_token_index=tokenizer.get_vocab()["<unk>"],
-        **TILES,
-    )
-    return config, hf.LlavaNextProcessor(
-        tile_images(), tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE,
-    )  # fmt: skip
-
-
-def _granite_vision(overrides: dict[str, Any]) -> Made:
-    """Granite Vision 3: a llava_next of Granite text, and features of several layers of SigLIP vision, without CLS."""
-    tokenizer = llama_tokenizer()
-    granite = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
-    config = hf.LlavaNextConfig(
-        text_config=hf.GraniteConfig(**small_text(tokenizer, overrides, **granite)),
-        vision_config=hf.SiglipVisionConfig(**SMALL_VISION | {"patch_size": 2 * PATCH}, vision_use_head=False),
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        vision_feature_layer=[-2, -1],
-        vision_feature_select_strategy="full",
-        **TILES,
-    )
-    return config, hf.LlavaNextProcessor(
-        tile_images(), tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
-        num_additional_image_tokens=0, chat_template=LLAVA_TEMPLATE,
     )  # fmt: skip
 
 
 def _granite4_vision(overrides: dict[str, Any]) -> Made:
     """Granite Vision 4: features of SigLIP's layers are added in front of the first blocks, and none to the tokens."""
     tokenizer = llama_tokenizer()
-    granite = {
-        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0,
-    }  # fmt: skip
     config = hf.Granite4VisionConfig(
-        text_config=hf.Granite4VisionTextConfig(**small_text(tokenizer, overrides, **granite)),
+        text_config=hf.Granite4VisionTextConfig(**small_text(tokenizer, overrides, **_GRANITE, logits_scaling=2.0)),
         # The width of a head of the window Q-Former is 64, whatever the tower's is.
         vision_config=hf.SiglipVisionConfig(**SMALL_VISION | {"hidden_size": 64}, vision_use_head=False),
         qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 24,
@@ -179,15 +116,26 @@ def _perception_lm(overrides: dict[str, Any]) -> Made:
 
 MAKERS: dict[str, Maker] = {
     "llava": _llava,
-    "llava_next": partial(_llava, tiled=True),
-    "llava_onevision": _llava_onevision,
-    "llava_next_video": _llava_next_video,
+    "llava_next": partial(_llava, in_tiles=True),
+    "llava_onevision": partial(
+        tiled, name="LlavaOnevision", text=hf.Qwen2Config, video_token_index=0,
+        vision=hf.SiglipVisionConfig(**_COARSE, vision_use_head=False),
+        images=hf.LlavaOnevisionImageProcessorPil(size=SQUARE, **TILES),
+    ),
+    "llava_next_video": partial(
+        tiled, name="LlavaNextVideo", text=hf.LlamaConfig, dropped=True, video_token_index=0,
+        vision=hf.CLIPVisionConfig(**_COARSE, projection_dim=16),
+    ),
     "vipllava": partial(
         square, name="VipLlava", text=hf.LlamaConfig, cell=PATCH, dropped=True,
         vision=hf.CLIPVisionConfig(**SMALL_VISION, projection_dim=16), vision_feature_layer=[-1, -2],
         image_seq_length=16,
     ),
-    "granite_vision": _granite_vision,
+    "granite_vision": partial(
+        tiled, name="LlavaNext", text=hf.GraniteConfig, own=_GRANITE,
+        vision=hf.SiglipVisionConfig(**_COARSE, vision_use_head=False), vision_feature_layer=[-2, -1],
+        vision_feature_select_strategy="full",
+    ),
     "granite4_vision": _granite4_vision,
     "mistral3": _mistral3,
     "pixtral": partial(_mistral3, merged=1),

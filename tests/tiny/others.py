@@ -11,10 +11,10 @@ from tiny.parts import (
     PATCH,
     QWEN3_5,
     SMALL_VISION,
+    SQUARE,
     Made,
     Maker,
     llama_tokenizer,
-    make_tokenizer,
     small_text,
     square,
 )
@@ -24,17 +24,14 @@ from tiny.processors import Patches, Pooled, Slices, TypedSlices
 def _aya_vision(overrides: dict[str, Any]) -> Made:
     """Aya Vision: Cohere2 text with sliding and full layers, SigLIP vision, tiles."""
     tiles = "<|START_OF_IMG|> <|END_OF_IMG|> <|IMG_PATCH|> <|IMG_LINE_BREAK|> TILE TILE_GLOBAL"
-    tokenizer = make_tokenizer(
-        f"<unk> <s> </s> <image> <pad> {tiles}", bos="<s>", eos="</s>", pad="<pad>", template=LLAVA_TEMPLATE
-    )
+    tokenizer = llama_tokenizer(tiles)
     config = hf.AyaVisionConfig(
         text_config=hf.Cohere2Config(**small_text(tokenizer, overrides, sliding_window=8, logit_scale=0.25)),
         vision_config=hf.SiglipVisionConfig(**SMALL_VISION, vision_use_head=False),
         image_token_index=tokenizer.get_vocab()["<|IMG_PATCH|>"],
         downsample_factor=2,
     )
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=3)
+    images = hf.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=3)
     return config, hf.AyaVisionProcessor(
         images, tokenizer, patch_size=PATCH, img_size=IMAGE_SIZE, downsample_factor=2,
         chat_template=LLAVA_TEMPLATE,
@@ -73,10 +70,7 @@ def _lfm2_vl(overrides: dict[str, Any]) -> Made:
 
 def _minicpmv(overrides: dict[str, Any], *, name: str, processor: type) -> Made:
     """MiniCPM-V: Qwen3.5 text, a picture and its slices as patches in a row, merged within the tower and behind."""
-    tokenizer = make_tokenizer(
-        "<unk> <s> </s> <image> <pad> <im> </im> <slice> </slice>", bos="<s>", eos="</s>", pad="<pad>",
-        template=LLAVA_TEMPLATE,
-    )  # fmt: skip
+    tokenizer = llama_tokenizer("<im> </im> <slice> </slice>")
     ids = tokenizer.get_vocab()
     marks = {"image_start": "<im>", "image_end": "</im>", "slice_start": "<slice>", "slice_end": "</slice>"}
     rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 1, 1]}
@@ -109,8 +103,7 @@ def _deepseek_vl_hybrid(overrides: dict[str, Any]) -> Made:
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
     )
     high = {"height": 2 * IMAGE_SIZE, "width": 2 * IMAGE_SIZE}
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.DeepseekVLHybridImageProcessorPil(size=size, high_res_size=high)
+    images = hf.DeepseekVLHybridImageProcessorPil(size=SQUARE, high_res_size=high)
     count = (IMAGE_SIZE // PATCH) ** 2
     return config, hf.DeepseekVLHybridProcessor(images, tokenizer, chat_template=LLAVA_TEMPLATE, num_image_tokens=count)
 
@@ -127,8 +120,7 @@ def _molmo2(overrides: dict[str, Any]) -> Made:
                         "text_hidden_size": 32, **heads},
         image_patch_id=tokenizer.get_vocab()["<image>"],
     )  # fmt: skip
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE)
     return config, Pooled(
         images, tokenizer, patch_size=2 * PATCH, vision_feature_select_strategy="full",
         chat_template=LLAVA_TEMPLATE,
@@ -138,10 +130,7 @@ def _molmo2(overrides: dict[str, Any]) -> Made:
 def _ovis2(overrides: dict[str, Any]) -> Made:
     """Ovis2: Qwen2 text, and a tower that says which of a vocabulary of its own a patch is."""
     marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
-    tokenizer = make_tokenizer(
-        f"<unk> <s> </s> <image> <pad> <IMG_ATOM> {' '.join(marks)}", bos="<s>", eos="</s>", pad="<pad>",
-        template=LLAVA_TEMPLATE,
-    )  # fmt: skip
+    tokenizer = llama_tokenizer(f"<IMG_ATOM> {' '.join(marks)}")
     text = hf.Qwen2Config(**small_text(tokenizer, overrides))
     config = hf.Ovis2Config(
         text_config=text,
@@ -152,8 +141,7 @@ def _ovis2(overrides: dict[str, Any]) -> Made:
         hidden_size=text.hidden_size,
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
     )
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.Ovis2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=3)
+    images = hf.Ovis2ImageProcessorPil(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=3)
     return config, hf.Ovis2Processor(images, tokenizer, image_seq_length=4, chat_template=LLAVA_TEMPLATE)
 
 

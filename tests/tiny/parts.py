@@ -15,6 +15,7 @@ HIDDEN = 64
 VISION_HIDDEN = 32
 IMAGE_SIZE = 32
 PATCH = 8
+SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 BLOCKS = 5  # of the narrower ones
 
 WORDS = (
@@ -128,15 +129,41 @@ def small_text(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any], **
     return text_fields(tokenizer, SMALL | own | overrides)
 
 
+def llama_tokenizer(more: str = "", **named: str) -> PreTrainedTokenizerFast:
+    """With `more` special tokens behind the usual ones."""
+    special = f"<unk> <s> </s> <image> <pad> {more}"
+    return make_tokenizer(special, bos="<s>", eos="</s>", pad="<pad>", template=LLAVA_TEMPLATE, **named)
+
+
 def tile_images() -> hf.LlavaNextImageProcessorPil:
     """LLaVA-NeXT's way with pictures: each whole, and cut into tiles."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **TILES)
+    return hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE, **TILES)
 
 
-def llama_tokenizer(**named: str) -> PreTrainedTokenizerFast:
-    special = "<unk> <s> </s> <image> <pad>"
-    return make_tokenizer(special, bos="<s>", eos="</s>", pad="<pad>", template=LLAVA_TEMPLATE, **named)
+def tiled(
+    overrides: dict[str, Any],
+    *,
+    name: str,
+    text: type,
+    vision: PreTrainedConfig,
+    images: Any = None,
+    dropped: bool = False,
+    own: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Made:
+    """A picture whole and in tiles: LLaVA-NeXT's processor, with or without CLS `dropped`; arguments as of `square`."""
+    tokenizer = llama_tokenizer()
+    config = getattr(hf, f"{name}Config")(
+        text_config=text(**small_text(tokenizer, overrides, **(own or {}))),
+        vision_config=vision,
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        **TILES,
+        **fields,
+    )
+    return config, hf.LlavaNextProcessor(
+        images or tile_images(), tokenizer, patch_size=2 * PATCH, num_additional_image_tokens=int(dropped),
+        vision_feature_select_strategy="default" if dropped else "full", chat_template=LLAVA_TEMPLATE,
+    )  # fmt: skip
 
 
 def square(
@@ -162,8 +189,7 @@ def square(
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
         **fields,
     )
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = hf.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE)
     return config, hf.LlavaProcessor(
         images, tokenizer, patch_size=cell, num_additional_image_tokens=int(dropped),
         vision_feature_select_strategy="default" if dropped else "full", chat_template=LLAVA_TEMPLATE,
@@ -177,9 +203,14 @@ def grid(
     vision: dict[str, Any],
     text: dict[str, Any],
     processor: type = hf.PaddleOCRVLProcessor,
+    small: dict[str, Any] = SMALL,
     **more: Any,
 ) -> Made:
-    """Qwen's way with pictures: patches of any number in a row, and each picture's grid."""
+    """Qwen's way with pictures: patches of any number in a row, and each picture's grid.
+
+    Qwen's own processor insists on a video processor, and that on torchvision. This stock class does the same for
+    images: it expands the image token by the grid and writes mm_token_type_ids.
+    """
     special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
     tokenizer = make_tokenizer(
         special, bos=None, eos="<|im_end|>", pad="<|endoftext|>", template=QWEN_TEMPLATE,
@@ -188,7 +219,7 @@ def grid(
     ids = tokenizer.get_vocab()
     # Sections add up to half of the head dimension, 8.
     rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 1, 1]}
-    fields = small_text(tokenizer, overrides, **{"rope_parameters": rope, **text})
+    fields = text_fields(tokenizer, {**small, "rope_parameters": rope, **text} | overrides)
     starts = "image" if name.startswith(("Glm", "Ernie")) else "vision"
     config = getattr(hf, f"{name}Config")(
         text_config=fields,
@@ -200,7 +231,7 @@ def grid(
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
         **more,
     )  # fmt: skip
-    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}  # areas in pixels, whatever their names say
     frames = vision.get("temporal_patch_size", 2)
     images = hf.Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=frames, size=size)
     return config, processor(images, tokenizer, chat_template=QWEN_TEMPLATE)

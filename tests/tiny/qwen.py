@@ -1,76 +1,20 @@
 """Qwen's models, and those that take pictures as Qwen does: patches of any number in a row, and a grid of each."""
 
 from functools import partial
-from typing import Any
 
-import transformers as hf
-
-from tiny.parts import (
-    EXPERTS,
-    MERGED,
-    PATCH,
-    QWEN3_5,
-    QWEN_TEMPLATE,
-    ROUTED,
-    VISION_HIDDEN,
-    Made,
-    Maker,
-    grid,
-    make_tokenizer,
-    text_fields,
-)
+from tiny.parts import EXPERTS, HIDDEN, MERGED, PATCH, QWEN3_5, ROUTED, VISION_HIDDEN, Maker, grid
 from tiny.processors import Routed, Squares, Untyped
 
 _STACKED = MERGED | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
 _GLM = partial(grid, vision=MERGED | {"image_size": 64}, text={})
 
-
-def _qwen2_5_vl(overrides: dict[str, Any]) -> Made:
-    """Qwen2.5-VL: three-dimensional rotary positions and a vision tower of native resolution."""
-    tokenizer = make_tokenizer(
-        "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>",
-        bos=None,
-        eos="<|im_end|>",
-        pad="<|endoftext|>",
-        template=QWEN_TEMPLATE,
-        image_token="<|image_pad|>",
-        video_token="<|video_pad|>",
-    )
-    ids = tokenizer.get_vocab()
-    text = text_fields(tokenizer, overrides)
-    # Sections add up to half of the head dimension, 16.
-    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 3, 3]}
-    text.setdefault("rope_parameters", rope)
-    config = hf.Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={
-            "depth": 3,
-            "hidden_size": VISION_HIDDEN,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": PATCH,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 4 * PATCH,
-            "out_hidden_size": text["hidden_size"],
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
-    )
-    # Qwen's bounds are areas in pixels, whatever their names say.
-    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    images = hf.Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=2, size=size)
-    # Qwen's own processor insists on a video processor, and that on torchvision. This stock class does the
-    # same for images: it expands the image token by the grid and writes mm_token_type_ids.
-    return config, hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
-
-
 MAKERS: dict[str, Maker] = {
-    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen2_5_vl": partial(
+        grid, name="Qwen2_5_VL", small={},
+        text={"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [2, 3, 3]}},
+        vision={"depth": 3, "hidden_size": VISION_HIDDEN, "intermediate_size": 48, "window_size": 4 * PATCH,
+                "out_hidden_size": HIDDEN, "fullatt_block_indexes": [1]},
+    ),
     "qwen2_vl": partial(grid, name="Qwen2VL", vision={"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}, text={}),
     "qwen3_vl": partial(grid, name="Qwen3VL", vision=_STACKED, text={"head_dim": 8}),
     "qwen3_vl_moe": partial(grid, name="Qwen3VLMoe", vision=_STACKED, text={"head_dim": 8, **EXPERTS}),

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
@@ -55,8 +56,8 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
     share_key_value_heads(model)
     trust_finite_masks(model)
     fold_transposes(model)
-    deduplicate(model)
     common.RemoveUnusedNodesPass()(model)
+    deduplicate(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
@@ -122,20 +123,12 @@ def _renamed(size: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | str |
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what the exporter says of optional packages and of its own deprecations."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    before = os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK")
-    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # such a check has no equivalent in ONNX
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        # TRANSFORMERS_DISABLE_TORCH_CHECK: such a check has no equivalent in ONNX.
+        with warnings.catch_warnings(), patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if before is None:
-            del os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"]
-        else:
-            os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = before
+        logging.disable(disabled)

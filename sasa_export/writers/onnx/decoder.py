@@ -135,6 +135,11 @@ def deep_features(model: Any) -> int:
     return len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ())
 
 
+def feature_width(model: Any) -> int:
+    """What a picture gives for each of its tokens: what enters the decoder first, then what is added behind blocks."""
+    return int(model.config.get_text_config(decoder=True).hidden_size * (1 + deep_features(model)))
+
+
 @contextlib.contextmanager
 def adding(blocks: Sequence[nn.Module], added: Sequence[torch.Tensor]) -> Iterator[None]:
     """A context in which each block's output is what it computes and one of the tensors (batch, tokens, hidden)."""

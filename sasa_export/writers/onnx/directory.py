@@ -1,22 +1,24 @@
-"""The whole ONNX directory, made from a finished one for transformers: whether it can be, its files, its manifest."""
+"""The whole ONNX directory, made from a finished one for transformers: whether it can be, its files, card, manifest."""
 
 from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sasa_export.errors import EmitError, SasaExportError
 from sasa_export.manifest import write_manifest
-from sasa_export.models import Source
+from sasa_export.models import Source, read_config
 from sasa_export.models.load import stock_config
 from sasa_export.options import Options
+from sasa_export.report import Check
+from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import FOLDER
-from sasa_export.writers.directory import LICENCES
-from sasa_export.writers.onnx.export import export
+from sasa_export.writers.directory import LICENCES, SCORES, Patch
+from sasa_export.writers.onnx import SUFFIX
 from sasa_export.writers.onnx.memory import check_memory
-from sasa_export.writers.scores import SCORES
 
 PACKAGES = ("onnx", "onnx-ir", "onnxscript")
 
@@ -33,10 +35,42 @@ def check_possible(source: Source, options: Options) -> None:
 
 
 def write_onnx_directory(
-    patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None] = lambda step: None
+    patched: Path,
+    out: Path,
+    *,
+    opset: int = 23,
+    dtype: str = "float32",
+    advance: Callable[[str], None] = lambda step: None,
 ) -> None:
-    """Write everything but the card and the manifest, which tell what was verified, into the directory `out`."""
-    export(patched, out, opset=opset, dtype=dtype, advance=advance)
+    """Write everything but the card and the manifest, which tell what was verified, into the directory `out`.
+
+    Args:
+        patched: a guarded directory for transformers.
+        opset: 23 keeps attention, rotary embedding and RMS norm as single operators; 20 loads in old runtimes.
+        dtype: of weights, states and cache; int8 and int4 are of the weights alone, in blocks. The gate's
+            arithmetic stays in float32 in all of them, as do the inputs and outputs other than the cache.
+        advance: told of each step as it begins.
+
+    Raises EmitError, which says at which step it ended.
+    """
+    from sasa_export.writers.onnx import graphs
+
+    steps: list[str] = []
+
+    def step(name: str) -> None:
+        steps.append(name)
+        advance(name)
+
+    try:
+        graphs.write_graphs(patched, out, opset=opset, dtype=dtype, advance=step)
+    except (SasaExportError, OSError):
+        raise
+    except Exception as error:  # the exporter and its rewriting fail in as many ways as there are operators
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise EmitError(
+            f"{steps[-1]} failed ({type(error).__name__}: {said[:300]}). The model may hold what the exporter cannot "
+            "turn into ONNX, or memory ran out. Try another --onnx-dtype or --opset, or give --format safetensors."
+        ) from error
     for pattern in (SCORES, *LICENCES):
         for path in sorted(patched.glob(pattern)):
             shutil.copyfile(path, out / path.name)
@@ -44,7 +78,20 @@ def write_onnx_directory(
         shutil.copytree(patched / FOLDER, out / FOLDER)
 
 
-def write_onnx_manifest(out: Path, known: dict[str, str], **entries: Any) -> None:
+def write_onnx_card(patch: Patch, checks: Sequence[Check], options: Options, directory: Path) -> None:
+    """Write README.md into an ONNX directory."""
+    from sasa_export.writers.onnx.recipes import recipe_of
+
+    config = read_config(directory)
+    write_card(
+        patch, checks, options.verify, directory, "onnx_card.md.j2",
+        opset=options.opset, dtype=options.onnx_dtype, suffix=SUFFIX[options.onnx_dtype],
+        position_axes=recipe_of(config["model_type"]).position_axes,
+        model_type=config["model_type"], model_class=config["architectures"][0],
+    )  # fmt: skip
+
+
+def write_onnx_manifest(out: Path, known: Mapping[str, str | None], **entries: Any) -> None:
     """Write the manifest of a verified directory, with the versions of what made its graphs and ran them."""
     import onnxruntime  # one package by two names, of which its version says nothing
 

@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, MERGING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
-from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, deep_features, gate_layers
+from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, feature_width, gate_layers
 from sasa_export.writers.onnx.genai import write_genai_config
+from sasa_export.writers.onnx.guard import Witness, first_token
 from sasa_export.writers.onnx.layout import stock_type, write_files
 from sasa_export.writers.onnx.passes.branch import run_where
-from sasa_export.writers.onnx.passes.names import forget_origin, name_decoder, name_tower
+from sasa_export.writers.onnx.passes.names import name_decoder, name_tower
 from sasa_export.writers.onnx.passes.weights import deduplicate
 from sasa_export.writers.onnx.quantize import BITS, Table, halve_kernels, quantize
 from sasa_export.writers.onnx.recipes import Recipe, recipe_of
 from sasa_export.writers.onnx.vision import Embedding, Features, Float32, Merging
-from sasa_export.writers.onnx.witness import Witness, first_token
 
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
 # built in memory as a whole.
@@ -32,7 +33,7 @@ SMALL = 1024  # bytes of a weight that stays in the graph
 
 
 def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
-    """Load a guarded directory and write the ONNX directory; see `sasa_export.writers.onnx.export`."""
+    """Load a guarded directory and write the ONNX directory; see `sasa_export.writers.onnx.directory`."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     advance("loading the guarded model")
@@ -80,15 +81,16 @@ def _forget(model: Any) -> None:
 
 
 def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
-    arguments, signature = recipe.inputs(model)
+    inputs, arguments = recipe.inputs(model)
+    signature = Signature(inputs, {"image_features": ("num_image_tokens", feature_width(model))})
     graph = convert(Features(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
     name_tower(graph, "/vision")
-    forget_origin(graph)
-    for name in recipe.optional:
-        _make_optional(graph, name)
     if dtype in BITS:
         halve_kernels(graph)
-    return _quantized(graph, dtype)
+    graph = _quantized(graph, dtype)
+    for name in recipe.optional:
+        _make_optional(graph, name)
+    return graph
 
 
 def write_embeddings(model: Any, folder: Path, *, opset: int, dtype: str, merging: bool) -> bool:
@@ -119,7 +121,7 @@ def share_file(model: ir.Model, stored: ir.Model) -> None:
 
 
 def embedding_graph(model: Any, table: Table | None, *, opset: int, merging: bool = False) -> ir.Model:
-    width = model.config.get_text_config(decoder=True).hidden_size * (1 + deep_features(model))
+    width = feature_width(model)
     tokens = ("batch_size", "sequence_length")
     inputs: dict[str, Shape] = {"input_ids": tokens}
     example: tuple[torch.Tensor, ...] = (torch.ones(2, 5, dtype=torch.int64),)
@@ -129,7 +131,6 @@ def embedding_graph(model: Any, table: Table | None, *, opset: int, merging: boo
     module = Float32((Merging if merging else Embedding)(model), model.dtype)
     graph = convert(module, example, Signature(inputs, {"inputs_embeds": (*tokens, width)}), opset=opset)
     name_tower(graph, "/embedding")
-    forget_origin(graph)
     if table:
         table.store(graph)
     return graph
@@ -142,7 +143,6 @@ def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float
     graph = convert(decoder, decoder.example(signature), signature, opset=opset)
     family = family_of(stock_type(model.config.model_type))
     name_decoder(graph, {role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")})
-    forget_origin(graph)
     graph = _quantized(graph, dtype)
     if decoder.guarded:
         run_where(graph, "/sasa/lane", result="unsafe_probability", fill=float("nan"), predicate="is_due")
@@ -154,6 +154,7 @@ def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float
 def _quantized(graph: ir.Model, dtype: str) -> ir.Model:
     if dtype in BITS:
         quantize(graph, dtype)
+        common.RemoveUnusedNodesPass()(graph)
         deduplicate(graph)
     return graph
 

@@ -1,4 +1,5 @@
-"""The guard as an exported graph holds it: every step of it is there, whatever the call that is traced brings."""
+"""The guard as an exported graph holds it: every step of it is there, whatever the call that is traced brings, and it
+notices that somebody changed the graph's weights, by one state that it had when it was exported."""
 
 from __future__ import annotations
 
@@ -6,7 +7,44 @@ from typing import Any
 
 import torch
 
-from sasa_export.writers.onnx.witness import Witness
+from sasa_export.runtime.host import find_cache, read_ledger
+
+# Of the state's length. On smol-llava float16 is 0.001 away, weights in blocks of 8 bits 0.012, of 4 bits 0.19.
+TOLERANCE = 0.005
+
+
+class Witness:
+    """What a model projects for the token that every prompt of its template begins with: it sees no other one.
+
+    Args: model: a guarded one, as it will be exported; first: the token's id.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, first: int) -> None:
+        ids = torch.tensor([[first]])
+        cache = find_cache(model(input_ids=ids, use_cache=True).values())
+        kept = read_ledger(cache, model.sasa.ledger, 0)
+        self.state = model.sasa.ledger.unpack(kept)[1][0, 0].float()  # (hidden,)
+        self.embedding = model.get_input_embeddings()(ids)[0, 0]  # (hidden,)
+
+    def __call__(self, projection: torch.Tensor, embeddings: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """The projection (batch, tokens, hidden), NaN in rows where it is not what it was: they are refused.
+
+        Args: embeddings: (batch, tokens, hidden); first: which token is the first of its row, padding aside, (batch,
+        tokens).
+        """
+        known = first & (embeddings == self.embedding).all(-1)  # (batch, tokens)
+        squares = (projection.float() - self.state).square().sum(-1)  # (batch, tokens)
+        near = squares < TOLERANCE**2 * self.state.square().sum()
+        changed = (known & ~near).any(-1)  # (batch,)
+        return projection.masked_fill(changed[:, None, None], float("nan"))
+
+
+def first_token(processor: Any) -> int:
+    """The id of the token that prompts of the processor's chat template begin with."""
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    return int(processor(text=[text], return_tensors="pt")["input_ids"][0, 0])
 
 
 class ExportedGuard:

@@ -43,19 +43,9 @@ def needed_memory(source: Source, dtype: str, *, run: bool) -> int:
     if dtype in ("int8", "int4"):
         made = loaded * QUANTIZED + largest * COPIES
     else:
-        made = 0.0 if stored_types(source) == {dtype} else loaded * PER_WEIGHT
+        stored = {DTYPES.get(name, name) for shard in source.shards for name in shard.types}
+        made = 0.0 if stored == {dtype} else loaded * PER_WEIGHT
     return PROGRAM + int(max(made, needed_bytes(source, dtype) * RUN if run else 0.0))
-
-
-def stored_types(source: Source) -> set[str]:
-    """The types of the weights in the source's files."""
-    from safetensors import safe_open
-
-    found = set()
-    for shard in source.shards:
-        with safe_open(shard.path, framework="np") as file:
-            found |= {file.get_slice(key).get_dtype() for key in shard.keys}
-    return {DTYPES.get(name, name) for name in found}
 
 
 def check_memory(source: Source, options: Options) -> None:

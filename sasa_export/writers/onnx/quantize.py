@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
@@ -47,9 +47,6 @@ def quantize(model: ir.Model, dtype: str) -> None:
         graph.remove(node, safe=True)
     if packed:
         model.opset_imports[DOMAIN] = 1
-    for weight in packed:
-        if weight.name is not None and not weight.uses():
-            del graph.initializers[weight.name]
 
 
 def halve_kernels(model: ir.Model) -> None:
@@ -57,14 +54,12 @@ def halve_kernels(model: ir.Model) -> None:
     graph = model.graph
     for node in [node for node in graph if node.op_type == "Conv"]:
         weight = node.inputs[1]
-        assert weight is not None and weight.name is not None and weight.const_value is not None
+        assert weight is not None and weight.const_value is not None
         half = ir.tensor(weight.const_value.numpy().astype(np.float16), name=f"{weight.name}_half")
         tape = ir.tape.Tape()
         node.replace_input_with(1, tape.op("Cast", [tape.initializer(half)], {"to": ir.DataType.FLOAT}))
         graph.insert_before(node, tape.nodes)
         graph.register_initializer(tape.initializers[0])
-        if not weight.uses():
-            del graph.initializers[weight.name]
 
 
 @dataclass(frozen=True)
@@ -135,12 +130,8 @@ def _packer(bits: int, block: int) -> Any:
 
     Blocks are (columns, blocks, block * bits / 8), uint8, and scales (columns, blocks).
     """
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    from onnxruntime.quantization import matmul_nbits_quantizer as library
-
-    root.handlers[:] = handlers  # importing it sets up logging for the whole process
-    root.setLevel(level)
+    with patch("logging.basicConfig"):  # which it calls for the whole process when it is imported
+        from onnxruntime.quantization import matmul_nbits_quantizer as library
     config = library.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
     quantizer = library.DefaultWeightOnlyQuantizer(config)
 

@@ -12,27 +12,30 @@ from torch import nn
 
 from sasa_export.errors import EmitError
 from sasa_export.writers.onnx import vision
-from sasa_export.writers.onnx.decoder import Signature, deep_features
+from sasa_export.writers.onnx.decoder import Shape
 from sasa_export.writers.onnx.vision_lfm2 import Lfm2
 from sasa_export.writers.onnx.vision_llava_next import LlavaNext
 from sasa_export.writers.onnx.vision_pixtral import Mistral3
 from sasa_export.writers.onnx.vision_qwen import Qwen
+
+# The inputs of a vision graph with their dimensions, and arguments to trace it with.
+Inputs = tuple[dict[str, Shape], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How one family is exported.
 
-    `tower(model)` is the module behind vision_encoder.onnx, `inputs(model)` gives its example arguments and its
-    signature. `position_axes` is 3 for M-RoPE, `extra` names further inputs of the decoder, which a runtime may
+    `tower(model)` is the module behind vision_encoder.onnx, `inputs(model)` names what it takes, with an example.
+    `position_axes` is 3 for M-RoPE, `extra` names further inputs of the decoder, which a runtime may
     leave out: they are zero then. So are those inputs of the tower that `optional` names. `towers` are the types of
     vision tower that the module is right for; empty for any.
     """
 
     tower: Callable[[Any], nn.Module]
-    inputs: Callable[[Any], tuple[tuple[torch.Tensor, ...], Signature]]
+    inputs: Callable[[Any], Inputs]
     position_axes: int = 1
-    extra: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+    extra: dict[str, Shape] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
 
@@ -58,84 +61,66 @@ def check_tower(model_type: str, tower: str) -> None:
         )
 
 
-def _square_pictures(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+def _square_pictures(model: Any) -> Inputs:
     """Pictures of the one size that the tower takes."""
     config = model.config.vision_config
-    hidden = model.config.get_text_config(decoder=True).hidden_size
     size = config.image_size
     shape = (getattr(config, "num_channels", 3), *(size if isinstance(size, list | tuple) else (size, size)))
-    signature = Signature({"pixel_values": ("num_images", *shape)}, {"image_features": ("num_image_tokens", hidden)})
-    return (torch.ones(2, *shape),), signature
+    return {"pixel_values": ("num_images", *shape)}, (torch.ones(2, *shape),)
 
 
-def _tiles(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+def _tiles(model: Any) -> Inputs:
     """LLaVA-NeXT: each picture a whole tile and a grid of tiles, with the picture's size."""
-    config, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    config = model.config.vision_config
     side = config.image_size
     count = 1 + max(height * width for height, width in model.config.image_grid_pinpoints) // side**2
     shape = (config.num_channels, side, side)
-    signature = Signature(
-        {"pixel_values": ("num_images", "num_tiles", *shape), "image_sizes": ("num_images", 2)},
-        {"image_features": ("num_image_tokens", hidden)},
-    )
-    sizes = torch.tensor([[side, 2 * side], [2 * side, side]])
-    return (torch.ones(2, count, *shape), sizes), signature
+    named = {"pixel_values": ("num_images", "num_tiles", *shape), "image_sizes": ("num_images", 2)}
+    return named, (torch.ones(2, count, *shape), torch.tensor([[side, 2 * side], [2 * side, side]]))
 
 
-def _masked_tiles(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+def _masked_tiles(model: Any) -> Inputs:
     """Idefics3 and SmolVLM: tiles with a mask of their pixels."""
-    config, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    config = model.config.vision_config
     side = config.image_size
-    signature = Signature(
-        {
-            "pixel_values": ("batch_size", "num_images", config.num_channels, side, side),
-            "pixel_attention_mask": ("batch_size", "num_images", side, side),
-        },
-        {"image_features": ("num_image_tokens", hidden)},
-    )
+    named: dict[str, Shape] = {
+        "pixel_values": ("batch_size", "num_images", config.num_channels, side, side),
+        "pixel_attention_mask": ("batch_size", "num_images", side, side),
+    }
     mask = torch.ones(2, 3, side, side, dtype=torch.bool)
-    return (torch.ones(2, 3, config.num_channels, side, side), mask), signature
+    return named, (torch.ones(2, 3, config.num_channels, side, side), mask)
 
 
-def _any_size(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+def _any_size(model: Any) -> Inputs:
     """Mistral 3: pictures of any size, padded to the largest one, and the sizes, without which none is padded."""
-    config, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    config = model.config.vision_config
     cell = config.patch_size * model.config.spatial_merge_size
-    signature = Signature(
-        {"pixel_values": ("num_images", config.num_channels, "height", "width"), "image_sizes": ("num_images", 2)},
-        {"image_features": ("num_image_tokens", hidden)},
-    )
+    shape = ("num_images", config.num_channels, "height", "width")
     sizes = torch.tensor([[2 * cell, 3 * cell], [3 * cell, 5 * cell]])
-    return (torch.ones(2, config.num_channels, 3 * cell, 5 * cell), sizes), signature
+    pixels = torch.ones(2, config.num_channels, 3 * cell, 5 * cell)
+    return {"pixel_values": shape, "image_sizes": ("num_images", 2)}, (pixels, sizes)
 
 
-def _patches(model: Any, grid: str = "image_grid_thw") -> tuple[tuple[torch.Tensor, ...], Signature]:
+def _patches(model: Any, grid: str = "image_grid_thw") -> Inputs:
     """Qwen: the patches of all pictures in a row, and each picture's grid."""
     config = model.config.vision_config
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    width = model.config.text_config.hidden_size * (1 + deep_features(model))
-    signature = Signature(
-        {"pixel_values": ("num_patches", pixels), grid: ("num_images", 3)},
-        {"image_features": ("num_image_tokens", width)},
-    )
     grids = torch.tensor([[1, 8, 4], [1, 4, 12]])
-    return (torch.ones(8 * 4 + 4 * 12, pixels), grids), signature
+    named = {"pixel_values": ("num_patches", pixels), grid: ("num_images", 3)}
+    return named, (torch.ones(8 * 4 + 4 * 12, pixels), grids)
 
 
-def _padded_patches(model: Any) -> tuple[tuple[torch.Tensor, ...], Signature]:
+def _padded_patches(model: Any) -> Inputs:
     """LFM2-VL: the patches of each picture, padded to equally many, and its grid."""
-    config, hidden = model.config.vision_config, model.config.text_config.hidden_size
+    config = model.config.vision_config
     pixels, factor = config.num_channels * config.patch_size**2, model.config.downsample_factor
-    signature = Signature(
-        {
-            "pixel_values": ("num_images", "num_patches", pixels), "spatial_shapes": ("num_images", 2),
-            "pixel_attention_mask": ("num_images", "num_patches"),
-        },
-        {"image_features": ("num_image_tokens", hidden)},
-    )  # fmt: skip
+    named: dict[str, Shape] = {
+        "pixel_values": ("num_images", "num_patches", pixels), "spatial_shapes": ("num_images", 2),
+        "pixel_attention_mask": ("num_images", "num_patches"),
+    }  # fmt: skip
     grids = factor * torch.tensor([[2, 3], [4, 2]])
     mask = (torch.arange(9 * factor**2) < grids.prod(-1, keepdim=True)).long()  # (2, patches)
-    return (torch.ones(*mask.shape, pixels), grids, mask), signature
+    return named, (torch.ones(*mask.shape, pixels), grids, mask)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -144,8 +129,8 @@ RECIPES: dict[str, Recipe] = {
     "smolvlm": Recipe(vision.Idefics3, _masked_tiles),
     "idefics3": Recipe(vision.Idefics3, _masked_tiles),
     # Which tokens are a picture's: they see each other both ways. A runtime that does not say gets a causal mask.
-    "gemma3": Recipe(vision.Gemma3, _square_pictures, extra={"token_type_ids": ("batch_size", "sequence_length")}),
-    "internvl": Recipe(vision.InternVL, _square_pictures),
+    "gemma3": Recipe(vision.Stock, _square_pictures, extra={"token_type_ids": ("batch_size", "sequence_length")}),
+    "internvl": Recipe(vision.Stock, _square_pictures),
     "mistral3": Recipe(Mistral3, _any_size, optional=("image_sizes",), towers=("pixtral",)),
     # The input's name is what transformers.js feeds.
     "qwen2_vl": Recipe(Qwen, partial(_patches, grid="grid_thw"), position_axes=3),

@@ -81,37 +81,16 @@ class Llava(nn.Module):
         return self.multi_modal_projector(chosen)
 
 
-class Gemma3(nn.Module):
-    """pixel_values (images, channels, height, width) -> image_features (images, tokens, hidden)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.vision_tower = model.model.vision_tower
-        self.multi_modal_projector = model.model.multi_modal_projector
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.multi_modal_projector(self.vision_tower(pixel_values, return_dict=True).last_hidden_state)
-
-
-class InternVL(nn.Module):
-    """pixel_values (tiles, channels, height, width) -> image_features (tiles, tokens, hidden)."""
+class Stock(nn.Module):
+    """pixel_values (pictures or tiles, channels, height, width) -> image_features (pictures or tiles, tokens, hidden),
+    as the model itself makes them."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.inner = model.model
-        self.layer, self.ratio = model.config.vision_feature_layer, model.config.downsample_ratio
-        self.drops_class_token = model.config.vision_feature_select_strategy == "default"
-        height, width = model.config.vision_config.image_size
-        tall, wide = model.config.vision_config.patch_size
-        self.grid = height // tall, width // wide
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        seen = self.inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
-        states = seen.last_hidden_state if self.layer == -1 else seen.hidden_states[self.layer]
-        if self.drops_class_token:
-            states = states[:, 1:]  # (tiles, patches, hidden)
-        shuffled = self.inner.pixel_shuffle(states.unflatten(1, self.grid), scale_factor=self.ratio)
-        return self.inner.multi_modal_projector(shuffled.flatten(1, 2))
+        return self.inner.get_image_features(pixel_values, return_dict=True).pooler_output
 
 
 class Idefics3(nn.Module):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 GUARD = "model.sasa"  # the module that is the gate
@@ -18,30 +19,28 @@ GUARD = "model.sasa"  # the module that is the gate
 
 def name_decoder(model: ir.Model, modules: dict[str, str]) -> None:
     """Name the nodes of a decoder; `modules` are the paths of its `blocks`, `norm` and `head` in it."""
-    _name(model.graph, lambda node: _place(node, modules), Counter())
+    _name(model, lambda node: _place(node, modules))
 
 
 def name_tower(model: ir.Model, prefix: str) -> None:
     """Name the nodes of a graph of one part of the model, by its modules' own paths."""
     _name(
-        model.graph,
-        lambda node: prefix + "".join(f"/{part}" for part in _path(node).removeprefix("inner").split(".") if part),
-        Counter(),
+        model, lambda node: "/".join([prefix, *(part for part in _path(node).split(".") if part not in ("", "inner"))])
     )
 
 
-def forget_origin(model: ir.Model) -> None:
-    """Remove what the exporter notes on each node: source lines and stack traces of the machine it ran on."""
+def _name(model: ir.Model, place: Callable[[ir.Node], str]) -> None:
+    """Name each node, and remove what the exporter noted on it: source lines and stack traces of this machine."""
+    graph, seen = model.graph, Counter[str]()
+    for node in graph:
+        name = f"{place(node)}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name] - 1}"
+    common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "sasa-export", None
-    model.graph.metadata_props.clear()
-    model.graph.doc_string = None
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+    outputs = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *graph.initializers.values(), *outputs):
         value.metadata_props.clear()
 
 
@@ -72,10 +71,3 @@ def _place(node: ir.Node, modules: dict[str, str]) -> str:
     if path == GUARD:
         return "/sasa/gate"
     return "/sasa/lane/context" if in_gate else "/decoder"
-
-
-def _name(nodes: Iterable[ir.Node], place: Callable[[ir.Node], str], seen: Counter[str]) -> None:
-    for node in nodes:
-        name = f"{place(node)}/{node.op_type}"
-        seen[name] += 1
-        node.name = name if seen[name] == 1 else f"{name}_{seen[name] - 1}"

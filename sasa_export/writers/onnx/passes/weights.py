@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -48,22 +47,20 @@ def fold_transposes(model: ir.Model) -> None:
             graph.register_initializer(folded[key])
         node.outputs[0].replace_all_uses_with(folded[key], replace_graph_outputs=True)
         graph.remove(node, safe=True)
-    _drop_unused(graph)
 
 
 def deduplicate(model: ir.Model) -> None:
     """Merge initializers of equal type, shape and content, whatever their size."""
     graph = model.graph
-    kept: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-    for value in list(graph.initializers.values()):
+    kept: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None
-        digest = hashlib.sha256(_bytes(tensor)).digest()
-        shape = tuple(tensor.shape.numpy())
-        first = kept.setdefault((str(tensor.dtype), shape, digest), value)
+        digest = hashlib.sha256(tensor.tobytes()).digest()
+        first = kept.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), digest), value)
         if first is not value and not value.is_graph_output():
             value.replace_all_uses_with(first)
-    _drop_unused(graph)
+            del graph.initializers[name]
 
 
 def _transposed(source: ir.Value, permutation: tuple[int, ...]) -> ir.Value:
@@ -77,16 +74,3 @@ def _transposed(source: ir.Value, permutation: tuple[int, ...]) -> ir.Value:
 
     lazy = ir.LazyTensor(make, dtype=tensor.dtype, shape=shape, name=name)
     return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
-
-
-def _bytes(tensor: ir.TensorProtocol) -> Any:
-    try:
-        return np.ascontiguousarray(tensor.numpy()).view(np.uint8)
-    except (TypeError, ValueError):  # a type that numpy cannot view as bytes
-        return tensor.tobytes()
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-            del graph.initializers[name]

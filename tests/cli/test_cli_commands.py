@@ -1,0 +1,175 @@
+"""The command line itself: help, and the commands beside the main one: fetch, trace and verify."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from cli_steps import Tiny, contents, copied, fails, flags, invoke, offline, succeeds
+
+from sasa_export.models import family as families
+
+# --------------------------------------------------------------------------------------------------- help
+
+
+def test_help_needs_no_heavy_import() -> None:
+    """`--help` is quick because of what it does not import: a clock would say so only on an idle machine."""
+    code = (
+        "import sys\nfrom sasa_export.cli import main\n"
+        "for arguments in (['--help'], ['--help-all'], ['trace', '--help'], ['--version']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'sklearn', 'scipy', 'onnx', 'onnxruntime', 'matplotlib', 'PIL', 'numpy'}\n"
+        "print('imported:', sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_help_shows_the_common_options_and_help_all_the_rest() -> None:
+    common, every = succeeds("--help").stdout, succeeds("--help-all").stdout
+    for flag in ("--model", "--out", "--safety-layer", "--calibration", "--probe", "--device", "--help-all"):
+        assert flag in common and flag in every
+    for flag in ("--regularization", "--projection", "--opset", "--batch-size", "--link"):
+        assert flag not in common and flag in every
+    for command in ("evaluate", "fetch", "locate", "trace", "verify"):
+        assert f"\n  {command} " in common and f"\n  {command} " in every
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--model", "x"], "Missing option '--out'"),
+        (["--out", "x"], "Missing option '--model'"),
+        (["--model", "x", "verify", "y"], "--model stands before 'verify'"),
+        (["--model", "x", "--out", "y", "--safety-layer", "x"], "'x' is neither a whole number nor 'auto'"),
+        (["--model", "x", "--out", "y", "--dtype", "int3"], "'int3' is not one of"),
+        (["--model", "x", "--out", "y", "--onnx-dtype", "float8"], "'float8' is not one of"),
+        (["--model", "x", "--out", "y", "--format", "gguf"], "'gguf' is not one of"),
+        (["--model", "x", "--out", "y", "--opset", "17"], "'17' is not one of '20', '23'"),
+        (["--model", "x", "--out", "y", "--no-such-option"], "No such option"),
+    ],
+)
+def test_usage_errors(arguments: list[str], said: str) -> None:
+    """click's own exit code and usage lines, and a last line that says what is wrong."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("Error:") and said in result.stderr
+
+
+# ---------------------------------------------------------------------------------------- fetch and trace
+
+
+def test_fetch(tiny_model: Tiny, place: Path) -> None:
+    source = tiny_model("llava", shards=3)
+    succeeds("fetch", *flags(source, place / "base"))
+    assert contents(place / "base") == contents(source)
+    assert "is not empty" in fails("fetch", *flags(source, place / "base"))
+    assert [path.name for path in place.iterdir()] == ["base"]
+    assert "there is no model" in fails("fetch", *flags("no-such-model", place / "other"))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_trace(tiny_model: Tiny, family: str) -> None:
+    """Every node on a line with its module and inputs, and the decoder drawn before and after."""
+    model = tiny_model(family)
+    printed = succeeds("trace", "--model", str(model), "--safety-layer", "1", "--semantic-layer", "3").stdout
+    listed, before, after = printed.split("```mermaid")
+    rows = [line.split() for line in listed.splitlines() if "<-" in line]
+    modules = families.family_of(family).modules
+    blocks = [(f"layers.{index}", f"{modules['blocks']}.{index}") for index in range(6)]
+    around = [("embed", modules["embedding"]), *blocks, ("norm", modules["norm"]), ("head", modules["head"])]
+    vision = [("vision", modules["vision"]), ("projector", modules["projector"])]
+    assert [(row[0], row[2]) for row in rows] == vision + around
+    assert all("attention_mask: " in " ".join(row) for row in rows if row[1] == "block")
+    assert "safety layer 1, semantic layer 3 (given by the user)" in listed
+    assert '["blocks 0 to 5"]' in before
+    for label in ("safety layer 1", "semantic layer 3", "projection", "second lane: blocks 2 to 5", "probe", "gate"):
+        assert f'["{label}"]' in after and f'["{label}"]' not in before
+    assert "After:" in succeeds("trace", "--model", str(model), "--load").stdout
+
+
+def test_a_model_that_its_family_does_not_describe(llava: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trace` and the patch itself name the node that is not where the file says."""
+    family, said = families.families()["llava"], "no module model.language_model.final_norm (norm)"
+    changed = replace(family, modules={**family.modules, "norm": "model.language_model.final_norm"})
+    monkeypatch.setattr(families, "families", lambda: {"llava": changed})
+    assert said in fails("trace", "--model", str(llava))
+    assert said in fails(*flags(llava, place / "out"))
+
+
+GOOD = 'model_types = ["x"]\nfiles = []\n[modules]\n' + "\n".join(f'{role} = "m"' for role in families.MODULES)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[", "fam.toml: "),
+        (GOOD.replace("files", "fils"), "files is missing"),
+        (GOOD.replace("norm", "nrm"), "norm is missing"),
+        (GOOD + '\n[aliases]\nq.5 = "a/b"', "an alias with a dot needs quotes"),
+        (
+            GOOD + '\n[[layers]]\ncheckpoint = "a/b"\nblocks = 4\nhidden = 8\nsafety = 3\nsemantic = 3\nsource = "x"',
+            "layers of a/b need 0 <= safety < semantic < blocks",
+        ),
+    ],
+)
+def test_a_family_file_with_a_mistake(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "fam.toml"
+    path.write_text(GOOD)
+    assert families.read(path).modules["norm"] == "m"
+    path.write_text(text)
+    with pytest.raises(families.SasaExportError, match=r"graphs/README\.md") as caught:
+        families.read(path)
+    assert said in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- verify
+
+
+def test_verify_of_a_good_directory(patched: Path) -> None:
+    assert "✗" not in succeeds("verify", str(patched), "--files").stderr
+    assert "failed its verification" in fails("verify", str(patched))  # it has no cases
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "code"), [("threshold", 0.25, 0), ("refusal", "No.", 0), ("epsilon", 1.0, 1)]
+)
+def test_verify_of_an_operators_edit(patched: Path, tmp_path: Path, entry: str, value: Any, code: int) -> None:
+    """Threshold and refusal are the operator's to change, however the file is laid out afterwards; nothing else is."""
+    copy = copied(patched, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    config["sasa"][entry] = value
+    (copy / "config.json").write_text(json.dumps(config, indent=4))
+    result = invoke("verify", str(copy), "--files")
+    assert result.exit_code == code, result.stderr
+    assert ("as the operator changed them" if code == 0 else "1 differ: config.json") in result.stderr
+
+
+def test_verify_of_what_is_no_patched_directory(llava: Path, tmp_path: Path) -> None:
+    for directory in (llava, tmp_path / "none", tmp_path):
+        fails("verify", str(directory), "--files")
+
+
+# ------------------------------------------------------------------------------------------------- a lean installation
+
+# What README says may be left out.
+LEFT_OUT = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "datasets", "pyarrow", "gguf")
+LEAN = f"import sys; sys.modules.update(dict.fromkeys({LEFT_OUT})); from sasa_export.cli import main; main()"
+
+
+def test_safetensors_need_no_onnx_installed(llava: Path, probe: Path, place: Path) -> None:
+    def lean(*options: str) -> Any:
+        arguments = flags(llava, place / "out", *options, probe=probe, verify="files")
+        command = [sys.executable, "-c", LEAN, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=offline(), timeout=120, check=False)
+
+    assert lean().returncode == 0 and (place / "out" / "config.json").exists()
+    result = lean("--format", "onnx", "--force")
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1] == (
+        "Error: this needs the package onnx, which is not installed. "
+        "Install it, or sasa-export again with all that it asks for."
+    )

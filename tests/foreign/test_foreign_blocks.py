@@ -1,0 +1,181 @@
+"""Graphs that others exported: blocks are found for certain, or an error names the node, and nothing is written."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import foreign_graphs
+import numpy as np
+import onnx_ir as ir
+import pytest
+from foreign_runner import GraphOracle
+from onnx_runner import session
+from safetensors.numpy import save_file
+
+import sasa_export
+from sasa_export.errors import OpenError, SasaExportError, TraceError
+from sasa_export.foreign.blocks import Blocks, find_blocks
+from sasa_export.foreign.decoder import open_decoder
+from sasa_export.foreign.features import check_lane, head_weight, lanes
+from sasa_export.foreign.opened import holds_graphs, open_graphs
+from sasa_export.graph.rewrite import LaneSettings
+
+PAIR = LaneSettings(1, 2)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return foreign_graphs.write(tmp_path_factory.mktemp("foreign"))
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Blocks:
+    return find_blocks(ir.from_proto(foreign_graphs.decoder()), foreign_graphs.BLOCKS)
+
+
+def test_blocks_norm_and_head_are_found(blocks: Blocks) -> None:
+    assert [state.name for state in blocks.states] == [f"state.{index}" for index in range(foreign_graphs.BLOCKS)]
+    assert blocks.head.op_type == "MatMul" and blocks.linear
+    assert blocks.norm is blocks.read is blocks.head.inputs[0]
+
+
+def test_a_head_that_is_not_linear_is_seen() -> None:
+    assert not find_blocks(ir.from_proto(foreign_graphs.decoder("soft cap")), None).linear
+
+
+def test_the_second_lane_ends_where_the_main_lane_ends(directory: Path) -> None:
+    assert check_lane(open_decoder(open_graphs(str(directory))), PAIR) == 0.0
+
+
+def test_a_lane_that_reads_the_main_lane_is_noticed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sasa_export.foreign.features.add_lane", lambda blocks, *others: blocks.norm)
+    with pytest.raises(TraceError, match=r"state\.1: begun with what lies behind block 1, .* with another state 0\.0"):
+        check_lane(open_decoder(open_graphs(str(directory))), PAIR)
+
+
+def test_a_lane_that_begins_elsewhere_is_noticed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sasa_export.foreign import lane
+
+    def shifted(blocks: Blocks, safety: int, *others: Any) -> ir.Value:
+        return lane.add_lane(blocks, safety + 1, *others)
+
+    monkeypatch.setattr("sasa_export.foreign.features.add_lane", shifted)
+    with pytest.raises(TraceError, match=r"state\.1: begun with"):
+        check_lane(open_decoder(open_graphs(str(directory))), PAIR)
+
+
+def test_the_heads_weights_are_what_it_multiplies_by(directory: Path) -> None:
+    decoder = open_decoder(open_graphs(str(directory)))
+    (weight,) = (
+        value
+        for value in find_blocks(ir.load(directory / "model.onnx"), None).head.inputs
+        if value and value.const_value
+    )
+    assert weight.const_value is not None
+    np.testing.assert_allclose(head_weight(decoder), weight.const_value.numpy().T, atol=1e-6)
+
+
+def test_features_are_those_of_two_passes(directory: Path) -> None:
+    ids, pair = [5, 9, 70, 33, 8], (1, 2)
+    found = lanes(open_decoder(open_graphs(str(directory))), PAIR).prompt({"input_ids": np.array([ids])})
+    oracle = GraphOracle(directory, pair)
+    np.testing.assert_allclose(found["projected"].numpy()[0], oracle.end(ids, pair)[0], atol=1e-5)
+    np.testing.assert_allclose(found["plain"].numpy()[0], oracle.plain(ids), atol=1e-5)
+
+
+FAULTS = {
+    "shared keys": "a cache for 3 blocks, and its configuration names 4",
+    "cross-attention": "the decoder has the input encoder_hidden_states",
+    "merged": r"/merged \(If\) holds the decoder in branches",
+    "dynamic int8": r"/rounded \(DynamicQuantizeLinear\): dynamic int8 has one range",
+    "guarded already": "an output unsafe_probability: it is guarded already",
+    "text again": r"/text\.again \(Add\): behind block 1 the decoder reads its text once more",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_guarded_ends_in_a_line_that_says_why(fault: str, tmp_path: Path) -> None:
+    source = foreign_graphs.write(tmp_path / "source", fault)
+    save_file(
+        {"sasa.probe.weight": np.ones(foreign_graphs.HIDDEN, np.float32), "sasa.probe.bias": np.zeros(1, np.float32)},
+        tmp_path / "probe",
+    )
+    options = sasa_export.Options(
+        model=str(source),
+        out=tmp_path / "out",
+        probe=tmp_path / "probe",
+        safety_layer=1,
+        semantic_layer=2,
+        verify="files",
+    )
+    with pytest.raises(SasaExportError, match=FAULTS[fault]) as caught:
+        sasa_export.patch(options)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["probe", "source"]
+
+
+def test_options_of_torch_are_no_options_of_graphs(directory: Path, tmp_path: Path) -> None:
+    for given in (
+        {"opset": 20, "format": "onnx"},
+        {"format": "both"},
+        {"projection": "none"},
+    ):
+        options = sasa_export.Options(model=str(directory), out=tmp_path / "out", **given)
+        with pytest.raises(SasaExportError, match="not of use with ONNX graphs"):
+            sasa_export.patch(options)
+
+
+def test_variants_are_chosen_by_file_or_by_type(tmp_path: Path) -> None:
+    for name in (
+        "decoder_model_merged.onnx",
+        "decoder_model_merged_q4.onnx",
+        "embed_tokens_q4.onnx",
+        "embed_tokens.onnx",
+    ):
+        foreign_graphs.write(tmp_path, name=f"onnx/{name}")
+    model = str(tmp_path)
+    assert holds_graphs(model)
+    with pytest.raises(
+        OpenError, match=re.escape("onnx/decoder_model_merged.onnx, onnx/decoder_model_merged_q4.onnx: choose")
+    ):
+        open_graphs(model)
+    decoder, embedding = "onnx/decoder_model_merged{}.onnx", "onnx/embed_tokens{}.onnx"
+    for chosen, (first, second) in {
+        ("q4",): ("_q4", "_q4"), ("fp32",): ("", ""),
+        ("decoder_model_merged_q4.onnx", "embed_tokens.onnx"): ("_q4", ""),
+    }.items():  # fmt: skip
+        files = open_graphs(model, chosen).files
+        assert files == {"decoder": decoder.format(first), "embedding": embedding.format(second)}
+    with pytest.raises(OpenError, match="--onnx-file q8 is none of the graphs"):
+        open_graphs(model, ("q4", "q8"))
+
+
+def test_links_of_the_hubs_cache_are_followed_and_none_is_written(directory: Path, tmp_path: Path) -> None:
+    """A snapshot holds links to blobs, and onnxruntime takes no weights from outside of a graph's folder."""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(path for path in directory.iterdir() if path.is_file()):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    save_file(
+        {"sasa.probe.weight": np.ones(foreign_graphs.HIDDEN, np.float32), "sasa.probe.bias": np.zeros(1, np.float32)},
+        tmp_path / "probe",
+    )
+    options = sasa_export.Options(
+        model=str(snapshot), out=tmp_path / "out", probe=tmp_path / "probe", safety_layer=1, semantic_layer=2,
+        verify="files",
+    )  # fmt: skip
+    sasa_export.patch(options)
+    written = [path for path in options.out.rglob("*") if not path.is_dir()]
+    assert not any(path.is_symlink() for path in written)
+    assert (options.out / "model.onnx_data").read_bytes() == (directory / "model.onnx_data").read_bytes()
+    assert session(options.out / "model.onnx").get_outputs()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.onnx_data"])
+def test_a_missing_file_is_an_error_by_name(name: str, tmp_path: Path) -> None:
+    directory = foreign_graphs.write(tmp_path / "source")
+    (directory / name).unlink()
+    with pytest.raises(OpenError, match=re.escape(name)):
+        open_decoder(open_graphs(str(directory)))

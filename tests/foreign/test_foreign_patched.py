@@ -1,0 +1,171 @@
+"""A patched graph of somebody else's: it refuses or answers as the original, however it is fed, and says so itself."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import foreign_graphs
+import numpy as np
+import pytest
+from cli_steps import write_probe
+from foreign_runner import Decoder as Runner
+from foreign_runner import padded
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+
+import sasa_export
+from sasa_export.errors import OpenError
+from sasa_export.foreign.decoder import Decoder, open_decoder
+from sasa_export.foreign.features import encoded, lanes
+from sasa_export.foreign.opened import open_graphs
+from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.prompts import builtin
+from sasa_export.verify import verify_directory
+from sasa_export.verify.fresh.onnx_model import Model
+
+PAIR = LaneSettings(1, 2)
+PROMPTS = [prompt for prompt in builtin() if prompt.image is None and not prompt.before][::200][:12]
+pytestmark = pytest.mark.xdist_group("foreign")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    return open_decoder(open_graphs(str(foreign_graphs.write(tmp_path_factory.mktemp("foreign")))))
+
+
+@pytest.fixture(scope="module")
+def probe(decoder: Decoder) -> dict[str, Any]:
+    """A random probe, and P(unsafe) of the prompts by it, in two passes of the original graph."""
+    weight = np.random.default_rng(1).normal(size=foreign_graphs.HIDDEN).astype(np.float32)
+    reading = lanes(decoder, PAIR)
+    states = np.concatenate([reading.prompt(encoded(decoder.processor, it))["projected"].numpy() for it in PROMPTS])
+    bias = -float(np.median(states @ weight))
+    return {"weight": weight, "bias": bias, "expected": 1 / (1 + np.exp(-(states @ weight + bias)))}
+
+
+@pytest.fixture(scope="module")
+def patched(decoder: Decoder, probe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("patched")
+    sasa_export.patch(
+        sasa_export.Options(
+            model=str(decoder.graphs.source.directory), out=folder / "out", safety_layer=1, semantic_layer=2,
+            probe=write_probe(folder / "probe", probe["weight"], probe["bias"]), threshold=0.5,
+            refusal="I will not help.",
+        )
+    )  # fmt: skip
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def guarded(patched: Path) -> Model:
+    return Model(patched, "", "cpu")
+
+
+@pytest.fixture(scope="module")
+def original(decoder: Decoder) -> Model:
+    return Model(decoder.graphs.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
+
+
+def test_verdicts_are_those_of_two_passes(decoder: Decoder, guarded: Model, probe: dict[str, Any]) -> None:
+    found = np.array([guarded.judge(encoded(decoder.processor, prompt)) for prompt in PROMPTS])
+    np.testing.assert_allclose(found, probe["expected"], atol=1e-4)
+    assert 0 < (found >= 0.5).sum() < len(found), "both verdicts must have been seen"
+
+
+def test_answers_are_the_refusal_or_the_originals(decoder: Decoder, guarded: Model, original: Model) -> None:
+    sasa = guarded.config["sasa"]
+    for prompt in PROMPTS:
+        inputs = encoded(decoder.processor, prompt)
+        score, first, tokens = guarded.answer(inputs, 20)
+        _, wanted, answer = original.answer(inputs, 20)
+        if score < sasa["threshold"]:
+            assert np.array_equal(first, wanted) and tokens == answer
+        else:
+            assert tokens == sasa["refusal_token_ids"][:20]
+
+
+def test_a_verdict_does_not_depend_on_how_a_prompt_is_fed(decoder: Decoder, guarded: Model) -> None:
+    draw = np.random.default_rng(2)
+    for prompt in PROMPTS:
+        inputs = encoded(decoder.processor, prompt)
+        count = inputs["input_ids"].shape[1]
+        whole = guarded.judge(inputs)
+        for cuts in (range(1, count), sorted(draw.choice(np.arange(1, count), 3, replace=False)), [count - 1]):
+            assert guarded.judge(inputs, list(cuts)) == pytest.approx(whole, abs=1e-5)
+
+
+def started(directory: Path, rows: int = 1) -> Runner:
+    asked = Runner(directory)
+    asked.start(rows)
+    return asked
+
+
+def of_the_ledger(asked: Runner) -> list[str]:
+    """The names of the cache's layers behind those of the blocks."""
+    return [name for name in asked.cache if int(name.split(".")[1]) >= foreign_graphs.BLOCKS]
+
+
+def test_batches_with_pads_on_the_left(decoder: Decoder, patched: Path, probe: dict[str, Any]) -> None:
+    """And a second turn on the same cache: the whole conversation is judged again."""
+    rows = [encoded(decoder.processor, prompt)["input_ids"][0].tolist() for prompt in PROMPTS]
+    ids, mask = padded(rows, "left", 0)
+    turn = np.tile(rows[0], (len(rows), 1))
+    asked, whole = started(patched, len(rows)), started(patched, len(rows))
+    asked.call(ids, mask)
+    np.testing.assert_allclose(asked.probability, probe["expected"], atol=1e-4)
+    asked.call(turn)
+    whole.call(np.concatenate([ids, turn], 1), np.concatenate([mask, np.ones_like(turn)], 1))
+    np.testing.assert_allclose(asked.probability, whole.probability, atol=1e-5)
+
+
+def test_buffers_longer_than_what_they_hold_come_back_as_long(decoder: Decoder, patched: Path) -> None:
+    """As onnxruntime-genai shares them; the decoder's own cache here grows, so that only the ledger's are long."""
+    ids = encoded(decoder.processor, PROMPTS[0])["input_ids"]
+    asked, whole = started(patched), started(patched)
+    long = np.full((1, foreign_graphs.HEADS, 60, foreign_graphs.SIZE), 7.0, np.float32)
+    asked.cache |= dict.fromkeys(of_the_ledger(asked), long)
+    for piece in (ids[:, :-4], ids[:, -4:]):
+        asked.call(piece)
+        assert asked.cache[of_the_ledger(asked)[0]].shape[2] == 60
+    assert (asked.cache[of_the_ledger(asked)[0]][:, :, ids.shape[1] :] == 7.0).all()
+    whole.call(ids)
+    np.testing.assert_allclose(asked.probability, whole.probability, atol=1e-5)
+
+
+def test_a_cache_without_the_ledger_is_an_error(decoder: Decoder, patched: Path) -> None:
+    ids, asked = encoded(decoder.processor, PROMPTS[0])["input_ids"], started(patched)
+    asked.call(ids)
+    for name in of_the_ledger(asked):
+        asked.cache[name] = asked.cache[name][:, :, :0]
+    with pytest.raises((Fail, InvalidArgument, RuntimeException)):
+        asked.call(ids)
+
+
+def test_the_directory_says_what_it_is(patched: Path, decoder: Decoder) -> None:
+    source, config = decoder.graphs.source.directory, json.loads((patched / "config.json").read_text())
+    assert config["num_hidden_layers"] > foreign_graphs.BLOCKS
+    assert (patched / "model.onnx_data").read_bytes() == (source / "model.onnx_data").read_bytes()
+    assert (patched / "model.onnx").stat().st_size < 600_000
+    assert all(check.passed for check in verify_directory(patched))
+    with pytest.raises(OpenError, match="a patched model already"):
+        open_graphs(str(patched))
+
+
+def test_a_changed_graph_fails_its_verification(patched: Path, tmp_path: Path) -> None:
+    shutil.copytree(patched, tmp_path / "copy")
+    cases = tmp_path / "copy" / "sasa-verify" / "cases.json"
+    said = json.loads(cases.read_text())
+    said["cases"][0]["unsafe_probability"] += 0.1
+    cases.write_text(json.dumps(said))
+    assert not all(check.passed for check in verify_directory(tmp_path / "copy"))
+
+
+def test_the_lane_lies_in_a_branch(patched: Path) -> None:
+    """A token's call enters none of it."""
+    import onnx
+
+    graph = onnx.load(patched / "model.onnx", load_external_data=False).graph
+    (branch,) = (node for node in graph.node if node.op_type == "If")
+    inside = {node.name for node in branch.attribute[0].g.node} | {node.name for node in branch.attribute[1].g.node}
+    assert sum(name.startswith("/sasa/lane/") for name in inside) > 50
+    assert not [node.name for node in graph.node if node.name.startswith("/sasa/lane/") and "state" in node.name]

@@ -1,0 +1,299 @@
+"""What a trace sees of a decoder, on tiny models of every family and on models that are not as described."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from sasa_export.errors import RewriteError, TraceError
+from sasa_export.graph import LayerGraph
+from sasa_export.graph.rewrite import LaneSettings, rewrite
+from sasa_export.graph.trace import trace, trace_source
+from sasa_export.models import open_source
+from sasa_export.models.family import Family, families, family_of
+from sasa_export.models.load import load_processor
+from sasa_export.models.shapes import skeleton
+
+Tiny = Callable[..., Path]
+Stock = Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
+
+BLOCKS = [f"layers.{index}" for index in range(tiny.LAYERS)]
+
+every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+@contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Remove the hooks at the end: the stock models are shared."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prompt(processor: ProcessorMixin, *, images: bool = False) -> dict[str, Any]:
+    return dict(tiny.prompts(processor, images=images, count=1, seed=3, padding_side="left"))
+
+
+def traced(stock: Stock, family: str = "llava", *, images: bool = False) -> LayerGraph:
+    model, processor = stock(family)
+    return trace(model, family_of(family), prompt(processor, images=images))
+
+
+class Walk(torch.nn.ModuleList):
+    """A list of blocks through which the decoder's loop walks in another order, or with something added behind one."""
+
+    def __init__(
+        self,
+        blocks: torch.nn.ModuleList,
+        order: list[int],
+        added_behind: int | None = None,
+        add: Callable[..., Any] = torch.add,
+    ) -> None:
+        super().__init__(blocks)
+        self.order, self.added_behind, self.add = order, added_behind, add
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        blocks: list[Any] = [super(Walk, self).__getitem__(number) for number in self.order]
+        if self.added_behind is not None:
+            block = blocks[self.added_behind]
+            blocks[self.added_behind] = lambda *args, **kwargs: self.add(block(*args, **kwargs), 1.0)
+        return blocks
+
+
+# --------------------------------------------------------------------------------- models as described
+
+
+@every_family
+def test_the_graph_is_what_the_familys_file_says(tiny_model: Tiny, stock: Stock, family: str) -> None:
+    """On text, with a picture, and on fake weights: a model is traced before its weights are loaded."""
+    modules = family_of(family).modules
+    blocks = [f"{modules['blocks']}.{index}" for index in range(tiny.LAYERS)]
+    paths = [modules["vision"], modules["projector"], modules["embedding"], *blocks, modules["norm"], modules["head"]]
+    source = open_source(str(tiny_model(family)))
+    with skeleton(source) as model:
+        assert all(parameter.is_meta for parameter in model.parameters())
+        fake = trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+    for graph in (traced(stock, family), traced(stock, family, images=True), fake):
+        assert [node.name for node in graph] == ["vision", "projector", "embed", *BLOCKS, "norm", "head"]
+        assert [node.module for node in graph] == paths
+        assert all(node.inputs == (before.name,) for before, node in itertools.pairwise(graph.nodes[2:]))
+        assert [node.attributes["index"] for node in graph.of("block")] == list(range(tiny.LAYERS))
+
+
+def test_hooks_are_removed(stock: Stock) -> None:
+    """After an error too."""
+    model, _ = stock("llava")
+    before = [len(module._forward_hooks) for module in model.modules()]
+    traced(stock)
+    with pytest.raises(Exception, match="input_ids"):
+        trace(model, family_of("llava"), {})
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("graphs/*.toml")), ids=lambda path: path.stem)
+def test_every_family_file_is_tried(path: Path) -> None:
+    """A family's file without a tiny model to trace would be a claim that nobody has checked."""
+    family = families()[path.stem]
+    assert family.refused or set(family.model_types) <= set(tiny.MAKERS)
+
+
+def test_a_picture_that_does_not_run(tiny_model: Tiny) -> None:
+    """Said in one line: what it adds to the decoder is then not known."""
+    source = open_source(str(tiny_model("llava")))
+    processor = load_processor(source)
+    processor.num_additional_image_tokens = 3  # two tokens more than there are features
+    with pytest.raises(TraceError, match=r"a prompt with a picture cannot be run .*tokens.*restore them"):
+        trace_source(source, processor)
+
+
+# ------------------------------------------------------------------------------ additions between blocks
+
+
+def adding(amount: float) -> Any:
+    """A hook that adds to the hidden state on its way into a block."""
+
+    def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (args[0] + amount, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + amount}
+
+    return hook
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "gemma3"])
+def test_an_addition_between_two_blocks_is_seen(stock: Stock, family: str) -> None:
+    """By identity, not by value: what adds nothing to this prompt may add something to the next."""
+    model, _ = stock(family)
+    block = model.get_submodule(f"{family_of(family).modules['blocks']}.3")
+    with hooked(block.register_forward_pre_hook(adding(0.0), with_kwargs=True)):
+        graph = traced(stock, family)
+    (between,) = graph.of("between")
+    assert (between.name, between.inputs, between.module) == ("between.2.3", ("layers.2",), None)
+    assert graph["layers.3"].inputs == ("between.2.3",)
+    with pytest.raises(RewriteError, match=r"between\.2\.3: .*Choose a later --safety-layer"):
+        rewrite(graph, LaneSettings(2, 4))
+    assert [node.attributes["index"] for node in rewrite(graph, LaneSettings(3, 4)).of("lane_block")] == [4, 5]
+
+
+@pytest.mark.parametrize("add", [torch.add, torch.Tensor.add_], ids=["anew", "in place"])
+def test_an_addition_inside_the_decoders_loop_is_seen(
+    stock: Stock, monkeypatch: pytest.MonkeyPatch, add: Callable[..., Any]
+) -> None:
+    """As deepstack does it: the decoder's own forward adds to the state behind a block, outside any module."""
+    decoder = stock("llava")[0].get_submodule("model.language_model")
+    monkeypatch.setitem(decoder._modules, "layers", Walk(decoder.layers, [*range(6)], added_behind=2, add=add))
+    assert [node.name for node in traced(stock).of("between")] == ["between.2.3"]
+
+
+def test_an_addition_behind_the_last_block_is_seen(stock: Stock) -> None:
+    norm = stock("llava")[0].get_submodule("model.language_model.norm")
+    with hooked(norm.register_forward_pre_hook(adding(1.0), with_kwargs=True)):
+        graph = traced(stock)
+    assert graph["norm"].inputs == ("between.5.norm",)
+    with pytest.raises(RewriteError, match=r"between\.5\.norm"):
+        rewrite(graph, LaneSettings(3, 4))
+
+
+@pytest.fixture
+def changed_by(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`changed_by(change)`: a llava whose forward pass changes its logits behind the head."""
+    model, _ = stock("llava")
+    forward = type(model).forward
+
+    def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = forward(self, *args, **kwargs)
+            output.logits = change(output.logits)
+            return output
+
+        monkeypatch.setattr(model, "forward", types.MethodType(changing, model))
+        return model
+
+    return changed
+
+
+def test_a_change_behind_the_head_is_seen(stock: Stock, changed_by: Callable[..., Any]) -> None:
+    changed_by(lambda logits: torch.tanh(logits / 30) * 30)
+    graph = traced(stock)
+    assert (graph.nodes[-1].name, graph.nodes[-1].inputs) == ("after_head", ("head",))
+    with pytest.raises(RewriteError, match="after_head"):
+        rewrite(graph, LaneSettings(1, 3))
+    gate = rewrite(graph, LaneSettings(1, 3, softcap=30.0))["sasa.gate"]
+    assert gate.inputs == ("after_head", "sasa.probe")
+
+
+def test_logits_that_are_only_scaled(changed_by: Callable[..., Any]) -> None:
+    """A family's file says so, and is believed no further than the numbers show."""
+    family = replace(family_of("llava"), scaled_logits=True)
+    inputs = {"input_ids": torch.ones(1, 5, dtype=torch.long)}
+    model = changed_by(lambda logits: logits / 8)
+    assert trace(model, family_of("llava"), inputs).of("after_head")
+    assert not trace(model, family, inputs).of("after_head")
+    changed_by(lambda logits: torch.tanh(logits / 3) * 3)
+    assert trace(model, family, inputs).of("after_head")
+
+
+@pytest.mark.parametrize("kind", ["positional", "named", "ids"])
+def test_what_another_block_leaves_for_a_block_is_seen(
+    stock: Stock, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that needs it could not be replayed on another state alone; one that reads nothing of it could."""
+
+    def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if kind == "named":
+            return args, {**kwargs, "shared": {"keys": torch.ones(1)}}
+        if kind == "ids":
+            return args, {**kwargs, "experts": torch.ones(1, 5, dtype=torch.int32)}
+        kwargs.pop("attention_mask")
+        return (*args, torch.zeros(1, 1, 1, 1)), kwargs
+
+    block = stock("llava")[0].get_submodule("model.language_model.layers.3")
+    if kind == "named":
+        own = block.forward
+        with hooked(block.register_forward_pre_hook(hook, with_kwargs=True)):
+            traced(stock)
+        monkeypatch.setattr(
+            block, "forward", lambda *args, shared, **kwargs: own(*args, **kwargs) * shared.get("keys", 0)
+        )
+    said = {"positional": "float32", "named": "shared", "ids": "experts"}[kind]
+    with (
+        hooked(block.register_forward_pre_hook(hook, with_kwargs=True)),
+        pytest.raises(TraceError, match=rf"layers\.3 is given {said}"),
+    ):
+        traced(stock)
+
+
+# ------------------------------------------------------------------------------ models not as described
+
+
+def changed(role: str, path: str) -> Family:
+    family = family_of("llava")
+    return replace(family, modules={**family.modules, role: path})
+
+
+@pytest.mark.parametrize(
+    "role, path, said",
+    [
+        ("norm", "model.language_model.final_norm", r"no module model\.language_model\.final_norm \(norm\)"),
+        ("blocks", "model.language_model.blocks", r"no module model\.language_model\.blocks \(blocks\)"),
+        ("blocks", "model.language_model", r"model\.language_model should be a list of 6 blocks"),
+        ("blocks", "model.vision_tower.encoder.layers", r"should be a list of 6 blocks"),
+        ("norm", "model.vision_tower.post_layernorm", r"model\.vision_tower\.post_layernorm should run as step 7"),
+        ("embedding", "model.multi_modal_projector", r"model\.multi_modal_projector should run as step 0"),
+        ("head", "model.vision_tower", r"model\.vision_tower should run as step 8"),
+        ("vision", "model.tower", r"no module model\.tower \(vision\)"),
+    ],
+)
+def test_a_wrong_path_is_named(stock: Stock, role: str, path: str, said: str) -> None:
+    model, processor = stock("llava")
+    with pytest.raises(TraceError, match=said):
+        trace(model, changed(role, path), prompt(processor))
+
+
+@pytest.mark.parametrize("role", ["vision", "projector"])
+def test_a_picture_must_run_through_the_named_tower(stock: Stock, role: str) -> None:
+    """Only a prompt with a picture shows it."""
+    model, processor = stock("llava")
+    family = changed(role, "model.language_model.layers.5.mlp.act_fn")
+    with pytest.raises(TraceError, match=r"layers\.5\.mlp\.act_fn"):
+        trace(model, family, prompt(processor, images=True))
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ([0, 2, 1, 3, 4, 5], r"layers\.1 should run as step 2 .* but .*layers\.2 does"),
+        ([0, 1, 2, 3, 4], r"layers\.5 should run as step 6"),
+        ([0, 1, 2, 2, 3, 4, 5], r"layers\.[23]"),
+    ],
+    ids=["swapped", "left out", "twice"],
+)
+def test_blocks_that_do_not_run_in_their_order_are_named(
+    stock: Stock, monkeypatch: pytest.MonkeyPatch, order: list[int], said: str
+) -> None:
+    decoder = stock("llava")[0].get_submodule("model.language_model")
+    monkeypatch.setitem(decoder._modules, "layers", Walk(decoder.layers, order))
+    with pytest.raises(TraceError, match=said):
+        traced(stock)
+
+
+def test_another_number_of_blocks_than_the_configuration_says(tiny_model: Tiny) -> None:
+    source = open_source(str(tiny_model("llava")))
+    with skeleton(source) as model:
+        model.config.text_config.num_hidden_layers = 5
+        with pytest.raises(TraceError, match=r"model\.language_model\.layers should be a list of 5 blocks"):
+            trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})

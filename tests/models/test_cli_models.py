@@ -1,0 +1,205 @@
+"""The models that a patch is given: those it refuses, and weights that are damaged. Each ends in one line."""
+
+import json
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_steps import Tiny, change_tensors, copied, fails, flags, flip, message_of, script, succeeds
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("no-such-model", "there is no model 'no-such-model'"),
+        ("./no/such/directory", "Aliases: aya-vision, "),
+        ("nobody/no-such-model", "nobody/no-such-model could not be fetched from the hub"),
+    ],
+)
+def test_a_model_that_is_nowhere(place: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert said in fails(*flags(name, place / "out"))
+
+
+def test_an_unsupported_family_through_the_script(tmp_path: Path, place: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    result = script(*flags(tmp_path, place / "out"))
+    message = message_of(result.returncode, result.stderr)
+    assert "model type 'bert' is not supported. Supported: aya_vision, cohere2_vision, deepseek_vl" in message
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (None, "has no config.json"),
+        ("{not json", "is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", "model type None is not supported"),
+        ('{"model_type": "llava"}', "missing keys"),
+        ('{"model_type": "llava", "text_config": {"model_type": "no_such_decoder"}}', "is damaged"),
+        ('{"model_type": "llava", "text_config": {"num_hidden_layers": "six"}}', "is damaged"),
+    ],
+)
+def test_a_damaged_config(llava: Path, probe: Path, tmp_path: Path, place: Path, config: str | None, said: str) -> None:
+    model = copied(llava, tmp_path)
+    (model / "config.json").unlink()
+    if config is not None:
+        (model / "config.json").write_text(config)
+    assert said in fails(*flags(model, place / "out", probe=probe, verify="files"))
+
+
+def test_a_config_that_leaves_out_what_is_usual(tmp_path: Path) -> None:
+    """LLaVA-1.5-7B's config.json names neither its hidden size nor its number of blocks: both are Llama's own."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config: dict[str, Any] = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        tensors = LlavaForConditionalGeneration(LlavaConfig(**config)).state_dict()
+    # A file of 28 GB with nothing in it but its header: a trace reads no more of it.
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
+        end += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(tmp_path / "model.safetensors", 8 + len(text) + end)
+    printed = succeeds("trace", "--model", str(tmp_path)).stdout
+    assert "safety layer 13, semantic layer 15" in printed and "arXiv 2507.21637" in printed
+    assert "blocks 0 to 31" in printed
+
+
+def test_a_shape_that_no_family_file_knows(llava: Path) -> None:
+    assert "scaled by depth from LLaVA-1.5-7B, not measured" in succeeds("trace", "--model", str(llava)).stdout
+
+
+def test_a_patched_model_as_the_source(patched: Path, place: Path) -> None:
+    assert "patched model already" in fails(*flags(patched, place / "out"))
+
+
+@pytest.mark.parametrize("layers", [{"safety": 3, "semantic": 3}, {"safety": 2, "semantic": 6}, {"safety": -1}])
+def test_layers_outside_their_range(llava: Path, place: Path, layers: dict[str, int]) -> None:
+    options = {f"{name}_layer": value for name, value in layers.items()}
+    arguments = flags(llava, place / "out", **options)
+    message = fails(*arguments)
+    assert "0 <= safety layer < semantic layer <= 5 must hold" in message
+    assert all(str(value) in message for value in layers.values())
+    assert "must hold" in fails("trace", *arguments[:2], *arguments[4:])
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda path: os.truncate(path, path.stat().st_size - 100), "is corrupt"),
+        (lambda path: flip(path, 20), "is corrupt"),
+        (lambda path: os.truncate(path, 0), "is corrupt"),
+    ],
+    ids=["cut off", "header", "empty"],
+)
+def test_a_corrupt_shard(
+    tiny_model: Tiny, tmp_path: Path, place: Path, damage: Callable[[Path], Any], said: str, shards: int
+) -> None:
+    model = copied(tiny_model("llava", shards=shards), tmp_path)
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    damage(shard)
+    assert f"the shard {shard} {said}" in fails(*flags(model, place / "out"))
+
+
+FIRST = "model-00001-of-00004.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda names: names.update({"extra.weight": FIRST}), f"extra.weight is in {FIRST}, and it is not"),
+        (lambda names: names.clear(), "missing keys"),
+        (lambda names: names.update({"lm_head.weight": "none.safetensors"}), "none.safetensors is missing"),
+        (lambda names: names.update({"lm_head.weight": 3}), "is not a valid index of shards"),
+        (lambda names: names.update({"lm_head.weight": "../x.safetensors"}), "'../x.safetensors', which lies outside"),
+        (lambda names: names.update({"lm_head.weight": "/etc/passwd"}), "'/etc/passwd', which lies outside"),
+        (lambda names: names.update({"lm_head.weight": "a/b.safetensors"}), "'a/b.safetensors', which lies outside"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards(
+    tiny_model: Tiny, probe: Path, tmp_path: Path, place: Path, change: Callable[[dict[str, Any]], Any], said: str
+) -> None:
+    model = copied(tiny_model("llava", shards=3), tmp_path)
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    assert said in fails(*flags(model, place / "out", probe=probe, verify="files"))
+
+
+@pytest.mark.parametrize(
+    ("family", "processor"), [("smolvlm", "SmolVLMProcessor"), ("qwen2_5_vl", "Qwen2_5_VLProcessor")]
+)
+def test_a_processor_that_wants_torchvision(
+    tiny_model: Tiny, tmp_path: Path, place: Path, family: str, processor: str
+) -> None:
+    """The error names the extra that brings it."""
+    if find_spec("torchvision"):
+        pytest.skip("torchvision is installed")
+    model = copied(tiny_model(family), tmp_path)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        described = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({**described, "processor_class": processor}))
+    message = fails(*flags(model, place / "out"))
+    assert "requires the Torchvision library. Install it with: pip install 'sasa-export[video]'" in message
+
+
+def test_an_installation_that_is_broken_is_not_a_broken_model(
+    llava: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ModuleNotFoundError("Could not import module 'LlavaConfig'.") from ImportError("no timm\nhere")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", broken)
+    message = fails(*flags(llava, place / "out"))
+    assert "transformers cannot be used here (no timm here). Install what is missing" in message
+    assert "damaged" not in message
+
+
+def test_no_weights(llava: Path, tmp_path: Path, place: Path) -> None:
+    model = copied(llava, tmp_path)
+    (model / "model.safetensors").unlink()
+    message = fails(*flags(model, place / "out"))
+    assert "has none" in message and "Only safetensors is read" in message
+
+
+UP = "model.language_model.layers.4.mlp.up_proj.weight"
+
+
+def named(tensors: dict[str, np.ndarray]) -> str:
+    return next(name for name in tensors if name.endswith("layers.4.mlp.up_proj.weight"))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda tensors: tensors[named(tensors)].__setitem__((3, 5), np.nan), f"NaN or infinity in {UP}"),
+        (lambda tensors: tensors.pop(named(tensors)), f"1 missing keys ({UP})"),
+        (lambda tensors: tensors.update({"extra.weight": np.zeros(2, np.float32)}), "1 unexpected keys (extra.weight)"),
+        (
+            lambda tensors: tensors.update({named(tensors): tensors[named(tensors)][:-1].copy()}),
+            f"1 mismatched keys ({UP}, (95, 64) in the shards",
+        ),
+    ],
+    ids=["NaN", "missing", "unexpected", "mismatched"],
+)
+def test_weights_that_make_a_wrong_model(
+    llava: Path, probe: Path, tmp_path: Path, place: Path, change: Callable[[dict[str, np.ndarray]], Any], said: str
+) -> None:
+    model = copied(llava, tmp_path)
+    change_tensors(model / "model.safetensors", change)
+    assert said in fails(*flags(model, place / "out", probe=probe))

@@ -1,0 +1,292 @@
+"""`--format onnx` and `both`, from the command line to a verified directory, and what `verify` says of a changed one.
+
+The model has three blocks, since exporting a block takes seconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+from cli_steps import fails, flags, flip, heeding_ctrl_c, invoke, succeeds
+from onnx_runner import lane_of
+
+from sasa_export import pipeline
+from sasa_export.errors import EmitError
+from sasa_export.verify import check_written, verdicts
+from sasa_export.verify import onnx as verify_onnx
+from sasa_export.writers.onnx import graphs
+
+Tiny = Callable[..., Path]
+Words = Callable[..., list[str]]
+REFUSAL = "I will not help."
+pytestmark = pytest.mark.xdist_group("onnx-format")  # its two exports are shared
+
+
+@pytest.fixture(scope="module")
+def words(tiny_model: Tiny, probe: Path) -> Callable[..., list[str]]:
+    """`words(out, **options)`: the arguments of an export."""
+    common = {"safety_layer": 0, "semantic_layer": 1, "probe": probe, "refusal": REFUSAL}
+    model = tiny_model("llava", num_hidden_layers=3)
+    return lambda out, **options: flags(model, out, **{**common, "format": "onnx", "verify": "files", **options})
+
+
+@pytest.fixture(scope="module")
+def both(words: Words, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A llava in both formats, its weights kept outside the graphs, and what the command said."""
+    place = tmp_path_factory.mktemp("both")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "EXTERNAL_ABOVE", 1024)
+        patch.setattr(graphs, "SMALL", 64)
+        said = succeeds(*words(place / "out", format="both", verify="full")).stderr
+    assert [path.name for path in place.iterdir()] == ["out"]
+    return place / "out", said
+
+
+def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, str]) -> None:
+    out, said = both
+    assert sorted(path.name for path in out.iterdir()) == ["onnx", "safetensors"]
+    configs = {}
+    for name in ("onnx", "safetensors"):
+        manifest = json.loads((out / name / "sasa-export.json").read_text())
+        assert manifest["options"]["format"] == "both"
+        assert manifest["options"]["opset"] == 23
+        present = {path.relative_to(out / name).as_posix() for path in (out / name).rglob("*") if path.is_file()}
+        assert set(manifest["files"]) == present - {"sasa-export.json"}
+        assert REFUSAL in (out / name / "README.md").read_text()
+        configs[name] = json.loads((out / name / "config.json").read_text())
+    assert configs["onnx"]["sasa"] == configs["safetensors"]["sasa"]
+    external = {"decoder_model_merged": 1, "embed_tokens": 1, "vision_encoder": 1}
+    assert configs["onnx"]["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": external}
+    sizes = {path.name: path.stat().st_size for path in (out / "onnx" / "onnx").iterdir()}
+    assert sizes["decoder_model_merged.onnx_data"] > 100_000
+    assert sizes["embed_tokens_and_features.onnx"] < 10_000 < sizes["embed_tokens.onnx_data"], "a table stored twice"
+    assert not list((out / "onnx").rglob("*.safetensors"))
+    assert "✗" not in said
+    for line in (
+        r"✓ the graph checker passes: 4 of 4 graphs",
+        r"✓ no weight is stored twice: ([\d,]+) bytes, \1 of them unique",
+        r"✓ attention and norms are single operators: 5 Attention, 12 RMSNormalization, 10 RotaryEmbedding",
+        r"✓ P\(unsafe\) is the original's: .* tolerance 0.0001 \(float32 graphs on CPU\w+, float32 original\)",
+        r"✓ allowed prompts have the original's logits: largest difference \d\.\de-0[5-9]",
+    ):
+        assert re.search(line, said), line
+
+
+def test_what_the_branch_holds_stays_in_the_graph(both: tuple[Path, str]) -> None:
+    """onnxruntime-web would look for its file in vain."""
+    decoder = ir.load(both[0] / "onnx" / "onnx" / "decoder_model_merged.onnx")
+    inside = [value.const_value for value in lane_of(decoder).initializers.values()]
+    assert any(tensor is not None and tensor.nbytes > 64 for tensor in inside)
+    assert not any(isinstance(tensor, ir.ExternalTensor) for tensor in inside)
+
+
+def test_verdicts_of_both_kinds_were_compared(both: tuple[Path, str]) -> None:
+    onnx_part = both[1].split("the graph checker passes")[1]
+    for name in ("refused prompts say the refusal", "allowed prompts are answered as by the original"):
+        match = re.search(rf"✓ {name}: (\d+) of (\d+)", onnx_part)
+        assert match and match[1] == match[2] and int(match[1]) > 0
+
+
+def test_verify_knows_each_of_them(both: tuple[Path, str]) -> None:
+    said = succeeds("verify", str(both[0]), "--files").stderr
+    assert said.count("files are those that were exported") == 2 and said.count("no weight is stored twice") == 1
+
+
+def test_verify_again_and_after_one_byte_of_data(both: tuple[Path, str], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
+    assert "allowed prompts are answered as by the original" in succeeds("verify", str(copy)).stderr
+    flip(copy / "onnx" / "decoder_model_merged.onnx_data", -1000)
+    result = invoke("verify", str(copy))
+    assert result.exit_code == 1 and "1 differ: onnx/decoder_model_merged.onnx_data" in result.stderr
+    (copy / "tokenizer.json").unlink()
+    result = invoke("verify", str(copy))
+    assert result.exit_code == 1 and "not checked, since tokenizer.json differs too" in result.stderr
+
+
+def test_verify_of_graphs_that_somebody_quantized(both: tuple[Path, str], tmp_path: Path) -> None:
+    """The files say that they are others, and a run says what became of the verdicts."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
+    path = copy / "onnx" / "decoder_model_merged.onnx"
+    quantizer = MatMulNBitsQuantizer(onnx.load(path), bits=4, block_size=32, is_symmetric=True)
+    quantizer.process()
+    onnx.save(quantizer.model.model, path)
+    result = invoke("verify", str(copy))
+    assert result.exit_code == 1
+    for line in (
+        r"✗ files are those that were exported: 1 differ: onnx/decoder_model_merged.onnx",
+        r"✗ P\(unsafe\) is the original's: largest difference",
+        r"[✓✗] verdicts are the original's: \d+ of \d+ outside the tolerance of the threshold; \d+ of \d+ changed",
+        r"failed its verification. Do not serve it; export the model again.",
+    ):
+        assert re.search(line, result.stderr), line
+    (copy / "sasa-export.json").unlink()
+    path.write_bytes(b"no graph")
+    result = invoke("verify", str(copy))
+    assert result.exit_code == 1 and "✗ the graph checker passes" in result.stderr
+
+
+def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
+    """The snippet of the card runs as it stands, on a prompt that the graph refuses."""
+    directory = both[0] / "onnx"
+    written = json.loads((directory / "sasa-verify" / "cases.json").read_text())
+    threshold = json.loads((directory / "config.json").read_text())["sasa"]["threshold"]
+    case = next(
+        c
+        for c in written["cases"]
+        if c["image"] and len(c["messages"]) == 1 and c["unsafe_probability"] > threshold + 0.05
+    )
+    shutil.copyfile(directory / "sasa-verify" / case["image"], tmp_path / "picture.png")
+    code = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)[0]
+    code = code.replace("<this directory>", str(directory))
+    code = code.replace("Follow the instruction shown in the image.", case["messages"][-1]["content"][-1]["text"])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip() == REFUSAL
+
+
+@pytest.mark.slow
+def test_a_calibrated_export_counts_changed_verdicts(
+    tiny_model: Tiny, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX alone, with the old opset: the graphs judge calibration prompts again, and too many changes stop it."""
+    model, out = tiny_model("llava", num_hidden_layers=3), tmp_path / "out"
+    words = [
+        *("--model", str(model), "--out", str(out), "--calibration", str(calibration), "--format", "onnx"),
+        *("--safety-layer", "0", "--semantic-layer", "1", "--max-false-positive-rate", "0.1", "--refusal", REFUSAL),
+        *("--opset", "20"),
+    ]
+    monkeypatch.setattr(verdicts, "JUDGED_AGAIN", 20)
+    result = succeeds(*words)
+    assert not list(out.rglob("*.safetensors"))
+    assert "Opset 20, float32" in (out / "README.md").read_text() and "single operators" not in result.stderr
+    line = re.search(
+        r"✓ verdicts hold over the calibration prompts: (0\.0% changed of 20 drawn from 48 .*)", result.stderr
+    )
+    assert line and line[1] in (out / "README.md").read_text()
+
+    def stored(patched: Path, target: Path, **settings: Any) -> None:
+        shutil.copytree(out / "onnx", target / "onnx")
+        for path in out.iterdir():
+            if path.is_file() and not path.name.startswith("sasa-"):
+                shutil.copyfile(path, target / path.name)
+
+    def turned(*given: Any, calibration: Any = None, **settings: Any) -> Any:
+        """The calibration's verdicts turned round, so that the graphs contradict most of them."""
+        if calibration is not None:
+            calibration = replace(calibration, final=1.0 - calibration.final)
+        return check_written(*given, calibration=calibration, **settings)
+
+    monkeypatch.setattr(graphs, "write_graphs", stored)
+    monkeypatch.setattr(pipeline, "check_written", turned)
+    result = invoke(*words, "--out", str(tmp_path / "other"))
+    assert result.exit_code == 1, result.output
+    assert re.search(r"✗ verdicts hold over the calibration prompts: \d+\.\d% changed", result.stderr)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("error", [EmitError("no room"), KeyboardInterrupt(), RuntimeError("exporter")])
+@pytest.mark.parametrize("form", ["onnx", "both"])
+def test_nothing_is_left_behind(
+    form: str, error: BaseException, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(patched: Path, out: Path, **settings: Any) -> None:
+        assert (patched / "config.json").is_file()
+        (out / "onnx").mkdir()
+        (out / "onnx" / "vision_encoder.onnx").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(graphs, "write_graphs", fail)
+    assert invoke(*words(tmp_path / "out", format=form)).exit_code != 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "said"),
+    [
+        (
+            "convert", RuntimeError("\nno lowering for aten.odd\nand a page about it"),
+            "Error: exporting the vision encoder failed (RuntimeError: no lowering for aten.odd). ",
+        ),
+        ("write_model", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "Error: the disk is full: "),
+    ],
+    ids=["an exporter", "a disk that fills up"],
+)  # fmt: skip
+def test_what_fails_while_graphs_are_written(
+    part: str, error: Exception, said: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's errors have many lines, and a traceback would tell a user nothing."""
+
+    def fail(*given: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(graphs, part, fail)
+    if part == "write_model":
+        monkeypatch.setattr(graphs, "vision_graph", lambda *given, **settings: None)
+    message = fails(*words(tmp_path / "out"))
+    assert message.startswith(said) and "a page about it" not in message
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_of_the_graphs(words: Words, tmp_path: Path) -> None:
+    """In a process of its own, by the signal: the exporter is at work, and the working copy lies beside the output."""
+    place = tmp_path / "place"
+    command = [sys.executable, "-m", "sasa_export", *words(place / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_ctrl_c) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "exporting the decoder" in line:
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 1
+    assert lines[-1].strip() == "Aborted!" and not any("Traceback" in line for line in lines)
+    assert not list(place.iterdir())
+
+
+def test_a_failed_check_writes_nothing(
+    both: tuple[Path, str], words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def miscounted(patched: Path, out: Path, **settings: Any) -> None:
+        shutil.copytree(both[0] / "onnx" / "onnx", out / "onnx")
+        config = json.loads((both[0] / "onnx" / "config.json").read_text())
+        config["text_config"]["num_hidden_layers"] -= 1
+        (out / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(graphs, "write_graphs", miscounted)
+    result = invoke(*words(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "✗ config.json counts the gate's layers in the cache" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: 1 of ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_is_stored_twice(both: tuple[Path, str], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
+    path = copy / "onnx" / "embed_tokens.onnx"
+    model = ir.load(path)
+    (weight,) = (value for value in model.graph.initializers.values() if value.const_value is not None)
+    assert weight.const_value is not None
+    again = ir.Value(name="again", const_value=ir.tensor(weight.const_value.numpy(), name="again"))
+    model.graph.register_initializer(again)
+    ir.save(model, path)
+    failed = [check for check in verify_onnx.check_graphs(copy, "float32") if not check.passed]
+    assert [check.name for check in failed] == ["no weight is stored twice"]

@@ -1,0 +1,118 @@
+"""Whether memory and disk suffice is said before any work, in one line, and nothing is left behind."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from sasa_export import models, pipeline
+from sasa_export.cli import main
+from sasa_export.errors import EmitError
+from sasa_export.options import Options
+from sasa_export.writers.onnx import memory
+
+Tiny = Callable[..., Path]
+GB = 10**9
+# 4 GB of weights in float32, as much of a source as an estimate needs.
+SHAPES = ((1000, 1000),) * 1000
+LARGE: Any = SimpleNamespace(name="made up", shards=(SimpleNamespace(shapes=SHAPES, types=("F32",) * 1000),))
+
+
+@pytest.fixture
+def command(
+    tiny_model: Tiny, probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
+    """Runs the command up to the point where work would begin; its exit code and its last line."""
+
+    def begun(*given: Any) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(pipeline, "measure", begun)
+    model = tiny_model("llava", num_hidden_layers=3)
+
+    def run(form: str) -> tuple[int, str]:
+        out = tmp_path / "out"
+        given = ["--model", model, "--out", out, "--probe", probe, "--format", form]
+        result = CliRunner().invoke(main, [str(word) for word in given])
+        if isinstance(result.exception, AssertionError):
+            return 0, str(result.exception)
+        assert not list(tmp_path.iterdir())
+        return result.exit_code, result.stderr.splitlines()[-1]
+
+    return run
+
+
+def test_memory_is_looked_at_before_the_work(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: GB // 10)
+    code, line = command("onnx")
+    assert code == 1
+    assert re.match(r"Error: 0\.1 GB of memory are available and float32 graphs of .* need about \d\.\d GB\. ", line)
+    assert line.endswith("Free some memory, or use a larger machine.")
+    assert command("safetensors") == (0, "work has begun"), "the weights are copied, not loaded"
+    monkeypatch.setattr(memory, "available_memory", lambda: 8 * GB)
+    assert command("onnx") == (0, "work has begun")
+
+
+def test_too_little_disk_is_said_before_the_work(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil._ntuple_diskusage(GB, GB - 100_000_000, 100_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    code, line = command("onnx")
+    assert code == 1
+    assert "has 0.10 GB free and the patched model needs 0.13 GB." in line
+    assert command("safetensors") == (0, "work has begun")
+
+
+@pytest.mark.parametrize(
+    ("free", "advice"),
+    [
+        (7 * GB, "give --onnx-dtype float16, or give --verify files"),
+        (GB, "use a larger machine"),
+        (20 * GB, None),
+    ],
+)
+def test_what_would_help_is_named(free: int, advice: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 7 GB float16 goes, and without running the graphs float32 too."""
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
+    if advice is None:
+        memory.check_memory(LARGE, Options())
+        return
+    with pytest.raises(EmitError, match=advice):
+        memory.check_memory(LARGE, Options())
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "least"),
+    [
+        (("F16",), "float16", 0),
+        (("F16",), "float32", 4 * GB),
+        (("F16", "F32"), "float16", 2 * GB),
+        (("F32",), "int8", 6 * GB),
+    ],
+    ids=["the same type stays in its file", "another type", "two types", "the quantizer's copies"],
+)
+def test_the_memory_of_a_type(stored: tuple[str, ...], dtype: str, least: int) -> None:
+    source: Any = SimpleNamespace(name="made up", shards=(SimpleNamespace(shapes=SHAPES, types=stored),))
+    needed = memory.needed_memory(source, dtype, run=False) - memory.PROGRAM
+    assert least <= needed <= 1.2 * least
+
+
+def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 10 * GB
+    monkeypatch.setattr(models.memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(models.memory, "CGROUP", tmp_path)
+    assert models.memory.available_memory() == free
+    (tmp_path / "memory.max").write_text("max\n")
+    assert models.memory.available_memory() == free
+    (tmp_path / "memory.max").write_text("4000000000\n")
+    (tmp_path / "memory.current").write_text("3000000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 500000000\nactive_file 100000000\n")
+    assert models.memory.available_memory() == 1_600_000_000

@@ -1,0 +1,30 @@
+"""The table of the bypass matrix: what it says of rows that hold, fail, were skipped, or were never run."""
+
+from pathlib import Path
+
+import write_tables
+from matrix import feeding, hosts, loading, options  # noqa: F401
+from matrix.rows import LLAVA, OTHERS, ROWS, Row
+
+REPORT = """<testsuites><testsuite>
+<testcase name="test_row[good_llava]@llava"/><testcase name="test_row[good_gemma3]"/>
+<testcase name="test_row[good_qwen2_5_vl]"/>
+<testcase name="test_row[bad_llava]"><failure message="x">y</failure></testcase>
+<testcase name="test_row[left_llava]"><skipped message="no GPU"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_each_kind_of_row(tmp_path: Path) -> None:
+    (tmp_path / "report.xml").write_text(REPORT, encoding="utf-8")
+    names = {"good": OTHERS, "bad": (), "left": (), "lost": ()}
+    rows = [Row("Ways", name, lambda bench: None, on=LLAVA, slow_on=slow) for name, slow in names.items()]
+    text, wrong = write_tables.matrix_page(write_tables.results([tmp_path / "report.xml"]), rows)
+    assert "## Ways\n\n| | way of running |" in text
+    assert "| ✓ | good | refused | unchanged | llava, gemma3, qwen2_5_vl |  |\n| ✗ | bad | refused |" in text
+    assert "| – | left | refused | unchanged | llava – |  |\n| ✗ | lost |" in text
+    assert wrong == ["bad, llava", "lost, llava"]
+
+
+def test_rows_have_names_of_their_own() -> None:
+    tests = [row.identifier_on(target) for row in ROWS for target in row.targets]
+    assert len(tests) == len(set(tests))

@@ -1,0 +1,358 @@
+"""The built-in sets keep the rules that a program can check, and become prompts in both channels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sasa_export.prompts
+from sasa_export.prompts import Prompt, asked, builtin, builtin_evaluation, check_disjoint, for_model, grouped
+from sasa_export.prompts.builtin_sets import ALONE, CARRIERS, drawn
+from sasa_export.prompts.leak import normalised
+from sasa_export.prompts.render import render
+
+SIDES = ("harmful", "harmless")
+OPENINGS = ("how do i ", "tell me how ", "explain ", "give me ", "write ")
+LINE = re.compile(r"[a-z']+(,? [a-z']+)*")
+NEAR = 0.65  # a Jaccard similarity of words from which a request counts as another one reworded
+
+
+SETS = Path(sasa_export.prompts.__file__).parent
+ROOT = Path(__file__).parents[2]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+LINES, EVALUATION = read(SETS / "builtin.jsonl"), read(SETS / "evaluation.jsonl")
+HELDOUT = read(ROOT / "training" / "heldout.jsonl")
+BORDERLINE_KINDS = ("twin", "borderline", "figurative", "contrast", "sensitive")
+STYLES = {
+    "question", "order", "role-play", "fiction", "reasoned", "polite", "long", "specific", "code", "terse", "document",
+}  # fmt: skip
+
+
+def pairs() -> list[dict[str, Any]]:
+    """The twins of the calibration set, a pair a row."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in LINES:
+        if line["kind"] == "twin":
+            row = found.setdefault(line["group"], {"pair": line["group"], "category": line["category"]})
+            row[SIDES[1 - line["label"]]] = line["text"]
+    return list(found.values())
+
+
+BUILTIN = pairs()
+EVERYDAY = [row for row in BUILTIN if "-everyday-" in row["pair"]]
+BORDERLINE = [row for row in BUILTIN if "-everyday-" not in row["pair"]]
+
+
+def kinds(*names: str) -> list[dict[str, Any]]:
+    return [row for row in EVALUATION if row["kind"] in names]
+
+
+def words(row: dict[str, Any]) -> str:
+    return f"{row['text']} {row['picture']}" if row["kind"] == "split" else str(row["request"])
+
+
+def requests(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [row[side] for row in rows for side in SIDES]
+
+
+def similarities(some: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """Jaccard: the share of the words of both that are in both, (some, others)."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectors = CountVectorizer(binary=True, token_pattern=r"[a-z']+").fit([*some, *others])
+    a, b = vectors.transform(map(normalised, some)), vectors.transform(map(normalised, others))
+    shared = (a @ b.T).toarray()  # (some, others), words
+    return shared / (np.asarray(a.sum(1)) + np.asarray(b.sum(1)).T - shared)
+
+
+# ------------------------------------------------------------------------------------------------- the lines
+
+
+def test_requests_are_short_plain_lines() -> None:
+    """The two of a pair open alike."""
+    assert len(BUILTIN) >= 380 and len(HELDOUT) >= 60
+    for row in [*BUILTIN, *HELDOUT]:
+        assert list(row) == ["pair", "category", *SIDES] and row["pair"].startswith(row["category"] + "-")
+        assert len({next(start for start in OPENINGS if row[side].startswith(start)) for side in SIDES}) == 1, row
+    further = {"borderline": ["type", "request"], "split": ["text", "picture"]}
+    for row in EVALUATION:
+        assert list(row) == ["id", "group", "kind", "category", "label", *further.get(row["kind"], ["request"])]
+    for text in [*requests([*BUILTIN, *HELDOUT]), *(str(row.get("request", row.get("text"))) for row in EVALUATION)]:
+        assert LINE.fullmatch(text) and 4 <= len(text.split()) <= 14, text
+    assert all(LINE.fullmatch(row["picture"]) and len(row["picture"].split()) <= 8 for row in kinds("split"))
+
+
+def test_categories_are_balanced() -> None:
+    borderline, everyday = (Counter(row["category"] for row in rows) for rows in (BORDERLINE, EVERYDAY))
+    assert len(borderline) == 12 and set(borderline.values()) == {20}
+    assert set(everyday) == set(borderline) and set(everyday.values()) == {11, 12}
+    assert {row["category"] for row in HELDOUT} == set(borderline)
+    for kind, each in (("harmful", 10), ("harmless", 10), ("borderline", 8)):
+        found = Counter(row["category"] for row in kinds(kind))
+        assert len(found) == 15 and set(found.values()) == {each}
+    assert set(Counter((row["category"], row["label"]) for row in kinds("split")).values()) == {4}
+    assert set(Counter((row["category"], row["type"]) for row in kinds("borderline")).values()) == {1}
+
+
+def test_the_demo_asks_what_no_calibration_sees() -> None:
+    asked = {normalised(request) for requests in run_path(str(ROOT / "examples" / "demo.py"))["REQUESTS"].values()
+             for request in requests}  # fmt: skip
+    assert len(asked) == 8 and not asked & {normalised(line["text"]) for line in LINES}
+
+
+def test_nothing_occurs_twice_or_reworded() -> None:
+    """Neither within the evaluation set, nor between it, the calibration set and the held-out pairs."""
+    ours, heldout = requests(BUILTIN), requests(HELDOUT)
+    for values in (
+        [*ours, *heldout],
+        [row["pair"] for row in [*BUILTIN, *HELDOUT]],
+        [row["id"] for row in EVALUATION],
+        [normalised(words(row)) for row in EVALUATION],
+        [prompt.name for prompt in [*builtin(), *builtin_evaluation()]],
+    ):
+        assert [value for value, count in Counter(values).items() if count > 1] == []
+    asked_for = [part for row in EVALUATION for part in (words(row), row.get("picture", words(row)))]
+    for some, others in (
+        (heldout, ours), (asked_for, [*ours, *heldout]), ([*map(words, EVALUATION)], [*map(asked_in, LINES)])
+    ):  # fmt: skip
+        near = similarities(some, others)
+        one, other = divmod(int(near.argmax()), len(others))
+        assert near.max() < NEAR, (some[one], others[other])
+    rows = kinds("harmful", "harmless", "borderline")
+    groups = np.array([row["group"] for row in rows])
+    apart = groups[:, None] != groups  # twins are meant to differ in little
+    assert similarities(*[[words(row) for row in rows]] * 2)[apart].max() < NEAR
+    check_disjoint(builtin(), builtin_evaluation())
+
+
+def test_harmful_and_harmless_twins_ask_alike_on_one_topic() -> None:
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    for row in kinds(*SIDES):
+        groups[row["group"]][row["kind"]] = row
+    assert len(groups) == 150
+    for pair in groups.values():
+        harmful, harmless = pair["harmful"], pair["harmless"]
+        assert (harmful["label"], harmless["label"]) == (1, 0) and harmful["category"] == harmless["category"]
+        assert harmful["request"].split()[0] == harmless["request"].split()[0]
+        assert similarities([harmful["request"]], [harmless["request"]]).max() > 0.2
+
+
+def test_in_split_prompts_no_part_tells_anything() -> None:
+    """Two texts and two pictures a group, in all combinations: harmful is what neither part alone is."""
+    groups = defaultdict(list)
+    for row in kinds("split"):
+        groups[row["group"]].append(row)
+    assert len(groups) == 30
+    for rows in groups.values():
+        assert len({(row["text"], row["picture"]) for row in rows}) == len(rows) == 4
+        for part in ("text", "picture"):
+            seen = Counter((row[part], row["label"]) for row in rows)
+            assert len(seen) == 4 and set(seen.values()) == {1}
+
+
+# ---------------------------------------------------------------------------------- what wording gives away
+
+WORDS: dict[str, Any] = {"token_pattern": r"[a-z']+"}
+BAGS = (WORDS, {**WORDS, "ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_range": (2, 5)})
+
+
+def samples(name: str) -> tuple[list[str], list[int], list[str]]:
+    """Texts, labels and groups of a part of the sets."""
+    pairs = {"calibration": BUILTIN, "calibration, borderline": BORDERLINE, "calibration, everyday": EVERYDAY}
+    if name in pairs or name == "held out":
+        rows = pairs.get(name, HELDOUT)
+        return requests(rows), [1, 0] * len(rows), [row["pair"] for row in rows for _ in SIDES]
+    rows = kinds(*name.split(" and "))
+    return [words(row) for row in rows], [row["label"] for row in rows], [row["group"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("held out", 0.0, 1.0),
+        ("calibration", 0.0, 0.67),
+        # Everyday harmful requests use everyday harmful words; the borderline pairs must not lean on them.
+        ("calibration, borderline", 0.0, 0.6),
+        ("calibration, everyday", 0.0, 0.7),
+        ("split", 0.4, 0.6),
+        ("harmful and harmless", 0.5, 0.82),
+        ("harmful and borderline", 0.5, 0.82),
+    ],
+)
+def test_what_a_bag_of_words_tells(name: str, low: float, high: float) -> None:
+    """ROC-AUC of a classifier of words, word pairs or characters, on unseen groups; length tells nothing."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+
+    texts, labels, groups = samples(name)
+    for measure in (len, lambda text: len(text.split())):
+        assert 0.42 < roc_auc_score(labels, [measure(text) for text in texts]) < 0.58
+    for options in BAGS:
+        model = make_pipeline(TfidfVectorizer(**options), LogisticRegression(class_weight="balanced", max_iter=1000))
+        scores = cross_val_predict(model, texts, labels, groups=groups, cv=GroupKFold(5), method="decision_function")
+        assert low < roc_auc_score(labels, scores) < high, options
+
+
+# ------------------------------------------------------------------------------------------------ the prompts
+
+
+def test_every_line_of_the_calibration_set_has_a_label_and_a_kind() -> None:
+    for line in LINES:
+        always = {"label", "kind", "category", "text"}
+        assert always <= set(line) <= {*always, "group", "picture"}
+        shortest = 1 if line["kind"] in ALONE else 3
+        assert line["label"] in (0, 1) and shortest <= len(line["text"].split()) <= 90 and "\n" not in line["text"]
+        assert (line["text"] + line.get("picture", "")).isascii()
+    assert [text for text, count in Counter(map(asked_in, LINES)).items() if count > 1] == []
+    found = Counter((line["kind"], line["label"]) for line in LINES)
+    assert {kind for kind, _ in found} == STYLES | {"twin", "borderline", "photo", "text-in-picture", *ALONE}
+    # A style tells nothing: there are about as many harmful as ordinary requests of each.
+    assert all(0.7 < found[style, 0] / found[style, 1] < 1.4 and found[style, 1] >= 100 for style in STYLES)
+
+
+def test_the_form_of_a_blunt_request_tells_nothing() -> None:
+    """As many of either label are upper case, ask with a mark, or open alike; a pair differs in what it wants."""
+    blunt = [line for line in LINES if line["kind"] == "blunt"]
+    forms = {
+        "upper case": str.isupper,
+        "lower case": str.islower,
+        "a question mark": lambda text: text.endswith("?"),
+        "how": lambda text: text.lower().startswith("how "),
+        "short": lambda text: len(text.split()) < 5,
+    }
+    for form, holds in forms.items():
+        shares = [np.mean([holds(line["text"]) for line in blunt if line["label"] == label]) for label in (0, 1)]
+        assert abs(shares[0] - shares[1]) < 0.06 and min(shares) > 0.05, (form, shares)
+    pairs = Counter(line["group"] for line in LINES if line["kind"] == "contrast")
+    harmful = Counter(line["group"] for line in LINES if line["kind"] == "contrast" and line["label"] == 1)
+    assert set(pairs.values()) == {2} and set(harmful.values()) == {1} and len(pairs) == len(harmful)
+    assert all(line["label"] == 0 for line in LINES if line["kind"] in ("figurative", "sensitive"))
+
+
+def asked_in(line: dict[str, Any]) -> str:
+    return normalised(f"{line['text']} {line.get('picture', '')}")
+
+
+def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> None:
+    prompts = builtin()
+    by_kind = Counter((prompt.kind, prompt.channel) for prompt in prompts)
+    assert all(by_kind[style, "text"] == 2 * by_kind[style, "picture"] for style in {*STYLES, "twin", "borderline"})
+    assert by_kind["photo", "picture"] == 320 and by_kind["text-in-picture", "picture"] == 140
+    assert {prompt.attack for prompt in prompts} == {"text", "typographic", "list", "split", "photo", "text-in-picture"}
+    assert all(by_kind[kind, "picture"] == 0 < by_kind[kind, "text"] for kind in ALONE)
+    assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in BORDERLINE_KINDS) for prompt in prompts)
+    assert {asked(prompt) for prompt in prompts if prompt.channel == "text"} == {
+        line["text"] for line in LINES if line["kind"] not in ("photo", "text-in-picture")
+    }
+    # Neither the setting nor what accompanies a picture tells the label.
+    styled = [prompt for prompt in prompts if prompt.kind in STYLES]
+    for value in ("setting", "attack"):
+        labels = defaultdict(list)
+        for prompt in styled:
+            labels[getattr(prompt, value)].append(prompt.label)
+        assert all(0.42 < np.mean(found) < 0.64 for found in labels.values()), labels
+
+
+def test_twins_stand_in_the_same_setting() -> None:
+    groups = defaultdict(set)
+    for prompt in builtin():
+        if prompt.kind == "twin":
+            groups[prompt.group, prompt.name.rsplit("/")[-1]].add((prompt.setting, prompt.before, prompt.attack))
+    assert {len(found) for found in groups.values()} == {1}
+
+
+def processor(pieces: Callable[[str], int], *, systems: bool = True) -> Any:
+    """One that makes `pieces` tokens of a word; its template has a place for system prompts or not."""
+
+    def template(messages: list[dict[str, Any]], **_: Any) -> str:
+        if messages[0]["role"] == "system" and not systems:
+            raise ValueError("Conversation roles must alternate user/assistant/...")
+        return " ".join(part["text"] for message in messages for part in message["content"])
+
+    tokenizer = SimpleNamespace(encode=lambda text, **_: "x" * pieces(text[1:]))
+    return SimpleNamespace(tokenizer=tokenizer, apply_chat_template=template)
+
+
+def test_a_template_without_a_place_for_system_prompts_leaves_those_out() -> None:
+    found = Counter(prompt.setting for prompt in for_model(builtin(), processor(lambda word: 1, systems=False)))
+    assert not found["system prompt"] and not found["mixed"] and found["greeting"] > 400
+
+
+def test_evaluation_prompts_carry_each_request_in_both_channels() -> None:
+    prompts = builtin_evaluation()
+    assert Counter((prompt.attack, prompt.channel, prompt.label) for prompt in prompts) == {
+        **{("everyday", channel, label): 150 for channel in ("text", "picture") for label in (0, 1)},
+        **{("borderline", channel, 0): 120 for channel in ("text", "picture")},
+        **{("split", "picture", label): 60 for label in (0, 1)},
+    }
+    rows = [row for row in EVALUATION for _ in range(1 if row["kind"] == "split" else 2)]
+    for prompt, row in zip(prompts, rows, strict=True):
+        split = row["kind"] == "split"
+        assert (prompt.label, prompt.category, prompt.group) == (row["label"], row["category"], row["group"])
+        assert asked(prompt) == (f"{row['text']}: {row['picture']}" if split else row["request"])
+        if prompt.image is not None:
+            assert prompt.image.args[0] == row["picture" if split else "request"]  # type: ignore[attr-defined]
+            assert prompt.prompt == row["text"] if split else prompt.prompt in CARRIERS
+    # Nothing further is connected: a group is a pair of twins, one borderline request, or a split group.
+    assert len({prompt.group for prompt in prompts}) == len({prompt.group for prompt in grouped(prompts)}) == 300
+    carriers = defaultdict(set)
+    for prompt in prompts:
+        if prompt.attack == "everyday" and prompt.channel == "picture":
+            carriers[prompt.group].add((prompt.prompt, prompt.image.args[1]))  # type: ignore[union-attr]
+    assert all(len(found) == 1 for found in carriers.values()), "twins share what accompanies and shapes their picture"
+
+
+def pixels(prompts: Sequence[Prompt]) -> list[str]:
+    return [hashlib.sha256(prompt.image().tobytes()).hexdigest() for prompt in prompts if prompt.image is not None]
+
+
+def test_the_pixels_of_a_split_picture_tell_nothing() -> None:
+    prompts = [prompt for prompt in builtin_evaluation() if prompt.attack == "split"]
+    labels = defaultdict(list)
+    for digest, prompt in zip(pixels(prompts), prompts, strict=True):
+        labels[digest].append(prompt.label)
+    assert len(labels) == 60 and all(sorted(found) == [0, 1] for found in labels.values())
+
+
+def test_a_picture_is_drawn_alike_in_every_process() -> None:
+    code = (
+        "import hashlib\nfrom sasa_export.prompts import builtin\n"
+        "for prompt in filter(lambda prompt: prompt.image, builtin()[1::290]):\n"
+        "    print(hashlib.sha256(prompt.image().tobytes()).hexdigest())"
+    )
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert fresh.stdout.split() == pixels(builtin()[1::290])
+
+
+@pytest.mark.parametrize("pieces", [None, lambda word: 9], ids=["fitting", "too many pieces for a line"])
+def test_a_tokenizer_of_too_short_pieces_is_left_aside(pieces: Any) -> None:
+    assert drawn("hire a teacher", 3, pieces=pieces).tobytes() == render("hire a teacher", seed=3).tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", [lambda word: (len(word) + 1) // 2, len], ids=["pairs of letters", "letters"])
+def test_every_request_fits_its_picture(pieces: Any) -> None:
+    """Whatever a tokenizer makes of the words: one that knows no English makes a token of each letter."""
+    for prompt in for_model([*builtin(), *builtin_evaluation()], processor(pieces)):
+        if prompt.image is not None:
+            prompt.image()

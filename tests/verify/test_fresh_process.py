@@ -1,0 +1,137 @@
+"""Directories in a process of their own, which has none of our code but theirs: as written, saved again, edited."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from cli_steps import offline, settle
+from conftest import Guard
+
+# These tests share one child process, so they stay with one worker.
+pytestmark = pytest.mark.xdist_group("fresh-process")
+
+REFUSAL = "Sorry, never that."
+NEW_TOKENS = 20
+
+RUN = """
+import builtins, json, sys
+builtins.input = None  # nothing is asked
+import torch, transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+torch.set_num_threads(1)
+found = {}
+for name, (directory, threshold, new_tokens) in json.loads(sys.argv[1]).items():
+    model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True).eval()
+    processor, tokenizer = AutoProcessor.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    if threshold is not None:
+        model.config.sasa["threshold"] = threshold
+    inputs = torch.load(directory + "/batch.pt")
+    with torch.no_grad():
+        probability = model(**inputs).unsafe_probability.tolist()
+        answers = model.generate(**inputs, max_new_tokens=new_tokens)[:, inputs["input_ids"].shape[1]:]
+    said = processor.batch_decode(answers, skip_special_tokens=True)
+    parts = [type(part).__name__ for part in (model, processor, tokenizer, processor.image_processor)]
+    try:
+        getattr(transformers, parts[0].removeprefix("Sasa")).from_pretrained(directory)
+        sealed = False
+    except ValueError as error:
+        sealed = "guarded by SASA" in str(error)
+    found[name] = [parts, sealed, probability, answers.tolist(), said]
+assert "sasa_export" not in sys.modules
+print("\\n" + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(
+    guard: Callable[..., Guard], fresh: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Any]:
+    """What each directory gave."""
+    root = tmp_path_factory.mktemp("runs")
+    jobs = {}
+    for family in tiny.FAMILIES:
+        guarded = guard(family)
+        inputs = guarded.batch()
+        with guarded.halved(inputs):
+            threshold = guarded.model.config.sasa["threshold"]
+        for name in ("written", "saved", "edited"):
+            directory = shutil.copytree(guarded.directory, root / f"{family}_{name}")
+            torch.save(inputs, directory / "batch.pt")
+            jobs[f"{family} {name}"] = (str(directory), None if name == "edited" else threshold, NEW_TOKENS)
+            if name == "saved":  # into a directory of the tokenizer and processor alone
+                for path in (*directory.glob("*.safetensors*"), directory / "config.json"):
+                    path.unlink()
+                guarded.model.save_pretrained(directory)
+            if name == "edited":
+                settle(directory, threshold=threshold, refusal=REFUSAL)
+    found = fresh(RUN, jobs)
+    return lambda name: found[name]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("name", ["written", "saved"])
+@torch.no_grad()
+def test_a_directory_stands_alone(
+    runs: Callable[[str], Any], guard: Callable[..., Guard], family: str, name: str
+) -> None:
+    """As written, and as `save_pretrained` writes it again: sealed, with the same P(unsafe), answers and processor."""
+    guarded = guard(family)
+    inputs = guarded.batch()
+    with guarded.halved(inputs) as refused:
+        answers = guarded.model.generate(**inputs, max_new_tokens=NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
+    classes, sealed, probability, said, _ = runs(f"{family} {name}")
+    assert sealed
+    torch.testing.assert_close(torch.tensor(probability), guarded.expected(inputs), rtol=0.0, atol=1e-5)
+    assert said == answers.tolist() and refused.any() and not refused.all()
+    processor: Any = guarded.processor
+    stock = (processor, processor.tokenizer, processor.image_processor)
+    assert classes == [f"Sasa{type(guarded.stock).__name__}", *(type(part).__name__ for part in stock)]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_an_operator_changes_threshold_and_refusal(
+    runs: Callable[[str], Any], guard: Callable[..., Guard], family: str
+) -> None:
+    """Both take effect when the directory is loaded, and the new refusal comes out word for word."""
+    guarded = guard(family)
+    inputs = guarded.batch()
+    with guarded.halved(inputs) as refused:
+        pass
+    *_, probability, _, said = runs(f"{family} edited")
+    torch.testing.assert_close(torch.tensor(probability), guarded.expected(inputs), rtol=0.0, atol=1e-5)
+    assert [text == REFUSAL for text in said] == refused.tolist()
+
+
+PROCESSOR_FIRST = """
+import json, sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+directory = json.loads(sys.argv[1])
+processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
+print(json.dumps([type(processor).__name__, type(model).__name__]))
+"""
+
+
+def test_a_terminal_is_asked_nothing(guard: Callable[..., Guard], tmp_path: Path) -> None:
+    """In the order and the words of the README, a processor is loaded before the model at a terminal."""
+    ours, theirs = pty.openpty()
+    environment = {**offline(), "HF_MODULES_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", PROCESSOR_FIRST, json.dumps(str(guard("llava").directory))]
+    try:
+        result = subprocess.run(
+            command, stdin=theirs, capture_output=True, text=True, env=environment, timeout=120, check=True
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "Do you wish" not in result.stdout + result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == ["LlavaProcessor", "SasaLlavaForConditionalGeneration"]
