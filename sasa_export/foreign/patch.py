@@ -57,7 +57,7 @@ def measure(decoder: Decoder, plan: Plan, options: Options, work: Work, report: 
     prompts, calibration, held_out = plan.prompts, None, None
     size, regularization = options.batch_size, options.regularization_value()
     if plan.given is None:
-        told = fingerprint(plan.source, prompts, layers=f"{options.safety_layer} {options.semantic_layer}")
+        told = fingerprint(plan.source, prompts, layers=f"{plan.settings.pair} {options.finds_layers()}")
         work.open(told, discard=options.force, report=report)
     if options.finds_layers():
         look = partial(survey_graphs, decoder, work=work, report=report, batch_size=size, regularization=regularization)
