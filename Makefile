@@ -15,7 +15,7 @@ MODEL ?= build/patched
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow matrix families foreign fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest newest oldest clean
+.PHONY: setup demo test test-slow api matrix families foreign fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest newest oldest clean
 
 setup: $(STAMP)
 
@@ -86,6 +86,10 @@ families: setup
 	@rm -f build/families.xml
 	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/families.xml $(FAMILIES)
 	@$(BIN)/python tools/write_tables.py families docs/families.md build/families.xml
+
+# docs/api.md, what Python code may use.
+api: setup
+	@$(BIN)/python tools/write_api.py docs/api.md
 
 # Decoders that others' tools export, each tool in an environment of its own, and what became of them as a table.
 FOREIGN := build/foreign

@@ -88,6 +88,8 @@ class GuardedModel:
             recognise(self, loading=False)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model's, but that refused prompts are answered with the refusal. With `return_dict_in_generate`
+        the result has `unsafe_probability` and `refused`, (sequences,) each, too."""
         return self._generate(inputs, *args, **kwargs)[0]
 
     def judge(self, **inputs: Any) -> Tensor:

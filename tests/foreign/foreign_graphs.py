@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import tiny
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -149,3 +150,22 @@ def write(directory: Path, fault: str = "", name: str = "model.onnx") -> Path:
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def run(model: ir.Model, given: dict[str, Any], values: list[ir.Value]) -> list[Any]:
+    """The values in a first call on token ids."""
+    import onnxruntime
+
+    for number, value in enumerate(values):
+        node = ir.Node("", "Identity", [value], name=f"out{number}")
+        node.outputs[0].name, node.outputs[0].type = f"out{number}", ir.TensorType(ir.DataType.FLOAT)
+        model.graph.append(node)
+        model.graph.outputs.append(node.outputs[0])
+    held = ir.serde.serialize_model(model).SerializeToString()
+    session = onnxruntime.InferenceSession(held, providers=["CPUExecutionProvider"])
+    count = given["input_ids"].shape[1]
+    feed = {"attention_mask": np.ones((1, count), np.int64), "position_ids": np.arange(count)[None], **given}
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            feed[value.name] = np.zeros((1, HEADS, 0, SIZE), np.float32)
+    return session.run([f"out{number}" for number in range(len(values))], feed)

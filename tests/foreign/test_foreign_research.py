@@ -12,7 +12,6 @@ import onnx_ir as ir
 import pytest
 from labelled import write_set
 from safetensors.numpy import save_file
-from test_foreign_blocks import run
 
 import sasa_export
 from sasa_export.errors import EvaluateError, SasaExportError
@@ -120,7 +119,7 @@ def test_a_survey_reads_what_the_graphs_compute(decoder: Decoder, sets: tuple[st
     inputs = encoded(decoder.processor, results.prompts[row])
     graph = ir.from_proto(foreign_graphs.decoder())
     blocks = find_blocks(graph, None)
-    *states, normed, logits = run(graph, inputs, [*blocks.states, blocks.norm, blocks.logits])
+    *states, normed, logits = foreign_graphs.run(graph, inputs, [*blocks.states, blocks.norm, blocks.logits])
     np.testing.assert_allclose(results.read("states")[row], [state[0, -1] for state in states], atol=1e-5)
     np.testing.assert_allclose(results.read("plain")[row], normed[0, -1], atol=1e-5)
     assert results.read("tokens")[row, -1].tolist() == np.argsort(-logits[0, -1])[:5].tolist()

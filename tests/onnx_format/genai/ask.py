@@ -10,6 +10,7 @@ rows of what was said.
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
@@ -29,7 +30,7 @@ for request in json.load(sys.stdin):
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(batch_size=len(request["turns"][0]), **request["options"])
     generator = og.Generator(model, parameters)
-    answers: list[dict[str, list]] = []
+    answers: list[dict[str, Any]] = []
     for rows in request["turns"]:
         if answers and not generator.is_done():
             generator.get_logits()  # feeds the last token of an answer that was cut short
