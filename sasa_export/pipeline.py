@@ -32,7 +32,7 @@ from sasa_export.steps import Plan
 from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
-from sasa_export.writers.cases import expect
+from sasa_export.writers.cases import ask
 from sasa_export.writers.directory import Patch, write_directory
 from sasa_export.writers.onnx.directory import (
     check_possible,
@@ -85,7 +85,7 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
     dtype, device = running(plan.source, options.dtype, options.device)
     prompts, calibration, held_out = plan.prompts, None, None
     if not prompts:
-        return steps.make_patch(plan, None, lambda *asked: (), dtype, device, options, report)
+        return steps.make_patch(plan, None, None, dtype, device, options, report)
     _begin(plan, options, work, report, dtype=dtype, device=device.partition(":")[0])
     report.step("load", f"{dtype} on {device}")
     model = load_as_traced(plan.source, plan.processor, plan.graph, prompts, dtype=dtype, device=device)
@@ -105,8 +105,8 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
             features = collect_on_disk(model, plan.processor, lane, prompts, work, report, batch_size=size)
             fitted = calibrate(model, lane, features, prompts, regularization)
         calibration = steps.choose_threshold(fitted, prompts, options, report, held_out)
-    ask = partial(expect, model, plan.processor, lane)
-    return steps.make_patch(plan, calibration, ask, dtype, device, options, report)
+    asking = partial(ask, model, plan.processor, lane) if options.verify == "full" else None
+    return steps.make_patch(plan, calibration, asking, dtype, device, options, report)
 
 
 def _begin(plan: Plan, options: Options, work: Work, report: Silent, **running: str) -> None:

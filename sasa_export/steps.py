@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sasa_export.probe.given import check_probe, read_probe
 from sasa_export.prompts import Prompt, calibration_prompts, for_model, lopsided
 from sasa_export.report import Check, Silent
 from sasa_export.workers import workers
-from sasa_export.writers.cases import Case, known
+from sasa_export.writers.cases import Asked, expect, known
 from sasa_export.writers.config import refusal_ids, sasa_settings
 from sasa_export.writers.directory import Patch
 from sasa_export.writers.onnx.memory import needed_bytes
@@ -134,17 +134,17 @@ def choose_threshold(
 def make_patch(
     plan: Plan,
     calibration: Calibration | None,
-    ask: Callable[[Probe, Sequence[Prompt], Any], Iterable[Case]],
+    ask: Callable[[Prompt], Asked] | None,
     dtype: str,
     device: str,
     options: Options,
     report: Silent,
     more: dict[str, Any] | None = None,
 ) -> Patch:
-    """What is to be written. Args: ask: gives the cases of verification; more: what config.json says besides."""
+    """What is to be written. Args: ask: as of `expect`, None without verification; more: of config.json."""
     probe, scores = (plan.given, None) if calibration is None else (calibration.probe, calibration.final)
     assert probe is not None
-    cases = tuple(ask(probe, plan.prompts, scores)) if options.verify == "full" else ()
+    cases = () if ask is None else tuple(expect(ask, probe, plan.prompts, scores))
     graph, pair = rewrite(plan.graph, plan.settings), plan.settings.pair
     lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
     report.step("rewrite", f"{lane}, threshold {probe.threshold:.4f}")

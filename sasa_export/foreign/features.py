@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,20 +17,15 @@ from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane, clone
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.probe import Fitted, fit_probes
 from sasa_export.probe.features import Features
-from sasa_export.probe.fit import Probe, head_metric, probability
+from sasa_export.probe.fit import head_metric
 from sasa_export.probe.work import Results, Work
-from sasa_export.prompts.prompt import Prompt, encode
+from sasa_export.prompts.prompt import Prompt, encoded
 from sasa_export.report import Check, Silent
 from sasa_export.verify.fresh.onnx_model import Model, session
-from sasa_export.writers.cases import LOGITS, TOKENS, Case, choose
+from sasa_export.writers.cases import TOKENS, Asked, Case
 
 SELF_TEST = Prompt("self-test", "Which of these two is larger, and why?", 0, "self-test")
 SAME, ROUNDED = 1e-4, 2e-2  # of the largest state, where the cache is float32, and where it is narrower
-
-
-def encoded(processor: Any, prompt: Prompt) -> dict[str, np.ndarray]:
-    """A prompt's inputs, without padding."""
-    return {name: tensor.numpy() for name, tensor in encode(processor, [prompt]).items()}
 
 
 def run(decoder: Decoder, blocks: Blocks, outputs: dict[str, ir.Value] | None = None) -> Model:
@@ -141,20 +135,11 @@ def head_weight(decoder: Decoder) -> np.ndarray:
     return (logits[:-1] - logits[-1]).T
 
 
-def expect_graphs(
-    decoder: Decoder, reading: Model, probe: Probe, prompts: Sequence[Prompt], scores: np.ndarray | None
-) -> Iterator[Case]:
-    """Cases of verification: P(unsafe) by the graphs of `lanes`, and the greedy answer of the decoder as it was."""
-    as_it_was = original(decoder)
-    found = () if scores is None else zip(prompts, scores, strict=True)
-    calibrated = {prompt.name: float(score) for prompt, score in found}
-    for prompt in choose(prompts, scores):
-        inputs = encoded(reading.processor, prompt)
-        state = reading.prompt(inputs)["projected"].numpy().astype(np.float64)  # (1, features)
-        score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
-        _, first, tokens = as_it_was.answer(inputs, TOKENS)
-        logits = tuple((int(token), float(first[token])) for token in np.argsort(first)[: -LOGITS - 1 : -1])
-        yield Case(prompt, score, tuple(tokens), logits, calibrated.get(prompt.name))
+def ask_graphs(as_it_was: Model, reading: Model, prompt: Prompt) -> Asked:
+    """What `writers.cases.expect` wants to know of the graphs, by those of `original` and of `lanes`."""
+    inputs = encoded(reading.processor, prompt)
+    _, first, tokens = as_it_was.answer(inputs, TOKENS)
+    return reading.prompt(inputs)["projected"].numpy(), first, tokens, ()
 
 
 def check_pieces(decoder: Decoder, directory: Path, cases: Sequence[Case], opened: bool, most: float) -> Check:

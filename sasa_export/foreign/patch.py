@@ -10,7 +10,7 @@ from typing import Any
 from sasa_export import steps
 from sasa_export.errors import EmitError, reworded
 from sasa_export.foreign.decoder import Decoder, open_decoder
-from sasa_export.foreign.features import check_lane, check_pieces, collect, expect_graphs, fit_graphs, lanes
+from sasa_export.foreign.features import ask_graphs, check_lane, check_pieces, collect, fit_graphs, lanes, original
 from sasa_export.foreign.opened import open_graphs
 from sasa_export.foreign.splice import guarded_decoder
 from sasa_export.foreign.survey import survey_graphs
@@ -57,7 +57,7 @@ def measure(decoder: Decoder, plan: Plan, options: Options, work: Work, report: 
     prompts, calibration, held_out = plan.prompts, None, None
     size, regularization = options.batch_size, options.regularization_value()
     if plan.given is None:
-        told = fingerprint(plan.source, prompts, layers=f"{options.safety_layer} {options.semantic_layer}")
+        told = fingerprint(plan.source, prompts, layers=f"{plan.settings.pair} {options.finds_layers()}")
         work.open(told, discard=options.force, report=report)
     if options.finds_layers():
         look = partial(survey_graphs, decoder, work=work, report=report, batch_size=size, regularization=regularization)
@@ -67,7 +67,7 @@ def measure(decoder: Decoder, plan: Plan, options: Options, work: Work, report: 
     if plan.given is None:
         fitted = fit_graphs(decoder, collect(reading, prompts, work, report, batch_size=size), prompts, regularization)
         calibration = steps.choose_threshold(fitted, prompts, options, report, held_out)
-    ask = partial(expect_graphs, decoder, reading)
+    ask = partial(ask_graphs, original(decoder), reading) if options.verify == "full" else None
     more = {"graphs": decoder.graphs.files, "lengths": decoder.lengths, "dtype": decoder.dtype}
     return steps.make_patch(plan, calibration, ask, decoder.dtype, "cpu", options, report, more)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,25 +40,27 @@ def survey_graphs(
     on_controls = Results(work, "controls", controls(prompts), batch_size)
     for number, pair in enumerate(pairs):
         report.step("", f"second lane {number + 1} of {len(pairs)}: safety layer {pair[0]}, semantic layer {pair[1]}")
-        reading = lanes(decoder, LaneSettings(*pair), logits=False)
-
-        def second(some: list[Prompt], missing: list[str], reading: Model = reading) -> Arrays:
-            yield missing[0], read(reading, some, ["projected"])["projected"]
-
-        results.fill([second_lane(pair)], second, report)
+        reading = partial(_second, lanes(decoder, LaneSettings(*pair), logits=False))
+        results.fill([second_lane(pair)], reading, report)
+        del reading  # before there is another in memory
     main, head = behind_blocks(decoder), head_weight(decoder)  # (vocabulary, hidden)
 
     def compute(some: list[Prompt], missing: list[str]) -> Arrays:
         found = read(main, some, ["states", "normed"])  # (rows, blocks, hidden) each
         likeliest = (torch.from_numpy(found["normed"]) @ torch.from_numpy(head).T).topk(LIKELIEST).indices
-        arrays = {"tokens": likeliest.numpy().astype(np.int32), "plain": found["normed"][:, -1]}
-        yield from ({**arrays, "states": found["states"]}).items()
+        yield "tokens", likeliest.numpy().astype(np.int32)
+        yield "plain", found["normed"][:, -1]
+        yield "states", found["states"]
 
     for each in (results, on_controls):
         each.fill(MAIN_LANE, compute, report)
     if not workers().leads:
         return None
     return evidence_of(results, on_controls, pairs, head, decoder.processor, regularization, report)
+
+
+def _second(reading: Model, some: list[Prompt], missing: list[str]) -> Arrays:
+    yield missing[0], read(reading, some, ["projected"])["projected"]
 
 
 def behind_blocks(decoder: Decoder) -> Model:

@@ -68,6 +68,11 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     )
 
 
+def encoded(processor: Any, prompt: Prompt) -> dict[str, Any]:
+    """The inputs of one prompt alone, in numpy."""
+    return {name: tensor.numpy() for name, tensor in encode(processor, [prompt]).items()}
+
+
 def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
     """Row numbers, batch by batch: channels apart and short prompts together, so that little is padded."""
     for channel in sorted({prompt.channel for prompt in prompts}):

@@ -20,7 +20,7 @@ from sasa_export.models.load import place
 from sasa_export.probe.fit import threshold_for
 from sasa_export.probe.intervals import Share, wilson
 from sasa_export.prompts import Prompt, for_model, load
-from sasa_export.prompts.prompt import batches, encode
+from sasa_export.prompts.prompt import batches, encode, encoded
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import load_graphs, load_patched, read_gate
 from sasa_export.verify.onnx import dtype_of
@@ -121,12 +121,7 @@ def _judge(directory: Path, graphs: str | None, device: str) -> tuple[Judge, Any
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if graphs is not None:
         runner = load_graphs(directory, graphs, device)
-
-        def one(prompt: Prompt) -> float:
-            inputs = encode(runner.processor, [prompt])
-            return runner.judge({name: tensor.numpy() for name, tensor in inputs.items()})
-
-        return lambda prompts: [one(prompt) for prompt in prompts], runner.processor
+        return lambda prompts: [runner.judge(encoded(runner.processor, it)) for it in prompts], runner.processor
     model, processor = load_patched(directory, "auto", device)
     return lambda prompts: model.judge(**place(encode(processor, prompts), model)).float().cpu().numpy(), processor
 

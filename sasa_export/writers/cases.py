@@ -6,7 +6,7 @@ They are written into the patched directory, so that it can be verified later wi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,31 +63,39 @@ def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Pr
     return chosen
 
 
-def expect(
-    model: Any, processor: Any, lane: LayerGraph, probe: Probe, prompts: Sequence[Prompt], scores: Any
-) -> Iterator[Case]:
+Asked = tuple[np.ndarray, np.ndarray, Sequence[int], Sequence[int]]
+
+
+def expect(ask: Callable[[Prompt], Asked], probe: Probe, prompts: Sequence[Prompt], scores: Any) -> Iterator[Case]:
     """Cases from the unpatched model, one prompt at a time.
 
-    `scores` are what the calibration run found, one for each prompt; None where a probe was given.
+    `ask` gives of a prompt what the probe reads (1, features), the logits of the first token (vocabulary,), the greedy
+    answer, and a case's `ids`. `scores` are what the calibration run found, one for each prompt; None where a probe was
+    given.
     """
-    import torch
-
     found = () if scores is None else zip(prompts, scores, strict=True)
     calibrated = {prompt.name: float(score) for prompt, score in found}
     for prompt in choose(prompts, scores):
-        state = collect(model, processor, lane, [prompt], batch_size=1).projected.astype(np.float64)  # (1, features)
-        score = float(probability(state, probe.weight.astype(np.float64), probe.bias)[0])
-        inputs = place(encode(processor, [prompt]), model)
-        with torch.no_grad():
-            answer = model.generate(
-                **inputs, max_new_tokens=TOKENS, do_sample=False, num_beams=1,
-                return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
-        tokens = tuple(answer.sequences[0, inputs["input_ids"].shape[1] :].tolist())
-        largest = answer.logits[0][0].float().topk(LOGITS)
-        logits = tuple(zip(largest.indices.tolist(), largest.values.tolist(), strict=True))
-        ids = () if prompt.image is not None else tuple(inputs["input_ids"][0].tolist())
-        yield Case(prompt, score, tokens, logits, calibrated.get(prompt.name), ids)
+        state, first, tokens, ids = ask(prompt)
+        score = float(probability(state.astype(np.float64), probe.weight.astype(np.float64), probe.bias)[0])
+        logits = tuple((int(token), float(first[token])) for token in np.argsort(first)[: -LOGITS - 1 : -1])
+        yield Case(prompt, score, tuple(tokens), logits, calibrated.get(prompt.name), tuple(ids))
+
+
+def ask(model: Any, processor: Any, lane: LayerGraph, prompt: Prompt) -> Asked:
+    """What `expect` wants to know of a model in torch."""
+    import torch
+
+    state = collect(model, processor, lane, [prompt], batch_size=1).projected
+    inputs = place(encode(processor, [prompt]), model)
+    with torch.no_grad():
+        answer = model.generate(
+            **inputs, max_new_tokens=TOKENS, do_sample=False, num_beams=1,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    tokens = answer.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    ids = [] if prompt.image is not None else inputs["input_ids"][0].tolist()
+    return state, answer.logits[0][0].float().cpu().numpy(), tokens, ids
 
 
 def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:

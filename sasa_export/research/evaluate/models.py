@@ -14,7 +14,7 @@ import torch
 from sasa_export.errors import EvaluateError, reworded
 from sasa_export.models import read_config
 from sasa_export.models.load import SPREAD, place
-from sasa_export.prompts.prompt import Prompt, encode
+from sasa_export.prompts.prompt import Prompt, encode, encoded
 from sasa_export.verify import FORMATS
 
 
@@ -57,8 +57,7 @@ class OnnxModel:
         """As `TorchModel.answers`."""
         tokens, scores = np.full((len(prompts), self.tokens), -1), np.zeros(len(prompts))
         for row, prompt in enumerate(prompts):
-            inputs = {name: tensor.numpy() for name, tensor in encode(self.model.processor, [prompt]).items()}
-            scores[row], _, said = self.model.answer(inputs, self.tokens)
+            scores[row], _, said = self.model.answer(encoded(self.model.processor, prompt), self.tokens)
             tokens[row, : len(said)] = said
         return {"tokens": tokens, "scores": scores}
 
