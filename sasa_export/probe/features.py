@@ -158,7 +158,8 @@ def collect_on_disk(
 
         def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
             found = read(some)
-            return zip(names, (found.projected, found.plain), strict=True)
+            arrays = dict(zip(names, (found.projected, found.plain), strict=True))
+            return ((name, arrays[name]) for name in missing)
 
         results.fill(names, compute, report)
     return Features(*map(results.read, names))

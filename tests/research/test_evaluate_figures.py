@@ -153,8 +153,8 @@ def report(given_threshold: float | None) -> str:
     arm = {"attack": many, "over_refusal": many, "false_positives": Share(0.02, 0.0, 0.1, 1, 50), "auc": gain}
     names = ("data", "left_out", "calibrated_on", "graphs", "dtype", "device", "batch_size", "max_new_tokens",
              "harmful", "harmless", "groups", "command", "blocks", "lane_blocks", "safety_layer")  # fmt: skip
-    subject: dict[str, Any] = {**dict.fromkeys(names, 0), "safety_layer": None, "false_positive_rate": 0.01}
-    subject |= {"model": "patched", "baseline": "plain"}
+    subject: dict[str, Any] = {**dict.fromkeys(names, 0), "model": "patched", "baseline": "plain"}
+    subject |= {"safety_layer": None, "false_positive_rate": 0.01}
     gains = {"projection": gain, "model": gain}
     found: dict[str, Any] = {"parts": {}, "gain": gains, "changes": [], "identical": None, "emitted": None}
     return render(
