@@ -80,6 +80,7 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
             dtype=dtype,
             device_map="auto" if device == SPREAD else device,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # and said below
             trust_remote_code=False,
             use_safetensors=True,
         )

@@ -1,14 +1,12 @@
-"""Checkpoints that somebody quantized, and what any checkpoint holds: seen by its loader without loading."""
+"""Checkpoints that somebody quantized: whether their scheme runs here."""
 
 from __future__ import annotations
 
-import io
-from contextlib import AbstractContextManager, redirect_stderr
 from typing import Any
 
 from sasa_export.errors import OpenError, reworded
 from sasa_export.models import Source
-from sasa_export.models.load import RESTORE, check_loaded, explained, stock_classes, stock_config
+from sasa_export.models.load import RESTORE, stock_config
 
 
 def scheme(config: dict[str, Any]) -> str | None:
@@ -29,7 +27,11 @@ def check_scheme(source: Source, *, plain: bool = False) -> None:
             f"{source.name} is quantized by {name}, and ONNX graphs are made of plain weights. Give the model that it "
             "was quantized from (--onnx-dtype int8 or int4 makes graphs as small), or --format safetensors."
         )
-    with _runs_here(source, name):
+    does_not_run = (
+        f"{source.name} is quantized by {name}, which does not run here ({{reason}}). Install what it asks for "
+        "(docs/quantized.md lists what was tried), or give the model that it was quantized from."
+    )
+    with reworded(OpenError, does_not_run):
         from transformers.quantizers.auto import get_hf_quantizer
 
         config = stock_config(source)
@@ -37,37 +39,10 @@ def check_scheme(source: Source, *, plain: bool = False) -> None:
             raise ValueError("transformers has no loader of this name")  # it would load the numbers as they are
 
 
-def load_shapes(source: Source) -> Any:
-    """The stock model on the meta device, loaded from the shapes and types of what the shards hold.
-
-    Raises OpenError where a tensor is missing, unexpected or of another shape, or a scheme does not run here.
-    """
-    import torch
-    from transformers.modeling_utils import str_to_torch_dtype
-
-    name, stored = scheme(source.config), dict[str, Any]()
-    for shard in source.shards:
-        for key, shape, kind in zip(shard.keys, shard.shapes, shard.types, strict=True):
-            stored[key] = torch.empty(shape, dtype=str_to_torch_dtype[kind], device="meta")
-    for key, tensor in stored.items() if name is not None else ():
-        narrow = key.endswith(".weight") and tensor.is_floating_point() and tensor.itemsize == 1
-        if narrow and not {f"{key}_scale", f"{key}_scale_inv"} & stored.keys():  # it would be loaded unscaled
-            raise OpenError(f"{key} in the shards of {source.name} has 8 bits, and its scales are not there. {RESTORE}")
-    what = explained(f"the config.json of {source.name} describes no model")
-    _, model_class = stock_classes(source)
-    with what if name is None else _runs_here(source, name), redirect_stderr(io.StringIO()):  # of progress bars
-        model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
-            None, config=stock_config(source), state_dict=stored, device_map={"": "meta"},
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    check_loaded(source, info)
-    return model
-
-
-def _runs_here(source: Source, name: str) -> AbstractContextManager[None]:
-    """OpenError for whatever a scheme's own library raises."""
-    return reworded(
-        OpenError,
-        f"{source.name} is quantized by {name}, which does not run here ({{reason}}). Install what it asks for "
-        "(docs/quantized.md lists what was tried), or give the model that it was quantized from.",
-    )
+def check_scales(source: Source) -> None:
+    """Raise OpenError where a weight of 8 bits came without its scales: it would be loaded unscaled."""
+    held = {key: kind for shard in source.shards for key, kind in zip(shard.keys, shard.types, strict=True)}
+    for key, kind in held.items():
+        alone = not {f"{key}_scale", f"{key}_scale_inv"} & held.keys()
+        if kind.startswith("F8_") and key.endswith(".weight") and alone:
+            raise OpenError(f"{key} in the shards of {source.name} is {kind}, and its scales are not there. {RESTORE}")

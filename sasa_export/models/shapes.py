@@ -5,8 +5,9 @@ What a forward does with a picture depends on whole numbers (ids, grids, sizes),
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sasa_export.models import Source
-from sasa_export.models.load import stock_classes, stock_config
-from sasa_export.models.quantized import load_shapes, scheme
+from sasa_export.models.load import check_loaded, explained, stock_classes, stock_config
+from sasa_export.models.quantized import check_scales, scheme
 
 META = torch.device("meta")
 COUNTED = (torch.ops.aten.linspace.default,)  # which positions of a picture are rounded from, so that it is computed
@@ -27,17 +28,36 @@ INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.
 def skeleton(source: Source) -> Iterator[Any]:
     """The stock model without weights: shapes alone, no memory. Runs only within the context.
 
-    Raises OpenError where the shards lack a tensor that the model needs, or have it in another shape.
+    Raises OpenError where plain shards lack a tensor that the model needs, or have it in another shape.
     """
     from transformers.initialization import no_init_weights
 
-    _, model_class = stock_classes(source)
-    stored = load_shapes(source)
-    if scheme(source.config) is not None:  # whose layers may not run on shapes
-        with no_init_weights(), META:
-            stored = model_class._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
+    with explained(f"the config.json of {source.name} describes no model"):
+        if scheme(source.config) is None:
+            model = _load_shapes(source)
+        else:  # a scheme's own layers do not run on shapes
+            check_scales(source)
+            with no_init_weights(), META:
+                model = stock_classes(source)[1]._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
     with ShapesOnly():
-        yield stored
+        yield model
+
+
+def _load_shapes(source: Source) -> Any:
+    """The stock model, loaded by transformers from shapes and types of what the shards hold."""
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    stored: dict[str, Tensor] = {}
+    for shard in source.shards:
+        for key, shape, kind in zip(shard.keys, shard.shapes, shard.types, strict=True):
+            stored[key] = torch.empty(shape, dtype=str_to_torch_dtype[kind], device=META)
+    with redirect_stderr(io.StringIO()):  # of progress bars
+        model, info = stock_classes(source)[1].from_pretrained(  # type: ignore[attr-defined]
+            None, config=stock_config(source), state_dict=stored, device_map={"": META},
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    check_loaded(source, info)
+    return model
 
 
 class ShapesOnly(TorchDispatchMode):

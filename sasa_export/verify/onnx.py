@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sasa_export.graph import blocks_again
-from sasa_export.models import read_config
 from sasa_export.models.contents import read_object
 from sasa_export.report import Check
 from sasa_export.writers.onnx import DECODER, GRAPHS, MERGING, SUFFIX
 
-SINGLE = ("Attention", "RMSNormalization", "RotaryEmbedding")
 REPEATED = 1024  # bytes: indices may repeat, since they are constants of the graph and no weights
 
 
@@ -26,12 +22,9 @@ def foreign_of(directory: Path) -> dict[str, Any]:
 
 def dtypes_of(directory: Path) -> list[str]:
     """The types of a directory's decoders, by their names: one as exported, none where it is no ONNX directory."""
-    foreign = foreign_of(directory)
-    return (
-        [foreign["dtype"]]
-        if foreign
-        else [dtype for dtype, suffix in SUFFIX.items() if (directory / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
-    )
+    if foreign := foreign_of(directory):
+        return [foreign["dtype"]]
+    return [dtype for dtype, suffix in SUFFIX.items() if (directory / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
 
 
 def dtype_of(directory: Path) -> str | None:
@@ -40,26 +33,17 @@ def dtype_of(directory: Path) -> str | None:
 
 
 def check_graphs(directory: Path, dtype: str) -> list[Check]:
-    """The graph checker, weights stored twice, the cache's layers, and at opset 23 single operators."""
+    """The graph checker, and weights stored twice; of graphs that others exported, whether they hold the gate."""
     import onnx_ir
 
-    foreign = foreign_of(directory)
-    if foreign:
+    if foreign := foreign_of(directory):
         return [_spliced(onnx_ir.load(directory / foreign["graphs"]["decoder"]), foreign)]
     paths = [directory / "onnx" / f"{name}{SUFFIX[dtype]}.onnx" for name in GRAPHS]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        return [Check("the three graphs are there", False, f"{', '.join(missing)} missing")]
     merging = directory / "onnx" / f"{MERGING}{SUFFIX[dtype]}.onnx"
     valid = _valid([*paths, merging] if merging.is_file() else paths)
     if not valid.passed:
         return [valid]
-    models = [onnx_ir.load(path) for path in paths]
-    decoder, config = models[GRAPHS.index(DECODER)], read_config(directory)
-    checks = [valid, _stored_once(models), _cache(decoder, config)]
-    if decoder.graph.opset_imports[""] >= 23:
-        checks.append(_operators(decoder, config["sasa"]["graph"]))
-    return checks
+    return [valid, _stored_once([onnx_ir.load(path) for path in paths])]
 
 
 def _spliced(decoder: Any, sasa: dict[str, Any]) -> Check:
@@ -107,25 +91,3 @@ def _tensors(model: Any) -> Iterator[Any]:
         for node in graph:
             if node.op_type == "Constant" and "value" in node.attributes:
                 yield node.attributes["value"].value
-
-
-def _cache(decoder: Any, config: dict[str, Any]) -> Check:
-    layers = len({value.name.split(".")[1] for value in decoder.graph.inputs if value.name.startswith("past_")})
-    counted = config["text_config"]["num_hidden_layers"]
-    detail = f"{counted} in it, {layers} in the graph"
-    return Check("config.json counts the gate's layers in the cache", layers == counted, detail)
-
-
-def _operators(decoder: Any, nodes: list[dict[str, Any]]) -> Check:
-    """Operators that runtimes have fast code for must not be taken apart.
-
-    Rotary embedding is counted alone: with three axes, or in half precision, every export has several operators for it.
-    """
-    main, again = [node["index"] for node in nodes if node["op"] == "block"], blocks_again(nodes)
-    blocks = [*main, *again]
-    inputs = {value.name for value in decoder.graph.inputs}
-    attending = [block for block in blocks if f"past_key_values.{block}.key" in inputs]
-    counts = Counter(node.op_type for node in decoder.graph.all_nodes())
-    whole = counts["Attention"] == len(attending) and counts["RMSNormalization"] >= 2 * len(blocks)
-    said = ", ".join(f"{counts[operator]} {operator}" for operator in SINGLE)
-    return Check("attention and norms are single operators", whole, f"{said} over {len(main)} + {len(again)} blocks")

@@ -79,7 +79,6 @@ def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, st
     for line in (
         r"✓ the graph checker passes: 4 of 4 graphs",
         r"✓ no weight is stored twice: ([\d,]+) bytes, \1 of them unique",
-        r"✓ attention and norms are single operators: 5 Attention, 12 RMSNormalization, 10 RotaryEmbedding",
         r"✓ P\(unsafe\) is the original's: .* tolerance 0.0001 \(float32 graphs on CPU\w+, float32 original\)",
         r"✓ allowed prompts have the original's logits: largest difference \d\.\de-0[5-9]",
     ):
@@ -177,7 +176,7 @@ def test_a_calibrated_export_counts_changed_verdicts(
     monkeypatch.setattr(verdicts, "JUDGED_AGAIN", 20)
     result = succeeds(*words)
     assert not list(out.rglob("*.safetensors"))
-    assert "Opset 20, float32" in (out / "README.md").read_text() and "single operators" not in result.stderr
+    assert "Opset 20, float32" in (out / "README.md").read_text()
     line = re.search(
         r"✓ verdicts hold over the calibration prompts: (0\.0% changed of 20 drawn from 48 .*)", result.stderr
     )
@@ -265,16 +264,15 @@ def test_ctrl_c_in_the_middle_of_the_graphs(words: Words, tmp_path: Path) -> Non
 def test_a_failed_check_writes_nothing(
     both: tuple[Path, str], words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def miscounted(patched: Path, out: Path, **settings: Any) -> None:
+    def half(patched: Path, out: Path, **settings: Any) -> None:
         shutil.copytree(both[0] / "onnx" / "onnx", out / "onnx")
-        config = json.loads((both[0] / "onnx" / "config.json").read_text())
-        config["text_config"]["num_hidden_layers"] -= 1
-        (out / "config.json").write_text(json.dumps(config))
+        shutil.copyfile(both[0] / "onnx" / "config.json", out / "config.json")
+        (out / "onnx" / "vision_encoder.onnx").write_bytes(b"half")
 
-    monkeypatch.setattr(graphs, "write_graphs", miscounted)
+    monkeypatch.setattr(graphs, "write_graphs", half)
     result = invoke(*words(tmp_path / "out"))
     assert result.exit_code == 1
-    assert "✗ config.json counts the gate's layers in the cache" in result.stderr
+    assert "✗ the graph checker passes: vision_encoder.onnx" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: 1 of ")
     assert not list(tmp_path.iterdir())
 

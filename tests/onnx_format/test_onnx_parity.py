@@ -1,5 +1,6 @@
 """The exported graphs say what torch says: logits, P(unsafe), refusals and answers, for every family."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,21 @@ def test_right_padding(family: str, split: Any, exported: Any) -> None:
     guard = split(family)
     _, differences = follow(guard, Runner(exported(guard.directory)), guard.batch(count=3, padding_side="right"), 0)
     assert max(differences) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_runtimes_are_fast_at_and_count_by(family: str, split: Any, exported: Any) -> None:
+    """Attention and norms are not taken apart, and config.json counts the gate's layers of the cache too."""
+    guard = split(family)
+    directory, nodes = exported(guard.directory), guard.model.config.sasa["graph"]
+    decoder = ir.load(directory / "onnx" / "decoder_model_merged.onnx")
+    cached = {str(value.name).split(".")[1] for value in decoder.graph.inputs if str(value.name).startswith("past")}
+    assert len(cached) == json.loads((directory / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    blocks = [node["index"] for node in nodes if node["op"] in ("block", "lane_block")]
+    keys = {value.name for value in decoder.graph.inputs}
+    attending = [index for index in blocks if f"past_key_values.{index}.key" in keys]
+    counts = Counter(node.op_type for node in decoder.graph.all_nodes())
+    assert counts["Attention"] == len(attending) and counts["RMSNormalization"] >= 2 * len(blocks)
 
 
 @pytest.mark.slow

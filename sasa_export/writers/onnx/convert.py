@@ -21,7 +21,7 @@ from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from sasa_export.writers.onnx.decoder import Signature
-from sasa_export.writers.onnx.passes.attention import share_key_value_heads, trust_finite_masks
+from sasa_export.writers.onnx.passes.attention import trust_finite_masks
 from sasa_export.writers.onnx.passes.weights import deduplicate, fold_transposes, folds
 
 # Of onnxscript's default rules those that find something here. `slice_split_rule` is left out: it tries every pair of
@@ -44,7 +44,7 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
     The weights stay where they are: the returned model refers to the module's tensors, and no pass copies one.
     """
     variadic = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(module.forward).parameters.values())
-    with _quiet(), torch.no_grad():
+    with _settings(opset), torch.no_grad():
         program = torch.export.export(
             module.eval(), arguments, dynamic_shapes=_free(arguments, signature, variadic=variadic), strict=False
         )
@@ -53,7 +53,6 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
         model = exported.model
         _simplify(model)
         onnx_fusions.fuse(model)
-    share_key_value_heads(model)
     trust_finite_masks(model)
     fold_transposes(model)
     common.RemoveUnusedNodesPass()(model)
@@ -121,13 +120,17 @@ def _renamed(size: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | str |
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what the exporter says of optional packages and of its own deprecations."""
+def _settings(opset: int) -> Iterator[None]:
+    """What the exporter runs in; what it says of optional packages and of its own deprecations is silenced."""
+    environment = {
+        "TRANSFORMERS_DISABLE_TORCH_CHECK": "1",  # such a check has no equivalent in ONNX
+        # Attention reads keys and values that several heads share as they are, and not repeated for each of them.
+        "TRANSFORMERS_SDPA_FORCE_GQA": "1" if opset >= 23 else "0",
+    }
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        # TRANSFORMERS_DISABLE_TORCH_CHECK: such a check has no equivalent in ONNX.
-        with warnings.catch_warnings(), patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"):
+        with warnings.catch_warnings(), patch.dict(os.environ, environment):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -13,7 +13,7 @@ import torch
 from onnx_ir.passes import common
 
 from sasa_export.models.family import family_of
-from sasa_export.writers.onnx import DECODER, EMBEDDING, MERGING, SUFFIX, VISION
+from sasa_export.writers.onnx import DECODER, EMBEDDING, GRAPHS, MERGING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
 from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, feature_width, gate_layers
 from sasa_export.writers.onnx.genai import write_genai_config
@@ -43,26 +43,21 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     ).eval()
     recipe = recipe_of(stock_type(model.config.model_type))
     (out / "onnx").mkdir()
-    external: dict[str, int] = {}
-
-    def save(name: str, graph: ir.Model) -> None:
-        if write_model(graph, out / "onnx" / f"{name}{SUFFIX[dtype]}.onnx"):
-            external[name] = 1
-
+    files = {name: out / "onnx" / f"{name}{SUFFIX[dtype]}.onnx" for name in GRAPHS}
     advance("exporting the vision encoder")
-    save(VISION, vision_graph(model, recipe, opset=opset, dtype=dtype))
+    write_model(vision_graph(model, recipe, opset=opset, dtype=dtype), files[VISION])
     advance("exporting the embedding")
     # What onnxruntime-genai is told of: positions of one axis, and a cache of keys and values alone.
     decoder = Decoder(model)
     genai = recipe.position_axes == 1 and not decoder.convolved
-    if write_embeddings(model, out / "onnx", opset=opset, dtype=dtype, merging=genai):
-        external[EMBEDDING] = 1
+    write_embeddings(model, out / "onnx", opset=opset, dtype=dtype, merging=genai)
     advance("exporting the decoder")
     processor = AutoProcessor.from_pretrained(patched, trust_remote_code=True)
     if dtype not in BITS:  # the products of those are rounded already, by more than a change of theirs would tell
         model.sasa.witness = Witness(model, first_token(processor))
-    save(DECODER, decoder_graph(model, recipe, opset=opset, dtype=dtype))
+    write_model(decoder_graph(model, recipe, opset=opset, dtype=dtype), files[DECODER])
     advance("writing configuration and processor")
+    external = {name: 1 for name, path in files.items() if path.with_name(f"{path.name}_data").exists()}
     gate = gate_layers(model)
     write_files(patched, out, processor, dtype=dtype, external=external, kinds=decoder.kinds, gate=gate)
     if genai:
@@ -93,20 +88,19 @@ def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float3
     return graph
 
 
-def write_embeddings(model: Any, folder: Path, *, opset: int, dtype: str, merging: bool) -> bool:
+def write_embeddings(model: Any, folder: Path, *, opset: int, dtype: str, merging: bool) -> None:
     """Write the embedding's graph and, with `merging`, one that puts a picture's features in place too. They share one
-    file of weights; True where there is such a file.
+    file of weights.
 
     In int8 and int4 the model's table is rounded for good, so that the decoder that is exported next knows it.
     """
     table = Table.round(model.get_input_embeddings()) if dtype in BITS else None
     path = folder / f"{EMBEDDING}{SUFFIX[dtype]}.onnx"
-    outside = write_model(embedding_graph(model, table, opset=opset), path, always_outside=merging)
+    write_model(embedding_graph(model, table, opset=opset), path, always_outside=merging)
     if merging:
         graph = embedding_graph(model, table, opset=opset, merging=True)
         share_file(graph, ir.load(path))
         ir.save(graph, folder / f"{MERGING}{SUFFIX[dtype]}.onnx")
-    return outside
 
 
 def share_file(model: ir.Model, stored: ir.Model) -> None:
@@ -167,13 +161,13 @@ def _make_optional(model: ir.Model, name: str) -> None:
     model.graph.register_initializer(value)
 
 
-def write_model(model: ir.Model, path: Path, *, always_outside: bool = False) -> bool:
-    """Write one graph; True where its weights went into a file beside it."""
+def write_model(model: ir.Model, path: Path, *, always_outside: bool = False) -> None:
+    """Write one graph; many weights go into a file beside it."""
     stored = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     size = sum(tensor.nbytes for tensor in stored if tensor is not None)
     if size <= EXTERNAL_ABOVE and not always_outside:
         ir.save(model, path)
-        return False
+        return
     # onnxruntime-web finds no file for what a branch holds, so that stays in the graph.
     branches = (graph for graph in model.graphs() if graph is not model.graph)
     inside = [
@@ -184,4 +178,3 @@ def write_model(model: ir.Model, path: Path, *, always_outside: bool = False) ->
     ]
     threshold = max([SMALL, *(size + 1 for size in inside)])
     ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=threshold)
-    return True

@@ -106,7 +106,7 @@ def _patches(model: Any, grid: str = "image_grid_thw") -> Inputs:
     config = model.config.vision_config
     pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
     grids = torch.tensor([[1, 8, 4], [1, 4, 12]])
-    named = {"pixel_values": ("num_patches", pixels), grid: ("num_images", 3)}
+    named: dict[str, Shape] = {"pixel_values": ("num_patches", pixels), grid: ("num_images", 3)}
     return named, (torch.ones(8 * 4 + 4 * 12, pixels), grids)
 
 

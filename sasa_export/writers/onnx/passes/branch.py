@@ -26,7 +26,8 @@ def run_where(model: ir.Model, name: str, *, result: str, fill: float, predicate
     others = [value for value in graph.outputs if value is not computed]
     members = needed([computed]) - needed(others, stop={computed})
     inside = [node for node in graph if node in members]
-    own = [value for value in graph.initializers.values() if _reads_alone(members, value)]
+    own = [value for value in graph.initializers.values() if not value.is_graph_input()]  # that no runtime sets
+    own = [value for value in own if all(use.node in members for use in value.uses())]
     readers = [(use.node, use.idx) for use in computed.uses() if use.node not in members]
     graph.outputs.clear()
     graph.remove(inside)
@@ -58,11 +59,6 @@ def _filled(fed: ir.Value, like: ir.Value, name: str, fill: float) -> ir.Graph:
     out = filled.outputs[0]
     out.name, out.shape, out.type = f"{like.name}.otherwise", like.shape, like.type
     return ir.Graph([], [out], nodes=[shape, filled], name=f"{like.name}.else", opset_imports={})
-
-
-def _reads_alone(members: set[ir.Node], value: ir.Value) -> bool:
-    """Whether no node but `members` reads an initializer, and no runtime sets it as an input."""
-    return not value.is_graph_input() and all(use.node in members for use in value.uses())
 
 
 def needed(values: Iterable[ir.Value], *, stop: Collection[ir.Value] = ()) -> set[ir.Node]:

@@ -15,25 +15,26 @@ from onnx_ir.passes import common
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 GUARD = "model.sasa"  # the module that is the gate
+WRAPPERS = ("", "inner")  # modules around a tower that say nothing of it
 
 
 def name_decoder(model: ir.Model, modules: dict[str, str]) -> None:
     """Name the nodes of a decoder; `modules` are the paths of its `blocks`, `norm` and `head` in it."""
-    _name(model, lambda node: _place(node, modules))
+    _name(model, lambda scopes: _place(scopes, modules))
 
 
 def name_tower(model: ir.Model, prefix: str) -> None:
     """Name the nodes of a graph of one part of the model, by its modules' own paths."""
-    _name(
-        model, lambda node: "/".join([prefix, *(part for part in _path(node).split(".") if part not in ("", "inner"))])
-    )
+    _name(model, lambda scopes: "/".join([prefix, *(part for part in scopes[-1].split(".") if part not in WRAPPERS)]))
 
 
-def _name(model: ir.Model, place: Callable[[ir.Node], str]) -> None:
-    """Name each node, and remove what the exporter noted on it: source lines and stack traces of this machine."""
+def _name(model: ir.Model, place: Callable[[list[str]], str]) -> None:
+    """Name each node by the modules that it was traced in, from the outermost on, and remove what the exporter noted on
+    it: source lines and stack traces of this machine."""
     graph, seen = model.graph, Counter[str]()
     for node in graph:
-        name = f"{place(node)}/{node.op_type}"
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))[:-1]  # the last one is the operation itself
+        name = f"{place(scopes or [''])}/{node.op_type}"
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name] - 1}"
     common.ClearMetadataAndDocStringPass()(model)
@@ -44,20 +45,9 @@ def _name(model: ir.Model, place: Callable[[ir.Node], str]) -> None:
         value.metadata_props.clear()
 
 
-def _scopes(node: ir.Node) -> list[str]:
-    """The modules that an operation was traced in, from the outermost on."""
-    scopes = node.metadata_props.get(SCOPES)
-    return ast.literal_eval(scopes)[:-1] if scopes else []  # the last one is the operation itself
-
-
-def _path(node: ir.Node) -> str:
-    scopes = _scopes(node)
-    return str(scopes[-1]) if scopes else ""
-
-
-def _place(node: ir.Node, modules: dict[str, str]) -> str:
+def _place(scopes: list[str], modules: dict[str, str]) -> str:
     """Where a node belongs: a block of either lane, or what the gate does around them."""
-    scopes, path = _scopes(node), _path(node)
+    path = scopes[-1]
     in_gate = GUARD in scopes
     for role, name in (("blocks", "layers"), ("norm", "norm"), ("head", "lm_head")):
         base = modules[role]
