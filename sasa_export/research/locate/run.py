@@ -157,5 +157,4 @@ def _conclude(study: Study, evidence: Evidence, heads: HeadScores | None, comman
         "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
         "command": command,
     }
-    judged = held_out(evidence.sweep, candidates, prompts)
-    return Located(subject, evidence, heads, proposal, study.known, judged)
+    return Located(subject, evidence, heads, proposal, study.known, held_out(evidence.sweep, candidates, prompts))
