@@ -1,5 +1,6 @@
 """The command line itself: help, and the commands beside the main one: fetch, trace and verify."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def test_trace(tiny_model: Tiny, family: str) -> None:
     around = [("embed", modules["embedding"]), *blocks, ("norm", modules["norm"]), ("head", modules["head"])]
     vision = [("vision", modules["vision"]), ("projector", modules["projector"])]
     assert [(row[0], row[2]) for row in rows] == vision + around
+    assert all(row[-1] == before[0] for before, row in itertools.pairwise(rows) if row[1] == "block")
     assert "safety layer 1, semantic layer 3 (given by the user)" in listed
     assert '["blocks 0 to 5"]' in before
     for label in ("safety layer 1", "semantic layer 3", "projection", "second lane: blocks 2 to 5", "probe", "gate"):
