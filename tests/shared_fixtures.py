@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import miniature
 import numpy as np
@@ -14,6 +16,8 @@ import tiny
 from cli_steps import Stop, Tiny, flags, succeeds, write_probe
 
 from sasa_export.probe.work import Work
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -106,3 +110,25 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     for point in mounted:
         subprocess.run(["umount", "-l", str(point)], check=True)
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`node(script, arguments...)`: what it prints last, as JSON, with the package of the example installed."""
+    program, npm = shutil.which("node"), shutil.which("npm")
+    if program is None or npm is None:
+        pytest.skip("NODE IS NOT INSTALLED: that transformers.js refuses as torch does was NOT tested")
+    place = tmp_path_factory.mktemp("javascript")
+    for source in ("package.json", "chat.mjs"):
+        shutil.copy(HERE.parent / "examples" / "transformers_js" / source, place)
+    shutil.copy(HERE / "onnx_format" / "javascript" / "ask.mjs", place)
+    install = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
+    subprocess.run(install, cwd=place, check=True, capture_output=True)
+
+    def run(*arguments: Any) -> Any:
+        command = [program, *map(str, arguments)]
+        result = subprocess.run(command, cwd=place, check=False, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return json.loads(result.stdout.strip().splitlines()[-1])
+
+    return run

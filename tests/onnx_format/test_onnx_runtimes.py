@@ -6,7 +6,6 @@ Plain onnxruntime and the stock transformers.js under Node, through the examples
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,28 +32,6 @@ LFM2_IMAGES = {
     "do_resize": False, "do_image_splitting": False, "min_image_tokens": 1, "max_image_tokens": 20,
 }  # fmt: skip
 pytestmark = pytest.mark.slow  # an export a family
-
-
-@pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`node(script, arguments...)`: what it prints last, as JSON, with the package of the example installed."""
-    program, npm = shutil.which("node"), shutil.which("npm")
-    if program is None or npm is None:
-        pytest.skip("NODE IS NOT INSTALLED: that transformers.js refuses as torch does was NOT tested")
-    place = tmp_path_factory.mktemp("javascript")
-    for source in ("package.json", "chat.mjs"):
-        shutil.copy(EXAMPLES / "transformers_js" / source, place)
-    shutil.copy(HERE / "javascript" / "ask.mjs", place)
-    install = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
-    subprocess.run(install, cwd=place, check=True, capture_output=True)
-
-    def run(*arguments: Any) -> Any:
-        command = [program, *map(str, arguments)]
-        result = subprocess.run(command, cwd=place, check=False, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-        return json.loads(result.stdout.strip().splitlines()[-1])
-
-    return run
 
 
 @pytest.fixture
