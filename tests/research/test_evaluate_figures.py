@@ -152,7 +152,7 @@ def report(given_threshold: float | None) -> str:
     many, gain = Share(0.4, 0.2, 0.6, 4, 10), Estimate(0.0, -0.1, 0.1)
     arm = {"attack": many, "over_refusal": many, "false_positives": Share(0.02, 0.0, 0.1, 1, 50), "auc": gain}
     names = ("data", "left_out", "calibrated_on", "graphs", "dtype", "device", "batch_size", "max_new_tokens",
-             "harmful", "harmless", "groups", "command", "blocks", "lane_blocks", "safety_layer")  # fmt: skip
+             "harmful", "harmless", "groups", "command", "blocks", "lane_blocks", "texts_alone")  # fmt: skip
     subject: dict[str, Any] = {**dict.fromkeys(names, 0), "model": "patched", "baseline": "plain"}
     subject |= {"safety_layer": None, "false_positive_rate": 0.01}
     gains = {"projection": gain, "model": gain}
