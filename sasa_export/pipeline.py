@@ -70,7 +70,7 @@ def open_and_trace(options: Options, report: Silent) -> Plan:
     source = open_source(options.model, options.revision, partial(check_scheme, plain=plain))
     if plain:
         check_possible(source, options)
-    steps.check_room(source, options)
+    steps.check_output(source, options)
     report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
     sizes = read_sizes(source)
     processor = load_processor(source)

@@ -61,7 +61,7 @@ def read_inputs(options: Options, report: Silent) -> tuple[Probe | None, list[Pr
     return given, prompts
 
 
-def check_room(source: Source, options: Options) -> None:
+def check_output(source: Source, options: Options) -> None:
     """Raise EmitError where the output would remove what it is made from, or the disk is too small for it."""
     check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
     check_disk(options.out, needed_disk(source, options))

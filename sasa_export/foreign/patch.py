@@ -42,7 +42,7 @@ def open_and_trace(options: Options, report: Silent) -> tuple[Decoder, Plan]:
     given, prompts = steps.read_inputs(options, report)
     decoder = open_decoder(open_graphs(options.model, options.onnx_file))
     source, sizes = decoder.graphs.source, decoder.sizes
-    steps.check_room(source, options)
+    steps.check_output(source, options)
     report.step("open", f"{decoder.graphs.decoder}: {source.weight_bytes() / 1e6:,.0f} MB, cache in {decoder.dtype}")
     prompts = decoder.readable(prompts, report)
     plan = steps.make_plan(source, sizes, decoder.processor, decoder.main, (given, prompts), options, report)
