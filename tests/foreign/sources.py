@@ -157,7 +157,10 @@ def for_transformers_4(directory: Path, out: Path) -> None:
     config["torch_dtype"] = config.pop("dtype", "float32")
     _replace(out / "config.json", config)
     tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
-    _replace(out / "tokenizer_config.json", {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
+    _replace(
+        out / "tokenizer_config.json",
+        {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {}},
+    )
 
 
 def _replace(path: Path, content: Any) -> None:
