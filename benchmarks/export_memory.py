@@ -126,7 +126,7 @@ def main(blocks: str, dtype: str, onnx_dtypes: str, scratch: Path | None, out: P
         parts.append(section(pd.DataFrame(measured), f"{dtype} weights, {onnx_dtype} graphs"))
         click.echo(parts[-1])
     about = (
-        f"{ABOUT}\n\nCPU ({platform.machine()}), torch {version('torch')}, transformers {version('transformers')}, "
+        f"{ABOUT}\n\nCPU ({platform.machine()}), "
         f"onnx-ir {version('onnx-ir')}. Importing everything, and no more, takes {start / MB:,.0f} MB."
     )
     if out is not None:

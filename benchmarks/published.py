@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import click
 import numpy as np
 import pandas as pd
+from side_by_side import made_of
 
 from sasa_export.errors import EvaluateError, SasaExportError
 from sasa_export.models.wheels import Wheel, fetch
@@ -316,7 +316,7 @@ def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: C
         threshold=subject.sasa["threshold"],
         dtype=subject.dtype,
         device=subject.device.partition(":")[0],
-        versions=", ".join(f"{name} {version(name)}" for name in ("sasa-export", "torch", "transformers")),
+        made_of=made_of(),
         wheels=", ".join(wheel.requirement for wheel in WHEELS),
         limit=limit,
         ordinary=len({prompt.group for prompt in alone if prompt.source == ORDINARY}),

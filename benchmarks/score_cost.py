@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -124,8 +123,8 @@ def main(patched: Path, graphs: Path, texts: int, pictures: int, rounds: int, ou
                 spread = f"{ratio.median():.3f} ({ratio.min():.3f} to {ratio.max():.3f})"
                 speed.append([f"{channel}, {kind}, {size} at a time", *speeds, spread])
     about = (
-        f"{made}: float32, CPU ({platform.machine()}), one thread, the processor's time alone, loading included; torch "
-        f"{version('torch')}, transformers {version('transformers')}; rounds in turn: {rounds}."
+        f"{made}: float32, CPU ({platform.machine()}), one thread, the processor's time alone, loading included; "
+        f"rounds in turn: {rounds}."
     )
     parts = [f"## The same numbers\n\n{markdown(SAME, same)}", f"## Speed\n\n{markdown(SPEED, speed)}"]
     click.echo("\n".join(parts))

@@ -7,6 +7,7 @@ ratios within a round, of which median and quartiles are reported.
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -196,9 +197,8 @@ def describe(pair: Pair, settings: Settings) -> str:
     sasa = pair.guarded.config.sasa
     return (
         f"{settings.model}: {pair.blocks} blocks, s = {sasa['safety_layer']}, f = {sasa['semantic_layer']}, floor "
-        f"(L + L-1-s) / L = {pair.floor:.3f}; float32, CPU ({platform.machine()}), threads: {settings.threads}, torch "
-        f"{version('torch')}, transformers {version('transformers')}; rounds in turn, "
-        f"after one to warm up: {settings.rounds}."
+        f"(L + L-1-s) / L = {pair.floor:.3f}; float32, CPU ({platform.machine()}), threads: {settings.threads}; rounds "
+        f"in turn, after one to warm up: {settings.rounds}."
     )
 
 
@@ -222,8 +222,15 @@ def markdown(columns: tuple[str, ...], rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def made_of() -> str:
+    """The commit, marked where files have changed since, and the versions of what computes."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    packages = ("sasa-export", "torch", "transformers", "onnxruntime-gpu")
+    return f"commit {commit.stdout.strip()}; {', '.join(f'{name} {version(name)}' for name in packages)}"
+
+
 def write_page(title: str, about: str, parts: list[str], out: Path) -> None:
-    """A page of Markdown that says how it was made."""
-    made = f"Made by `python {' '.join(sys.argv)}`."
+    """A page of Markdown that says how it was made, of which commit and with which versions."""
+    made = f"Made by `python {' '.join(sys.argv)}`, {made_of()}."
     out.write_text("\n".join([f"# {title}\n", f"{made}\n", f"{about}\n", *parts]), encoding="utf-8")
     click.echo(f"Written to {out}")
