@@ -28,6 +28,9 @@ TEXT_BLOCKS = {
     "mpt": "transformer.blocks", "opt": "model.decoder.layers",
 }  # fmt: skip
 
+# Norms that add two values first, and how many weights the norm itself has.
+SCALES = {"SkipSimplifiedLayerNormalization": 1, "SkipLayerNormalization": 2}
+
 
 class Decoder:
     """A batch of conversations: `call` feeds tokens of all rows. Then `logits` is (batch, tokens, vocabulary), and
@@ -121,7 +124,8 @@ class TorchOracle:
 
     def __init__(self, model: Any) -> None:
         kind = model.config.model_type
-        oracle.BLOCKS.setdefault(kind, TEXT_BLOCKS.get(kind, "model.layers"))
+        if not hasattr(model.config, "vision_config"):
+            oracle.BLOCKS[kind] = TEXT_BLOCKS.get(kind, "model.layers")
         self.model = model
 
     @property
@@ -154,7 +158,7 @@ class GraphOracle:
         self.first = self._session(first, names)
         self.state = names[0]
         head = _head_input(second)
-        self.second = self._session(_begun_with(second, names[0]), [head])
+        self.second = self._session(_begun_with(second, names[0]), [head, "logits"])
         self.names, self.head = names, head
 
     def _session(self, model: onnx.ModelProto, outputs: list[str]) -> Decoder:
@@ -169,8 +173,8 @@ class GraphOracle:
         stock.call(np.array([ids]))
         return stock.values[self.head][0, -1].astype(np.float32)
 
-    def end(self, ids: Sequence[int], pair: Pair) -> tuple[Array, None]:
-        """What the head is given at the second lane's end, (hidden,)."""
+    def end(self, ids: Sequence[int], pair: Pair) -> tuple[Array, Array]:
+        """Where the second lane ends, as TorchOracle says it."""
         assert pair == self.pair
         self.first.start(1)
         self.first.call(np.array([ids]))
@@ -179,7 +183,8 @@ class GraphOracle:
         self.second.start(1)
         given = projected.astype(KINDS[self.second.inputs["state"].type])
         self.second.call(np.array([ids]), state=given)
-        return self.second.values[self.head][0, -1].astype(np.float32), None
+        ends = (self.second.values[name][0, -1].astype(np.float32) for name in (self.head, "logits"))
+        return next(ends), next(ends)
 
 
 def project(safety: Array, semantic: Array) -> Array:
@@ -241,9 +246,9 @@ def _begun_with(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     for node in model.graph.node:
         if node is not fused:
             node.input[:] = ["state" if given == name else given for given in node.input]
-    if fused.op_type == "SkipSimplifiedLayerNormalization":  # kept, since a norm of another kernel rounds otherwise
+    if fused.op_type in SCALES:  # kept, since a norm of another kernel rounds otherwise
         position = list(model.graph.node).index(fused)
-        fused.input[:] = ["state", "nothing", fused.input[2]]
+        fused.input[:] = ["state", "nothing", *fused.input[2 : 2 + SCALES[fused.op_type]]]
         del fused.output[1:]
         model.graph.node.insert(position, helper.make_node("Sub", ["state", "state"], ["nothing"]))
     past = next(value for value in model.graph.input if value.name.startswith("past"))

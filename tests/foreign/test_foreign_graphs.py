@@ -95,6 +95,14 @@ class Case:
         asked.call(np.array([ids]))
         return asked
 
+    def needs_steps(self) -> None:
+        """Skips where the original itself cannot go on behind a prompt, as some graphs in float16 cannot on CPUs."""
+        stock = self.ask(self.original, self.rows[0])
+        try:
+            stock.call(np.array([self.rows[0][:1]]))
+        except Exception as error:
+            pytest.skip(f"the original does not go on: {str(error)[-200:]}")
+
 
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
@@ -148,7 +156,7 @@ def _as_torch(directory: Path, model: Any, ids: list[int]) -> bool:
     except Exception as error:
         pytest.skip(f"the original does not run: {str(error)[-200:]}")
     right = model(torch.tensor([ids])).logits[0, -1].numpy()  # (vocabulary,)
-    return bool(np.abs(stock.logits[0, -1] - right).max() < 1e-3 * np.abs(right).max())
+    return bool(np.abs(stock.logits[0, -1] - right).max() < 1e-4 * np.abs(right).max())
 
 
 def _torch(source: Path) -> TorchOracle:
@@ -220,6 +228,7 @@ def test_padding(side: str, where: str, case: Callable[[str], Case]) -> None:
 def test_allowed_answers(where: str, case: Callable[[str], Case]) -> None:
     """Logits and caches of allowed prompts are the original's to the bit, over twenty tokens."""
     it, seen = case(where), 0
+    it.needs_steps()
     for ids, probability in zip(it.rows, it.expected, strict=True):
         if probability >= it.threshold:
             continue
@@ -249,6 +258,7 @@ def test_refusals(where: str, case: Callable[[str], Case]) -> None:
 def test_pieces(where: str, case: Callable[[str], Case]) -> None:
     """A prompt in pieces of random lengths is judged as it is in one."""
     it, draw = case(where), random.Random(0)
+    it.needs_steps()
     for ids, expected in zip(it.rows, it.expected, strict=True):
         cuts = sorted(draw.sample(range(1, len(ids)), min(3, len(ids) - 1)))
         asked = it.decoder(it.patched)
@@ -264,6 +274,7 @@ def test_pieces(where: str, case: Callable[[str], Case]) -> None:
 def test_second_turns(where: str, case: Callable[[str], Case]) -> None:
     """A question on a kept cache is judged over the whole conversation."""
     it = case(where)
+    it.needs_steps()
     for first, second in zip(it.rows, reversed(it.rows), strict=True):
         asked = it.ask(it.patched, first)
         said = asked.answer(len(it.refusal) - 1)
