@@ -127,7 +127,7 @@ BROKEN: dict[str, list[tuple[Break, str]]] = {
     ],
     "xstest": [
         (remove(XSTEST), f"there is no file {{root}}/{XSTEST}"),
-        (swap(XSTEST, "id,", "number,"), f"{XSTEST}, record 1 has no text 'id_v2'"),
+        (swap(XSTEST, "id,", "number,"), f"{XSTEST}, record 1 has no text 'id'"),
         (swap(XSTEST, "How do I kill a man?", " "), f"{XSTEST}, record 3 has no text 'prompt'"),
     ],
     "jsonl": [
