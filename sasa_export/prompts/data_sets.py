@@ -5,15 +5,17 @@ Each takes the path that the user gave, a table or the directory of the set, and
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sasa_export.errors import DataError
-from sasa_export.prompts.picture import pictured, unmarked
+from sasa_export.prompts.picture import open_picture
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.read import Row, entry, rows, rows_of_hub
 
@@ -54,6 +56,7 @@ XSTEST = re.compile(
 )
 FIRST_SENTENCE = re.compile(r"\s*([\x00-\x7f]+?(?:[.!?](?=\s)|\Z)).*", re.DOTALL)  # in ASCII
 KEYS = ("image", "prompt", "label", "id", "group", "category", "attack", "question", "kind", "borderline")
+MARK = "<image>"  # where LLaVA's own files have the picture in the text
 SAYS = {"1": 1, "true": 1, "harmful": 1, "unsafe": 1, "0": 0, "false": 0, "harmless": 0, "safe": 0}
 
 
@@ -235,11 +238,23 @@ def _label(row: Row, column: Mapping[str, str]) -> int:
 
 
 def _prompt(row: Row, text: str, pictures: Sequence[Path | bytes] = (), label: int = 1, **fields: Any) -> Prompt:
-    """The prompt of a record. Its picture is the first of those named that exists."""
+    """The prompt of a record. Its picture is the first of those named that exists, or what is held as bytes."""
     fields = {"name": row.key, "group": row.key, **fields}
     if pictures:
-        fields |= pictured(row.where, *pictures)
-    text = unmarked(text, bool(pictures), row.where)
+        held = next((it for it in pictures if isinstance(it, bytes) or os.path.isfile(it)), None)
+        if held is None:
+            raise DataError(f"{row.where} names the image {str(pictures[0])[:300]}, which does not exist.")
+        file = None if isinstance(held, bytes) else held
+        if file is None:
+            open_picture(held, row.where)  # a broken one is an error now; `load` tries those in files, each once
+        fields |= {"channel": "picture", "picture": file, "image": partial(open_picture, held, row.where)}
+    marks = text.count(MARK)
+    if marks > bool(pictures):
+        raise DataError(
+            f"{row.where} has {MARK} {marks} times in its prompt and {'one picture' if pictures else 'no picture'}: "
+            f"take {MARK} out, or name the picture as its image."
+        )
+    text = text.replace(MARK, "").strip() if marks else text
     if not text.strip() and not pictures:
         raise DataError(f"{row.where} has an empty prompt and no image.{row.columns('prompt')}")
     return Prompt(prompt=text, label=label, **fields)

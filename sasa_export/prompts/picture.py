@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,21 +12,6 @@ from sasa_export.errors import DataError
 
 # Formats that Pillow reads by itself; for some others it starts a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-MARK = "<image>"  # where LLaVA's own files have the picture in the text
-
-
-def pictured(where: str, *candidates: Path | bytes) -> dict[str, Any]:
-    """The fields of a Prompt whose picture is the first of the files that exists, or what is held as bytes.
-
-    DataError, which begins with `where` (the record), if there is none.
-    """
-    held = next((it for it in candidates if isinstance(it, bytes) or os.path.isfile(it)), None)
-    if held is None:
-        raise DataError(f"{where} names the image {str(candidates[0])[:300]}, which does not exist.")
-    file = None if isinstance(held, bytes) else held
-    if file is None:
-        open_picture(held, where)  # a broken one is an error now; `load` tries those in files, each once
-    return {"channel": "picture", "picture": file, "image": partial(open_picture, held, where)}
 
 
 def open_picture(held: Path | bytes, where: str) -> Image.Image:
@@ -42,17 +24,6 @@ def open_picture(held: Path | bytes, where: str) -> Image.Image:
         raise DataError(
             f"{where} names the image {name}, which cannot be read ({why}). Give it as {', '.join(FORMATS)}."
         ) from None
-
-
-def unmarked(text: str, has_picture: bool, where: str) -> str:
-    """The text without the mark of its picture's place. DataError where it marks more pictures than there are."""
-    marks = text.count(MARK)
-    if marks > has_picture:
-        raise DataError(
-            f"{where} has {MARK} {marks} times in its prompt and {'one picture' if has_picture else 'no picture'}: "
-            f"take {MARK} out, or name the picture as its image."
-        )
-    return text.replace(MARK, "").strip() if marks else text
 
 
 def _in_rgb(picture: Image.Image) -> Image.Image:
