@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sasa_export.errors import DataError
+from sasa_export.errors import DataError, reworded
 
 # Formats that Pillow reads by itself; for some others it starts a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -16,14 +16,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 def open_picture(held: Path | bytes, where: str) -> Image.Image:
     """The picture in RGB. DataError, which begins with `where`, if it is none, or in another than `FORMATS`."""
-    try:
-        with Image.open(io.BytesIO(held) if isinstance(held, bytes) else held, formats=FORMATS) as picture:
-            return _in_rgb(picture)
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        why, name = " ".join(str(error).split())[:200], "in it" if isinstance(held, bytes) else held
-        raise DataError(
-            f"{where} names the image {name}, which cannot be read ({why}). Give it as {', '.join(FORMATS)}."
-        ) from None
+    file, name = (io.BytesIO(held), "in it") if isinstance(held, bytes) else (held, held)
+    said = f"{where} names the image {name}, which cannot be read ({{reason}}). Give it as {', '.join(FORMATS)}."
+    with reworded(DataError, said), Image.open(file, formats=FORMATS) as picture:
+        return _in_rgb(picture)
 
 
 def _in_rgb(picture: Image.Image) -> Image.Image:

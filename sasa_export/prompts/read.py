@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sasa_export.errors import DataError
+from sasa_export.errors import DataError, reworded
 
 LONGEST_FIELD = 16 << 20  # characters of a CSV field; the csv module stops at 131072 unless it is told
 TABLES = (".csv", ".json", ".parquet", ".yaml", ".yml")  # beside JSONL
@@ -85,26 +85,23 @@ def rows_of_hub(name: Path, config: str, split: str) -> Iterator[Row]:
     """The rows of a data set of the hub, through `datasets`, which keeps what it downloads."""
     from datasets import Image, load_dataset
 
-    try:
+    said = (
+        f"the data set {name} of the hub cannot be loaded ({{reason}}). Check its id, config= and split=, the "
+        "connection, and whether it asks for `hf auth login`."
+    )
+    with reworded(DataError, said):
         found = load_dataset(str(name), config or None, split=split)
         for column, feature in found.features.items():
             if isinstance(feature, Image):  # as bytes, so that not all pictures are in memory as pixels
                 found = found.cast_column(column, Image(decode=False))
-    except Exception as error:  # whatever the hub, the network and its readers raise
-        raise DataError(
-            f"the data set {name} of the hub cannot be loaded ({' '.join(str(error).split())[:300]}). Check its id, "
-            "config= and split=, the connection, and whether it asks for `hf auth login`."
-        ) from None
     for place, key, fields in _numbered(found):
         yield Row(name, place, key, fields)
 
 
 def _text_of(path: Path) -> str:
     """The whole file; a byte order mark is dropped."""
-    try:
+    with reworded(DataError, f"{path} cannot be read as text in UTF-8 ({{reason}})."):
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text in UTF-8 ({error}).") from None
 
 
 def _lines(path: Path) -> Iterator[Found]:
@@ -115,10 +112,8 @@ def _lines(path: Path) -> Iterator[Found]:
 
 def _parsed(text: str, where: str) -> Any:
     """The value of a JSON text."""
-    try:
+    with reworded(DataError, f"{where} is not valid JSON ({{reason}})."):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON ({error}).") from None
 
 
 def entry(record: Any, name: str) -> Any:
@@ -164,13 +159,10 @@ def _csv(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
-    try:
+    with reworded(DataError, f"{path} is not valid Parquet ({{reason}})."):
         return read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is not valid Parquet ({' '.join(str(error).split())[:200]}).") from None
 
 
 def _yaml(path: Path) -> Any:

@@ -21,7 +21,6 @@ from sasa_export.probe.fit import (
     fit,
     fit_path,
     head_metric,
-    probability,
     threshold_for,
     threshold_of,
 )
@@ -76,13 +75,6 @@ def test_the_metric_of_a_head_with_one_loud_direction() -> None:
     draw = np.random.default_rng(3)
     head = draw.normal(size=(400, 48)) * 0.01 + 50.0 * draw.normal(size=48)
     assert np.isfinite(head_metric(head.astype(np.float32))).all()
-
-
-def test_probability() -> None:
-    np.testing.assert_allclose(
-        probability(np.array([[1.0, 2.0], [0.0, 0.0], [1e4, 0.0], [-1e4, 0.0]]), np.array([1.0, -1.0]), 0.5),
-        [1 / (1 + np.exp(0.5)), 1 / (1 + np.exp(-0.5)), 1.0, 0.0],
-    )
 
 
 # --------------------------------------------------------------------------------------- cross-validation

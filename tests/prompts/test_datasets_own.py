@@ -71,11 +71,6 @@ def test_writingbench(whole: dict[str, Path]) -> None:
     assert {prompt.label for prompt in prompts} == {0} and prompts[2].name == "5"
 
 
-def test_xstest_pairs_stay_together_when_drawn(whole: dict[str, Path]) -> None:
-    prompts = {prompt.name: prompt.group for prompt in load(f"xstest:{whole['xstest']},as=text+picture")}
-    assert prompts["1"] == prompts["1/picture"] == prompts["26"] != prompts["2/picture"] == prompts["27/picture"]
-
-
 def write(path: Path) -> None:
     """`ROWS` in the format that the name says."""
     if path.suffix == ".csv":
