@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sasa_export.errors import DataError
-from sasa_export.prompts.picture import open_picture
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.prompts.read import Row, entry, rows, rows_of_hub
+from sasa_export.prompts.read import Row, entry, open_picture, rows, rows_of_hub
 
 Chosen = Mapping[str, tuple[str, ...]]  # the values chosen of each option
 
