@@ -66,6 +66,9 @@ class Work:
             report.step("resume", f"{count} results of an interrupted run are there already")
         workers().wait()
 
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.npy").exists()
+
     def put(self, name: str, array: np.ndarray) -> None:
         """Store a finished array; SasaExportError where it is not finite or the disk is full."""
         if not np.isfinite(array).all():
@@ -121,7 +124,7 @@ class Results:
         """
 
         def fill(number: int) -> None:
-            missing = [name for name in names if not (self.work.folder / f"{self._file(number, name)}.npy").exists()]
+            missing = [name for name in names if not self.work.has(self._file(number, name))]
             if missing:
                 for name, array in compute([self.prompts[row] for row in self.batches[number]], missing):
                     self.work.put(self._file(number, name), array)
