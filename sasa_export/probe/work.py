@@ -70,9 +70,9 @@ class Work:
         return (self.folder / f"{name}.npy").exists()
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Store a finished array; SasaExportError where it is not finite or the disk is full."""
+        """Store a finished array. CalibrationError where it is not finite, SasaExportError where the disk is full."""
         if not np.isfinite(array).all():
-            raise SasaExportError(
+            raise CalibrationError(  # after which another --dtype finds no work of this one in its way
                 "the model's state is not finite on one of the prompts. Its weights may be damaged, or --dtype too "
                 "narrow: try --dtype float32."
             )
