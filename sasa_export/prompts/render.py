@@ -179,7 +179,6 @@ def draw(
     return _with_noise(picture, style.noise, rng) if style.noise else picture
 
 
-@functools.lru_cache(maxsize=65536)
 def _fitting(path: Path, letter_size: float, word: str, room: float) -> tuple[ImageFont.FreeTypeFont, float]:
     """The font at `letter_size` pixels, or smaller so that `word` keeps to `room`, and its length then."""
     halves = math.ceil(2 * letter_size)  # in half pixels, so that few fonts are kept
