@@ -30,8 +30,8 @@ from sasa_export.probe.fit import probability
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe
 from sasa_export.probe.intervals import auc_of, mean_of, share
 from sasa_export.prompts import Prompt, check_disjoint, for_model, load
-from sasa_export.prompts.picture import open_picture
 from sasa_export.prompts.prompt import batches
+from sasa_export.prompts.read import open_picture
 from sasa_export.report import Console, quiet
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.options import EvaluateOptions

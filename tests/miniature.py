@@ -103,7 +103,7 @@ def vlguard(root: Path) -> Path:
 
 
 def jailbreakv(root: Path) -> Path:
-    """One row of each format; the second of them is in the mini table too."""
+    """One row of each format."""
     pictures = {
         "Template": "llm_transfer_attack/SD_related_1.png", "Persuade": "llm_transfer_attack/nature_2.jpeg",
         "Logic": "llm_transfer_attack/blank_3.png", "figstep": "figstep/figstep_4.png",
@@ -117,7 +117,6 @@ def jailbreakv(root: Path) -> Path:
             (number, query, f"How is {number} done?", kind, "Fraud", image, "AdvBench", number == 1, number < 3)
         )
     table(root / "JailBreakV_28K/JailBreakV_28K.csv", JAILBREAKV_COLUMNS, rows)
-    table(root / "JailBreakV_28K/mini_JailBreakV_28K.csv", JAILBREAKV_COLUMNS, rows[1:2])
     return root
 
 

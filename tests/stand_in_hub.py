@@ -1,4 +1,4 @@
-"""A stand-in for the hub on 127.0.0.1: what huggingface_hub asks of it, no more; and connections that are cut."""
+"""A stand-in for the hub on 127.0.0.1: what huggingface_hub asks of it, no more; and a connection that ends."""
 
 from __future__ import annotations
 
@@ -36,18 +36,12 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the stand-in holds. Answers with the file `cut_in` end after `cut` bytes, as often as `cuts` says."""
+    """What the stand-in holds. The connection ends where the file `ends_in` would come."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
-    cuts: int = 0
-    cut: int = 0
-    cut_in: str = "model-00002-of-00004.safetensors"
-    asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
+    ends_in: str = ""
+    asked: list[tuple[str, str]] = field(default_factory=list)  # method, path
     endpoint: str = ""
-
-    def ranges(self, name: str) -> list[str]:
-        """The ranges in which a file was asked for, "" for all of it."""
-        return [part for method, path, part in self.asked if method == "GET" and path.endswith(f"/{name}")]
 
 
 @contextmanager
@@ -63,7 +57,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             where = urlsplit(self.path)
-            hub.asked.append((self.command, where.path, self.headers.get("Range", "")))
+            hub.asked.append((self.command, where.path))
             parts = [part for part in where.path.split("/") if part]
             listing = parts[:2] == ["api", "models"]
             owner, name, *rest = parts[2:] if listing else parts
@@ -92,23 +86,14 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 return self.answer(404, {"X-Error-Code": "EntryNotFound"})
             data, tag = path.read_bytes(), described("", path)
             oid = tag["lfs"]["sha256"] if "lfs" in tag else tag["oid"]
-            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
-            headers = {"ETag": f'"{oid}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-            if start:
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            self.send_response(206 if start else 200)
-            for name, value in {**headers, "Content-Length": str(len(data) - start)}.items():
-                self.send_header(name, value)
+            self.send_response(200)
+            for name, value in {"ETag": f'"{oid}"', "X-Repo-Commit": commit, "Content-Length": len(data)}.items():
+                self.send_header(name, str(value))
             self.end_headers()
-            if self.command == "HEAD":
-                return
-            if hub.cuts and path.name == hub.cut_in:
-                hub.cuts -= 1
-                self.wfile.write(data[start : start + hub.cut])
-                self.wfile.flush()
+            if path.name == hub.ends_in:
                 self.close_connection = True
-                return
-            self.wfile.write(data[start:])
+            elif self.command != "HEAD":
+                self.wfile.write(data)
 
         def answer(self, status: int, headers: dict[str, str], content: Any = None) -> None:
             body = json.dumps(content if content is not None else {"error": "no"}).encode()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sasa_export.errors import OpenError
+from sasa_export.errors import OpenError, reworded
 
 NAME_CODE = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 ADAPTER = "adapter_config.json"
@@ -33,12 +33,10 @@ def check_contents(directory: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty where there is no file. OpenError where it is damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise OpenError(f"{path} is not valid JSON ({error}). Restore the file from its source.") from None
+    with reworded(OpenError, f"{path} is not valid JSON ({{reason}}). Restore the file from its source."):
+        data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise OpenError(f"{path} does not hold a JSON object. Restore the file from its source.")
     return data

@@ -36,7 +36,6 @@ def _said(repository: str, revision: str | None, endpoint: str, error: Exception
     """What is wrong, and what to do about it."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -45,15 +44,12 @@ def _said(repository: str, revision: str | None, endpoint: str, error: Exception
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # why the hub was not asked instead
     login = "log in with `hf auth login`, or set HF_TOKEN"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError):
         return f"{repository} is gated. Ask for access at {endpoint}/{repository}, then {login}."
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no revision {revision!r}. See {endpoint}/{repository}/commits/main for its commits."
     if isinstance(error, RepositoryNotFoundError):
         return f"{repository} is not at {endpoint}, or private. Check the name; if it is private, {login}."
-    if status in (401, 403):
-        return f"your token may not read {repository}. Ask for access at {endpoint}/{repository}, or {login} again."
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
         f"{repository} could not be fetched from the hub ({reason}). Check the connection and run the command again, "

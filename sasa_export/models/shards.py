@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sasa_export.errors import OpenError
+from sasa_export.errors import OpenError, reworded
 from sasa_export.models.contents import read_object
 
 INDEX = "model.safetensors.index.json"
@@ -57,15 +57,14 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _shard(path: Path) -> Shard:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="np") as file:  # reads the header, and checks it against the file's length
-            keys = tuple(file.keys())
-            slices = [file.get_slice(key) for key in keys]
-            shapes, types = (tuple(part.get_shape()) for part in slices), (part.get_dtype() for part in slices)
-            return Shard(path, keys, tuple(shapes), tuple(types))
-    except FileNotFoundError:
-        raise OpenError(f"the shard {path} is missing. Restore the file from its source.") from None
-    except (SafetensorError, OSError) as error:
-        raise OpenError(f"the shard {path} is corrupt ({error}). Restore the file from its source.") from None
+    if not path.exists():
+        raise OpenError(f"the shard {path} is missing. Restore the file from its source.")
+    corrupt = f"the shard {path} is corrupt ({{reason}}). Restore the file from its source."
+    # The header is read, and checked against the file's length.
+    with reworded(OpenError, corrupt), safe_open(path, framework="np") as file:
+        keys = tuple(file.keys())
+        slices = [file.get_slice(key) for key in keys]
+        shapes, types = (tuple(part.get_shape()) for part in slices), (part.get_dtype() for part in slices)
+        return Shard(path, keys, tuple(shapes), tuple(types))

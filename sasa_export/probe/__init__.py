@@ -22,10 +22,10 @@ from sasa_export.probe.fit import (
     head_metric,
     in_metric,
     probability,
+    steady_metric,
     threshold_of,
 )
 from sasa_export.probe.folds import folds_of, kinds_of
-from sasa_export.probe.settings import steady_metric
 from sasa_export.probe.words import best_words
 from sasa_export.prompts.prompt import Prompt
 
@@ -136,7 +136,7 @@ def fit_probes(
 
 
 def metric_of(states: np.ndarray, prompts: Sequence[Prompt], metric: np.ndarray | None) -> np.ndarray | None:
-    """The head's metric and that of `settings` in one, (features, features); None where there is neither."""
+    """The head's metric and that of `steady_metric` in one, (features, features); None where there is neither."""
     steady = steady_metric(in_metric(states, metric), prompts)
     return metric if steady is None else steady if metric is None else steady @ metric
 
@@ -151,7 +151,7 @@ def choose_threshold(
     scores, by = fitted.scores[lane], 0.0
     if at is None:
         by = picture_offset(scores, prompts, rate)
-        scores = lower_pictures(scores, fitted.detected[lane], by) if by else scores
+        scores = lower_pictures(scores, fitted.detected[lane], by)
     limit = threshold_of(scores, prompts, rate) if at is None else at
     (weight, bias), (mark, offset) = fitted.probes[lane], fitted.detectors[lane]
     return Probe((weight - by * mark).astype(np.float32), bias - by * offset, limit), scores, by
@@ -189,7 +189,7 @@ def with_threshold(
         by_kind = kind_figures([prompts[row] for row in text], kinds[text], scores_of)
     return Calibration(
         probe, tuple(found), tuple(by_kind), tuple(prompts), judged_scores,
-        lower_pictures(fitted.final, fitted.detected[read], by) if by else fitted.final,
+        lower_pictures(fitted.final, fitted.detected[read], by),
         max_false_positive_rate if threshold is None else None, fitted.regularization,
     )  # fmt: skip
 

@@ -41,6 +41,8 @@ def lower_pictures(scores: np.ndarray, detected: np.ndarray, by: float) -> np.nd
     """
     from scipy.special import expit, logit
 
+    if not by:
+        return scores
     return expit(logit(np.clip(scores, FARTHEST, 1 - FARTHEST)) - by * detected)
 
 

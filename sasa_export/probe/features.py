@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import CalibrationError, OpenError, reworded
+from sasa_export.errors import OpenError, reworded
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.trace import check_traces, trace
 from sasa_export.models import Source
@@ -39,8 +39,6 @@ def reading(model: Any, processor: Any, graph: LayerGraph) -> Iterator[Callable[
     """Watch the model while the context lasts; gives a function that runs both lanes over a batch of prompts.
 
     Args: graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
-
-    The function raises CalibrationError where a state is not finite.
     """
     import torch
 
@@ -63,9 +61,7 @@ def reading(model: Any, processor: Any, graph: LayerGraph) -> Iterator[Callable[
             node, states = start(nodes, seen)  # (batch, tokens, hidden)
             lane = run_lane(model, nodes, {node: states}, seen.arguments, at)[nodes[-1]["name"]]  # (batch, features)
             main = run_lane(model, plain, {MAIN: seen_norm[0]}, {}, at)[plain[-1]["name"]]  # (batch, features)
-        found = Features(lane.float().cpu().numpy(), main.float().cpu().numpy())
-        _check_finite(found, prompts)
-        return found
+        return Features(lane.float().cpu().numpy(), main.float().cpu().numpy())
 
     handle = norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0]))
     try:
@@ -73,16 +69,6 @@ def reading(model: Any, processor: Any, graph: LayerGraph) -> Iterator[Callable[
             yield read
     finally:
         handle.remove()
-
-
-def _check_finite(found: Features, prompts: Sequence[Prompt]) -> None:
-    """CalibrationError, which names the prompt, where a state is NaN or infinite."""
-    for prompt, *features in zip(prompts, found.projected, found.plain, strict=True):
-        if not np.isfinite(features).all():
-            raise CalibrationError(
-                f"the model's state for the calibration prompt {prompt.name} is not finite. "
-                "Its weights may be damaged, or --dtype too narrow: try --dtype float32."
-            )
 
 
 @contextmanager
@@ -124,8 +110,6 @@ def collect(
     Args:
         graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
         advance: called with the number of prompts done since the last call.
-
-    Raises CalibrationError where a state is not finite.
     """
     rows = list(batches(prompts, batch_size))
     with reading(model, processor, graph) as read:

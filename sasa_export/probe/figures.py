@@ -52,10 +52,6 @@ class Figure:
         """`recall` and `false_positive_rate` with their intervals."""
         return self.caught, wilson(round(self.false_positive_rate * self.ordinary), self.ordinary)
 
-    def to_json(self) -> dict[str, Any]:
-        """Its fields, rounded to four places."""
-        return rounded(self)
-
 
 @dataclass(frozen=True)
 class KindFigure:
@@ -70,12 +66,9 @@ class KindFigure:
     plain: float
     words: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Its fields, rounded to four places."""
-        return rounded(self)
-
 
 def rounded(figure: Figure | KindFigure) -> dict[str, Any]:
+    """Its fields, rounded to four places."""
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(figure).items()}
 
 

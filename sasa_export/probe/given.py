@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sasa_export.errors import CalibrationError
+from sasa_export.errors import CalibrationError, reworded
 from sasa_export.probe.fit import Probe
 
 PROBE_WEIGHT, PROBE_BIAS = "sasa.probe.weight", "sasa.probe.bias"
@@ -14,18 +14,16 @@ PROBE_WEIGHT, PROBE_BIAS = "sasa.probe.weight", "sasa.probe.bias"
 
 def read_probe(path: Path, threshold: float | None) -> Probe:
     """A probe from a safetensors file with `sasa.probe.weight` (features,) and `sasa.probe.bias` ()."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in (PROBE_WEIGHT, PROBE_BIAS):
-                if name not in file.keys():
-                    raise CalibrationError(f"the probe file {path} has no tensor {name}. Check --probe.")
-            weight, bias = (file.get_tensor(name).float().numpy() for name in (PROBE_WEIGHT, PROBE_BIAS))
-    except FileNotFoundError:
-        raise CalibrationError(f"there is no probe file {path}. Check --probe.") from None
-    except (SafetensorError, OSError) as error:
-        raise CalibrationError(f"the probe file {path} is not valid safetensors ({error}).") from None
+    if not path.exists():
+        raise CalibrationError(f"there is no probe file {path}. Check --probe.")
+    damaged = f"the probe file {path} is not valid safetensors ({{reason}})."
+    with reworded(CalibrationError, damaged), safe_open(path, framework="pt") as file:
+        for name in (PROBE_WEIGHT, PROBE_BIAS):
+            if name not in file.keys():
+                raise CalibrationError(f"the probe file {path} has no tensor {name}. Check --probe.")
+        weight, bias = (file.get_tensor(name).float().numpy() for name in (PROBE_WEIGHT, PROBE_BIAS))
     if weight.ndim != 1 or bias.size != 1:
         raise CalibrationError(
             f"the probe in {path} has shapes {weight.shape} and {bias.shape}, not (features,) and ()."

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import CalibrationError, SasaExportError
+from sasa_export.errors import CalibrationError, SasaExportError, reworded
 from sasa_export.files import check_free, claimed, write_whole
 from sasa_export.manifest import check_ours, digest
 from sasa_export.models import Source
@@ -70,9 +70,9 @@ class Work:
         return (self.folder / f"{name}.npy").exists()
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Store a finished array; SasaExportError where it is not finite or the disk is full."""
+        """Store a finished array. CalibrationError where it is not finite, SasaExportError where the disk is full."""
         if not np.isfinite(array).all():
-            raise SasaExportError(
+            raise CalibrationError(  # after which another --dtype finds no work of this one in its way
                 "the model's state is not finite on one of the prompts. Its weights may be damaged, or --dtype too "
                 "narrow: try --dtype float32."
             )
@@ -89,26 +89,20 @@ class Work:
     def get(self, name: str) -> np.ndarray:
         """A finished array, read from the disk where it is used. SasaExportError where its file is damaged."""
         path = self.folder / f"{name}.npy"
-        try:
+        damaged = f"{path} is damaged ({{reason}}). Delete that file and run the same command again."
+        with reworded(SasaExportError, damaged):
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise SasaExportError(
-                f"{path} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same command again."
-            ) from None
 
     def remove(self) -> None:
         """Nothing of this is needed any longer."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise SasaExportError(
-                f"{self.folder} could not be written ({error.strerror or error}). What is finished is kept there: free "
-                "some space or correct the rights, and run the same command again."
-            ) from None
+    def _explained(self) -> AbstractContextManager[None]:
+        return reworded(
+            SasaExportError,
+            f"{self.folder} could not be written ({{reason}}). What is finished is kept there: free some space or "
+            "correct the rights, and run the same command again.",
+        )
 
 
 class Results:

@@ -13,8 +13,10 @@ picture is harmful once and harmless once, so neither tells anything alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,9 +28,8 @@ from PIL import Image
 
 from sasa_export.models.smol_llava import pieces
 from sasa_export.prompts.photographs import photograph
-from sasa_export.prompts.prompt import Prompt, supported_by_template
+from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.render import fits, render
-from sasa_export.prompts.settings import in_setting, picture_in_an_earlier_turn
 
 # What accompanies a picture that carries the request: harmless on its own, and not always the same.
 CARRIERS = (
@@ -50,6 +51,9 @@ ALONE = ("blunt", "figurative", "contrast", "sensitive")  # kinds that are asked
 BORDERLINE = ("twin", "borderline", *ALONE[1:])  # kinds whose harmless requests are not ordinary ones
 ITEMS = 3  # empty points of a list
 IN_SETTING = 0.5  # the share of prompts with a picture that have something before or around them
+SETTINGS = ("greeting", "one turn", "several turns", "refused turn", "system prompt", "small talk", "mixed")
+
+Turns = tuple[tuple[str, str], ...]  # a role and a text each
 
 DATA = tuple(Path(__file__).with_name(name) for name in ("builtin.jsonl", "settings.toml"))
 
@@ -110,6 +114,40 @@ def _pictured(base: Prompt, rng: Random) -> Prompt:
     return picture_in_an_earlier_turn(asked, rng) if rng.random() < 0.25 else in_setting(asked, rng)
 
 
+def in_setting(prompt: Prompt, rng: Random) -> Prompt:
+    """The same request in one of `SETTINGS`."""
+    setting = rng.choice(SETTINGS)
+    if setting == "small talk":
+        text = rng.choice(_texts()["wrapped"]).replace("{request}", prompt.prompt)
+        return replace(prompt, prompt=text, question=prompt.question or prompt.prompt, setting=setting)
+    greeting, harmless, refused = (_texts()[name] for name in ("greetings", "harmless", "refused"))
+    system = (("system", rng.choice(_texts()["systems"])),)
+    before = {
+        "greeting": lambda: _turns(rng.choice(greeting)),
+        "one turn": lambda: _turns(rng.choice(harmless)),
+        "several turns": lambda: _turns(*rng.sample(harmless, rng.randint(2, 3))),
+        "refused turn": lambda: _turns(rng.choice(refused)),
+        "system prompt": lambda: system,
+        "mixed": lambda: system + _turns(rng.choice(greeting), *rng.sample(harmless, rng.randint(0, 2))),
+    }[setting]()
+    return replace(prompt, before=before, setting=setting)
+
+
+def picture_in_an_earlier_turn(prompt: Prompt, rng: Random) -> Prompt:
+    """The same prompt, its picture in an earlier turn."""
+    before = _turns(rng.choice(_texts()["shown"]))
+    return replace(prompt, before=before, setting="picture in an earlier turn", picture_first=True)
+
+
+def _turns(*pairs: list[str]) -> Turns:
+    return tuple(turn for said, answered in pairs for turn in (("user", said), ("assistant", answered)))
+
+
+@functools.cache
+def _texts() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("settings.toml").read_text(encoding="utf-8"))
+
+
 def builtin_evaluation() -> list[Prompt]:
     """The evaluation set: each request as plain text and as a picture, a split one as its text beside its picture.
 
@@ -150,16 +188,29 @@ def _seed(name: str) -> int:
 
 def for_model(prompts: Sequence[Prompt], processor: Any) -> list[Prompt]:
     """The prompts as a model is asked them: words in drawn pictures take as many cells as its tokenizer makes pieces of
-    them, and settings that its chat template has no place for are left out."""
+    them, and turns that its chat template has no place for are left out: some have none for a system prompt."""
     count = pieces(processor.tokenizer)
+    taken: dict[tuple[str, ...], bool] = {(): True}  # by the roles of the turns before
+    found = []
+    for prompt in prompts:
+        roles = tuple(role for role, _ in prompt.before)
+        if roles not in taken:
+            taken[roles] = _takes(processor, prompt)
+        if isinstance(prompt.image, partial) and prompt.image.func is drawn:
+            prompt = replace(prompt, image=partial(prompt.image, pieces=count))
+        if taken[roles]:
+            found.append(prompt)
+    return found
 
-    def laid_out(prompt: Prompt) -> Prompt:
-        image = prompt.image
-        if isinstance(image, partial) and image.func is drawn:
-            return replace(prompt, image=partial(image, pieces=count))
-        return prompt
 
-    return [laid_out(prompt) for prompt in supported_by_template(processor, prompts)]
+def _takes(processor: Any, prompt: Prompt) -> bool:
+    """Whether the chat template has a place for the turns before a prompt."""
+    try:
+        messages = replace(prompt, image=None).conversation()
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    except Exception:  # jinja2's, raised by the template in its own words
+        return False
+    return all(said in text for _, said in prompt.before)
 
 
 def drawn(words: str, seed: int, items: int = 0, pieces: Callable[[str], int] | None = None) -> Image.Image:

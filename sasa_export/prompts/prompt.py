@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +79,3 @@ def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
         rows = [row for row, prompt in enumerate(prompts) if prompt.channel == channel]
         rows.sort(key=lambda row: sum(len(text) for _, text in (*prompts[row].before, ("", prompts[row].prompt))))
         yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
-
-
-def supported_by_template(processor: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts whose turns the chat template has a place for: some have none for a system prompt."""
-    taken: dict[tuple[str, ...], bool] = {}
-
-    def takes(prompt: Prompt) -> bool:
-        roles = tuple(role for role, _ in prompt.before)
-        if roles not in taken:
-            messages = replace(prompt, image=None).conversation()
-            try:
-                text = processor.apply_chat_template(messages, add_generation_prompt=True)
-                taken[roles] = all(said in text for _, said in prompt.before)
-            except Exception:  # jinja2's, raised by the template in its own words
-                taken[roles] = False
-        return taken[roles]
-
-    return [prompt for prompt in prompts if not prompt.before or takes(prompt)]

@@ -1,4 +1,4 @@
-"""Reading the tables that data sets come in, each fault named with its place. Text is in UTF-8."""
+"""Reading the tables and pictures that data sets come in, each fault named with its place. Text is in UTF-8."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sasa_export.errors import DataError
+import numpy as np
+from PIL import Image
+
+from sasa_export.errors import DataError, reworded
 
 LONGEST_FIELD = 16 << 20  # characters of a CSV field; the csv module stops at 131072 unless it is told
 TABLES = (".csv", ".json", ".parquet", ".yaml", ".yml")  # beside JSONL
+# Formats that Pillow reads by itself; for some others it starts a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 Found = tuple[str, str, Any]  # the place of a record, its key or number, and what it holds
 
@@ -83,28 +88,25 @@ def rows(path: Path, inside: str | None = None, *, lines: bool = False) -> Itera
 
 def rows_of_hub(name: Path, config: str, split: str) -> Iterator[Row]:
     """The rows of a data set of the hub, through `datasets`, which keeps what it downloads."""
-    from datasets import Image, load_dataset
+    import datasets
 
-    try:
-        found = load_dataset(str(name), config or None, split=split)
+    said = (
+        f"the data set {name} of the hub cannot be loaded ({{reason}}). Check its id, config= and split=, the "
+        "connection, and whether it asks for `hf auth login`."
+    )
+    with reworded(DataError, said):
+        found = datasets.load_dataset(str(name), config or None, split=split)
         for column, feature in found.features.items():
-            if isinstance(feature, Image):  # as bytes, so that not all pictures are in memory as pixels
-                found = found.cast_column(column, Image(decode=False))
-    except Exception as error:  # whatever the hub, the network and its readers raise
-        raise DataError(
-            f"the data set {name} of the hub cannot be loaded ({' '.join(str(error).split())[:300]}). Check its id, "
-            "config= and split=, the connection, and whether it asks for `hf auth login`."
-        ) from None
+            if isinstance(feature, datasets.Image):  # as bytes, so that not all pictures are in memory as pixels
+                found = found.cast_column(column, datasets.Image(decode=False))
     for place, key, fields in _numbered(found):
         yield Row(name, place, key, fields)
 
 
 def _text_of(path: Path) -> str:
     """The whole file; a byte order mark is dropped."""
-    try:
+    with reworded(DataError, f"{path} cannot be read as text in UTF-8 ({{reason}})."):
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text in UTF-8 ({error}).") from None
 
 
 def _lines(path: Path) -> Iterator[Found]:
@@ -115,10 +117,8 @@ def _lines(path: Path) -> Iterator[Found]:
 
 def _parsed(text: str, where: str) -> Any:
     """The value of a JSON text."""
-    try:
+    with reworded(DataError, f"{where} is not valid JSON ({{reason}})."):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON ({error}).") from None
 
 
 def entry(record: Any, name: str) -> Any:
@@ -164,13 +164,10 @@ def _csv(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
-    try:
+    with reworded(DataError, f"{path} is not valid Parquet ({{reason}})."):
         return read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is not valid Parquet ({' '.join(str(error).split())[:200]}).") from None
 
 
 def _yaml(path: Path) -> Any:
@@ -180,3 +177,21 @@ def _yaml(path: Path) -> Any:
         return yaml.load(_text_of(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid YAML ({' '.join(str(error).split())[:200]}).") from None
+
+
+def open_picture(held: Path | bytes, where: str) -> Image.Image:
+    """The picture in RGB. DataError, which begins with `where`, if it is none, or in another than `FORMATS`."""
+    file, name = (io.BytesIO(held), "in it") if isinstance(held, bytes) else (held, held)
+    said = f"{where} names the image {name}, which cannot be read ({{reason}}). Give it as {', '.join(FORMATS)}."
+    with reworded(DataError, said), Image.open(file, formats=FORMATS) as picture:
+        return _in_rgb(picture)
+
+
+def _in_rgb(picture: Image.Image) -> Image.Image:
+    """Pillow cuts off what is above 255, which leaves pictures of 16 bits white: they are scaled down here."""
+    if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+        raise ValueError(f"its values have no fixed range, being of mode {picture.mode}")
+    if picture.mode.startswith("I"):
+        values = np.clip(np.asarray(picture, dtype=np.int64), 0, 65535)  # (height, width)
+        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return picture.convert("RGB")

@@ -1,8 +1,12 @@
-"""All data sets by name, and the one way to load them."""
+"""The one way to load data sets, and how they are named: `name:PATH,option=value,option=value+value`, or a bare path.
+
+A bare path is a JSONL file of our own format, or a table by its name's end.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,13 +16,15 @@ from zlib import crc32
 
 from sasa_export.errors import DataError
 from sasa_export.prompts.builtin_sets import CARRIERS, builtin, builtin_evaluation, drawn
-from sasa_export.prompts.data_sets import DATA_SETS
+from sasa_export.prompts.data_sets import DATA_SETS, Chosen
 from sasa_export.prompts.leak import grouped
 from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.read import TABLES, folded
 from sasa_export.prompts.render import GRID, fits
-from sasa_export.prompts.spec import BARE, parse
 from sasa_export.report import Silent
 
+# One letter before a colon is a drive. Options stand at the end, so that a path may hold commas.
+SPEC = re.compile(r"(?:([A-Za-z0-9_-]{2,}):)?(.*?)((?:,[a-z_]+=[^,/\\]*)*)", re.DOTALL)
 BUILTIN, CALIBRATION = "builtin", "--calibration"
 QUIET = Silent()
 LEAST = 5  # prompts of either label that a probe is fitted on
@@ -32,16 +38,15 @@ def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: b
     """The prompts of one data set, in its own order.
 
     Args:
-        spec: `name:PATH`, options behind commas, the bare path of a JSONL file (see `sasa_export.prompts.spec`), or
-            `builtin`, the built-in set of the flag.
+        spec: as above, or `builtin`, the built-in set of the flag.
         flag: where the user gave the spec.
-        labelled: whether labels are needed and read; all prompts have the label 0 where they are not.
+        labelled: whether data of the user's own needs labels; they have the label 0 where it does not.
 
     Raises DataError, which names the file and the record that is wrong, or the picture that cannot be read.
     """
     if spec == BUILTIN:
         return builtin() if flag == CALIBRATION else builtin_evaluation()
-    name, path, chosen = parse(spec, DATA_SETS)
+    name, path, chosen = parse(spec)
     what = f"{flag.strip('-')} file"
     if name != "hub" and not os.path.exists(path):
         raise DataError(f"there is no {what} or directory {path}. Check {flag} {spec}.")
@@ -49,7 +54,6 @@ def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: b
     if "as" in chosen:
         found = _drawn(found, chosen["as"], path, report)
     prompts = [replace(prompt, source=name, kind=prompt.kind or f"{name}/{prompt.attack}") for prompt in found]
-    prompts = prompts if labelled else [replace(prompt, label=0) for prompt in prompts]
     if not prompts:
         raise DataError(f"{path} has no prompts, or none that the options leave. Check {flag} {spec}.")
     for prompt_name, count in Counter(prompt.name for prompt in prompts).items():
@@ -58,6 +62,38 @@ def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: b
     for prompt in {prompt.picture: prompt for prompt in reversed(prompts) if prompt.picture is not None}.values():
         prompt.conversation()  # a broken picture is an error now, and not when the model has run for an hour
     return prompts
+
+
+def parse(spec: str) -> tuple[str, Path, Chosen]:
+    """The data set, the path, and the chosen values of all of its options.
+
+    DataError where the spec names no data set, no path, or no option.
+    """
+    match = SPEC.fullmatch(spec)
+    assert match is not None  # it takes anything
+    # A file that is there may have colons and commas in its name.
+    name, path, given = ("", spec, "") if os.path.exists(spec) else match.groups(default="")
+    name = name or ("table" if path.lower().endswith(TABLES) else "jsonl")
+    if name not in DATA_SETS:
+        raise DataError(f"{spec}: there is no data set {name!r}. Known are {', '.join(DATA_SETS)}.")
+    if not path.strip():
+        raise DataError(f"{spec!r} names no path. Write name:PATH, for example xstest:xstest_prompts.csv.")
+    options = DATA_SETS[name].options
+    said = {option: default for option, (_, default) in options.items()}
+    for item in given.split(",")[1:]:
+        option, _, value = item.partition("=")
+        if option not in options:
+            raise DataError(f"{spec}: {name} has no option {option!r}; it has {', '.join(options) or 'none'}.")
+        said[option] = value
+    chosen = {}
+    for option, (values, _) in options.items():
+        words, known = [folded(word) for word in said[option].split("+")], values.split()
+        unknown = [word for word in words if word not in ("all", *map(folded, known))]
+        if known and unknown:
+            raise DataError(f"{spec}: {option} {unknown[0]!r} must be one of {', '.join(known)}.")
+        picked = tuple(value for value in known if "all" in words or folded(value) in words)
+        chosen[option] = picked if known else (said[option],)
+    return name, Path(os.path.expanduser(path)), chosen
 
 
 def _drawn(prompts: Iterable[Prompt], ways: Sequence[str], path: Path, report: Silent) -> Iterator[Prompt]:
@@ -101,7 +137,7 @@ def calibration_prompts(specs: Sequence[str], report: Silent = QUIET) -> list[Pr
     question are one group.
     """
     specs = specs or (BUILTIN,)
-    alone = len(specs) == 1 and (specs[0] == BUILTIN or parse(specs[0], DATA_SETS)[0] == BARE)
+    alone = len(specs) == 1 and (specs[0] == BUILTIN or parse(specs[0])[0] == "jsonl")
     prompts = load(specs[0], CALIBRATION) if alone else load_all(specs, CALIBRATION, report)
     check_labels(prompts, LEAST, CALIBRATION, f"{' and '.join(specs)}: a probe")
     return prompts

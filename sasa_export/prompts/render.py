@@ -40,28 +40,27 @@ class Style:
     noise: int  # largest change of a colour value, of 255
 
 
-def render(
-    text: str, *, seed: int, size: int = DESIGN, pieces: Callable[[str], int] | None = None, items: int = 0
-) -> Image.Image:
-    """Draw `text` into an RGB picture of `size` x `size` pixels; equal arguments give equal pixels.
+def render(text: str, *, seed: int, pieces: Callable[[str], int] | None = None, items: int = 0) -> Image.Image:
+    """Draw `text` into an RGB picture of 384 x 384 pixels; equal arguments give equal pixels.
 
     `pieces(word)` is the number of tokens that a tokenizer makes of a word: a word takes as many cells, and
     at least one for every ten letters begun. `items` empty points of a numbered list stand below the text, as in
     FigStep (Gong et al., AAAI 2025). Raises ValueError when the words do not fit the 64 cells, or when there are none.
     """
     rng = Random(seed)
-    points = [f"{number}." for number in range(1, items + 1)]
-    words = [*text.split(), *points]
+    words = [*text.split(), *(f"{number}." for number in range(1, items + 1))]
     widths = [cells(word, pieces) for word in words]
     places = flow(widths, rng, items)
-    style = choose_style(rng, fonts())
-    return draw(words, widths, places, style, rng, size)
+    return draw(words, widths, places, choose_style(rng, fonts()), rng)
 
 
-def fits(text: str, pieces: Callable[[str], int] | None = None, items: int = 0) -> bool:
+def fits(text: str, items: int = 0) -> bool:
     """Whether `render` has room for it."""
-    widths = [cells(word, pieces) for word in [*text.split(), *(f"{number}." for number in range(1, items + 1))]]
-    return len(widths) > items and max(widths) <= GRID and len(_wrap(widths, GRID, items)) <= GRID
+    try:
+        flow([*map(cells, text.split()), *[1] * items], Random(0), items)
+    except ValueError:
+        return False
+    return True
 
 
 def cells(word: str, pieces: Callable[[str], int] | None = None) -> int:
@@ -180,7 +179,6 @@ def draw(
     return _with_noise(picture, style.noise, rng) if style.noise else picture
 
 
-@functools.lru_cache(maxsize=65536)
 def _fitting(path: Path, letter_size: float, word: str, room: float) -> tuple[ImageFont.FreeTypeFont, float]:
     """The font at `letter_size` pixels, or smaller so that `word` keeps to `room`, and its length then."""
     halves = math.ceil(2 * letter_size)  # in half pixels, so that few fonts are kept

@@ -13,6 +13,7 @@ from sasa_export.graph import LayerGraph
 from sasa_export.models import Source
 from sasa_export.models.load import stock_classes
 from sasa_export.probe import Calibration
+from sasa_export.probe.figures import rounded
 from sasa_export.probe.fit import Probe
 from sasa_export.writers.cases import Case, write_cases
 from sasa_export.writers.config import write_config
@@ -72,8 +73,8 @@ def write_scores(calibration: Calibration, directory: Path) -> None:
         "threshold": calibration.probe.threshold,
         "max_false_positive_rate": calibration.max_false_positive_rate,
         "regularization": calibration.regularization,
-        "figures": [figure.to_json() for figure in calibration.figures],
-        "kinds": [figure.to_json() for figure in calibration.kinds],
+        "figures": [rounded(figure) for figure in calibration.figures],
+        "kinds": [rounded(figure) for figure in calibration.kinds],
         "prompts": [
             {
                 **{name: getattr(prompt, name) for name in ("name", "label", "channel", "category", "kind", "setting")},

@@ -98,21 +98,21 @@ def test_layers_outside_their_range(llava: Path, place: Path, layers: dict[str, 
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(
-    "damage, said",
+    "damage",
     [
-        (lambda path: os.truncate(path, path.stat().st_size - 100), "is corrupt"),
-        (lambda path: flip(path, 20), "is corrupt"),
-        (lambda path: os.truncate(path, 0), "is corrupt"),
+        lambda path: os.truncate(path, path.stat().st_size - 100),
+        lambda path: flip(path, 20),
+        lambda path: os.truncate(path, 0),
     ],
     ids=["cut off", "header", "empty"],
 )
 def test_a_corrupt_shard(
-    tiny_model: Tiny, tmp_path: Path, place: Path, damage: Callable[[Path], Any], said: str, shards: int
+    tiny_model: Tiny, tmp_path: Path, place: Path, damage: Callable[[Path], Any], shards: int
 ) -> None:
     model = copied(tiny_model("llava", shards=shards), tmp_path)
     shard = sorted(model.glob("*.safetensors"))[-1]
     damage(shard)
-    assert f"the shard {shard} {said}" in fails(*flags(model, place / "out"))
+    assert f"the shard {shard} is corrupt" in fails(*flags(model, place / "out"))
 
 
 FIRST = "model-00001-of-00004.safetensors"
@@ -127,7 +127,6 @@ FIRST = "model-00001-of-00004.safetensors"
         (lambda names: names.update({"lm_head.weight": 3}), "is not a valid index of shards"),
         (lambda names: names.update({"lm_head.weight": "../x.safetensors"}), "'../x.safetensors', which lies outside"),
         (lambda names: names.update({"lm_head.weight": "/etc/passwd"}), "'/etc/passwd', which lies outside"),
-        (lambda names: names.update({"lm_head.weight": "a/b.safetensors"}), "'a/b.safetensors', which lies outside"),
     ],
 )
 def test_an_index_that_does_not_fit_its_shards(
@@ -141,19 +140,13 @@ def test_an_index_that_does_not_fit_its_shards(
     assert said in fails(*flags(model, place / "out", probe=probe, verify="files"))
 
 
-@pytest.mark.parametrize(
-    ("family", "processor"), [("smolvlm", "SmolVLMProcessor"), ("qwen2_5_vl", "Qwen2_5_VLProcessor")]
-)
-def test_a_processor_that_wants_torchvision(
-    tiny_model: Tiny, tmp_path: Path, place: Path, family: str, processor: str
-) -> None:
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_processor_that_wants_torchvision(tiny_model: Tiny, tmp_path: Path, place: Path) -> None:
     """The error names the extra that brings it."""
-    if find_spec("torchvision"):
-        pytest.skip("torchvision is installed")
-    model = copied(tiny_model(family), tmp_path)
+    model = copied(tiny_model("smolvlm"), tmp_path)
     for name in ("processor_config.json", "preprocessor_config.json"):
         described = json.loads((model / name).read_text())
-        (model / name).write_text(json.dumps({**described, "processor_class": processor}))
+        (model / name).write_text(json.dumps({**described, "processor_class": "SmolVLMProcessor"}))
     message = fails(*flags(model, place / "out"))
     assert "requires the Torchvision library. Install it with: pip install 'sasa-export[video]'" in message
 

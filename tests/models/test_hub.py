@@ -1,7 +1,6 @@
 """Models on the hub, from a stand-in on this machine: what is fetched, what is resumed, and what is said."""
 
 import json
-import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from cli_steps import Tiny, fails, flags, succeeds
 from quantized import write_scheme
 from stand_in_hub import TOKEN, Hub, Repository, serving
 
-from sasa_export.manifest import digest
 from sasa_export.models import open_source
 
 NAME = "somebody/tiny-llava"
@@ -37,7 +35,6 @@ def hub(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # bytes, which come in whole or not at all
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # between two tries
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield found
@@ -51,13 +48,13 @@ def test_a_patch_of_a_model_on_the_hub(hub: Hub, probe: Path, place: Path) -> No
     assert (manifest["options"]["model"], manifest["commit"]) == (NAME, commit)
     card = (place / "out" / "README.md").read_text()
     assert f"base_model: {NAME}" in card and f"commit `{commit}`" in card
-    asked = {path.partition("/resolve/")[2].partition("/")[2] for _, path, _ in hub.asked if "/resolve/" in path}
+    asked = {path.partition("/resolve/")[2].partition("/")[2] for _, path in hub.asked if "/resolve/" in path}
     assert {"config.json", "tokenizer.json", "model-00001-of-00004.safetensors"} <= asked
     unwanted = ("original", "consolidated", "onnx", "pytorch_model", "gguf")
     assert not [name for name in asked if name.startswith(unwanted) or name.endswith(unwanted)]
     hub.asked.clear()
     succeeds(*flags(NAME, place / "again", probe=probe, verify="files"))
-    assert not [path for method, path, _ in hub.asked if method == "GET" and "/resolve/" in path]
+    assert not [path for method, path in hub.asked if method == "GET" and "/resolve/" in path]
     hub.repositories.clear()  # and where the hub has lost it, what is here will do
     succeeds(*flags(NAME, place / "offline", probe=probe, verify="files"))
 
@@ -82,33 +79,17 @@ def test_a_revision_of_what_is_on_no_hub(llava: Path, place: Path) -> None:
         assert "--revision v1 is of a model on the hub" in fails(*flags(model, place / "out", revision="v1"))
 
 
-def test_a_connection_that_is_cut(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
-    """Within a run a file goes on where it was cut."""
-    hub.cuts, hub.cut = 2, 100_000
-    with caplog.at_level(logging.ERROR):
-        source = open_source(NAME)
-    assert hub.ranges(hub.cut_in) == ["", "bytes=100000-", "bytes=200000-"]
-    for shard in source.shards:
-        assert digest(shard.path) == digest(hub.repositories[NAME].revisions["main"] / shard.path.name)
-
-
 def test_a_run_that_a_connection_ends_and_the_next(hub: Hub, place: Path) -> None:
     """The error is one line, and the next run asks for the files that are missing alone."""
-    hub.cuts = 99
+    hub.ends_in = "model-00002-of-00004.safetensors"
     message = fails(*flags(NAME, place / "out"))
     assert "could not be fetched from the hub" in message and "which keeps the files that are whole" in message
-    hub.cuts = 0
+    hub.ends_in = ""
     hub.asked.clear()
     open_source(NAME)
-    assert hub.ranges("model-00001-of-00004.safetensors") == hub.ranges("config.json") == []
-    assert hub.ranges(hub.cut_in) == [""]
-
-
-def test_weights_under_two_names_are_fetched_once(hub: Hub) -> None:
-    root = hub.repositories[NAME].revisions["main"]
-    shutil.copy(root / "model-00001-of-00004.safetensors", root / "again.safetensors")
-    open_source(NAME)
-    assert len(hub.ranges("model-00001-of-00004.safetensors") + hub.ranges("again.safetensors")) == 1
+    asked = {path.rpartition("/")[2] for method, path in hub.asked if method == "GET"}
+    assert "model-00002-of-00004.safetensors" in asked
+    assert not {"config.json", "model-00001-of-00004.safetensors"} & asked
 
 
 @pytest.mark.parametrize(
@@ -121,7 +102,7 @@ def test_weights_under_two_names_are_fetched_once(hub: Hub) -> None:
 def test_a_model_that_is_refused_is_not_fetched(hub: Hub, place: Path, scheme: str, format: str, said: str) -> None:
     write_scheme(hub.repositories[NAME].revisions["main"], {"quant_method": scheme})
     assert said in fails(*flags(NAME, place / "out", format=format))
-    assert {path.rpartition("/")[2] for _, path, _ in hub.asked if "/resolve/" in path} == {"config.json"}
+    assert {path.rpartition("/")[2] for _, path in hub.asked if "/resolve/" in path} == {"config.json"}
 
 
 def test_gated_and_private_models(hub: Hub, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,16 +69,19 @@ def test_code_of_the_source_is_never_run(
     refuses(source, probe, place, name, "runs no code of a model")
 
 
-def test_a_damaged_generation_config(source: Path, probe: Path, place: Path) -> None:
-    """It says which tokens end an answer."""
-    (source / "generation_config.json").write_text("{")
-    refuses(source, probe, place, "generation_config.json", "is not valid JSON")
-
-
-def test_an_adapter_is_not_applied_in_passing(source: Path, probe: Path, place: Path) -> None:
-    """transformers would load it on top of weights that are written without it."""
-    (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))
-    refuses(source, probe, place, "adapter_config.json", "merge_and_unload")
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("generation_config.json", "{", "is not valid JSON"),  # it says which tokens end an answer
+        # transformers would load it on top of weights that are written without it.
+        ("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "other"}', "merge_and_unload"),
+    ],
+)
+def test_a_file_that_would_change_the_model(
+    source: Path, probe: Path, place: Path, name: str, text: str, said: str
+) -> None:
+    (source / name).write_text(text)
+    refuses(source, probe, place, name, said)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "LICENSE", "folder"])

@@ -16,12 +16,11 @@ import pytest
 import tiny
 import torch
 from calibration_samples import prompts_of, samples
-from click.testing import CliRunner
+from cli_steps import flags, succeeds
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, ProcessorMixin
 
-from sasa_export.cli import main
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
@@ -181,18 +180,7 @@ def test_a_channel_that_the_probe_is_worth_nothing_in_is_named(calibrated: Calla
     assert re.match(r"picture prompts: .* of 100 harmful and .* of 100 ordinary ones are refused.*chance", warning)
 
 
-def test_a_given_threshold_where_none_keeps_the_rate(calibrated: Callable[..., Calibration]) -> None:
-    """A probe that is certain of harmless prompts can be exported with a threshold of one's own alone."""
-    states, labels = samples(200, 8, gap=400.0)
-    states[0] = 3 * states[labels == 1][-1]
-    sure = {"regularization": 1.0, "max_false_positive_rate": 0.0}
-    with pytest.raises(CalibrationError, match=r"certain of 1 harmless.*or --threshold"):
-        calibrated(states, states, labels, **sure)
-    assert calibrated(states, states, labels, **sure, threshold=0.5).probe.threshold == 0.5
-
-
-@pytest.mark.parametrize("projection", ["semantic", "none"])
-def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_path: Path, projection: str) -> None:
+def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """Through the command: a file of ours and XSTest, of prompts that even a random model tells apart."""
     draw = random.Random(0)
     words = [" ".join(draw.choices(("the", "old", "dog", "house", "water", "red"), k=3 + n % 4)) for n in range(48)]
@@ -205,16 +193,12 @@ def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_pa
         for label, end in enumerate(("cake", "broken bridges"))
     ]
     (tmp_path / "mine.jsonl").write_text("".join(lines))
-    flags = ["--model", str(tiny_model("llava")), "--out", str(tmp_path / "out"), "--verify", "files"]
-    flags += ["--max-false-positive-rate", "0.1", "--calibration", f"xstest:{tmp_path}"]
-    flags += ["--calibration", str(tmp_path / "mine.jsonl"), "--projection", projection]
-    result = CliRunner().invoke(main, flags)
-    assert result.exit_code == 0, result.output
-    assert "96 prompts: AUC" in result.stderr
+    options: dict[str, Any] = {"verify": "files", "max_false_positive_rate": 0.1, "calibration": f"xstest:{tmp_path}"}
+    arguments = flags(tiny_model("llava"), tmp_path / "out", **options)
+    arguments += ["--calibration", str(tmp_path / "mine.jsonl")]
+    assert "96 prompts: AUC" in succeeds(*arguments).stderr
     figures = json.loads((tmp_path / "out" / "sasa-calibration.json").read_text())["figures"]
-    assert [figure["feature"] for figure in figures if figure["part"] == "all"] == ["projected", "plain"][
-        projection == "none" :
-    ]
+    assert [figure["feature"] for figure in figures if figure["part"] == "all"] == ["projected", "plain"]
 
 
 # ------------------------------------------------------------------------------------- features of a model
@@ -257,21 +241,6 @@ def test_features_are_those_of_the_oracle(stock: Stock, family: str) -> None:
                 found = head @ torch.from_numpy(state[row])  # (vocabulary,)
                 torch.testing.assert_close(found, expected[0], rtol=0, atol=2e-4)
     assert sum(seen) == 15
-    assert hooks_of_the_decoder(model) == before
-
-
-def test_features_that_are_not_finite_name_the_prompt(stock: Stock) -> None:
-    model, processor = stock("llava")
-    before = hooks_of_the_decoder(model)
-    graph = trace(model, family_of("llava"), encode(processor, chats(1, pictures=False)))
-    norm = model.get_submodule("model.language_model.norm")
-    handle = norm.register_forward_hook(lambda module, args, output: output * float("inf"))
-    try:
-        with pytest.raises(CalibrationError, match=r"prompt chat \d is not finite"):
-            lane = rewrite_lane(graph, LaneSettings(1, 3))
-            collect(model, processor, lane, chats(3, pictures=False), batch_size=2)
-    finally:
-        handle.remove()
     assert hooks_of_the_decoder(model) == before
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -24,8 +23,6 @@ from sasa_export.prompts.leak import normalised
 from sasa_export.prompts.render import render
 
 SIDES = ("harmful", "harmless")
-OPENINGS = ("how do i ", "tell me how ", "explain ", "give me ", "write ")
-LINE = re.compile(r"[a-z']+(,? [a-z']+)*")
 NEAR = 0.65  # a Jaccard similarity of words from which a request counts as another one reworded
 
 
@@ -85,22 +82,9 @@ def similarities(some: Sequence[str], others: Sequence[str]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- the lines
 
 
-def test_requests_are_short_plain_lines() -> None:
-    """The two of a pair open alike."""
-    assert len(BUILTIN) >= 380 and len(HELDOUT) >= 60
-    for row in [*BUILTIN, *HELDOUT]:
-        assert list(row) == ["pair", "category", *SIDES] and row["pair"].startswith(row["category"] + "-")
-        assert len({next(start for start in OPENINGS if row[side].startswith(start)) for side in SIDES}) == 1, row
-    further = {"borderline": ["type", "request"], "split": ["text", "picture"]}
-    for row in EVALUATION:
-        assert list(row) == ["id", "group", "kind", "category", "label", *further.get(row["kind"], ["request"])]
-    for text in [*requests([*BUILTIN, *HELDOUT]), *(str(row.get("request", row.get("text"))) for row in EVALUATION)]:
-        assert LINE.fullmatch(text) and 4 <= len(text.split()) <= 14, text
-    assert all(LINE.fullmatch(row["picture"]) and len(row["picture"].split()) <= 8 for row in kinds("split"))
-
-
 def test_categories_are_balanced() -> None:
     borderline, everyday = (Counter(row["category"] for row in rows) for rows in (BORDERLINE, EVERYDAY))
+    assert len(BUILTIN) >= 380 and len(HELDOUT) >= 60
     assert len(borderline) == 12 and set(borderline.values()) == {20}
     assert set(everyday) == set(borderline) and set(everyday.values()) == {11, 12}
     assert {row["category"] for row in HELDOUT} == set(borderline)
