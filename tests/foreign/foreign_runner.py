@@ -86,6 +86,11 @@ class Decoder:
         self.probability: Any = values.get("unsafe_probability")
         self.cache = {name: values[_present(name)] for name in self.cache if _present(name) in values}
 
+    def choose(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch, as beam search does."""
+        self.mask, self.logits = self.mask[rows], self.logits[rows]
+        self.cache = {name: value[rows] for name, value in self.cache.items()}
+
     def answer(self, tokens: int) -> list[int]:
         """Greedily, of a conversation of one row; the last token is not fed."""
         said: list[int] = []

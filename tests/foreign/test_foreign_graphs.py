@@ -284,6 +284,26 @@ def test_second_turns(where: str, case: Callable[[str], Case]) -> None:
 
 
 @every
+def test_beams(where: str, case: Callable[[str], Case]) -> None:
+    """A cache that beam search repeats, and whose rows it exchanges, keeps the verdict of each row."""
+    it, order = case(where), [1, 0]
+    it.needs_steps()
+    for ids, probability in zip(it.rows, it.expected, strict=True):
+        stock, asked = it.ask(it.original, ids), it.ask(it.patched, ids)
+        for beams in (stock, asked):
+            beams.choose([0, 0])
+        for step in range(len(it.refusal) - 1):
+            if probability >= it.threshold:
+                assert asked.logits[:, -1].argmax(-1).tolist() == [it.refusal[step]] * 2
+            else:
+                assert same(asked.logits, stock.logits)
+            token = asked.logits[:, -1:].argmax(-1)  # (2, 1)
+            for beams in (stock, asked):
+                beams.choose(order)
+                beams.call(token)
+
+
+@every
 def test_the_weights_stay_as_they_are(where: str, case: Callable[[str], Case]) -> None:
     """The new graph lies beside the old file of weights, and is small."""
     it = case(where)
