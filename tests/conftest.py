@@ -126,13 +126,11 @@ class Guard:
         Args: found and expected: (batch, tokens), which end where the longest answer or the limit does; refused:
         (batch,).
         """
-        assert found.shape[0] == expected.shape[0] == refused.shape[0]
-        refusal = self.refusal[: found.shape[1]]
-        wanted = [refusal if refuse else row.tolist() for refuse, row in zip(refused, expected, strict=True)]
-        for said, right in zip(found.tolist(), wanted, strict=True):
+        for said, row, refuse in zip(found.tolist(), expected.tolist(), refused.tolist(), strict=True):
+            right = self.refusal[: len(said)] if refuse else row
             both = min(len(said), len(right))
-            assert said[:both] == right[:both]
-            assert set(said[both:] + right[both:]) <= self.ends
+            alike = said[:both] == right[:both] and set(said[both:] + right[both:]) <= self.ends
+            assert alike, f"{'refused' if refuse else 'allowed'}: {said} instead of {right}"
 
     @contextmanager
     def halved(self, inputs: Mapping[str, Any]) -> Iterator[Tensor]:

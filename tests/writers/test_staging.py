@@ -151,7 +151,7 @@ def test_inputs_that_an_output_would_remove(place: Path) -> None:
         (RuntimeError("I/O error: No space left on device (os error 28)"), EmitError, "the disk is full"),
         (OSError(errno.EIO, os.strerror(errno.EIO), "/nowhere/shard"), EmitError, "/nowhere/shard"),
         (KeyError("x"), KeyError, "x"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
     ],
     ids=["full", "full, by a library in Rust", "a file that cannot be read", "any other", "Ctrl-C"],
 )
