@@ -172,34 +172,30 @@ def test_a_change_behind_the_head_is_seen(stock: Stock, monkeypatch: pytest.Monk
             rewrite(graph, LaneSettings(1, 3))
 
 
-@pytest.mark.parametrize("kind", ["positional", "named", "ids"])
+LEFT = {"shared": {"keys": torch.ones(1)}, "experts": torch.ones(1, 5, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("name", ["float32", *LEFT])
 def test_what_another_block_leaves_for_a_block_is_seen(
-    stock: Stock, kind: str, monkeypatch: pytest.MonkeyPatch
+    stock: Stock, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block that needs it could not be replayed on another state alone; one that reads nothing of it could."""
 
     def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if kind == "named":
-            return args, {**kwargs, "shared": {"keys": torch.ones(1)}}
-        if kind == "ids":
-            return args, {**kwargs, "experts": torch.ones(1, 5, dtype=torch.int32)}
+        if name in LEFT:
+            return args, {**kwargs, name: LEFT[name]}
         kwargs.pop("attention_mask")
         return (*args, torch.zeros(1, 1, 1, 1)), kwargs
 
     block = stock("llava")[0].get_submodule("model.language_model.layers.3")
-    if kind == "named":
-        own = block.forward
-        with hooked(block.register_forward_pre_hook(hook, with_kwargs=True)):
+    own = block.forward
+    with hooked(block.register_forward_pre_hook(hook, with_kwargs=True)):
+        if name == "shared":
             traced(stock)
-        monkeypatch.setattr(
-            block, "forward", lambda *args, shared, **kwargs: own(*args, **kwargs) * shared.get("keys", 0)
-        )
-    said = {"positional": "float32", "named": "shared", "ids": "experts"}[kind]
-    with (
-        hooked(block.register_forward_pre_hook(hook, with_kwargs=True)),
-        pytest.raises(TraceError, match=rf"layers\.3 is given {said}"),
-    ):
-        traced(stock)
+            reading = lambda *args, shared, **kwargs: own(*args, **kwargs) * shared.get("keys", 0)  # noqa: E731
+            monkeypatch.setattr(block, "forward", reading)
+        with pytest.raises(TraceError, match=rf"layers\.3 is given {name}"):
+            traced(stock)
 
 
 # ------------------------------------------------------------------------------ models not as described

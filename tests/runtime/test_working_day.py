@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +184,10 @@ def test_graphs_observe_too(split: Callable[[str], Guard], exported: Callable[..
     assert not runner.cache[f"past_key_values.{tiny.LAYERS}.key"][:, 0, :, 0].any()
 
 
-def answer_elsewhere(model: Any, inputs: dict[str, Any], queue: Any) -> None:
+def answer_elsewhere(model: Any, inputs: dict[str, Any]) -> tuple[list[list[int]], list[float]]:
     torch.set_num_threads(1)
     with torch.no_grad():
-        queue.put((model.generate(**inputs, max_new_tokens=NEW).tolist(), model.judge(**inputs).tolist()))
+        return model.generate(**inputs, max_new_tokens=NEW).tolist(), model.judge(**inputs).tolist()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -195,16 +196,11 @@ def test_a_spawned_process_is_handed_the_model(guard: Guards, family: str) -> No
     """As workers of a pool and Ray are: by pickle, with the gate, the rows refused and allowed as here."""
     guarded = guard(family)
     inputs = guarded.batch(images=family != "llava")  # transformers loses how a stock LLaVA's tower hands out states
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with guarded.halved(inputs) as refused:
+    with guarded.halved(inputs) as refused, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         expected = guarded.model.generate(**inputs, max_new_tokens=NEW).tolist()
         # Loaded anew: the hooks by which transformers hands out hidden states cannot be pickled, in stock models too.
         model = load(guarded.directory, sasa={"threshold": guarded.model.config.sasa["threshold"]})
-        worker = context.Process(target=answer_elsewhere, args=(model, inputs, queue))
-        worker.start()
-        said, probability = queue.get(timeout=120)
-        worker.join()
+        said, probability = pool.submit(answer_elsewhere, model, inputs).result(timeout=120)
     assert said == expected and refused.any() and not refused.all()
     torch.testing.assert_close(torch.tensor(probability), guarded.expected(inputs), rtol=0.0, atol=1e-5)
 
