@@ -83,9 +83,11 @@ def test_there_is_an_output_at_every_moment(place: Path) -> None:
 
     with ThreadPoolExecutor(1) as thread:
         seen = thread.submit(read)
-        for turn in range(50):
-            write(place / "out", f"new {turn}", force=True)
-        stop.set()
+        try:
+            for turn in range(50):
+                write(place / "out", f"new {turn}", force=True)
+        finally:
+            stop.set()
         assert seen.result() > 0  # and never FileNotFoundError
 
 
