@@ -50,7 +50,7 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
 	@touch $@
 
-OLDEST_TESTS := $(addprefix tests/runtime/test_,oracle.py forward.py feeding.py smol_llava.py) \
+OLDEST_TESTS := $(addprefix tests/runtime/test_,oracle.py forward.py feeding.py parity.py smol_llava.py) \
 	tests/bypass/test_proof.py tests/writers/test_staging.py
 test-oldest: $(OLDEST_STAMP)
 	@$(ALONE) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS) $(ARGS)
@@ -145,7 +145,7 @@ bench-vllm: setup sasa-vllm
 	@$(ALONE) $(VLLM)/bin/python benchmarks/vllm_cost.py build/serving/smol --out docs/vllm-cost.md
 
 # More inputs than the test suite tries.
-FUZZED := $(addprefix tests/bypass/test_,artefact.py fail_closed.py fuzz_inputs.py) tests/writers/test_faults.py \
+FUZZED := $(addprefix tests/bypass/test_,fail_closed.py fuzz_inputs.py) tests/writers/test_faults.py \
 	tests/runtime/test_feeding.py tests/probe/test_fuzz_calibration.py tests/models/test_source_files.py
 fuzz: setup
 	@SASA_FUZZ=400 $(ALONE) $(BIN)/python $(PYTEST) $(FUZZED)

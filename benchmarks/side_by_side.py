@@ -21,8 +21,6 @@ import click
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from sasa_export.flags import flags, option
 from sasa_export.models import open_source
@@ -204,15 +202,9 @@ def describe(pair: Pair, settings: Settings) -> str:
 
 def publish(title: str, about: str, tables: dict[str, list[Row]], out: Path | None) -> None:
     """Print tables of `COLUMNS` by their headings, and write them to a page of Markdown."""
-    console = Console()
-    for heading, rows in tables.items():
-        table = Table(*COLUMNS, title=heading, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print(about, highlight=False)
+    parts = [f"## {heading}\n\n{markdown(COLUMNS, rows)}" for heading, rows in tables.items()]
+    click.echo("\n".join([*parts, about]))
     if out is not None:
-        parts = [f"## {heading}\n\n{markdown(COLUMNS, rows)}" for heading, rows in tables.items()]
         write_page(title, about, parts, out)
 
 

@@ -24,12 +24,7 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from cli_steps import offline, write_probe  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin  # noqa: E402
 
 import sasa_export  # noqa: E402
 
@@ -42,6 +37,13 @@ torch.set_num_threads(1)
 def load(directory: Path | str, **options: Any) -> Any:
     """A patched directory's model, as README loads it."""
     return AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True, **options).eval()
+
+
+def move_weights(model: Any) -> None:
+    """Change what a llava says, as training would."""
+    torch.manual_seed(0)
+    for block in model.model.language_model.layers:
+        block.mlp.down_proj.weight.data += torch.randn_like(block.mlp.down_proj.weight)
 
 
 @pytest.fixture(scope="session")
@@ -124,13 +126,11 @@ class Guard:
         Args: found and expected: (batch, tokens), which end where the longest answer or the limit does; refused:
         (batch,).
         """
-        assert found.shape[0] == expected.shape[0] == refused.shape[0]
-        refusal = self.refusal[: found.shape[1]]
-        wanted = [refusal if refuse else row.tolist() for refuse, row in zip(refused, expected, strict=True)]
-        for said, right in zip(found.tolist(), wanted, strict=True):
+        for said, row, refuse in zip(found.tolist(), expected.tolist(), refused.tolist(), strict=True):
+            right = self.refusal[: len(said)] if refuse else row
             both = min(len(said), len(right))
-            assert said[:both] == right[:both]
-            assert set(said[both:] + right[both:]) <= self.ends
+            alike = said[:both] == right[:both] and set(said[both:] + right[both:]) <= self.ends
+            assert alike, f"{'refused' if refuse else 'allowed'}: {said} instead of {right}"
 
     @contextmanager
     def halved(self, inputs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -167,21 +167,15 @@ def guard(
     def made(family: str, safety: int | None, semantic: int | None, **options: Any) -> Guard:
         directory = tmp_path_factory.mktemp(f"guard-{family}")
         model, processor = stock(family)
-        size = model.config.get_text_config().vocab_size
-        weight = torch.randn(size, generator=torch.Generator().manual_seed(7)) / 20  # (vocabulary,)
+        text = model.config.get_text_config()
+        weight = torch.randn(text.vocab_size, generator=torch.Generator().manual_seed(7)) / 20  # (vocabulary,)
         bias = 0.1
-        probe = write_probe(directory / "probe.safetensors", oracle.folded(model, weight), bias)
-        settings: dict[str, Any] = {"refusal": "I will not help.", "verify": "files", **options}
-        sasa_export.patch(
-            sasa_export.Options(
-                model=str(tiny_model(family)),
-                out=directory / "patched",
-                probe=probe,
-                safety_layer=safety,
-                semantic_layer=semantic,
-                **settings,
-            )
-        )
+        capped = getattr(text, "final_logit_softcapping", None)  # then the probe reads the logits themselves
+        probe = write_probe(directory / "probe.safetensors", weight if capped else oracle.folded(model, weight), bias)
+        where = {"model": str(tiny_model(family)), "out": directory / "patched", "probe": probe}
+        layers = {"safety_layer": safety, "semantic_layer": semantic}
+        given: dict[str, Any] = {**where, **layers, "refusal": "I will not help.", "verify": "files", **options}
+        sasa_export.patch(sasa_export.Options(**given))
         patched = load(directory / "patched")
         return Guard(family, directory / "patched", patched, model, processor, safety, semantic, weight, bias)
 
@@ -199,16 +193,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     from sasa_export.writers.onnx.directory import write_onnx_directory
 
-    @cache  # which tells arguments apart by how they are written
+    @cache
     def made(patched: Path, opset: int, dtype: str) -> Path:
         out = tmp_path_factory.mktemp("onnx")
         write_onnx_directory(patched, out, opset=opset, dtype=dtype)
         return out
 
-    def get(patched: Path, opset: int = 23, dtype: str = "float32") -> Path:
-        return made(patched, opset, dtype)
-
-    return get
+    # A cache tells arguments apart by how they are written.
+    return lambda patched, opset=23, dtype="float32": made(patched, opset, dtype)
 
 
 @pytest.fixture(scope="session")
@@ -234,16 +226,10 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     def run(script: str, argument: Any) -> Any:
         scratch = tmp_path_factory.mktemp("fresh")
+        command = [sys.executable, "-I", "-c", script, json.dumps(argument)]
+        how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
         environment = {**offline(), "HF_MODULES_CACHE": str(scratch / "modules")}
-        result = subprocess.run(
-            [sys.executable, "-I", "-c", script, json.dumps(argument)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            cwd=scratch,
-            env=environment,
-            check=False,
-        )
+        result = subprocess.run(command, cwd=scratch, env=environment, **how)
         assert result.returncode == 0, result.stderr[-4000:]
         return json.loads(result.stdout.strip().splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""Runs a command of the tool in a fork, and lets it be killed or find the disk full at a point.
+"""Runs a command of the tool in a fork, and lets it be killed, interrupted or find the disk full at a point.
 
 A point is an operation that changes a file or a directory below a root, as Python's audit events tell. A fork begins
 with everything imported, so that a try costs what the command does and no more.
@@ -18,6 +18,7 @@ from typing import Any
 # The audit event of each operation, and which of its arguments is the path that changes.
 CHANGES = {"os.rename": 1, "os.link": 1, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "open": 0}
 NEEDS_SPACE = ("os.link", "os.mkdir", "open")  # a rename or a removal needs none
+FULL = 0  # the fault of a disk that is full from a point on
 EXCHANGE = "renameat2"  # called through ctypes, so that it is seen when its address is looked up
 
 
@@ -30,8 +31,8 @@ class Ended:
     points: list[str]
 
 
-def run(arguments: list[str], root: Path, log: Path, fault: tuple[str, int] | None = None) -> Ended:
-    """Run a command in a fork. `fault` is what happens, "kill" or "full", and at which point, from 0."""
+def run(arguments: list[str], root: Path, log: Path, fault: tuple[int, int] | None = None) -> Ended:
+    """Run a command in a fork. `fault` is the number of a signal, or FULL, and at which point it comes, from 0."""
     points = log.with_suffix(".json")
     points.write_text("[]")
     process = os.fork()
@@ -45,12 +46,14 @@ def run(arguments: list[str], root: Path, log: Path, fault: tuple[str, int] | No
     return Ended(os.waitstatus_to_exitcode(status), log.read_text(), json.loads(points.read_text()))
 
 
-def _command(arguments: list[str], root: Path, log: Path, points: Path, fault: tuple[str, int] | None) -> int:
+def _command(arguments: list[str], root: Path, log: Path, points: Path, fault: tuple[int, int] | None) -> int:
     """Run the command line here, with the fault, and return its exit code."""
     from sasa_export.cli import main
 
     passed: list[str] = []
-    kind, at = fault or ("", 0)
+    number, at = fault or (FULL, sys.maxsize)
+    # A suite that a shell runs in the background has SIGINT ignored, and hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def audit(event: str, details: tuple[Any, ...]) -> None:
         if event == "ctypes.dlsym" and details[1] == EXCHANGE:
@@ -61,10 +64,11 @@ def _command(arguments: list[str], root: Path, log: Path, points: Path, fault: t
             return
         else:
             passed.append(event)
-        if kind == "kill" and len(passed) > at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "full" and len(passed) > at and passed[-1] in NEEDS_SPACE:  # a full disk stays full
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(details[0]))
+        if number == FULL:
+            if len(passed) > at and passed[-1] in NEEDS_SPACE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(details[0]))
+        elif len(passed) == at + 1:
+            os.kill(os.getpid(), number)
 
     with log.open("w", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):
         sys.addaudithook(audit)

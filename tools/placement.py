@@ -3,9 +3,7 @@
     python tools/placement.py GRAPH...
 
 onnxruntime-gpu itself places them, by the kernels that its CUDA provider registers. The libraries of CUDA that the
-provider is linked with are stood in for by empty ones, made here by gcc: a graph is placed, and never run. Prints a
-table: nodes on the GPU; nodes on the CPU because they compute shapes, which onnxruntime leaves there; nodes on the CPU
-because CUDA has no kernel for them; copies between the two, for each graph in it.
+provider is linked with are stood in for by empty ones, made here by gcc: a graph is placed, and never run.
 """
 
 import os
@@ -32,21 +30,26 @@ ANSWERS = {
     "cudaGetDeviceProperties": "(char *said) { memset(said, 0, 400); *(int *)(said + 308) = 32; "
     "*(int *)(said + 320) = 1024; *(int *)(said + 360) = 8; return 0; }",
 }  # fmt: skip
-OPENED = (
-    "cudaStreamCreateWithFlags",
-    "cudaEventCreateWithFlags",
-    "cudaEventCreate",
-    "cublasCreate_v2",
-    "cublasLtCreate",
-)
-ANSWERS |= dict.fromkeys(OPENED, "(void **handle) { *handle = malloc(256); return 0; }")
+CREATED = "cudaStreamCreateWithFlags cudaEventCreateWithFlags cudaEventCreate cublasCreate_v2 cublasLtCreate".split()
+ANSWERS |= dict.fromkeys(CREATED, "(void **handle) { *handle = malloc(256); return 0; }")
 # Of the providers in the package; unversioned names that one lacks are of the library given here.
 PROVIDERS = {"cuda": "libcuda.so.1", "tensorrt": "libnvinfer.so.10"}
 
 
+# Placed, a graph says where; there is nothing behind the libraries that could be closed.
+OPEN = """
+import onnxruntime, os, sys
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 0
+gpu, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=[gpu, cpu])
+os._exit(session.get_providers()[0] != gpu)
+"""
+
+
 class Placement(NamedTuple):
     gpu: int  # nodes there, copies not counted
-    shapes: int  # nodes on the CPU by choice
+    shapes: int  # nodes on the CPU because they compute shapes, which onnxruntime leaves there
     missing: list[str]  # nodes on the CPU for want of a kernel, as "Operator (name)"
     copies: dict[str, int]  # between the two, by the name of the graph that they lie in
 
@@ -55,11 +58,10 @@ def place(graph: Path) -> Placement:
     """Where onnxruntime-gpu would run a graph's nodes. RuntimeError where it cannot be asked."""
     with tempfile.TemporaryDirectory() as folder:
         write_libraries(Path(folder))
-        result = subprocess.run(
-            [sys.executable, __file__, "--open", graph], capture_output=True, text=True, check=False,
-            env={**os.environ, "LD_LIBRARY_PATH": folder},
-        )  # fmt: skip
-    if result.returncode or "opened on CUDAExecutionProvider" not in result.stdout:
+        environment = {**os.environ, "LD_LIBRARY_PATH": folder}
+        command = [sys.executable, "-c", OPEN, str(graph)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode:
         raise RuntimeError(f"onnxruntime-gpu did not open {graph}: {result.stderr.strip()[-300:]}")
     return read_log(result.stderr)
 
@@ -110,29 +112,6 @@ def _said(*command: object) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
-def open_on_gpu(graph: str) -> None:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 0
-    session = onnxruntime.InferenceSession(graph, options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
-    print(f"opened on {session.get_providers()[0]}", flush=True)
-    os._exit(0)  # there is nothing behind the libraries that could be closed
-
-
-def main(graphs: list[str]) -> None:
-    import onnxruntime
-
-    print(f"onnxruntime-gpu {onnxruntime.__version__}\n")
-    print("| graph | nodes on the GPU | shapes on the CPU | no kernel | copies |\n|---|---|---|---|---|")
-    for graph in graphs:
-        found = place(Path(graph))
-        missing = ", ".join(found.missing) or "none"
-        copies = ", ".join(f"{count} in {name}" for name, count in found.copies.items()) or "none"
-        print(f"| {graph} | {found.gpu} | {found.shapes} | {missing} | {copies} |")
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "--open":
-        open_on_gpu(sys.argv[2])
-    main(sys.argv[1:])
+    for graph in sys.argv[1:]:
+        print(graph, place(Path(graph)))

@@ -6,20 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tiny
 import torch
 import transformers
-from cli_steps import invoke, settle
+from cli_steps import flip, invoke, settle, write_probe
 from conftest import Guard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import sasa_export
+from sasa_export.manifest import write_manifest
 from sasa_export.runtime.settings import FORMAT, SEAL
+from sasa_export.verify import verify_directory
+from sasa_export.writers.onnx import GRAPHS
+from sasa_export.writers.onnx.layout import write_files
 
 Guards = Callable[..., Guard]
 Edit = Callable[[Path], Any]
-Outcomes = dict[str, str]
 
 # These tests share one child process, so they stay with one worker.
 pytestmark = pytest.mark.xdist_group("fail-closed")
@@ -36,7 +41,51 @@ STOCK: dict[str, tuple[str, ...]] = {
     "gemma3": ("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM", "Gemma3ForSequenceClassification"),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration", "LlamaForCausalLM"),
 }
-AUTO = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel", "AutoModelForMultimodalLM")
+
+# Each loader is an expression; `d` is the directory, {trust} whether its code may be run, {stock} the family's class.
+AUTO = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+CONFIG = "transformers.AutoConfig.from_pretrained(d, trust_remote_code={trust})"
+LOADERS = {
+    **{
+        f'pipeline("{task}")': f'transformers.pipeline("{task}", model=d, trust_remote_code={{trust}}).model'
+        for task in ("image-text-to-text", "any-to-any", "text-generation", "feature-extraction")
+    },
+    **{name: f"transformers.{name}.from_pretrained(d, trust_remote_code={{trust}})" for name in AUTO},
+    **{
+        name: f"peft.{name}.from_pretrained(d, trust_remote_code={{trust}})"
+        for name in ("AutoPeftModel", "AutoPeftModelForCausalLM")
+    },
+    **{
+        f"{name}.from_config": f"transformers.{name}.from_config({CONFIG}, trust_remote_code={{trust}})"
+        for name in AUTO[:2]
+    },
+    "transformers serve": 'ModelManager("cpu", "auto", {trust})._load_model(d + "@main")',
+    "the stock class, handed the directory's configuration": f"{{stock}}.from_pretrained(d, config={CONFIG})",
+}
+# Those that give the guarded class, with trust. All others load nothing, with and without.
+KEEP = {'pipeline("image-text-to-text")', *AUTO[2:], "transformers serve"}
+
+LOAD = """
+import json, sys
+import torch, transformers
+torch.set_num_threads(1)
+found = {}
+for name, (d, expression) in json.loads(sys.argv[1]).items():
+    try:
+        if "peft." in expression:
+            import peft
+        if "ModelManager" in expression:
+            from transformers.cli.serving.model_manager import ModelManager
+        model = eval(expression)
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([[1, 65, 70, 75, 80, 85]]))
+        guarded = getattr(output, "unsafe_probability", None) is not None
+        found[name] = "guarded" if guarded else "UNGUARDED: " + type(model).__name__
+    except Exception as error:
+        found[name] = "error: " + type(error).__name__ + ": " + str(error)
+assert "sasa_export" not in sys.modules
+print("\\n" + json.dumps(found))
+"""
 
 
 def of_settings(**values: Any) -> Edit:
@@ -79,8 +128,8 @@ def of_tensors(holding: str, change: Callable[[dict[str, torch.Tensor]], Any]) -
     return edit
 
 
-def probe_of(value: float) -> Edit:
-    return of_tensors("sasa.probe.weight", lambda tensors: tensors["sasa.probe.weight"].fill_(value))
+def probe_of(weight: torch.Tensor) -> Edit:
+    return of_tensors("sasa.probe.weight", lambda tensors: tensors.update({"sasa.probe.weight": weight}))
 
 
 def without(tensor: str) -> Edit:
@@ -112,15 +161,12 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "no gate": (without_node("gate"), "gate"),
     "no taps": (without_node("tap"), "graph"),
     "blocks missing in the graph": (without_node("block"), "blocks"),
-    "zero probe": (probe_of(0.0), "sasa.probe"),
-    "NaN probe": (probe_of(float("nan")), "sasa.probe"),
-    "infinite probe": (probe_of(float("inf")), "sasa.probe"),
+    "zero probe": (probe_of(torch.zeros(tiny.HIDDEN)), "sasa.probe"),
+    "NaN probe": (probe_of(torch.full((tiny.HIDDEN,), torch.nan)), "sasa.probe"),
+    "infinite probe": (probe_of(torch.full((tiny.HIDDEN,), torch.inf)), "sasa.probe"),
     "no probe weight": (without("sasa.probe.weight"), "sasa.probe.weight"),
     "no probe bias": (without("sasa.probe.bias"), "sasa.probe.bias"),
-    "probe too long": (
-        of_tensors("sasa.probe.weight", lambda tensors: tensors.update({"sasa.probe.weight": torch.ones(65)})),
-        "mismatched",
-    ),
+    "probe too long": (probe_of(torch.ones(tiny.HIDDEN + 1)), "mismatched"),
     "a tensor too many": (
         of_tensors("sasa.probe.weight", lambda tensors: tensors.update({"sasa.other": torch.ones(3)})),
         "sasa.other",
@@ -134,72 +180,61 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "half a shard": (cut, ""),
 }
 
-LOAD = """
-import json, sys
-import torch
-import transformers
-torch.set_num_threads(1)
-found = {}
-for name, (directory, cls, options) in json.loads(sys.argv[1]).items():
-    try:
-        if options.pop("opened", False):
-            options["config"] = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
-        model = getattr(transformers, cls).from_pretrained(directory, **options)
-        with torch.no_grad():
-            guarded = "unsafe_probability" in model(input_ids=torch.tensor([[1, 65, 70, 75, 80, 85]]))
-        found[name] = "loaded, " + ("guarded" if guarded else "UNGUARDED")
-    except Exception as error:
-        found[name] = f"{type(error).__name__}: {error}"
-assert "sasa_export" not in sys.modules
-print("\\n" + json.dumps(found))
-"""
-
 
 @pytest.fixture(scope="module")
-def outcomes(
-    guard: Guards, fresh: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], str]:
+def outcomes(guard: Guards, fresh: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What became of each attempt to load, all made in one process."""
     root = tmp_path_factory.mktemp("damaged")
-    jobs: dict[str, tuple[str, str, dict[str, bool]]] = {}
+    jobs: dict[str, tuple[str, str]] = {}
     for family in tiny.FAMILIES:
-        for cls in (*AUTO, *STOCK[family]):
-            jobs[f"{family} {cls}"] = (str(guard(family).directory), cls, {})
+        for cls in (*STOCK[family], *AUTO):
+            jobs[f"{family} {cls}"] = (str(guard(family).directory), f"transformers.{cls}.from_pretrained(d)")
     for number, (name, (edit, _)) in enumerate({**DAMAGE, "nothing": (lambda directory: None, "")}.items()):
         # A name of its own for each, since code is cached by the directory's name.
         directory = shutil.copytree(guard("llava").directory, root / f"case{number}")
         edit(directory)
-        jobs[name] = (str(directory), AUTO[0], {"trust_remote_code": True})
-    # Last, since what these register stays registered in that process.
-    for family in tiny.FAMILIES:
-        directory = guard(family).directory
-        jobs[f"{family} opened"] = (str(directory), STOCK[family][0], {"opened": True})
-        for cls in AUTO[1:]:
-            jobs[f"{family} {cls} trusted"] = (str(directory), cls, {"trust_remote_code": True})
-    found: Outcomes = fresh(LOAD, jobs)
-    return found.__getitem__
+        jobs[name] = (str(directory), LOADERS[AUTO[2]].format(trust=True))
+    found: dict[str, str] = fresh(LOAD, jobs)
+    return found
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_other_ways_to_load(outcomes: Callable[[str], str], family: str) -> None:
-    """Stock classes raise with the sentence of the seal, and Auto classes without trust name what they need."""
+def test_stock_classes(outcomes: dict[str, str], family: str) -> None:
+    """They raise with the sentence of the seal, and Auto classes without trust name what they need."""
     for cls in STOCK[family]:
-        assert SEAL in outcomes(f"{family} {cls}"), cls
-    assert SEAL in outcomes(f"{family} opened")
+        assert SEAL in outcomes[f"{family} {cls}"], cls
     for cls in AUTO:
-        assert "trust_remote_code" in outcomes(f"{family} {cls}"), cls
-    for cls in AUTO[1:-1]:
-        assert not outcomes(f"{family} {cls} trusted").startswith("loaded"), cls
-    assert outcomes(f"{family} {AUTO[-1]} trusted") == "loaded, guarded"
+        assert "trust_remote_code" in outcomes[f"{family} {cls}"], cls
+
+
+@pytest.fixture(scope="module")
+def loaded(guard: Guards, fresh: Callable[..., Any]) -> dict[str, str]:
+    """What each loader gave of each family, in one process that does not know this project."""
+    jobs = {}
+    for trust in (False, True):
+        for family in tiny.FAMILIES:
+            for name, expression in LOADERS.items():
+                call = expression.format(trust=trust, stock=f"transformers.{STOCK[family][0]}")
+                jobs[f"{name} {family} {trust}"] = (str(guard(family).directory), call)
+    found: dict[str, str] = fresh(LOAD, jobs)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_loader_fails_or_keeps_the_gate(loaded: dict[str, str], name: str) -> None:
+    for trust in (False, True):
+        outcomes = {loaded[f"{name} {family} {trust}"] for family in tiny.FAMILIES}
+        wanted = "guarded" if name in KEEP and trust else "error"
+        assert {outcome.partition(":")[0] for outcome in outcomes} == {wanted}, outcomes
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_directory_does_not_load(outcomes: Callable[[str], str], name: str) -> None:
+def test_a_damaged_directory_does_not_load(outcomes: dict[str, str], name: str) -> None:
     """It is an error when it is loaded, and that names what is wrong."""
-    assert outcomes("nothing") == "loaded, guarded"
-    error, (_, named) = outcomes(name), DAMAGE[name]
-    assert not error.startswith("loaded") and named in error, error
-    assert len(error.partition(": ")[2]) > 10, error
+    assert outcomes["nothing"] == "guarded"
+    error, (_, named) = outcomes[name], DAMAGE[name]
+    assert error.startswith("error: ") and named in error and len(error) > 30, error
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "6.0.0"])
@@ -211,21 +246,80 @@ def test_another_major_version_of_transformers(guard: Guards, monkeypatch: pytes
         exec(compile(source, "modeling_sasa.py", "exec"), {"__name__": "modeling_sasa"})
 
 
-def test_serving_engines_are_told_no(guard: Guards) -> None:
-    """vLLM and others ask this before they run a decoder under a head of their own."""
-    guarded = guard("llava")
-    assert guarded.model.is_backend_compatible() is False and guarded.stock.is_backend_compatible() is True
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_steps_of_vllm(guard: Guards, family: str) -> None:
+    """vLLM and SGLang take a model that they do not know through transformers in these steps, and stop at each.
+
+    The architecture is no class of transformers; the class behind the directory's auto_map says that it is not
+    compatible; and the class that they would build, AutoModel, does not know the configuration.
+    """
+    guarded = guard(family)
+    assert not hasattr(transformers, guarded.model.config.architectures[0])
+    assert guarded.model.is_backend_compatible() is False and guard("llava").stock.is_backend_compatible() is True
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        transformers.AutoModel.from_config(guarded.model.config, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def mixed(guard: Guards, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """An ONNX directory (but for its graphs, which no loader here reads), and the two formats put into each other."""
+    root = tmp_path_factory.mktemp("mixed")
+    patched = guard("llava").directory
+    onnx = root / "onnx"
+    (onnx / "onnx").mkdir(parents=True)
+    write_files(patched, onnx, AutoProcessor.from_pretrained(patched), dtype="float32", external={}, kinds=(), gate=1)
+    for name in GRAPHS:
+        (onnx / "onnx" / f"{name}.onnx").touch()
+    write_manifest(onnx, {})
+    both = Path(shutil.copytree(onnx, root / "both"))
+    for path in patched.glob("*.safetensors*"):
+        shutil.copyfile(path, both / path.name)
+    other = Path(shutil.copytree(patched, root / "other"))
+    shutil.copyfile(onnx / "config.json", other / "config.json")
+    return [onnx, both, other]
+
+
+@pytest.mark.slow
+def test_formats_mixed_up(mixed: list[Path], fresh: Callable[..., Any]) -> None:
+    """Neither weights put beside the graphs nor the graphs' configuration beside the weights give a plain model."""
+    assert type(AutoProcessor.from_pretrained(mixed[0])).__name__ == "LlavaProcessor", "it must stay readable"
+    jobs = {
+        f"{path.name} {cls}": (str(path), f"transformers.{cls}.from_pretrained(d)")
+        for path in mixed
+        for cls in (*STOCK["llava"][:3], "LlamaModel", "CLIPVisionModel", *AUTO)
+    }
+    outcomes = fresh(LOAD, jobs)
+    assert all(outcome.startswith("error: ") for outcome in outcomes.values()), outcomes
+    for path, name in zip(mixed[1:], ("model-00001-of-00002.safetensors", "config.json"), strict=True):
+        checks = verify_directory(path, only_files=True)
+        assert name in " ".join(check.detail for check in checks if not check.passed), path
+
+
+@pytest.mark.slow
+def test_gguf_conversion(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp's converter does not know the architecture, and, were it made to, not the probe's tensors.
+
+    It takes the architecture of a nested configuration, as LLaVA-1.5-7B's config.json names one, before that of the
+    whole model.
+    """
+    source = Path(shutil.copytree(tiny_model("llava"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["architectures"] = ["LlamaForCausalLM"]
+    config["vision_config"]["architectures"] = ["CLIPVisionModel"]
+    (source / "config.json").write_text(json.dumps(config))
+    probe = write_probe(tmp_path / "probe.safetensors", torch.ones(tiny.HIDDEN))
+    sasa_export.patch(sasa_export.Options(str(source), tmp_path / "patched", probe=probe, verify="files"))
+
+    config = json.loads((tmp_path / "patched" / "config.json").read_text())
+    parts = [config["text_config"], config["vision_config"]]
+    known = {(part.get("architectures") or config["architectures"])[0] for part in parts}
+    assert known == {"SasaLlavaForConditionalGeneration"}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, tiny.LAYERS)
+    for name, is_known in (("sasa.probe.weight", 0), ("sasa.probe.bias", 0), ("model.layers.0.mlp.up_proj.weight", 1)):
+        assert bool(names.get_name(name, try_suffixes=(".weight", ".bias"))) == is_known
 
 
 # ----------------------------------------------------------------------------------------------------- verify
-
-
-def flip(directory: Path) -> None:
-    """Change one byte in the middle of the weights."""
-    path = shard_of(directory, HEAD)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def link(directory: Path) -> None:
@@ -237,18 +331,14 @@ def link(directory: Path) -> None:
 
 # Changes that leave a directory in which a guarded model loads, and the file that only the checksums tell of.
 QUIET: dict[str, tuple[Edit, str]] = {
-    "one byte of the weights": (flip, "model-00001-of-00002.safetensors"),
+    "one byte of the weights": (lambda directory: flip(shard_of(directory, HEAD), -1000), "model-00001-of-00002.safe"),
     "a line more in the code": (lambda directory: (directory / MODELING).open("a").write("# more\n"), MODELING),
-    "another probe": (
-        of_tensors("sasa.probe.weight", lambda tensors: tensors["sasa.probe.weight"].neg_()),
-        "model-00002-of-00002.safetensors",
-    ),
+    "another probe": (probe_of(torch.ones(tiny.HIDDEN)), "model-00002-of-00002.safetensors"),
     "a link that leads out of the directory": (link, "model-00001-of-00002.safetensors"),
     "a pickle beside": (lambda directory: torch.save({}, directory / "pytorch_model.bin"), "pytorch_model.bin"),
     "no template": (lambda directory: (directory / "chat_template.jinja").unlink(), "chat_template.jinja"),
     "no manifest": (lambda directory: (directory / "sasa-export.json").write_text("{}"), "sasa-export.json"),
 }
-
 
 TOKENIZED = ("a special token in the refusal", "a refusal too long")  # found where the model is loaded
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_steps import settle
-from conftest import Guard, load
-from safetensors.torch import load_file, save_file
+from conftest import Guard, load, move_weights
 
 from sasa_export.writers.cases import Case, known
 
@@ -32,17 +31,6 @@ def knowing(guard: Guards, tmp_path: Path) -> Path:
     return directory
 
 
-def change(directory: Path, much: float) -> None:
-    """Add noise to the weights of every block."""
-    torch.manual_seed(0)
-    for path in directory.glob("*.safetensors"):
-        tensors = load_file(path)
-        for name, tensor in tensors.items():
-            if "layers" in name and tensor.dim() == 2:
-                tensors[name] = tensor + much * tensor.std() * torch.randn_like(tensor)
-        save_file(tensors, path, metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}], ids=["as it is", "bfloat16"])
 def test_the_same_weights_say_nothing(knowing: Path, caplog: pytest.LogCaptureFixture, options: Any) -> None:
     load(knowing, **options)
@@ -57,28 +45,20 @@ def test_a_moved_verdict_is_told(knowing: Path, caplog: pytest.LogCaptureFixture
     assert "has moved by up to 0.15" in caplog.text and "patch the result" in caplog.text
 
 
-def test_other_weights_are_an_error_unless_the_operator_says_otherwise(knowing: Path) -> None:
-    change(knowing, 1.0)
-    with pytest.raises(ValueError, match="known prompts has moved"):
-        load(knowing)
-    load(knowing, sasa={"prove": False})
-
-
-def test_training_is_told_when_its_result_is_saved(
+def test_training_is_told_when_its_result_is_saved_and_loads_only_where_the_operator_says_so(
     knowing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load(knowing)
     model.save_pretrained(tmp_path / "same")
     assert not caplog.records
-    torch.manual_seed(0)
-    for block in model.model.language_model.layers:
-        block.mlp.down_proj.weight.data += torch.randn_like(block.mlp.down_proj.weight)
+    move_weights(model)
     model.save_pretrained(tmp_path / "other", state_dict=model.state_dict())  # what is saved is elsewhere
     assert not caplog.records
     model.save_pretrained(tmp_path / "other")
     assert "has moved by up to" in caplog.text
     with pytest.raises(ValueError, match="known prompts has moved"):
         load(tmp_path / "other")
+    load(tmp_path / "other", sasa={"prove": False})
 
 
 def test_an_export_knows_its_prompts_of_text(guard: Guards) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
-from conftest import Guard
+from cli_steps import invoke
+from conftest import Guard, load
 from matrix import hosts
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
-from sasa_export.cli import main
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.runtime.version import TRIED
 
@@ -25,8 +24,8 @@ pytestmark = pytest.mark.xdist_group("llava")
 UNTRIED = "5.99.0"
 
 
-def load(guarded: Guard, **sasa: Any) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(guarded.directory, trust_remote_code=True, sasa=sasa)
+def load_with(guarded: Guard, **sasa: Any) -> Any:
+    return load(guarded.directory, sasa=sasa)
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         (TRIED[0], {}, False),
         (UNTRIED, {}, True),
-        (TRIED[-1], {"prove": True}, True),
+        (TRIED[-1], {"prove": True, "gate": "observe"}, True),
         (UNTRIED, {"prove": False}, False),
     ],
 )
@@ -58,7 +57,7 @@ def test_where_it_is_made(
     """On a version that was tried it costs nothing; the operator can ask for it, or leave it out."""
     guarded = guard("llava")
     monkeypatch.setattr(transformers, "__version__", version)
-    model = load(guarded, **settings)
+    model = load_with(guarded, **settings)
     assert bool(calls) == proved
     assert model.config.sasa["threshold"] == guarded.model.config.sasa["threshold"]
     assert "forward" not in vars(model) and model.sasa.settings is model.config.sasa
@@ -67,10 +66,6 @@ def test_where_it_is_made(
 def test_this_version_was_tried() -> None:
     """A new one is entered in TRIED, with a run of all tests."""
     assert transformers.__version__ in TRIED
-
-
-def test_an_observing_model_can_be_proved(guard: Guards) -> None:
-    assert load(guard("llava"), prove=True, gate="observe").config.sasa["gate"] == "observe"
 
 
 def other_answers(own: Any) -> Any:
@@ -98,7 +93,7 @@ def test_a_host_that_loses_the_past_loads_nothing(
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "prepare_inputs_for_generation", prepare)
     with pytest.raises(RuntimeError, match=rf"does not hold .*pip install transformers=={TRIED[-1]}"):
-        load(guard("llava"), prove=True)
+        load_with(guard("llava"), prove=True)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +112,7 @@ def test_what_does_not_hold_is_said(
     owner = reduce(getattr, path, sys.modules[type(guarded.model).__module__])
     monkeypatch.setattr(owner, name, change(getattr(owner, name)))
     with pytest.raises(RuntimeError, match=said):
-        load(guarded, prove=True)
+        load_with(guarded, prove=True)
 
 
 @pytest.mark.slow
@@ -128,13 +123,11 @@ def test_a_directory_of_before_is_told_to_be_patched_again(guard: Guards, tmp_pa
     before = digest(source)
     source.write_text(source.read_text().replace("def prove(", "def proves("))
     manifest.write_text(manifest.read_text().replace(before, digest(source)))
-    result = CliRunner().invoke(main, ["verify", str(directory)])
+    result = invoke("verify", str(directory))
     assert result.exit_code == 1 and "Patch the model again" in result.stderr
 
 
 def test_weights_without_numbers_are_not_asked(guard: Guards) -> None:
     """On the meta device there is nothing to run."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        guard("llava").directory, trust_remote_code=True, device_map="meta", sasa={"prove": True}
-    )
+    model = load(guard("llava").directory, device_map="meta", sasa={"prove": True})
     assert model.device == torch.device("meta")

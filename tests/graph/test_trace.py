@@ -20,7 +20,7 @@ from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite
 from sasa_export.graph.trace import trace, trace_source
 from sasa_export.models import open_source
-from sasa_export.models.family import Family, families, family_of
+from sasa_export.models.family import families, family_of
 from sasa_export.models.load import load_processor
 from sasa_export.models.shapes import skeleton
 
@@ -94,16 +94,6 @@ def test_the_graph_is_what_the_familys_file_says(tiny_model: Tiny, stock: Stock,
         assert [node.attributes["index"] for node in graph.of("block")] == list(range(tiny.LAYERS))
 
 
-def test_hooks_are_removed(stock: Stock) -> None:
-    """After an error too."""
-    model, _ = stock("llava")
-    before = [len(module._forward_hooks) for module in model.modules()]
-    traced(stock)
-    with pytest.raises(Exception, match="input_ids"):
-        trace(model, family_of("llava"), {})
-    assert [len(module._forward_hooks) for module in model.modules()] == before
-
-
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("graphs/*.toml")), ids=lambda path: path.stem)
 def test_every_family_file_is_tried(path: Path) -> None:
     """A family's file without a tiny model to trace would be a claim that nobody has checked."""
@@ -134,19 +124,22 @@ def adding(amount: float) -> Any:
     return hook
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "gemma3"])
-def test_an_addition_between_two_blocks_is_seen(stock: Stock, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "behind"), [("llava", 2), ("qwen2_5_vl", 2), ("smolvlm", 2), ("gemma3", 2), ("llava", 5)]
+)
+def test_an_addition_between_two_blocks_is_seen(stock: Stock, family: str, behind: int) -> None:
     """By identity, not by value: what adds nothing to this prompt may add something to the next."""
-    model, _ = stock(family)
-    block = model.get_submodule(f"{family_of(family).modules['blocks']}.3")
+    model, modules = stock(family)[0], family_of(family).modules
+    reader = "norm" if behind + 1 == tiny.LAYERS else f"layers.{behind + 1}"
+    path, name = reader.replace("layers", modules["blocks"]), f"between.{behind}.{reader.removeprefix('layers.')}"
+    block = model.get_submodule(modules.get(reader, path))
     with hooked(block.register_forward_pre_hook(adding(0.0), with_kwargs=True)):
         graph = traced(stock, family)
     (between,) = graph.of("between")
-    assert (between.name, between.inputs, between.module) == ("between.2.3", ("layers.2",), None)
-    assert graph["layers.3"].inputs == ("between.2.3",)
-    with pytest.raises(RewriteError, match=r"between\.2\.3: .*Choose a later --safety-layer"):
+    assert (between.name, between.inputs, between.module) == (name, (f"layers.{behind}",), None)
+    assert graph[reader].inputs == (name,) and graph.earliest_safety_layer() == behind + 1
+    with pytest.raises(RewriteError, match=rf"{name}: .*Choose a later --safety-layer"):
         rewrite(graph, LaneSettings(2, 4))
-    assert [node.attributes["index"] for node in rewrite(graph, LaneSettings(3, 4)).of("lane_block")] == [4, 5]
 
 
 @pytest.mark.parametrize("add", [torch.add, torch.Tensor.add_], ids=["anew", "in place"])
@@ -159,118 +152,74 @@ def test_an_addition_inside_the_decoders_loop_is_seen(
     assert [node.name for node in traced(stock).of("between")] == ["between.2.3"]
 
 
-def test_an_addition_behind_the_last_block_is_seen(stock: Stock) -> None:
-    norm = stock("llava")[0].get_submodule("model.language_model.norm")
-    with hooked(norm.register_forward_pre_hook(adding(1.0), with_kwargs=True)):
-        graph = traced(stock)
-    assert graph["norm"].inputs == ("between.5.norm",)
-    with pytest.raises(RewriteError, match=r"between\.5\.norm"):
-        rewrite(graph, LaneSettings(3, 4))
-
-
-@pytest.fixture
-def changed_by(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`changed_by(change)`: a llava whose forward pass changes its logits behind the head."""
+def test_a_change_behind_the_head_is_seen(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That logits are only scaled, a family's file says, and is believed no further than the numbers show."""
     model, _ = stock("llava")
-    forward = type(model).forward
+    forward, scaled = type(model).forward, replace(family_of("llava"), scaled_logits=True)
+    inputs = {"input_ids": torch.ones(1, 5, dtype=torch.long)}
+    for change, is_scaled in ((lambda logits: torch.tanh(logits / 3) * 3, False), (lambda logits: logits / 8, True)):
 
-    def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def changing(self: Any, *args: Any, change: Any = change, **kwargs: Any) -> Any:
             output = forward(self, *args, **kwargs)
             output.logits = change(output.logits)
             return output
 
         monkeypatch.setattr(model, "forward", types.MethodType(changing, model))
-        return model
-
-    return changed
-
-
-def test_a_change_behind_the_head_is_seen(stock: Stock, changed_by: Callable[..., Any]) -> None:
-    changed_by(lambda logits: torch.tanh(logits / 30) * 30)
-    graph = traced(stock)
-    assert (graph.nodes[-1].name, graph.nodes[-1].inputs) == ("after_head", ("head",))
-    with pytest.raises(RewriteError, match="after_head"):
-        rewrite(graph, LaneSettings(1, 3))
-    gate = rewrite(graph, LaneSettings(1, 3, softcap=30.0))["sasa.gate"]
-    assert gate.inputs == ("after_head", "sasa.probe")
+        graph = trace(model, family_of("llava"), inputs)
+        assert (graph.nodes[-1].name, graph.nodes[-1].inputs) == ("after_head", ("head",))
+        assert bool(trace(model, scaled, inputs).of("after_head")) is not is_scaled
+        with pytest.raises(RewriteError, match=r"after_head: .*final_logit_softcapping"):
+            rewrite(graph, LaneSettings(1, 3))
 
 
-def test_logits_that_are_only_scaled(changed_by: Callable[..., Any]) -> None:
-    """A family's file says so, and is believed no further than the numbers show."""
-    family = replace(family_of("llava"), scaled_logits=True)
-    inputs = {"input_ids": torch.ones(1, 5, dtype=torch.long)}
-    model = changed_by(lambda logits: logits / 8)
-    assert trace(model, family_of("llava"), inputs).of("after_head")
-    assert not trace(model, family, inputs).of("after_head")
-    changed_by(lambda logits: torch.tanh(logits / 3) * 3)
-    assert trace(model, family, inputs).of("after_head")
+LEFT = {"shared": {"keys": torch.ones(1)}, "experts": torch.ones(1, 5, dtype=torch.int32)}
 
 
-@pytest.mark.parametrize("kind", ["positional", "named", "ids"])
+@pytest.mark.parametrize("name", ["float32", *LEFT])
 def test_what_another_block_leaves_for_a_block_is_seen(
-    stock: Stock, kind: str, monkeypatch: pytest.MonkeyPatch
+    stock: Stock, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block that needs it could not be replayed on another state alone; one that reads nothing of it could."""
 
     def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if kind == "named":
-            return args, {**kwargs, "shared": {"keys": torch.ones(1)}}
-        if kind == "ids":
-            return args, {**kwargs, "experts": torch.ones(1, 5, dtype=torch.int32)}
+        if name in LEFT:
+            return args, {**kwargs, name: LEFT[name]}
         kwargs.pop("attention_mask")
         return (*args, torch.zeros(1, 1, 1, 1)), kwargs
 
     block = stock("llava")[0].get_submodule("model.language_model.layers.3")
-    if kind == "named":
-        own = block.forward
-        with hooked(block.register_forward_pre_hook(hook, with_kwargs=True)):
+    own = block.forward
+    with hooked(block.register_forward_pre_hook(hook, with_kwargs=True)):
+        if name == "shared":
             traced(stock)
-        monkeypatch.setattr(
-            block, "forward", lambda *args, shared, **kwargs: own(*args, **kwargs) * shared.get("keys", 0)
-        )
-    said = {"positional": "float32", "named": "shared", "ids": "experts"}[kind]
-    with (
-        hooked(block.register_forward_pre_hook(hook, with_kwargs=True)),
-        pytest.raises(TraceError, match=rf"layers\.3 is given {said}"),
-    ):
-        traced(stock)
+            reading = lambda *args, shared, **kwargs: own(*args, **kwargs) * shared.get("keys", 0)  # noqa: E731
+            monkeypatch.setattr(block, "forward", reading)
+        with pytest.raises(TraceError, match=rf"layers\.3 is given {name}"):
+            traced(stock)
 
 
 # ------------------------------------------------------------------------------ models not as described
-
-
-def changed(role: str, path: str) -> Family:
-    family = family_of("llava")
-    return replace(family, modules={**family.modules, role: path})
 
 
 @pytest.mark.parametrize(
     "role, path, said",
     [
         ("norm", "model.language_model.final_norm", r"no module model\.language_model\.final_norm \(norm\)"),
-        ("blocks", "model.language_model.blocks", r"no module model\.language_model\.blocks \(blocks\)"),
         ("blocks", "model.language_model", r"model\.language_model should be a list of 6 blocks"),
         ("blocks", "model.vision_tower.encoder.layers", r"should be a list of 6 blocks"),
         ("norm", "model.vision_tower.post_layernorm", r"model\.vision_tower\.post_layernorm should run as step 7"),
         ("embedding", "model.multi_modal_projector", r"model\.multi_modal_projector should run as step 0"),
         ("head", "model.vision_tower", r"model\.vision_tower should run as step 8"),
-        ("vision", "model.tower", r"no module model\.tower \(vision\)"),
+        # Only a prompt with a picture shows it.
+        ("vision", "model.vision_tower.encoder.layers", r"\(vision\) should run once .*, and ran 0 times"),
+        ("projector", "model.vision_tower.encoder.layers", r"\(projector\) should run once .*, and ran 0 times"),
     ],
 )
 def test_a_wrong_path_is_named(stock: Stock, role: str, path: str, said: str) -> None:
-    model, processor = stock("llava")
+    (model, processor), family = stock("llava"), family_of("llava")
     with pytest.raises(TraceError, match=said):
-        trace(model, changed(role, path), prompt(processor))
-
-
-@pytest.mark.parametrize("role", ["vision", "projector"])
-def test_a_picture_must_run_through_the_named_tower(stock: Stock, role: str) -> None:
-    """Only a prompt with a picture shows it."""
-    model, processor = stock("llava")
-    family = changed(role, "model.language_model.layers.5.mlp.act_fn")
-    with pytest.raises(TraceError, match=r"layers\.5\.mlp\.act_fn"):
-        trace(model, family, prompt(processor, images=True))
+        inputs = prompt(processor, images=role in ("vision", "projector"))
+        trace(model, replace(family, modules={**family.modules, role: path}), inputs)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import dropwhile, pairwise
+from itertools import pairwise
 from typing import Any
 
 import oracle
@@ -130,20 +130,13 @@ class Bench:
 
         Args: found, expected: (rows * answers to each, tokens); refused: (rows,).
         """
-        several = len(found) // len(refused)
-        assert len(found) == len(expected) == several * len(refused)
-        refusal, verdicts = self.guarded.refusal, refused.repeat_interleave(several).tolist()
-        for row, other, refuse in zip(found.tolist(), expected.tolist(), verdicts, strict=True):
-            said = self._without_end(row)
-            if refuse and not exactly:
-                assert set(said) <= set(refusal), f"harmful answered: {said} instead of {refusal}"
-            else:
-                wanted = self._without_end(refusal[: len(row)] if refuse else other)
-                assert row and said == wanted, f"{'harmful' if refuse else 'harmless'}: {said} instead of {wanted}"
-
-    def _without_end(self, said: list[int]) -> list[int]:
-        """An answer without its end of sequence and the padding behind it."""
-        return list(dropwhile(self.guarded.ends.__contains__, reversed(said)))[::-1]
+        refused = refused.repeat_interleave(len(found) // len(refused))  # (rows * answers to each,)
+        assert found.shape[1] and len(found) == len(expected)
+        if not exactly:
+            for said in found[refused].tolist():
+                assert set(said) <= {*self.guarded.refusal, *self.guarded.ends}, f"harmful answered: {said}"
+            found, expected, refused = found[~refused], expected[~refused], refused[~refused]
+        self.guarded.check_answers(found, expected, refused)
 
     @torch.no_grad()
     def check_turns(self, speak: Callable[[Any], Transcript]) -> None:

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import write_tables
-from matrix import feeding, hosts, loading, options  # noqa: F401
-from matrix.rows import LLAVA, OTHERS, ROWS, Row
+from matrix.rows import LLAVA, OTHERS, Row
 
 REPORT = """<testsuites><testsuite>
 <testcase name="test_row[good_llava]@llava"/><testcase name="test_row[good_gemma3]"/>
@@ -23,8 +22,3 @@ def test_each_kind_of_row(tmp_path: Path) -> None:
     assert "| ✓ | good | refused | unchanged | llava, gemma3, qwen2_5_vl |  |\n| ✗ | bad | refused |" in text
     assert "| – | left | refused | unchanged | llava – |  |\n| ✗ | lost |" in text
     assert wrong == ["bad, llava", "lost, llava"]
-
-
-def test_rows_have_names_of_their_own() -> None:
-    tests = [row.identifier_on(target) for row in ROWS for target in row.targets]
-    assert len(tests) == len(set(tests))

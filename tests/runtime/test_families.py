@@ -33,13 +33,8 @@ Guards = Callable[..., Guard]
 TOLERANCE = 1e-5
 TOKENS = 20
 
-GROUPS = {family: pytest.mark.xdist_group(family) for family in tiny.MAKERS}
-FAMILIES = [
-    pytest.param(family, marks=[group, *[pytest.mark.slow] * (family in tiny.FAMILIES)])
-    for family, group in GROUPS.items()
-]
+FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in tiny.MAKERS]
 every_family = pytest.mark.parametrize("family", FAMILIES)
-each_of_them = pytest.mark.parametrize("family", [pytest.param(name, marks=group) for name, group in GROUPS.items()])
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +50,7 @@ def guarded(guard: Guards, family: str) -> Guard:
     return guard(family, tiny.SAFETY, tiny.SEMANTIC)
 
 
-@each_of_them
+@every_family
 @torch.no_grad()
 def test_oracle(guarded: Guard, family: str) -> None:
     """P(unsafe) is the oracle's; allowed rows keep their logits to the bit; refused rows say the refusal next, from
@@ -77,8 +72,8 @@ def test_oracle(guarded: Guard, family: str) -> None:
 @torch.no_grad()
 def test_tokens(guarded: Guard, family: str) -> None:
     """Twenty greedy tokens: allowed rows those of the stock model, refused rows the refusal."""
-    for images in (True, False):
-        inputs = guarded.batch(images=images)
+    for images, padding_side in [(True, "left"), (True, "right"), (False, "left")]:
+        inputs = guarded.batch(images=images, padding_side=padding_side)
         prompt = inputs["input_ids"].shape[1]
         expected = guarded.stock.generate(**inputs, max_new_tokens=TOKENS)[:, prompt:]  # (batch, up to TOKENS)
         with guarded.halved(inputs) as refused:
@@ -116,20 +111,20 @@ def test_ways(guarded: Guard, family: str, way: str) -> None:
 @every_family
 @torch.no_grad()
 def test_pieces(guarded: Guard, family: str) -> None:
-    """A prompt in pieces is judged as the whole one."""
+    """A prompt in pieces is judged as the whole one, however it is cut."""
     inputs = guarded.batch(count=3, seed=4)
     expected = guarded.expected(inputs)  # (batch,)
     first, tolerance = last_picture_token(guarded, inputs), TOLERANCE
     if family in tiny.RECURRENT:  # in the stock model too, such a state rounds, and padding fed alone counts
         first, tolerance = max(first, int((inputs["attention_mask"] == 0).sum(-1).max()) + 1), 10 * TOLERANCE
     with guarded.halved(inputs) as refused:
-        for ends in chunkings(inputs["input_ids"].shape[1], first, 4):
+        for ends in chunkings(inputs["input_ids"].shape[1], first, 12 if family in tiny.FAMILIES else 4):
             found = feed(guarded, inputs, ends)
             torch.testing.assert_close(found.unsafe_probability, expected, rtol=0.0, atol=tolerance)
             assert torch.equal(found.logits[:, -1].argmax(-1) == guarded.refusal[0], refused), ends
 
 
-@each_of_them
+@every_family
 @torch.no_grad()
 def test_second_turn(guarded: Guard, family: str) -> None:
     """A second question on the kept cache is judged with all that came before it; an answer's token never is."""

@@ -1,4 +1,4 @@
-"""The verdict does not depend on how a prompt is fed: whole, in pieces, over turns, as embeddings."""
+"""When a verdict is due, and what the cache keeps for it; prompts in pieces are tried in test_families."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from conftest import Guard
-from feeding import chunkings, feed, last_picture_token, positions
+from feeding import positions
 from fuzzing import examples
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -18,44 +18,7 @@ Guards = Callable[..., Guard]
 
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in tiny.FAMILIES]
 every_family = pytest.mark.parametrize("family", FAMILIES)
-slow = pytest.mark.slow
 TOLERANCE = 1e-5
-
-
-@every_family
-@pytest.mark.parametrize(
-    ("images", "count"),
-    [(True, 12), pytest.param(True, 50, marks=slow), pytest.param(False, 50, marks=slow)],
-    ids=["images", "images-all", "text-all"],
-)
-@torch.no_grad()
-def test_random_chunkings(guard: Guards, family: str, images: bool, count: int) -> None:
-    """P(unsafe), verdicts and forced tokens are those of the whole prompt, by the oracle, for any cutting."""
-    guarded = guard(family)
-    inputs = guarded.batch(images=images, count=3, seed=4)
-    expected = guarded.expected(inputs)  # (batch,)
-    tokens = inputs["input_ids"].shape[1]
-    with guarded.halved(inputs) as refused:
-        for ends in chunkings(tokens, last_picture_token(guarded, inputs), count):
-            found = feed(guarded, inputs, ends)
-            torch.testing.assert_close(found.unsafe_probability, expected, rtol=0.0, atol=TOLERANCE)
-            said = found.logits[:, -1].argmax(-1)  # (batch,)
-            assert torch.equal(said == guarded.refusal[0], refused), ends
-
-
-@pytest.mark.parametrize(("family", "images"), [("qwen2_5_vl", False), ("gemma3", True)])
-@torch.no_grad()
-def test_drafted_tokens_have_types_too(guard: Guards, family: str, images: bool) -> None:
-    """Families that tell pictures by types of tokens get none for drafted tokens: those are text."""
-    guarded = guard(family)
-    inputs = guarded.batch(images=images, count=1)
-    drafted = {**inputs, "max_new_tokens": 12, "prompt_lookup_num_tokens": 3}
-    prompt = inputs["input_ids"].shape[1]
-    expected = guarded.stock.generate(**inputs, max_new_tokens=12)[:, prompt:]  # (1, up to 12)
-    for threshold in (0.0, 1.0):
-        with guarded.at(threshold):
-            found = guarded.model.generate(**drafted)[:, prompt:]  # (1, up to 12)
-        guarded.check_answers(found, expected, torch.tensor([threshold == 0.0]))
 
 
 @every_family

@@ -6,27 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Guard, load
-from torch import Tensor
+from conftest import Guard
 
 Guards = Callable[..., Guard]
 
 FAMILIES = [
-    pytest.param("llava", marks=pytest.mark.xdist_group("llava")),
-    *(
-        pytest.param(family, marks=[pytest.mark.xdist_group(family), pytest.mark.slow])
-        for family in ("gemma3", "qwen2_5_vl")
-    ),
+    pytest.param(family, marks=[pytest.mark.xdist_group(family), *[pytest.mark.slow] * (family != "llava")])
+    for family in ("llava", "gemma3", "qwen2_5_vl")
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES)
-TOLERANCE = 1e-5
-
-
-def check(guarded: Guard, inputs: dict[str, Any], refused: Tensor, output: Any) -> None:
-    """P(unsafe) is the oracle's, and refused rows, (batch,), say the refusal next."""
-    torch.testing.assert_close(output.unsafe_probability, guarded.expected(inputs), rtol=0.0, atol=TOLERANCE)
-    assert torch.equal(output.logits[:, -1].argmax(dim=-1) == guarded.refusal[0], refused)
-
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "hidden states": {"output_hidden_states": True},
@@ -70,21 +58,9 @@ def test_gradient_checkpointing(guard: Guards, family: str) -> None:
     with guarded.halved(inputs) as refused:
         twin = copy.deepcopy(guarded.model).train()
         twin.gradient_checkpointing_enable()
-        check(guarded, inputs, refused, twin(**inputs))
-
-
-@every_family
-@torch.no_grad()
-def test_eager_attention(guard: Guards, family: str) -> None:
-    """Another attention implementation gives the same verdict, and the attentions of the main lane alone."""
-    guarded = guard(family)
-    inputs = guarded.batch()
-    with guarded.halved(inputs) as refused:
-        model = load(guarded.directory, attn_implementation="eager")
-        model.config.sasa["threshold"] = guarded.model.config.sasa["threshold"]
-        output = model(**inputs, output_attentions=True)
-    check(guarded, inputs, refused, output)
-    assert len(output.attentions) == model.config.get_text_config().num_hidden_layers
+        output = twin(**inputs)
+    torch.testing.assert_close(output.unsafe_probability, guarded.expected(inputs), rtol=0.0, atol=1e-5)
+    assert torch.equal(output.logits[:, -1].argmax(dim=-1) == guarded.refusal[0], refused)
 
 
 @every_family

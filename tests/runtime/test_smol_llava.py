@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sasa_export.errors import OpenError
 from sasa_export.models import smol_llava, wheels
@@ -44,15 +43,6 @@ def turn(processor: Any, content: Any, ask: bool = True) -> str:
 
 
 @smol
-def test_the_weights(loaded: tuple[Any, Any]) -> None:
-    model, _ = loaded
-    table = model.get_input_embeddings().weight
-    assert model.dtype == torch.float32 and model.lm_head.weight is table
-    assert table.shape == (smol_llava.VOCABULARY, 576)
-    assert not table[smol_llava.IMAGE_TOKEN_ID :].any()
-
-
-@smol
 def test_the_processor_pads_left_and_spends_a_token_a_cell(loaded: tuple[Any, Any]) -> None:
     _, processor = loaded
     texts = [turn(processor, [{"type": "image"}, {"type": "text", "text": t}]) for t in ("Hi.", PROMPT)]
@@ -61,7 +51,6 @@ def test_the_processor_pads_left_and_spends_a_token_a_cell(loaded: tuple[Any, An
     images = inputs["input_ids"] == smol_llava.IMAGE_TOKEN_ID  # (batch, tokens)
     assert images.sum(dim=1).tolist() == [smol_llava.IMAGE_TOKENS] * 2
     assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][:, -1].all()
-    assert inputs["pixel_values"].shape == (2, 3, smol_llava.IMAGE_SIZE, smol_llava.IMAGE_SIZE)
 
 
 @smol

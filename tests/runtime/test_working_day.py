@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import tiny
 import torch
 from cli_steps import fails, flags, invoke, settle, succeeds
-from conftest import Guard, load
+from conftest import Guard, load, move_weights
 from labelled import write_set
 from onnx_runner import Runner
 from transformers import AutoProcessor
@@ -38,33 +39,30 @@ def said(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
 def test_observe_first_and_enforce_by_config_alone(
     split: Callable[[str], Guard], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A hundred prompts: none is refused, each P is logged, answers are the original's; then half are refused."""
+    """Of forty prompts none is refused, each P is logged, answers are the original's; then some are refused."""
     guarded = split("llava")
     observing = edited(guarded.directory, tmp_path / "observing", gate="observe")
-    enforcing = edited(observing, tmp_path / "enforcing", gate="enforce")
-    models = {name: load(path) for name, path in (("observe", observing), ("enforce", enforcing))}
-    threshold = models["observe"].config.sasa["threshold"]
-    asked = refused = 0
-    for seed in range(10):
+    observe, enforce = load(observing), load(edited(observing, tmp_path / "enforcing", gate="enforce"))
+    asked = {"max_new_tokens": NEW, "return_dict_in_generate": True}
+    refused = []
+    for seed in range(4):
         inputs = guarded.batch(count=10, seed=seed)
         expected, original = guarded.expected(inputs), guarded.stock.generate(**inputs, max_new_tokens=NEW)
         with caplog.at_level(logging.INFO, logger="sasa"):
             caplog.clear()
-            found = models["observe"].generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
-        assert torch.equal(found.sequences, original)
-        assert not found.refused.any()
+            found = observe.generate(**inputs, **asked)
+        assert torch.equal(found.sequences, original) and not found.refused.any()
         torch.testing.assert_close(found.unsafe_probability, expected, rtol=0.0, atol=1e-4)
-        what = ["would be refused" if p >= threshold else "allowed" for p in found.unsafe_probability]
-        lines = [f"{word}: P(unsafe) {p:.4f}" for word, p in zip(what, found.unsafe_probability.tolist(), strict=True)]
+        would = found.unsafe_probability >= observe.config.sasa["threshold"]  # (10,)
+        what = ["would be refused" if one else "allowed" for one in would]
+        lines = [f"{word}: P(unsafe) {p:.4f}" for word, p in zip(what, found.unsafe_probability, strict=True)]
         assert [message.split(",")[0] for _, message in said(caplog)] == lines
-        asked += len(lines)
-
-        found = models["enforce"].generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
-        assert torch.equal(found.refused, found.unsafe_probability >= threshold)
+        found = enforce.generate(**inputs, **asked)
+        assert torch.equal(found.refused, would)
         start = inputs["input_ids"].shape[1]
         guarded.check_answers(found.sequences[:, start:], original[:, start:], found.refused)
-        refused += int(found.refused.sum())
-    assert asked == 100 and 10 < refused < 90
+        refused += found.refused.tolist()
+    assert 4 < sum(refused) < 36
 
 
 @pytest.mark.parametrize(
@@ -101,36 +99,19 @@ def test_generate_tells_what_it_found(
     assert {(record.verdict, record.threshold) for record in records} == {("refused", limit)}
 
 
-def test_a_model_called_by_hand_logs_each_verdict_once(
-    split: Callable[[str], Guard], caplog: pytest.LogCaptureFixture
-) -> None:
-    guarded = split("llava")
-    inputs = guarded.batch(images=False, count=6)
-    with caplog.at_level(logging.INFO, logger="sasa"):
-        output = guarded.model(**inputs)
-        guarded.model(
-            input_ids=torch.full((6, 1), 70), past_key_values=output.past_key_values,
-            attention_mask=torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
-        )  # fmt: skip
-    assert len(said(caplog)) == 6
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_judge_scores_a_batch_without_answering(guard: Guards, family: str, caplog: pytest.LogCaptureFixture) -> None:
-    """As `generate` would judge it, at the price of one forward pass."""
+    """As `generate` would judge it, at the price of one forward pass, and without a line in the log."""
     guarded = guard(family)
     inputs = guarded.batch(count=6)
-    calls = []
-    handle = guarded.model.register_forward_hook(lambda module, args, output: calls.append(1))
-    try:
-        with caplog.at_level(logging.INFO, logger="sasa"):
-            found = guarded.model.judge(**inputs)
-    finally:
+    calls: list[int] = []
+    with caplog.at_level(logging.INFO, logger="sasa"):
+        handle = guarded.model.register_forward_hook(lambda module, args, output: calls.append(1))
+        found = guarded.model.judge(**inputs)
         handle.remove()
+        assert found.shape == (6,) and len(calls) == 1 and not said(caplog)
+        guarded.model(**inputs)  # a call behind it logs again
     torch.testing.assert_close(found, guarded.expected(inputs), rtol=0.0, atol=1e-4)
-    assert found.shape == (6,) and len(calls) == 1 and not said(caplog)
-    with caplog.at_level(logging.INFO, logger="sasa"):  # and a call of generate behind it logs again
-        guarded.model.generate(**inputs, max_new_tokens=1)
     assert len(said(caplog)) == 6
 
 
@@ -174,12 +155,8 @@ def test_settings_at_load(guard: Guards, tmp_path: Path) -> None:
         (0.3, "only threshold, refusal, gate, prove can be changed"),
         ({"refusal_token_ids": [5]}, "only threshold, refusal, gate, prove can be changed"),
         ({"threshold": 1}, "threshold 1"),
-        ({"gate": "off"}, "gate 'off'"),
         ({"gate": None}, "gate None"),
-        ({"refusal": ""}, "refusal is empty"),
-        ({"refusal": "<image>"}, "special token"),
         ({"refusal": "See <image> here."}, "special token"),
-        ({"refusal": "</s>"}, "special token"),
     ],
 )
 def test_settings_that_no_gate_could_run_on(guard: Guards, changes: Any, error: str) -> None:
@@ -207,10 +184,10 @@ def test_graphs_observe_too(split: Callable[[str], Guard], exported: Callable[..
     assert not runner.cache[f"past_key_values.{tiny.LAYERS}.key"][:, 0, :, 0].any()
 
 
-def answer_elsewhere(model: Any, inputs: dict[str, Any], queue: Any) -> None:
+def answer_elsewhere(model: Any, inputs: dict[str, Any]) -> tuple[list[list[int]], list[float]]:
     torch.set_num_threads(1)
     with torch.no_grad():
-        queue.put((model.generate(**inputs, max_new_tokens=NEW).tolist(), model.judge(**inputs).tolist()))
+        return model.generate(**inputs, max_new_tokens=NEW).tolist(), model.judge(**inputs).tolist()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -219,16 +196,11 @@ def test_a_spawned_process_is_handed_the_model(guard: Guards, family: str) -> No
     """As workers of a pool and Ray are: by pickle, with the gate, the rows refused and allowed as here."""
     guarded = guard(family)
     inputs = guarded.batch(images=family != "llava")  # transformers loses how a stock LLaVA's tower hands out states
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with guarded.halved(inputs) as refused:
+    with guarded.halved(inputs) as refused, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         expected = guarded.model.generate(**inputs, max_new_tokens=NEW).tolist()
         # Loaded anew: the hooks by which transformers hands out hidden states cannot be pickled, in stock models too.
         model = load(guarded.directory, sasa={"threshold": guarded.model.config.sasa["threshold"]})
-        worker = context.Process(target=answer_elsewhere, args=(model, inputs, queue))
-        worker.start()
-        said, probability = queue.get(timeout=120)
-        worker.join()
+        said, probability = pool.submit(answer_elsewhere, model, inputs).result(timeout=120)
     assert said == expected and refused.any() and not refused.all()
     torch.testing.assert_close(torch.tensor(probability), guarded.expected(inputs), rtol=0.0, atol=1e-5)
 
@@ -252,13 +224,16 @@ def test_a_patch_that_observes_is_verified_and_its_card_says_so(llava: Path, cal
 @pytest.fixture
 def saved(guard: Guards, tmp_path: Path) -> Path:
     """A patched model as `save_pretrained` writes it, without a manifest."""
-    guarded = guard("llava")
-    guarded.model.save_pretrained(tmp_path / "saved")
-    guarded.processor.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
+    return save_again(guard("llava").model, guard("llava").directory, tmp_path / "saved")
 
 
-def fails_verification(directory: Path | str, *switches: str) -> str:
+def save_again(model: Any, written: Path, to: Path) -> Path:
+    model.save_pretrained(to)
+    AutoProcessor.from_pretrained(written).save_pretrained(to)
+    return to
+
+
+def fails_verification(directory: Path, *switches: str) -> str:
     """All that it says of its checks."""
     result = invoke("verify", str(directory), *switches)
     assert result.exit_code == 1 and "failed its verification. Do not serve it" in result.stderr
@@ -270,12 +245,6 @@ def test_verify_of_a_saved_model_fails_where_it_has_no_cases(saved: Path) -> Non
     assert "– files are those that were exported: not checked" in said
     assert "✗ answers are the original's: not checked, since there are no cases" in said and said.count("✗") == 1
     assert "not checked" in fails_verification(saved, "--files")
-
-
-def save_again(model: Any, written: Path, to: Path) -> str:
-    model.save_pretrained(to)
-    AutoProcessor.from_pretrained(written).save_pretrained(to)
-    return str(to)
 
 
 def name_other_code(directory: Path) -> None:
@@ -301,42 +270,35 @@ def test_verify_counts_the_verdicts_that_training_moves(llava: Path, calibration
     written = place / "written"
     succeeds(*flags(llava, written, calibration=calibration, max_false_positive_rate=0.1))
     model = load(written)
-    said = succeeds("verify", save_again(model, written, place / "saved")).stderr
+    saved = save_again(model, written, place / "saved")
+    said = succeeds("verify", str(saved)).stderr
     assert "– files are those that were exported" in said and "0 of 16 changed" in said and "✗" not in said
-    said = succeeds("verify", str(place / "saved"), "--load", "bfloat16").stderr
+    said = succeeds("verify", str(saved), "--load", "bfloat16").stderr
     assert "tolerance 0.15 (bfloat16 on cpu, float32 original)" in said
     assert "Choose one of: bfloat16" in fails("verify", str(written), "--load", "nf4")
 
-    torch.manual_seed(0)
-    for block in model.model.language_model.layers:
-        block.mlp.down_proj.weight.data += torch.randn_like(block.mlp.down_proj.weight)
+    move_weights(model)
     said = fails_verification(save_again(model, written, place / "trained"))
     assert "✗ verdicts are the original's" in said and "0 of 16 changed" not in said
 
     for name, change in OTHER_CODE.items():
-        directory = shutil.copytree(place / "saved", place / name)
+        directory = shutil.copytree(saved, place / name)
         change(directory)
         said = fails_verification(directory)
         assert "no manifest vouches for its code" in said and "it loads" not in said, name
 
 
 def test_evaluate_of_a_saved_model(saved: Path, llava: Path, tmp_path: Path) -> None:
-    """It does not know what it was made from, and says so; with that, it is evaluated."""
+    """It does not know what it was made from, and says so; with that, it is evaluated. Graphs that observe are not."""
     data, other = (str(write_set(tmp_path, name, seed, 6)) for name, seed in (("evaluation", 1), ("calibration", 2)))
-    given = {"data": data, "calibration": other, "max-new-tokens": 2}
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps({**config, "sasa": {**config["sasa"], "gate": "observe"}}))
-    assert "Give it as --baseline" in fails("evaluate", *flags(saved, tmp_path / "report", **given))
-    succeeds("evaluate", *flags(saved, tmp_path / "report", baseline=llava, **given))
-    arguments = flags(saved, tmp_path / "report", "--force", baseline=llava, **given)
-    succeeds("evaluate", *arguments)  # over the report that is there, which is ours
-
-
-def test_graphs_that_observe_are_not_evaluated(saved: Path, tmp_path: Path) -> None:
-    directory = edited(saved, tmp_path / "graphs", gate="observe")
-    (directory / "onnx").mkdir()
-    (directory / "onnx" / "decoder_model_merged.onnx").touch()
-    message = fails("evaluate", *flags(directory, tmp_path / "report"))
+    given = flags(saved, tmp_path / "report", "--force", data=data, calibration=other, max_new_tokens=2)
+    settle(saved, gate="observe")
+    assert "Give it as --baseline" in fails("evaluate", *given)
+    for _ in range(2):  # the second time over the report that is there, which is ours
+        succeeds("evaluate", *given, "--baseline", str(llava))
+    (saved / "onnx").mkdir()
+    (saved / "onnx" / "decoder_model_merged.onnx").touch()
+    message = fails("evaluate", *flags(saved, tmp_path / "other"))
     assert "only observe. Export them again with --gate enforce" in message
 
 

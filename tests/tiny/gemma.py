@@ -65,14 +65,14 @@ def _gemma3(overrides: dict[str, Any]) -> Made:
 
 
 def _gemma4(overrides: dict[str, Any]) -> Made:
-    """Gemma 4: sliding and full blocks with heads of different sizes, patches of any number."""
+    """Gemma 4: sliding and full blocks with heads of different sizes, patches of any number, capped logits."""
     tokenizer = llama_tokenizer()
     ids = tokenizer.get_vocab()
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     own: dict[str, Any] = {
         "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
         "sliding_window": 8, "layer_types": kinds, "use_bidirectional_attention": "vision",
-        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "final_logit_softcapping": 2.0,
     }  # fmt: skip
     vision = {
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

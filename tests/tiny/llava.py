@@ -9,6 +9,7 @@ from tiny.parts import (
     IMAGE_SIZE,
     LLAVA_TEMPLATE,
     PATCH,
+    SMALL,
     SMALL_VISION,
     SQUARE,
     TILES,
@@ -20,40 +21,12 @@ from tiny.parts import (
     make_tokenizer,
     small_text,
     square,
-    text_fields,
     tile_images,
-    tiled,
 )
 from tiny.processors import OneTile
 
 _COARSE = SMALL_VISION | {"patch_size": 2 * PATCH}
 _GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
-
-
-def _llava(overrides: dict[str, Any], *, in_tiles: bool = False) -> Made:
-    """LLaVA-1.5: Llama text, CLIP vision, the CLS token dropped.
-
-    LLaVA-NeXT is the same with image tiles, so that the number of image tokens follows the image's size.
-    """
-    tokenizer, tiles = llama_tokenizer(), TILES if in_tiles else {}
-    name, image_processor = "Llava", hf.CLIPImageProcessorPil
-    if in_tiles:
-        name, image_processor = "LlavaNext", hf.LlavaNextImageProcessorPil
-    # Patches twice as large as elsewhere: up to five tiles would make too many tokens.
-    patch = 2 * PATCH if in_tiles else PATCH
-    config = getattr(hf, f"{name}Config")(
-        text_config=hf.LlamaConfig(**text_fields(tokenizer, overrides)),
-        vision_config=hf.CLIPVisionConfig(**VISION | {"patch_size": patch}, projection_dim=VISION_HIDDEN),
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        image_seq_length=(IMAGE_SIZE // patch) ** 2,
-        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
-        **tiles,
-    )
-    images = image_processor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE, **tiles)
-    return config, getattr(hf, f"{name}Processor")(
-        images, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
-    )  # fmt: skip
 
 
 def _granite4_vision(overrides: dict[str, Any]) -> Made:
@@ -115,16 +88,25 @@ def _perception_lm(overrides: dict[str, Any]) -> Made:
 
 
 MAKERS: dict[str, Maker] = {
-    "llava": _llava,
-    "llava_next": partial(_llava, in_tiles=True),
+    # The CLS token is dropped.
+    "llava": partial(
+        square, name="Llava", text=hf.LlamaConfig, cell=PATCH, dropped=True, own={},
+        vision=hf.CLIPVisionConfig(**VISION, projection_dim=VISION_HIDDEN), image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
+    ),
+    # Patches twice as large as elsewhere: up to five tiles would make too many tokens.
+    "llava_next": partial(
+        square, name="LlavaNext", text=hf.LlamaConfig, cell=2 * PATCH, dropped=True, own={}, tiles=tile_images(),
+        vision=hf.CLIPVisionConfig(**VISION | {"patch_size": 2 * PATCH}, projection_dim=VISION_HIDDEN),
+        image_seq_length=(IMAGE_SIZE // (2 * PATCH)) ** 2,
+    ),
     "llava_onevision": partial(
-        tiled, name="LlavaOnevision", text=hf.Qwen2Config, video_token_index=0,
+        square, name="LlavaOnevision", text=hf.Qwen2Config, cell=2 * PATCH, video_token_index=0,
         vision=hf.SiglipVisionConfig(**_COARSE, vision_use_head=False),
-        images=hf.LlavaOnevisionImageProcessorPil(size=SQUARE, **TILES),
+        tiles=hf.LlavaOnevisionImageProcessorPil(size=SQUARE, **TILES),
     ),
     "llava_next_video": partial(
-        tiled, name="LlavaNextVideo", text=hf.LlamaConfig, dropped=True, video_token_index=0,
-        vision=hf.CLIPVisionConfig(**_COARSE, projection_dim=16),
+        square, name="LlavaNextVideo", text=hf.LlamaConfig, cell=2 * PATCH, dropped=True, video_token_index=0,
+        vision=hf.CLIPVisionConfig(**_COARSE, projection_dim=16), tiles=tile_images(),
     ),
     "vipllava": partial(
         square, name="VipLlava", text=hf.LlamaConfig, cell=PATCH, dropped=True,
@@ -132,7 +114,7 @@ MAKERS: dict[str, Maker] = {
         image_seq_length=16,
     ),
     "granite_vision": partial(
-        tiled, name="LlavaNext", text=hf.GraniteConfig, own=_GRANITE,
+        square, name="LlavaNext", text=hf.GraniteConfig, cell=2 * PATCH, own=SMALL | _GRANITE, tiles=tile_images(),
         vision=hf.SiglipVisionConfig(**_COARSE, vision_use_head=False), vision_feature_layer=[-2, -1],
         vision_feature_select_strategy="full",
     ),

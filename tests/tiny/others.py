@@ -10,6 +10,7 @@ from tiny.parts import (
     LLAVA_TEMPLATE,
     PATCH,
     QWEN3_5,
+    SMALL,
     SMALL_VISION,
     SQUARE,
     Made,
@@ -44,7 +45,7 @@ def _llama4(overrides: dict[str, Any]) -> Made:
         **SMALL_VISION | {"intermediate_size": 64}, vision_output_dim=16, projector_input_dim=16,
         projector_output_dim=16, pixel_shuffle_ratio=0.5,
     )  # fmt: skip
-    own = {
+    own = SMALL | {
         "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "interleave_moe_layer_step": 2,
         "attention_chunk_size": 16, "no_rope_layer_interval": 3,
     }  # fmt: skip
@@ -152,7 +153,7 @@ MAKERS: dict[str, Maker] = {
     ),
     "aya_vision": _aya_vision,
     "cohere2_vision": partial(
-        square, name="Cohere2Vision", text=hf.Cohere2Config, cell=2 * PATCH, own={"sliding_window": 8},
+        square, name="Cohere2Vision", text=hf.Cohere2Config, cell=2 * PATCH, own=SMALL | {"sliding_window": 8},
         vision=hf.SiglipVisionConfig(**SMALL_VISION, vision_use_head=False), alignment_intermediate_size=24,
     ),
     "llama4": _llama4,

@@ -140,32 +140,6 @@ def tile_images() -> hf.LlavaNextImageProcessorPil:
     return hf.LlavaNextImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE, **TILES)
 
 
-def tiled(
-    overrides: dict[str, Any],
-    *,
-    name: str,
-    text: type,
-    vision: PreTrainedConfig,
-    images: Any = None,
-    dropped: bool = False,
-    own: dict[str, Any] | None = None,
-    **fields: Any,
-) -> Made:
-    """A picture whole and in tiles: LLaVA-NeXT's processor, with or without CLS `dropped`; arguments as of `square`."""
-    tokenizer = llama_tokenizer()
-    config = getattr(hf, f"{name}Config")(
-        text_config=text(**small_text(tokenizer, overrides, **(own or {}))),
-        vision_config=vision,
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        **TILES,
-        **fields,
-    )
-    return config, hf.LlavaNextProcessor(
-        images or tile_images(), tokenizer, patch_size=2 * PATCH, num_additional_image_tokens=int(dropped),
-        vision_feature_select_strategy="default" if dropped else "full", chat_template=LLAVA_TEMPLATE,
-    )  # fmt: skip
-
-
 def square(
     overrides: dict[str, Any],
     *,
@@ -174,23 +148,27 @@ def square(
     vision: PreTrainedConfig,
     cell: int,
     dropped: bool = False,
-    own: dict[str, Any] | None = None,
+    own: dict[str, Any] = SMALL,
+    tiles: Any = None,
     **fields: Any,
 ) -> Made:
     """A square picture, one token for each `cell` pixels a side: LLaVA's processor, with or without CLS `dropped`.
 
-    Args: own: fields of the text config; `fields`: of the whole one.
+    Args:
+        own: fields of the text config that are not the usual ones; `fields`: of the whole config.
+        tiles: an image processor that cuts pictures into tiles, which LLaVA-NeXT's processor then takes.
     """
     tokenizer = llama_tokenizer()
     config = getattr(hf, f"{name}Config")(
-        text_config=text(**small_text(tokenizer, overrides, **(own or {}))),
+        text_config=text(**text_fields(tokenizer, own | overrides)),
         vision_config=vision,
         image_token_id=tokenizer.get_vocab()["<image>"],
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+        **(TILES if tiles else {}),
         **fields,
     )
-    images = hf.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE)
-    return config, hf.LlavaProcessor(
+    images = tiles or hf.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE)
+    return config, (hf.LlavaNextProcessor if tiles else hf.LlavaProcessor)(
         images, tokenizer, patch_size=cell, num_additional_image_tokens=int(dropped),
         vision_feature_select_strategy="default" if dropped else "full", chat_template=LLAVA_TEMPLATE,
     )  # fmt: skip

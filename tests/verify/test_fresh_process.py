@@ -78,37 +78,27 @@ def runs(
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("name", ["written", "saved"])
+@pytest.mark.parametrize("name", ["written", "saved", "edited"])
 @torch.no_grad()
 def test_a_directory_stands_alone(
     runs: Callable[[str], Any], guard: Callable[..., Guard], family: str, name: str
 ) -> None:
-    """As written, and as `save_pretrained` writes it again: sealed, with the same P(unsafe), answers and processor."""
+    """As written, as `save_pretrained` writes it again, and with threshold and refusal of the operator's: sealed, with
+    the same P(unsafe), answers and processor, and a new refusal word for word."""
     guarded = guard(family)
     inputs = guarded.batch()
     with guarded.halved(inputs) as refused:
         answers = guarded.model.generate(**inputs, max_new_tokens=NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
-    classes, sealed, probability, said, _ = runs(f"{family} {name}")
+    classes, sealed, probability, tokens, said = runs(f"{family} {name}")
     assert sealed
     torch.testing.assert_close(torch.tensor(probability), guarded.expected(inputs), rtol=0.0, atol=1e-5)
-    assert said == answers.tolist() and refused.any() and not refused.all()
+    if name == "edited":
+        assert [text == REFUSAL for text in said] == refused.tolist()
+    else:
+        assert tokens == answers.tolist()
     processor: Any = guarded.processor
     stock = (processor, processor.tokenizer, processor.image_processor)
     assert classes == [f"Sasa{type(guarded.stock).__name__}", *(type(part).__name__ for part in stock)]
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_an_operator_changes_threshold_and_refusal(
-    runs: Callable[[str], Any], guard: Callable[..., Guard], family: str
-) -> None:
-    """Both take effect when the directory is loaded, and the new refusal comes out word for word."""
-    guarded = guard(family)
-    inputs = guarded.batch()
-    with guarded.halved(inputs) as refused:
-        pass
-    *_, probability, _, said = runs(f"{family} edited")
-    torch.testing.assert_close(torch.tensor(probability), guarded.expected(inputs), rtol=0.0, atol=1e-5)
-    assert [text == REFUSAL for text in said] == refused.tolist()
 
 
 PROCESSOR_FIRST = """

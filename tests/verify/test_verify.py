@@ -80,17 +80,16 @@ def test_graphs_may_round_as_their_type_does(dtype: str, found: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "calibrated", "wrong"),
-    [("bfloat16", 0.93, set()), ("bfloat16", 0.7, {BATCHED}), ("float16", 0.93, {BATCHED})],
+    ("dtype", "found", "wrong"),
+    [
+        ("bfloat16", {"calibrated": 0.93}, set()),
+        ("bfloat16", {"calibrated": 0.7}, {BATCHED}),
+        ("float16", {"calibrated": 0.93}, {BATCHED}),
+        ("float32", {"calibrated": 0.93, "quantized": True}, set()),
+        ("float32", {"calibrated": 0.7, "quantized": True}, {BATCHED}),
+        ("bfloat16", {"tokens": [4, 5, 7]}, {ANSWERS}),
+    ],
 )
-def test_batches_may_be_apart_in_half_precision(dtype: str, calibrated: float, wrong: set[str]) -> None:
+def test_torch_in_half_precision_and_quantized(dtype: str, found: dict[str, Any], wrong: set[str]) -> None:
     """A prompt alone and one in a padded batch round differently; what is far apart is padded wrongly."""
-    assert failing(dtype, dtype, calibrated=calibrated) == wrong
-
-
-def test_batches_may_be_apart_where_the_original_is_quantized() -> None:
-    assert failing(quantized=True, calibrated=0.93) == set() and failing(quantized=True, calibrated=0.7) == {BATCHED}
-
-
-def test_torch_answers_the_same_in_half_precision_too() -> None:
-    assert failing("bfloat16", "bfloat16", tokens=[4, 5, 7]) == {ANSWERS}
+    assert failing(dtype, dtype, **found) == wrong

@@ -1,4 +1,4 @@
-"""Killed at any point, or out of disk at any point: the output is the old one or the new one, and a rerun succeeds."""
+"""Killed, interrupted or out of disk at any point: the output is the old one or the new one, and a rerun succeeds."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli_steps import contents, succeeds
-from faulty import NEEDS_SPACE, Ended, run
+from faulty import FULL, NEEDS_SPACE, Ended, run
 
 OLD = {"precious.txt": b"mine", "sasa-export.json": b'{"files": {"precious.txt": ""}}'}  # an older output of ours
 # How many points are tried by default, and by `make test-slow`.
@@ -30,7 +30,7 @@ class Command:
     whole: dict[str, bytes]
     points: list[str]
 
-    def run(self, fault: tuple[str, int] | None = None) -> Ended:
+    def run(self, fault: tuple[int, int] | None = None) -> Ended:
         return run(self.arguments, self.place, self.place.parent / "log.txt", fault)
 
     def begin(self) -> None:
@@ -92,9 +92,22 @@ def test_killed(command: Callable[[str], Command], name: str, count: int) -> Non
     found = command(name)
     for at in evenly(list(range(len(found.points))), count):
         found.begin()
-        assert found.run(("kill", at)).code == -signal.SIGKILL
+        assert found.run((signal.SIGKILL, at)).code == -signal.SIGKILL
         assert contents(found.place / "out") in (OLD, found.whole)
         found.rerun()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_interrupted(command: Callable[[str], Command], number: int) -> None:
+    """While files are written: then nothing is left beside the output."""
+    found = command("safetensors")
+    written = [at for at, what in enumerate(found.points) if what == "open"]
+    for at in evenly(written, 4)[1:]:  # the first is the lock
+        found.begin()
+        ended = found.run((number, at))
+        assert ended.code not in (0, 99) and "Traceback" not in ended.said, ended.said
+        assert contents(found.place / "out") in (OLD, found.whole)
+        assert [path.name for path in found.place.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name, count", TRIED)
@@ -104,7 +117,7 @@ def test_a_full_disk(command: Callable[[str], Command], name: str, count: int) -
     needing = [at for at, what in enumerate(found.points) if what in NEEDS_SPACE]
     for at in evenly(needing, count):
         found.begin()
-        ended = found.run(("full", at))
+        ended = found.run((FULL, at))
         error = ended.said.splitlines()[-1]
         assert ended.code == 1 and error.startswith("Error: ") and "Traceback" not in ended.said, ended.said
         assert "disk is full" in error or "No space left" in error
