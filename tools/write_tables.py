@@ -84,6 +84,7 @@ FOREIGN_TESTS = {
     "refusals": "test_refusals[{}]",
     "pieces": "test_pieces[{}]",
     "second turn": "test_second_turns[{}]",
+    "beams": "test_beams[{}]",
     "files": "test_the_weights_stay_as_they_are[{}]",
 }
 TITLES = {
@@ -106,6 +107,7 @@ of the embedded model; the others are tiny and random.
 - *Pieces*, *second turn*: the same verdict for a prompt in pieces of random lengths; a verdict over the whole
   conversation for a question on a kept cache. In int4 within 0.05: its products round by the number of tokens in a
   call.
+- *Beams*: a cache that beam search repeats, and whose rows it exchanges, keeps each row's verdict.
 - *Files*: the weights lie in the original's file, and the new graph adds less than 2 MB.
 
 ✓: it held; ✗: it did not; ·: it was not run; –: the original cannot either, or the decoder is
