@@ -1,4 +1,4 @@
-"""`--safety-layer auto --semantic-layer auto`: the survey of a report, without its ablation and pictures, in a patch.
+"""`--safety-layer auto --semantic-layer auto`: the survey of a report in a patch.
 
 The layers are chosen on one half of the calibration prompts. The figures in the card are then of the other half, which
 took no part in the choice; the probe itself is fitted on both.

@@ -13,7 +13,7 @@ from sasa_export.graph import LayerGraph
 from sasa_export.models.load import place
 from sasa_export.probe.features import last_real, watching
 from sasa_export.prompts.prompt import Prompt, encode
-from sasa_export.runtime.lane import Recording, current_recording, replay, run_lane, start, within
+from sasa_export.runtime.lane import Recording, current_recording, run_lane, start, within
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,6 @@ class MainLane:
         nodes = [node.to_json() for node in lane if node.op != "lane_head"]
         name, states = start(nodes, batch.seen)  # (rows, tokens, hidden)
         return run_lane(self.model, nodes, {name: states}, batch.seen.arguments, batch.judged)["sasa.lane.norm"]
-
-    def again(self, batch: Batch, first: int) -> torch.Tensor:
-        """Blocks `first`..L-1 once more on what entered them: the normed state at the last token, (rows, hidden)."""
-        args, kwargs = batch.seen.arguments[self.blocks[first]]
-        state = args[0] if args else kwargs["hidden_states"]  # (rows, tokens, hidden)
-        for path in self.blocks[first:]:
-            state = replay(self.model.get_submodule(path), state, batch.seen.arguments[path])
-        return self.normed(batch.last(state))
 
     def normed(self, state: torch.Tensor) -> torch.Tensor:
         """The final norm on states (rows, hidden)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from itertools import product
+
 from sasa_export.errors import LocateError
 
 GRID = 7  # layers that the default grid takes for either side
@@ -57,29 +60,14 @@ def parse_pairs(text: str, blocks: int) -> list[Pair]:
     """`13:15`, `10-16:14-20` (every combination with s < f), several behind commas. LocateError where it is not so."""
     found: set[Pair] = set()
     for part in text.split(","):
-        sides = part.split(":")
-        if len(sides) != 2:
-            raise LocateError(f"--pairs has {part.strip()!r}; a pair is s:f, such as 13:15, or ranges, 10-16:14-20.")
-        safety, semantic = (parse_blocks(side, blocks, "--pairs") for side in sides)
-        combined = {(first, second) for first in safety for second in semantic if first < second}
-        if not combined:
-            raise LocateError(f"--pairs has {part.strip()!r}, and a safety layer lies before its semantic layer.")
-        found |= combined
-    return sorted(found)
-
-
-def parse_blocks(text: str, blocks: int, flag: str = "--blocks") -> list[int]:
-    """`8-20`, or `3`, several behind commas. LocateError where it is not so or leaves the decoder."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            low, high = int(first), int(last if dash else first)
-        except ValueError:
-            raise LocateError(f"{flag} has {part.strip()!r}; give blocks as numbers or ranges, such as 8-20.") from None
-        if not 0 <= low <= high < blocks:
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?:(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        sides = numbers and (numbers.group(1, 2), numbers.group(3, 4))
+        asked = list(product(*(range(int(low), int(high or low) + 1) for low, high in sides))) if sides else []
+        pairs = {(safety, semantic) for safety, semantic in asked if safety < semantic}
+        if not pairs or max(map(max, asked)) >= blocks:
             raise LocateError(
-                f"{flag} has {part.strip()!r}, and the blocks of this model are 0 to {blocks - 1}, in rising order."
+                f"--pairs has {part.strip()!r}; give a safety layer and a semantic layer behind it, such as 13:15, or "
+                f"ranges, 10-16:14-20. The blocks of this model are 0 to {blocks - 1}."
             )
-        found.update(range(low, high + 1))
+        found |= pairs
     return sorted(found)

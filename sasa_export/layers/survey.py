@@ -1,5 +1,5 @@
-"""All evidence but the heads': the model runs on prompts and controls, then the figures. A patch with `auto` layers
-needs it as much as a report does.
+"""All evidence: the model runs on prompts and controls, then the figures. A patch with `auto` layers needs it as much
+as a report does.
 
 A batch's hidden states stay in memory while it is worked on; what is kept is small: the last token's state and its
 five likeliest tokens behind every block, and one state of each second lane.

@@ -18,8 +18,8 @@ def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
     )
     said = "sasa-export evaluate --model 'my model' --data xstest:x.csv --data b.jsonl --limit 7"
     assert command_line("evaluate", options) == f"{said} --out report"
-    located = LocateOptions("smol-llava", tmp_path / "out", ablation_prompts=0)
-    said = "sasa-export locate --model smol-llava --ablation-prompts 0"
+    located = LocateOptions("smol-llava", tmp_path / "out", pairs="13:15")
+    said = "sasa-export locate --model smol-llava --pairs 13:15"
     assert command_line("locate", located) == f"{said} --out report"
 
 

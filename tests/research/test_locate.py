@@ -46,14 +46,14 @@ def report(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Rep
     """A whole run on the planted model, and its report."""
     place = tmp_path_factory.mktemp("located")
     prompts = planted.write_set(tmp_path_factory.mktemp("prompts") / "planted.jsonl", 24)
-    located = locate(LocateOptions(str(planted_model), place / "report", calibration=(prompts,), ablation_prompts=8))
+    located = locate(LocateOptions(str(planted_model), place / "report", calibration=(prompts,)))
     assert located is not None
     return located, place / "report"
 
 
 def quick(model: Path, out: Path, **settings: Any) -> LocateOptions:
-    """A run of two pairs and two blocks' heads."""
-    return LocateOptions(str(model), out, **{"ablation_prompts": 4, "blocks": "2-3", "pairs": "2:5,3:6", **settings})
+    """A run of two pairs."""
+    return LocateOptions(str(model), out, **{"pairs": "2:5,3:6", **settings})
 
 
 def invoke(*arguments: str) -> Any:
@@ -61,7 +61,7 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_each_capability_is_found_where_it_was_planted(report: Report) -> None:
-    located, evidence, heads = report[0], report[0].evidence, report[0].heads
+    located, evidence = report[0], report[0].evidence
     assert located.proposal.pair == (planted.SAFETY, planted.SEMANTIC)
     assert located.proposal.safety_blocks == (planted.SAFETY,)
     assert located.proposal.semantic_blocks == (planted.SEMANTIC, planted.SEMANTIC + 1)
@@ -73,11 +73,6 @@ def test_each_capability_is_found_where_it_was_planted(report: Report) -> None:
     assert aligned[: planted.SEMANTIC] == [0.0] * planted.SEMANTIC and aligned[planted.SEMANTIC] > 0.8
     assert evidence.understanding["image_dominant"][planted.SEMANTIC].value == pytest.approx(1.0, abs=1e-3)
     assert evidence.expression.onset == planted.VOICE and evidence.expression.readable[planted.VOICE - 1] == 0.0
-    assert heads is not None and heads.centre() == planted.SAFETY
-    assert [(head.block, head.head) for head in heads.safety_heads] == [planted.SAFETY_HEAD]
-    assert heads.rank_correlation_of_two_halves is not None and heads.rank_correlation_of_two_halves > 0.5
-    # Others turn both kinds of prompts, by more degrees than the safety head does.
-    assert heads.degrees_ordinary[planted.VOICE, 1] > heads.degrees_harmful[planted.SAFETY_HEAD]
 
 
 def test_only_a_second_lane_from_the_planted_layer_separates(report: Report) -> None:
@@ -89,14 +84,14 @@ def test_only_a_second_lane_from_the_planted_layer_separates(report: Report) -> 
 
 
 def test_the_report_is_whole_and_needs_no_network(report: Report) -> None:
-    out, pictures = report[1], ("depth", "heads", "sweep")
+    out, pictures = report[1], ("depth", "sweep")
     names = {"report.html", "report.md", "locate.json", "sasa-export.json", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == [out.name], "nothing is left beside the report"
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|url\(|@import", page)
     sources = re.findall(r'(?:src|srcset|href)="(.{0,30})', page)
-    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
     for text in (page, (out / "report.md").read_text(encoding="utf-8")):
         assert f"safety layer {planted.SAFETY}, semantic layer {planted.SEMANTIC} of 8 blocks" in text
     for name in pictures:
@@ -118,12 +113,10 @@ def test_a_report_shows_any_name(report: Report) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "smolvlm"])
 def test_a_whole_run_on_other_families(tiny_model: Callable[..., Path], family: str, tmp_path: Path) -> None:
-    options = quick(tiny_model(family), tmp_path / "report", pairs="1:3", blocks="2", limit=20, ablation_prompts=2)
+    options = quick(tiny_model(family), tmp_path / "report", pairs="1:3", limit=20)
     located = locate(options)
     assert located is not None and located.subject["family"] == family and located.subject["groups"] == 20
     assert located.proposal.pair == (1, 3) and located.evidence.understanding is not None
-    assert located.heads is not None and located.heads.degrees_harmful.shape == (1, 4)
-    assert located.heads.rank_correlation_of_two_halves is None, "two prompts have no halves to compare"
     assert (tmp_path / "report/report.html").is_file()
 
 
@@ -137,7 +130,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
     whole, out = tmp_path / "whole/report", tmp_path / "cut/report"
     options = quick(planted_model, whole, calibration=(prompts,))
     locate(options)
-    for stop in (5, 26, None):  # among the heads, among the batches, not at all
+    for stop in (1, 8, None):  # among the batches, among the controls, not at all
         written = stopped_at(stop)
         with pytest.raises(Stop) if stop else nullcontext():
             locate(replace(options, out=out))
@@ -146,7 +139,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
             with pytest.raises(SasaExportError, match=r"unfinished work of another run \(other: batch_size, prompts\)"):
                 locate(replace(options, out=out, batch_size=3, limit=11))
     # What a batch's main lane left is written anew where it had not come to its end.
-    parts = [name for name in written if "lane" in name or "block" in name]
+    parts = [name for name in written if "lane" in name]
     assert len(parts) == len(set(parts)), "finished work was done again"
     for path in whole.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
@@ -178,13 +171,12 @@ def test_work_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts: str) -> None:
     arguments = ["locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), "--calibration", texts]
-    arguments += ["--limit", "12", "--ablation-prompts", "0"]
+    arguments += ["--limit", "12"]
     result = invoke(*arguments, "--pairs", "2:5,3:5")
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "report/locate.json").read_text(encoding="utf-8"))
     assert data["proposal"]["safety_layer"] == 2 and data["proposal"]["semantic_layer"] == 5
-    assert data["safety_heads"] is None and data["semantic_understanding"] is None
-    assert not (tmp_path / "report/heads.png").exists()
+    assert data["semantic_understanding"] is None
     result = invoke(*arguments)
     assert result.exit_code == 1 and "not empty" in result.output and result.output.count("\n") == 1
 
@@ -194,8 +186,7 @@ def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts
     [
         (("--limit", "0"), "--limit is 0"),
         (("--limit", "3"), "raise --limit"),
-        (("--ablation-prompts", "0", "--blocks", "1-2"), "leaves that out"),
-        (("--blocks", "3-9"), "--blocks has '3-9'"),
+        (("--pairs", "3:9"), "--pairs has '3:9'"),
         (("--calibration", "nothing.jsonl"), "nothing.jsonl"),
     ],
 )

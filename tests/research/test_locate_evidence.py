@@ -1,11 +1,10 @@
-"""Each piece of evidence that `locate` goes by on its own: parts of a model run again, figures, choices, prompts."""
+"""Each piece of evidence that `locate` goes by on its own: the second lane, figures, choices, prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,14 @@ from sasa_export.errors import LocateError
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.layers.expression import is_readable, onset, token_texts
-from sasa_export.layers.heads import HeadScores, safety_heads
 from sasa_export.layers.lane import MainLane, watched
-from sasa_export.layers.pairs import default_pairs, parse_blocks, parse_pairs, with_layer
+from sasa_export.layers.pairs import default_pairs, parse_pairs, with_layer
 from sasa_export.layers.prompts import controls, halves, limited
 from sasa_export.layers.propose import nearest, spans
 from sasa_export.layers.sweep import cheapest
 from sasa_export.layers.understanding import alignment, centred, cosines
 from sasa_export.models import family as families
 from sasa_export.prompts import Prompt, builtin, encode
-from sasa_export.research.locate.ablation import Heads, ablated_on
 
 Stock = Callable[..., tuple[Any, Any]]
 PICTURE = tiny.random_image(3)
@@ -37,7 +34,7 @@ ASKED = [
 ]
 
 
-# ------------------------------------------------------------------------------- running a part again
+# ------------------------------------------------------------------------------- the second lane
 
 
 @contextmanager
@@ -47,36 +44,6 @@ def lane_of(stock: Stock, family: str) -> Iterator[MainLane]:
     graph = trace(model, families.family_of(model.config.model_type), dict(inputs))
     with watched(model, processor, graph) as lane:
         yield lane
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_silenced_head_is_a_zeroed_slice(stock: Stock, family: str) -> None:
-    """Against whole passes of the stock model, in which a hook zeroes the head for every row."""
-    model, processor = stock(family)
-
-    def expected(block: int, head: int | None) -> torch.Tensor:
-        def zero(module: Any, args: tuple) -> tuple:
-            state = args[0].clone()  # (rows, tokens, heads * size)
-            size = state.shape[-1] // 4
-            if head is not None:
-                state[..., head * size : (head + 1) * size] = 0
-            return (state,)
-
-        attention: Any = oracle.blocks(model)[block].self_attn
-        handle = attention.o_proj.register_forward_pre_hook(zero)
-        try:
-            return oracle.plain_logits(model, encode(processor, ASKED[1:]))[0]  # (vocabulary,)
-        finally:
-            handle.remove()
-
-    with lane_of(stock, family) as lane:
-        heads, batch = Heads(lane), lane.run(ASKED[1:] * 3)
-        for block in (0, 3, len(lane.blocks) - 1):
-            with heads.silenced(block, [1, None, 3]):
-                found = model.get_output_embeddings()(lane.again(batch, block))  # (rows, vocabulary)
-            for row, head in enumerate((1, None, 3)):
-                torch.testing.assert_close(found[row], expected(block, head), rtol=0, atol=1e-4)
-            assert not torch.allclose(found[0], found[1], atol=1e-2), "a head that does nothing proves nothing"
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -128,20 +95,6 @@ def test_the_vocabulary_leaves_out_control_tokens(stock: Stock) -> None:
     assert all(texts[number] == "" for number in processor.tokenizer.all_special_ids)
 
 
-def test_which_heads_are_safety_heads() -> None:
-    draw = np.random.default_rng(0)
-    noise = np.abs(draw.normal(size=(6, 8))) * 0.1
-    harmful, ordinary = noise.copy(), noise + draw.normal(size=(6, 8)) * 0.01
-    harmful[2, 3], ordinary[2, 3] = 5.0, 0.5
-    harmful[3, 1], ordinary[3, 1] = 4.0, 1.0
-    harmful[4, 4], ordinary[4, 4] = 9.0, 8.0  # matters to everything
-    harmful[5, 5], ordinary[5, 5] = 0.1, 6.0  # matters to ordinary prompts
-    found = safety_heads(range(10, 16), harmful, ordinary)
-    assert [(head.block, head.head) for head in found] == [(12, 3), (13, 1)]
-    assert HeadScores(tuple(range(10, 16)), 16, harmful, ordinary, 0.9, tuple(found)).centre() == 12
-    assert safety_heads([0], noise[:1], noise[:1]) == []
-
-
 # ----------------------------------------------------------------------------------- which are chosen
 
 
@@ -164,10 +117,10 @@ def test_the_default_grid() -> None:
     assert with_layer(32, 30, None) == [(30, 31)] and with_layer(32, None, 1) == [(0, 1)]
 
 
-def test_pairs_and_blocks_that_users_give() -> None:
+def test_pairs_that_users_give() -> None:
     assert parse_pairs("13:15", 32) == [(13, 15)] and parse_pairs("1-3:3, 0:1", 8) == [(0, 1), (1, 3), (2, 3)]
-    assert parse_blocks("8-10,3", 32) == [3, 8, 9, 10]
-    for text in ("", "13", "13-15", "a:b", "15:13", "3:3", "1:8", "1:2:3", "5-2:7", "-1:2"):
+    assert parse_pairs("1-2:2-3,6:7", 8) == [(1, 2), (1, 3), (2, 3), (6, 7)]
+    for text in ("", "13", "13-15", "a:b", "15:13", "3:3", "1:8", "1-2:7-8", "1:2:3", "5-2:7", "-1:2"):
         with pytest.raises(LocateError, match="--pairs"):
             parse_pairs(text, 8)
 
@@ -194,18 +147,6 @@ def test_the_controls_of_a_picture() -> None:
         assert both.image is not None and image.image is both.image and image.prompt == ""
     assert controls(ASKED)[1].prompt == ASKED[0].prompt, "a picture that says nothing"
     assert controls([replace(ASKED[0], prompt=" ")]) == [] and controls(prompts[:1]) == []
-
-
-def test_the_heads_see_as_many_pictures_of_either_label() -> None:
-    prompts = builtin()
-    found = [(prompt.label, prompt.channel) for prompt in ablated_on(prompts, 16)]
-    assert {kind: found.count(kind) for kind in found} == dict.fromkeys(product((0, 1), ("text", "picture")), 8)
-    lopsided = [prompt for prompt in prompts if prompt.label == 0 or prompt.channel == "text"]
-    found = [(prompt.label, prompt.channel) for prompt in ablated_on(lopsided, 8)]
-    assert {kind: found.count(kind) for kind in found} == {(0, "text"): 8, (1, "text"): 8}
-    apart = [prompt for prompt in prompts if (prompt.label == 1) == (prompt.channel == "text")]
-    with pytest.raises(LocateError, match="--ablation-prompts 0"):
-        ablated_on(apart, 8)
 
 
 def test_two_halves_share_no_group() -> None:

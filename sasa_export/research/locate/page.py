@@ -7,15 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from sasa_export.layers.heads import HeadScores
 from sasa_export.layers.pairs import Pair
-from sasa_export.layers.propose import Proposal, spans
+from sasa_export.layers.propose import Proposal
 from sasa_export.layers.survey import Evidence
 from sasa_export.research import report
-
-LISTED = 10  # safety heads
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,6 @@ class Located:
 
     subject: dict[str, Any]
     evidence: Evidence
-    heads: HeadScores | None
     proposal: Proposal
     known: Pair | None
     held_out: list[tuple[Pair, float]]
@@ -54,7 +49,6 @@ def write_report(located: Located, pictures: dict[str, bytes], directory: Path) 
         "known": located.known,
         "held_out": {"halves": halves, "auc": located.held_out_auc},
         "safety_perception": evidence.perception,
-        "safety_heads": located.heads,
         "semantic_understanding": evidence.understanding,
         "linguistic_expression": evidence.expression,
         "sweep": {"pairs": pairs, "without_projection": swept.plain},
@@ -65,11 +59,4 @@ def write_report(located: Located, pictures: dict[str, bytes], directory: Path) 
 
 def markdown(located: Located) -> str:
     """The report in Markdown, with the pictures beside it."""
-    heads = located.heads
-    return report.render(
-        "locate.md.j2",
-        located=located,
-        **vars(located),
-        ablated="" if heads is None else spans(heads.blocks),
-        foremost=None if heads is None else pd.DataFrame(heads.safety_heads[:LISTED]).round(2),
-    )
+    return report.render("locate.md.j2", located=located, **vars(located))

@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from sasa_export.layers.expression import Expression
-from sasa_export.layers.heads import HeadScores
 from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
 from sasa_export.research.locate.page import Located
@@ -18,8 +17,7 @@ MOST_NUMBERED = 14  # cells a side
 
 def pictures(located: Located) -> dict[str, bytes]:
     """The PNG files by name."""
-    found = {"depth": depth(located), "sweep": sweep_map(located)}
-    return found if located.heads is None else {**found, "heads": heads(located.heads)}
+    return {"depth": depth(located), "sweep": sweep_map(located)}
 
 
 def depth(located: Located) -> bytes:
@@ -83,23 +81,6 @@ def _mark(axis: Any, blocks: Sequence[int], colour: str) -> None:
     """A bar along the bottom under the blocks that the evidence of this panel points to."""
     for block in blocks:
         axis.axvspan(block - 0.5, block + 0.5, ymin=0, ymax=0.035, color=colour, linewidth=0)
-
-
-def heads(found: HeadScores) -> bytes:
-    """Every ablated head's score, block by head, with the safety heads framed."""
-    table = pd.DataFrame((found.degrees_harmful - found.degrees_ordinary).T, columns=found.blocks)
-    limit = max(float(table.abs().max(axis=None)), 1e-9)
-    with theme.drawing(min(9.0, 1.6 + 0.2 * max(len(table), 8))) as figure:
-        axis = figure.subplots()
-        _map(axis, table, "degrees: harmful less ordinary", cmap="PuOr_r", vmin=-limit, vmax=limit)
-        for head in found.safety_heads:
-            _frame(axis, table, head.block, head.head, edgecolor="#000000", linewidth=1.8)
-        axis.set(
-            xlabel="block (zero-based)",
-            ylabel="attention head",
-            title="Safety heads are framed" if found.safety_heads else "No head matters for safety only",
-        )
-        return theme.png(figure)
 
 
 def sweep_map(located: Located) -> bytes:
