@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +16,10 @@ from sasa_export.errors import LocateError
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.layers.expression import is_readable, onset, token_texts
-from sasa_export.layers.lane import MainLane, watched
 from sasa_export.layers.pairs import default_pairs, parse_pairs, with_layer
 from sasa_export.layers.prompts import controls, halves, limited
 from sasa_export.layers.propose import nearest, spans
+from sasa_export.layers.survey import reading
 from sasa_export.layers.sweep import cheapest
 from sasa_export.layers.understanding import alignment, centred, cosines
 from sasa_export.models import family as families
@@ -34,28 +33,18 @@ ASKED = [
 ]
 
 
-# ------------------------------------------------------------------------------- the second lane
-
-
-@contextmanager
-def lane_of(stock: Stock, family: str) -> Iterator[MainLane]:
-    model, processor = stock(family)
-    inputs = tiny.prompts(processor, images=True, count=2, seed=0, padding_side="left")
-    graph = trace(model, families.family_of(model.config.model_type), dict(inputs))
-    with watched(model, processor, graph) as lane:
-        yield lane
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_second_lane_is_the_oracles(stock: Stock, family: str) -> None:
     model, processor = stock(family)
-    with lane_of(stock, family) as lane:
-        batch = lane.run(ASKED)
-        for pair in ((0, 1), (4, 5)):
-            second = lane.second(batch, rewrite_lane(lane.graph, LaneSettings(*pair)))
-            found = model.get_output_embeddings()(second)  # (rows, vocabulary)
-            expected = oracle.oracle_logits(model, encode(processor, ASKED), *pair)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    inputs = tiny.prompts(processor, images=True, count=2, seed=0, padding_side="left")
+    graph = trace(model, families.family_of(model.config.model_type), dict(inputs))
+    lanes = {str(pair): rewrite_lane(graph, LaneSettings(*pair)) for pair in ((0, 1), (4, 5))}
+    with reading(model, processor, graph, lanes) as read:
+        seconds = dict(read(ASKED, list(lanes)))  # (rows, hidden) each
+    for pair in ((0, 1), (4, 5)):
+        found = model.get_output_embeddings()(torch.from_numpy(seconds[str(pair)]))  # (rows, vocabulary)
+        expected = oracle.oracle_logits(model, encode(processor, ASKED), *pair)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------- figures

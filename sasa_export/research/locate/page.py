@@ -12,6 +12,7 @@ from sasa_export.layers.pairs import Pair
 from sasa_export.layers.propose import Proposal
 from sasa_export.layers.survey import Evidence
 from sasa_export.research import report
+from sasa_export.research.locate.pictures import depth, sweep_map
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Located:
         return float(np.mean([auc for _, auc in self.held_out]))
 
 
-def write_report(located: Located, pictures: dict[str, bytes], directory: Path) -> None:
+def write_report(located: Located, directory: Path) -> None:
     """Write report.html, report.md, locate.json and the pictures."""
     evidence, swept = located.evidence, located.evidence.sweep
     halves = [{"pair": pair, "auc": auc} for pair, auc in located.held_out]
@@ -54,6 +55,7 @@ def write_report(located: Located, pictures: dict[str, bytes], directory: Path) 
         "sweep": {"pairs": pairs, "without_projection": swept.plain},
     }
     title = f"Where {located.subject['model']} perceives, understands and speaks"
+    pictures = {"depth": depth(evidence, located.proposal), "sweep": sweep_map(swept.pairs, located.proposal)}
     report.write_report(directory, title, markdown(located), pictures, "locate", figures)
 
 

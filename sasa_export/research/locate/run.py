@@ -11,7 +11,6 @@ from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import trace_source
-from sasa_export.layers.lane import watched
 from sasa_export.layers.pairs import Pair, default_pairs, parse_pairs, possible
 from sasa_export.layers.prompts import limited
 from sasa_export.layers.propose import propose
@@ -28,7 +27,6 @@ from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
 from sasa_export.research.locate.page import Located, write_report
-from sasa_export.research.locate.pictures import pictures
 from sasa_export.research.options import LocateOptions
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
 from sasa_export.workers import workers
@@ -66,20 +64,30 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     with resumable(options.out, force=options.force, report=report) as work:
         study = _study(options, report)
         report.step("open", f"{study.source.name}: family {study.source.family.name}, {study.sizes.blocks} blocks")
-        told = fingerprint(
-            study.source, study.prompts, batch_size=options.batch_size, dtype=study.dtype,
-            device=study.device.partition(":")[0],
-        )  # fmt: skip
+        running = {"dtype": study.dtype, "device": study.device.partition(":")[0]}
+        told = fingerprint(study.source, study.prompts, batch_size=options.batch_size, **running)
         work.open(told, discard=options.force, report=report)
         evidence = _measure(study, options, work, report)
         if evidence is None:
             return None
-        located = _conclude(study, evidence, command_line("locate", options))
+        proposal, prompts = propose(evidence), study.prompts
+        subject = {
+            "model": last_name(study.source.name),
+            "family": study.source.family.name,
+            "blocks": study.sizes.blocks,
+            "hidden": study.sizes.hidden,
+            **running,
+            **counts(prompts),
+            "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
+            "command": command_line("locate", options),
+        }
+        candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
+        worth = held_out(evidence.sweep, candidates, prompts)
+        located = Located(subject, evidence, proposal, study.known, worth)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
-            write_report(located, pictures(located), staging)
+            write_report(located, staging)
             write_manifest(staging, {})
-    safety, semantic = located.proposal.pair
-    report.step("propose", f"safety layer {safety}, semantic layer {semantic}")
+    report.step("propose", f"safety layer {proposal.safety_layer}, semantic layer {proposal.semantic_layer}")
     report.step("done", f"{options.out / 'report.html'}")
     return located
 
@@ -110,32 +118,12 @@ def _study(options: LocateOptions, report: Silent) -> Study:
 
 def _measure(study: Study, options: LocateOptions, work: Work, report: Silent) -> Evidence | None:
     """Load the model and survey its blocks; all processes but the first get None."""
+    prompts, pairs, size = study.prompts, study.pairs, options.batch_size
     if study.decoder is not None:
         from sasa_export.foreign.survey import survey_graphs
 
-        return survey_graphs(study.decoder, study.prompts, study.pairs, work, report, batch_size=options.batch_size)
+        return survey_graphs(study.decoder, prompts, pairs, work, report, batch_size=size)
     report.step("load", f"{study.dtype} on {study.device}")
-    model = load_as_traced(
-        study.source, study.processor, study.graph, study.prompts, dtype=study.dtype, device=study.device
-    )
+    model = load_as_traced(study.source, study.processor, study.graph, prompts, dtype=study.dtype, device=study.device)
     settings = LaneSettings(None, None, softcap=study.sizes.softcap)
-    with watched(model, study.processor, study.graph) as lane:
-        return survey(lane, study.prompts, study.pairs, settings, work, report, batch_size=options.batch_size)
-
-
-def _conclude(study: Study, evidence: Evidence, command: str) -> Located:
-    """The proposal from the evidence, and what else a report shows."""
-    proposal, prompts, blocks = propose(evidence), study.prompts, study.sizes.blocks
-    candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
-    subject = {
-        "model": last_name(study.source.name),
-        "family": study.source.family.name,
-        "blocks": blocks,
-        "hidden": study.sizes.hidden,
-        "dtype": study.dtype,
-        "device": study.device.partition(":")[0],
-        **counts(prompts),
-        "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
-        "command": command,
-    }
-    return Located(subject, evidence, proposal, study.known, held_out(evidence.sweep, candidates, prompts))
+    return survey(model, study.processor, study.graph, prompts, pairs, settings, work, report, batch_size=size)
