@@ -1,11 +1,7 @@
-"""The command that stands in a report, and the options that it cannot do without."""
+"""The command that stands in a report."""
 
 from pathlib import Path
 
-import pytest
-from click.testing import CliRunner
-
-from sasa_export.cli import main
 from sasa_export.research.options import EvaluateOptions, LocateOptions
 from sasa_export.research.report import command_line
 
@@ -21,12 +17,3 @@ def test_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
     located = LocateOptions("smol-llava", tmp_path / "out", pairs="13:15")
     said = "sasa-export locate --model smol-llava --pairs 13:15"
     assert command_line("locate", located) == f"{said} --out report"
-
-
-@pytest.mark.parametrize("command", ["locate", "evaluate"])
-@pytest.mark.parametrize("missing", ["--model", "--out"])
-def test_model_and_out_are_asked_for(command: str, missing: str) -> None:
-    given = {"--model": "smol-llava", "--out": "report"}
-    del given[missing]
-    result = CliRunner().invoke(main, [command, *next(iter(given.items()))])
-    assert result.exit_code == 2 and f"Missing option '{missing}'" in result.output

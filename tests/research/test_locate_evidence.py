@@ -17,11 +17,11 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.layers.expression import is_readable, onset, token_texts
 from sasa_export.layers.pairs import default_pairs, parse_pairs, with_layer
-from sasa_export.layers.prompts import controls, halves, limited
+from sasa_export.layers.prompts import controls, halves
 from sasa_export.layers.propose import nearest, spans
 from sasa_export.layers.survey import reading
 from sasa_export.layers.sweep import cheapest
-from sasa_export.layers.understanding import alignment, centred, cosines
+from sasa_export.layers.understanding import alignment, centred
 from sasa_export.models import family as families
 from sasa_export.prompts import Prompt, builtin, encode
 
@@ -61,7 +61,6 @@ def test_alignment_sees_what_requests_do_not_share() -> None:
     alike, apart = aligned(both, text, unrelated)
     assert alike == pytest.approx(1.0) and abs(apart) < 0.2, "what all share hides that nothing else agrees"
     assert aligned(both * 0 + common, text, both) == [0.0, 0.0]
-    assert cosines(np.zeros((2, 3)), np.ones((2, 3))).tolist() == [0.0, 0.0]
     rounding = np.full((4, 3), 7.0, np.float32) + np.float32(1e-6) * np.arange(12, dtype=np.float32).reshape(4, 3)
     assert not centred(rounding).any(), "rounding means nothing"
 
@@ -115,15 +114,6 @@ def test_pairs_that_users_give() -> None:
 
 
 # --------------------------------------------------------------------------------------------- prompts
-
-
-def test_a_share_of_the_prompts() -> None:
-    prompts = builtin()
-    chosen = limited(prompts, 40)
-    assert abs(len({prompt.group for prompt in chosen}) - 40) <= 1 and 80 <= len(chosen) <= 160
-    assert limited(prompts, 10**6) == prompts
-    with pytest.raises(LocateError, match=r"there are \d groups with harmful prompts"):
-        limited(prompts, 6)
 
 
 def test_the_controls_of_a_picture() -> None:

@@ -66,7 +66,6 @@ def _understanding(axis: Any, alignment: Mapping[str, Sequence[Estimate]]) -> No
 def _expression(axis: Any, found: Expression) -> None:
     axis.axhline(found.chance, color=theme.FAINT, linewidth=0.8, linestyle=":", label="a token at random")
     axis.plot(found.readable, color=theme.HARMLESS, linewidth=2, label="readable")
-    axis.plot(found.already_final, color=theme.THIRD, linewidth=1.3, linestyle="--", label="as after the last block")
     if found.onset is not None:
         axis.plot([found.onset], [found.readable[found.onset]], marker="o", color=theme.HARMLESS, markersize=7)
     axis.set(ylim=(-0.03, 1.03), title="Linguistic expression", ylabel="share of top 5")
