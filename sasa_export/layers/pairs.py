@@ -21,24 +21,17 @@ def grid_layers(blocks: int) -> list[int]:
     return sorted({round(first + (last - first) * step / (GRID - 1)) for step in range(GRID)})
 
 
-def default_pairs(blocks: int, known: Pair | None = None) -> list[Pair]:
-    """Every pair s < f of the grid's layers, each layer with one close behind it (as 13 and 15 of 32), and `known`."""
-    layers = grid_layers(blocks)
-    found = {(safety, semantic) for safety in layers for semantic in layers if safety < semantic}
-    found |= {(layer, layer + _close(blocks)) for layer in layers if layer + _close(blocks) < blocks}
-    return sorted(found | ({known} if known else set()))
-
-
-def with_layer(blocks: int, safety: int | None, semantic: int | None) -> list[Pair]:
-    """The default pairs with one side held: every layer of the grid that goes with the given one, and a close one."""
-    layers = grid_layers(blocks)
-    if safety is not None:
-        behind = {*layers, safety + _close(blocks)}
-        return sorted((safety, layer) for layer in behind if safety < layer < blocks) or [(safety, blocks - 1)]
-    if semantic is not None:
-        before = {*layers, semantic - _close(blocks)}
-        return sorted((layer, semantic) for layer in before if 0 <= layer < semantic) or [(0, semantic)]
-    return default_pairs(blocks)
+def default_pairs(blocks: int, safety: int | None = None, semantic: int | None = None) -> list[Pair]:
+    """Every pair s < f of the grid's layers, and each layer with one close behind it (as 13 and 15 of 32). Where a side
+    is given, the pairs of that layer with those of the grid, and with one that is close."""
+    layers, close = grid_layers(blocks), max(1, round(blocks / 16))
+    if semantic is None:
+        first = layers if safety is None else [safety]
+        found = {(layer, behind) for layer in first for behind in (*layers, layer + close)}
+    else:
+        found = {(before, semantic) for before in (*layers, semantic - close)}
+    inside = sorted(pair for pair in found if 0 <= pair[0] < pair[1] < blocks)
+    return inside or [(safety or 0, blocks - 1 if semantic is None else semantic)]
 
 
 def possible(pairs: list[Pair], earliest: int) -> list[Pair]:
@@ -50,10 +43,6 @@ def possible(pairs: list[Pair], earliest: int) -> list[Pair]:
             "earliest, and no pair of layers that was asked for has such a one. Ask for later layers."
         )
     return found
-
-
-def _close(blocks: int) -> int:
-    return max(1, round(blocks / 16))
 
 
 def parse_pairs(text: str, blocks: int) -> list[Pair]:

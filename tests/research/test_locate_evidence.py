@@ -16,7 +16,7 @@ from sasa_export.errors import LocateError
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.layers.expression import is_readable, onset, token_texts
-from sasa_export.layers.pairs import default_pairs, parse_pairs, with_layer
+from sasa_export.layers.pairs import default_pairs, parse_pairs
 from sasa_export.layers.prompts import controls, halves
 from sasa_export.layers.propose import nearest, spans
 from sasa_export.layers.survey import reading
@@ -96,13 +96,13 @@ def test_the_choice_among_pairs() -> None:
 
 
 def test_the_default_grid() -> None:
-    small, large = default_pairs(8), default_pairs(32, known=(13, 15))
+    small, large = default_pairs(8), default_pairs(32)
     assert small == sorted(small) and all(safety < semantic for safety, semantic in small)
     assert len(small) == 28 and len(large) == 27 and (13, 15) in large and (22, 24) in large
     assert min(safety for safety, _ in large) == 5 and max(semantic for _, semantic in large) == 30
-    assert with_layer(32, 13, None) == [(13, layer) for layer in (15, 18, 22, 26, 30)]
-    assert all(pair[1] == 15 > pair[0] for pair in with_layer(32, None, 15)) and len(with_layer(32, None, 15)) >= 2
-    assert with_layer(32, 30, None) == [(30, 31)] and with_layer(32, None, 1) == [(0, 1)]
+    assert default_pairs(32, 13) == [(13, layer) for layer in (15, 18, 22, 26, 30)]
+    assert default_pairs(32, None, 15) == [(5, 15), (9, 15), (13, 15)]
+    assert default_pairs(32, 30) == [(30, 31)] and default_pairs(32, None, 1) == [(0, 1)]
 
 
 def test_pairs_that_users_give() -> None:

@@ -111,7 +111,10 @@ def _study(options: LocateOptions, report: Silent) -> Study:
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
     prompts = limited(for_model(prompts, processor), options.limit)
-    pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)
+    if options.pairs is None:
+        pairs = sorted({*default_pairs(sizes.blocks), *([] if known is None else [known])})
+    else:
+        pairs = parse_pairs(options.pairs, sizes.blocks)
     pairs = possible(pairs, graph.earliest_safety_layer())
     return Study(source, sizes, graph, processor, prompts, pairs, known, dtype, device, decoder)
 
