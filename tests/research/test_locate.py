@@ -22,8 +22,8 @@ from sasa_export.probe.work import resumable
 from sasa_export.report import Silent
 from sasa_export.research.locate.page import Located, markdown
 from sasa_export.research.locate.run import locate
-from sasa_export.research.options import LocateOptions
-from sasa_export.research.report import html_page
+from sasa_export.research.options import EvaluateOptions, LocateOptions
+from sasa_export.research.report import command_line, html_page
 
 Report = tuple[Located, Path]
 
@@ -109,7 +109,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
     whole, out = tmp_path / "whole/report", tmp_path / "cut/report"
     options = LocateOptions(str(planted_model), whole, calibration=(prompts,), pairs="2:5,3:6")
     locate(options)
-    for stop in (1, 8, None):  # among the batches, among the controls, not at all
+    for stop in (1, 18, None):  # among the batches, among the controls, not at all
         written = stopped_at(stop)
         with pytest.raises(Stop) if stop else nullcontext():
             locate(replace(options, out=out))
@@ -146,6 +146,19 @@ def test_work_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_of_a_report_has_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    """It names no place of this machine, and flags come as the command line takes them."""
+    (tmp_path / "my model").mkdir()
+    options = EvaluateOptions(
+        tmp_path / "my model", tmp_path / "out", data=("xstest:x.csv", "b.jsonl"), limit=7, device="cpu", force=True
+    )
+    said = "sasa-export evaluate --model 'my model' --data xstest:x.csv --data b.jsonl --limit 7"
+    assert command_line("evaluate", options) == f"{said} --out report"
+    located = LocateOptions("smol-llava", tmp_path / "out", pairs="13:15")
+    said = "sasa-export locate --model smol-llava --pairs 13:15"
+    assert command_line("locate", located) == f"{said} --out report"
 
 
 def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts: str) -> None:
