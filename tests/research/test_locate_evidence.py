@@ -101,7 +101,7 @@ def test_the_default_grid() -> None:
     assert len(small) == 28 and len(large) == 27 and (13, 15) in large and (22, 24) in large
     assert min(safety for safety, _ in large) == 5 and max(semantic for _, semantic in large) == 30
     assert default_pairs(32, 13) == [(13, layer) for layer in (15, 18, 22, 26, 30)]
-    assert default_pairs(32, None, 15) == [(5, 15), (9, 15), (13, 15)]
+    assert default_pairs(32, None, 16) == [(5, 16), (9, 16), (13, 16), (14, 16)]
     assert default_pairs(32, 30) == [(30, 31)] and default_pairs(32, None, 1) == [(0, 1)]
 
 
