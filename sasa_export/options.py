@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
 GATES = ("enforce", "observe")
-TORCH_ALONE = ("revision", "projection", "opset", "onnx_dtype", "dtype", "blocks", "ablation_prompts")  # options
+TORCH_ALONE = ("revision", "projection", "opset", "onnx_dtype", "dtype")  # options
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
 # Help that several commands have in common.

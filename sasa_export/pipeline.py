@@ -16,7 +16,6 @@ from sasa_export.foreign.opened import holds_graphs
 from sasa_export.graph.rewrite import rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.layers.auto import choose_layers
-from sasa_export.layers.lane import watched
 from sasa_export.layers.survey import survey
 from sasa_export.manifest import write_manifest
 from sasa_export.models import open_source
@@ -91,12 +90,11 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
     model = load_as_traced(plan.source, plan.processor, plan.graph, prompts, dtype=dtype, device=device)
     size, regularization = options.batch_size, options.regularization_value()
     if options.finds_layers():
-        with watched(model, plan.processor, plan.graph) as main:
-            look = partial(
-                survey, main, settings=plan.settings, work=work, report=report, batch_size=size,
-                regularization=regularization,
-            )  # fmt: skip
-            settings, layers_from, held_out = choose_layers(look, plan.graph, prompts, plan.settings, options, report)
+        look = partial(
+            survey, model, plan.processor, plan.graph, settings=plan.settings, work=work, report=report,
+            batch_size=size, regularization=regularization,
+        )  # fmt: skip
+        settings, layers_from, held_out = choose_layers(look, plan.graph, prompts, plan.settings, options, report)
         plan = replace(plan, settings=settings, layers_from=layers_from)
     lane = rewrite_lane(plan.graph, plan.settings)
     if plan.given is None:

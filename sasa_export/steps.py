@@ -11,7 +11,7 @@ from sasa_export.errors import VerifyError
 from sasa_export.files import check_apart, check_disk, staged
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite
-from sasa_export.layers.pairs import possible, with_layer
+from sasa_export.layers.pairs import default_pairs, possible
 from sasa_export.manifest import check_ours
 from sasa_export.models import Source, layers_of
 from sasa_export.models.load import SPREAD, Sizes
@@ -105,7 +105,7 @@ def _layers(
         safety = semantic = None
         layers_from = "none: made without projection"
     elif options.finds_layers():
-        safety, semantic = possible(with_layer(sizes.blocks, *given), graph.earliest_safety_layer())[0]
+        safety, semantic = possible(default_pairs(sizes.blocks, *given), graph.earliest_safety_layer())[0]
     elif None in given and source.family.known_layers(sizes.blocks, sizes.hidden) is None:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
     return LaneSettings(safety, semantic, softcap=sizes.softcap), layers_from

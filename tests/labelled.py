@@ -54,8 +54,7 @@ def patch_evaluate_locate(model: str, evaluation: str, calibration: str, out: Pa
     )
     locate(
         LocateOptions(
-            model=model, out=out / "located", calibration=(calibration,), pairs="1:3,2:4", blocks="2-3",
-            ablation_prompts=3, batch_size=8,
+            model=model, out=out / "located", calibration=(calibration,), pairs="1:3,2:4", batch_size=8
         ),
         Console(),
     )  # fmt: skip

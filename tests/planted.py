@@ -30,8 +30,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 BLOCKS, HIDDEN, HEADS = 8, 32, 4
 SAFETY, SEMANTIC, VOICE = 2, 5, 7
-SAFETY_HEAD = (2, 1)
-PROJECTION = "o_proj"
 
 # Coordinates of the hidden state.
 BASE, HARM, TOPIC, DANGER, MEANING, SPOKEN, CHANCE, OTHER_CHANCE = 0, 1, 2, 5, 6, 9, 10, 11

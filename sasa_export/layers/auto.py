@@ -1,4 +1,4 @@
-"""`--safety-layer auto --semantic-layer auto`: the survey of a report, without its ablation and pictures, in a patch.
+"""`--safety-layer auto --semantic-layer auto`: the survey of a report in a patch.
 
 The layers are chosen on one half of the calibration prompts. The figures in the card are then of the other half, which
 took no part in the choice; the probe itself is fitted on both.
@@ -12,7 +12,7 @@ from dataclasses import replace
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.layers import LIMIT
-from sasa_export.layers.pairs import Pair, possible, with_layer
+from sasa_export.layers.pairs import Pair, default_pairs, possible
 from sasa_export.layers.prompts import halves, limited
 from sasa_export.layers.propose import Proposal, propose
 from sasa_export.layers.survey import Evidence
@@ -36,7 +36,7 @@ def choose_layers(
     Raises LocateError where either half of the prompts is too small to choose or to judge by.
     """
     given = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
-    pairs = possible(with_layer(len(graph.of("block")), *given), graph.earliest_safety_layer())
+    pairs = possible(default_pairs(len(graph.of("block")), *given), graph.earliest_safety_layer())
     choosing, held_out = halves(prompts)
     chosen_on, _ = (limited([prompts[row] for row in half], LIMIT) for half in (choosing, held_out))
     evidence = survey(chosen_on, pairs)

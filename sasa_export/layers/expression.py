@@ -21,11 +21,10 @@ LEAST_RISE = 0.1  # a curve that rises less than this does not say where words b
 
 @dataclass(frozen=True)
 class Expression:
-    """Behind each block, the share of readable tokens among the five likeliest, and of those that the last block
-    ranks among its five too; `chance` is the readable share of the vocabulary, `onset` the block where words begin."""
+    """Behind each block, the share of readable tokens among the five likeliest; `chance` is the readable share of the
+    vocabulary, `onset` the block where words begin."""
 
     readable: list[float]
-    already_final: list[float]
     chance: float
     onset: int | None
 
@@ -33,11 +32,9 @@ class Expression:
 def expression(tokens: np.ndarray, vocabulary: Sequence[str]) -> Expression:
     """From the likeliest tokens (prompts, blocks, 5) and every token's text."""
     readable = np.array([is_readable(text) for text in vocabulary])  # (vocabulary,)
-    final = tokens[:, -1]  # (prompts, 5)
-    settled = (tokens[..., None] == final[:, None, None, :]).any(-1)  # (prompts, blocks, 5)
     share = readable[tokens].mean((0, 2)).tolist()  # (blocks,)
     known = sum(bool(text) for text in vocabulary)
-    return Expression(share, settled.mean((0, 2)).tolist(), float(readable.sum() / max(known, 1)), onset(share))
+    return Expression(share, float(readable.sum() / max(known, 1)), onset(share))
 
 
 def onset(readable: Sequence[float]) -> int | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from itertools import product
+
 from sasa_export.errors import LocateError
 
 GRID = 7  # layers that the default grid takes for either side
@@ -18,24 +21,17 @@ def grid_layers(blocks: int) -> list[int]:
     return sorted({round(first + (last - first) * step / (GRID - 1)) for step in range(GRID)})
 
 
-def default_pairs(blocks: int, known: Pair | None = None) -> list[Pair]:
-    """Every pair s < f of the grid's layers, each layer with one close behind it (as 13 and 15 of 32), and `known`."""
-    layers = grid_layers(blocks)
-    found = {(safety, semantic) for safety in layers for semantic in layers if safety < semantic}
-    found |= {(layer, layer + _close(blocks)) for layer in layers if layer + _close(blocks) < blocks}
-    return sorted(found | ({known} if known else set()))
-
-
-def with_layer(blocks: int, safety: int | None, semantic: int | None) -> list[Pair]:
-    """The default pairs with one side held: every layer of the grid that goes with the given one, and a close one."""
-    layers = grid_layers(blocks)
-    if safety is not None:
-        behind = {*layers, safety + _close(blocks)}
-        return sorted((safety, layer) for layer in behind if safety < layer < blocks) or [(safety, blocks - 1)]
-    if semantic is not None:
-        before = {*layers, semantic - _close(blocks)}
-        return sorted((layer, semantic) for layer in before if 0 <= layer < semantic) or [(0, semantic)]
-    return default_pairs(blocks)
+def default_pairs(blocks: int, safety: int | None = None, semantic: int | None = None) -> list[Pair]:
+    """Every pair s < f of the grid's layers, and each layer with one close behind it (as 13 and 15 of 32). Where a side
+    is given, the pairs of that layer with those of the grid, and with one that is close."""
+    layers, close = grid_layers(blocks), max(1, round(blocks / 16))
+    if semantic is None:
+        first = layers if safety is None else [safety]
+        found = {(layer, behind) for layer in first for behind in (*layers, layer + close)}
+    else:
+        found = {(before, semantic) for before in (*layers, semantic - close)}
+    inside = sorted(pair for pair in found if 0 <= pair[0] < pair[1] < blocks)
+    return inside or [(safety or 0, blocks - 1 if semantic is None else semantic)]
 
 
 def possible(pairs: list[Pair], earliest: int) -> list[Pair]:
@@ -49,37 +45,18 @@ def possible(pairs: list[Pair], earliest: int) -> list[Pair]:
     return found
 
 
-def _close(blocks: int) -> int:
-    return max(1, round(blocks / 16))
-
-
 def parse_pairs(text: str, blocks: int) -> list[Pair]:
     """`13:15`, `10-16:14-20` (every combination with s < f), several behind commas. LocateError where it is not so."""
     found: set[Pair] = set()
     for part in text.split(","):
-        sides = part.split(":")
-        if len(sides) != 2:
-            raise LocateError(f"--pairs has {part.strip()!r}; a pair is s:f, such as 13:15, or ranges, 10-16:14-20.")
-        safety, semantic = (parse_blocks(side, blocks, "--pairs") for side in sides)
-        combined = {(first, second) for first in safety for second in semantic if first < second}
-        if not combined:
-            raise LocateError(f"--pairs has {part.strip()!r}, and a safety layer lies before its semantic layer.")
-        found |= combined
-    return sorted(found)
-
-
-def parse_blocks(text: str, blocks: int, flag: str = "--blocks") -> list[int]:
-    """`8-20`, or `3`, several behind commas. LocateError where it is not so or leaves the decoder."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            low, high = int(first), int(last if dash else first)
-        except ValueError:
-            raise LocateError(f"{flag} has {part.strip()!r}; give blocks as numbers or ranges, such as 8-20.") from None
-        if not 0 <= low <= high < blocks:
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?:(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        sides = numbers and (numbers.group(1, 2), numbers.group(3, 4))
+        asked = list(product(*(range(int(low), int(high or low) + 1) for low, high in sides))) if sides else []
+        pairs = {(safety, semantic) for safety, semantic in asked if safety < semantic}
+        if not pairs or max(map(max, asked)) >= blocks:
             raise LocateError(
-                f"{flag} has {part.strip()!r}, and the blocks of this model are 0 to {blocks - 1}, in rising order."
+                f"--pairs has {part.strip()!r}; give a safety layer and a semantic layer behind it, such as 13:15, or "
+                f"ranges, 10-16:14-20. The blocks of this model are 0 to {blocks - 1}."
             )
-        found.update(range(low, high + 1))
+        found |= pairs
     return sorted(found)

@@ -1,12 +1,11 @@
 """The proposal: safety and semantic layer, and why.
 
 Three rules, in this order. The *safety layer* is one of the blocks at which harmful and harmless prompts are as
-separable as they get, within noise; where safety heads were found, not before the block that half of their score is
-reached at. The *semantic layer* is one of the blocks at which the state of picture and text is as close to that of the
-same request in text as it gets, within noise, before the states become readable. Among the measured pairs of such
-layers (or the nearest to them), the *sweep* decides; of pairs within noise of the best, the cheapest is taken: the one
-whose second lane runs fewest blocks, then the one whose semantic layer comes first. Where a pair outside is better by
-more than noise, it is taken instead.
+separable as they get, within noise. The *semantic layer* is one of the blocks at which the state of picture and text
+is as close to that of the same request in text as it gets, within noise, before the states become readable. Among the
+measured pairs of such layers (or the nearest to them), the *sweep* decides; of pairs within noise of the best, the
+cheapest is taken: the one whose second lane runs fewest blocks, then the one whose semantic layer comes first. Where a
+pair outside is better by more than noise, it is taken instead.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from sasa_export.layers.heads import HeadScores
 from sasa_export.layers.pairs import Pair
 from sasa_export.layers.survey import Evidence
 from sasa_export.layers.sweep import Sweep, cheapest
@@ -42,9 +40,9 @@ class Proposal:
         return self.safety_layer, self.semantic_layer
 
 
-def propose(evidence: Evidence, heads: HeadScores | None = None) -> Proposal:
+def propose(evidence: Evidence) -> Proposal:
     """Apply the rules above."""
-    safety_blocks, safety_reason = _safety_blocks(evidence.perception["all"], heads)
+    safety_blocks, safety_reason = _safety_blocks(evidence.perception["all"])
     semantic_blocks, semantic_reason = _semantic_blocks(evidence, min(safety_blocks) + 1)
     swept = evidence.sweep
     candidates = nearest(list(swept.pairs), safety_blocks, semantic_blocks)
@@ -79,7 +77,7 @@ def nearest(pairs: Sequence[Pair], safety_blocks: Blocks, semantic_blocks: Block
     return [pair for pair in pairs if away[pair] == min(away.values())]
 
 
-def _safety_blocks(curve: Sequence[Comparable], heads: HeadScores | None) -> tuple[list[int], list[str]]:
+def _safety_blocks(curve: Sequence[Comparable]) -> tuple[list[int], list[str]]:
     estimates = dict(enumerate(curve))
     highest, last = best(estimates), len(curve) - 1
     # Nothing lies behind the last block that could be a semantic layer.
@@ -93,22 +91,7 @@ def _safety_blocks(curve: Sequence[Comparable], heads: HeadScores | None) -> tup
             "Caution: no block tells harmful from harmless better than chance on these prompts, so what follows means "
             "little."
         )
-    if heads is None:
-        return found, reason
-    centre = heads.centre()
-    if centre is None:
-        reason.append(f"Safety heads: none of {spans(heads.blocks)} stands out as one that matters for safety only.")
-        return found, reason
-    behind = [block for block in found if block >= centre]
-    if not behind:
-        agrees = "behind every block where separability is highest, so they do not decide"
-    else:
-        agrees = "which agrees with it" if behind == found else f"which narrows it to {spans(behind)}"
-    reason.append(
-        f"Safety heads: {len(heads.safety_heads)} found in {spans(heads.blocks)}; half of their score is reached at "
-        f"block {centre}, {agrees}."
-    )
-    return behind or found, reason
+    return found, reason
 
 
 def _semantic_blocks(evidence: Evidence, first: int) -> tuple[list[int], list[str]]:

@@ -1,5 +1,5 @@
-"""All evidence but the heads': the model runs on prompts and controls, then the figures. A patch with `auto` layers
-needs it as much as a report does.
+"""All evidence: the model runs on prompts and controls, then the figures. A patch with `auto` layers needs it as much
+as a report does.
 
 A batch's hidden states stay in memory while it is worked on; what is kept is small: the last token's state and its
 five likeliest tokens behind every block, and one state of each second lane.
@@ -7,31 +7,36 @@ five likeliest tokens behind every block, and one state of each second lane.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.layers.expression import Expression, expression, token_texts
-from sasa_export.layers.lane import Batch, MainLane
 from sasa_export.layers.pairs import Pair
 from sasa_export.layers.perception import separability
 from sasa_export.layers.prompts import controls
 from sasa_export.layers.sweep import Sweep, second_lane, sweep
 from sasa_export.layers.understanding import understanding
-from sasa_export.models.load import head_weight
+from sasa_export.models.load import head_weight, place
+from sasa_export.probe.features import last_real, watching
 from sasa_export.probe.fit import head_metric
 from sasa_export.probe.intervals import Comparable
 from sasa_export.probe.work import Results, Work
-from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.prompt import Prompt, encode
 from sasa_export.report import Silent
+from sasa_export.runtime.lane import Recording, current_recording, run_lane, start, within
 from sasa_export.workers import workers
 
 LIKELIEST = 5  # tokens that the logit lens looks at
-MAIN_LANE = ("tokens", "plain", "states")  # what `_of_main_lane` gives
+MAIN_LANE = ("tokens", "plain", "states")  # what `reading` gives of the main lane
+
+Arrays = Iterator[tuple[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Evidence:
 
 
 def survey(
-    lane: MainLane,
+    model: Any,
+    processor: Any,
+    graph: LayerGraph,
     prompts: Sequence[Prompt],
     pairs: Sequence[Pair],
     settings: LaneSettings,
@@ -72,24 +79,53 @@ def survey(
     on_controls = Results(work, "controls", controls(prompts), batch_size)
     lanes = {
         second_lane((safety, semantic)): rewrite_lane(
-            lane.graph, replace(settings, safety_layer=safety, semantic_layer=semantic)
+            graph, replace(settings, safety_layer=safety, semantic_layer=semantic)
         )
         for safety, semantic in pairs
     }
-
-    def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        batch = lane.run(some)
-        for name in missing:
-            if name in lanes:
-                yield name, lane.second(batch, lanes[name]).float().cpu().numpy()  # (rows, hidden)
-        if set(MAIN_LANE) & set(missing):
-            yield from _of_main_lane(lane, batch)
-
-    results.fill([*lanes, *MAIN_LANE], compute, report)
-    on_controls.fill(MAIN_LANE, compute, report)
+    with reading(model, processor, graph, lanes) as read:
+        results.fill([*lanes, *MAIN_LANE], read, report)
+        on_controls.fill(MAIN_LANE, read, report)
     if not workers().leads:
         return None
-    return evidence_of(results, on_controls, pairs, head_weight(lane.model), lane.processor, regularization, report)
+    return evidence_of(results, on_controls, pairs, head_weight(model), processor, regularization, report)
+
+
+@contextmanager
+def reading(
+    model: Any, processor: Any, graph: LayerGraph, lanes: Mapping[str, LayerGraph]
+) -> Iterator[Callable[[list[Prompt], Collection[str]], Arrays]]:
+    """Watch every block while the context lasts; gives a function that runs a batch of prompts and yields the arrays
+    that are asked for by name.
+
+    Of the last token they are the normed state of each of the second `lanes` (rewritten graphs), (rows, hidden); behind
+    each block the likeliest "tokens", (rows, blocks, 5), and the "states", (rows, blocks, hidden); and "plain", the
+    normed state at the end, (rows, hidden).
+    """
+    blocks = [str(node.module) for node in graph.of("block")]
+    norm, head = (model.get_submodule(graph[name].module) for name in ("norm", "head"))
+
+    def read(prompts: list[Prompt], names: Collection[str]) -> Arrays:
+        inputs = place(encode(processor, prompts), model)
+        with within(current_recording, Recording()) as seen:
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        at = last_real(inputs)  # (rows,)
+        for name in [name for name in names if name in lanes]:
+            nodes = [node.to_json() for node in lanes[name] if node.op != "lane_head"]
+            begin, entered = start(nodes, seen)  # (rows, tokens, hidden)
+            second = run_lane(model, nodes, {begin: entered}, seen.arguments, at)["sasa.lane.norm"]  # (rows, hidden)
+            yield name, second.float().cpu().numpy()
+        if not set(MAIN_LANE) & set(names):
+            return
+        states = [_picked(seen.outputs[path], at) for path in blocks]  # (rows, hidden) each
+        normed = [norm(state.unsqueeze(1)).squeeze(1) for state in states]  # (rows, hidden) each
+        tokens = [head(state).topk(LIKELIEST).indices.cpu() for state in normed]  # (rows, 5) each
+        yield "tokens", torch.stack(tokens, 1).numpy().astype(np.int32)
+        yield "plain", normed[-1].float().cpu().numpy()
+        yield "states", torch.stack([state.float().cpu() for state in states], 1).numpy()
+
+    with torch.no_grad(), watching(model, [{"op": op, "module": path} for path in blocks for op in ("block", "tap")]):
+        yield read
 
 
 def evidence_of(
@@ -109,12 +145,6 @@ def evidence_of(
     return Evidence(perception, understanding(on_controls, tokens.shape[1]), expressed, swept)
 
 
-def _of_main_lane(lane: MainLane, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:
-    """Behind each block the likeliest tokens, (rows, blocks, 5), and the last token's "states", (rows, blocks, hidden);
-    and "plain", the normed state at the end, (rows, hidden)."""
-    states = lane.states(batch)
-    normed = [lane.normed(state) for state in states]  # (rows, hidden) each
-    tokens = [lane.head(state).topk(LIKELIEST).indices.cpu() for state in normed]  # (rows, 5) each
-    yield "tokens", torch.stack(tokens, 1).numpy().astype(np.int32)
-    yield "plain", normed[-1].float().cpu().numpy()
-    yield "states", torch.stack([state.float().cpu() for state in states], 1).numpy()
+def _picked(state: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """(rows, tokens, hidden) -> (rows, hidden), at the given token of each row."""
+    return state[torch.arange(len(state), device=state.device), at.to(state.device)]

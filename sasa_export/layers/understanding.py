@@ -33,15 +33,10 @@ def understanding(results: Results, blocks: int) -> dict[str, list[Comparable]] 
 
 def alignment(states: np.ndarray, groups: np.ndarray) -> dict[str, Comparable]:
     """From a block's states (requests, 3, hidden): picture with text, text-only and image-dominant control."""
-    both, *others = (centred(kind) for kind in states.transpose(1, 0, 2))  # (requests, hidden) each
-    return {name: mean_of(cosines(both, other), groups) for name, other in zip(CONTROLS, others, strict=True)}
+    from sklearn.preprocessing import normalize
 
-
-def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Row by row cosine of two arrays (requests, hidden): (requests,); 0 where a row is zero."""
-    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)  # (requests,)
-    inner = (first * second).sum(1)  # (requests,)
-    return np.divide(inner, lengths, out=np.zeros_like(inner), where=lengths > 0)
+    both, *others = (normalize(centred(kind)) for kind in states.transpose(1, 0, 2))  # (requests, hidden) each
+    return {name: mean_of((both * other).sum(1), groups) for name, other in zip(CONTROLS, others, strict=True)}
 
 
 def centred(states: np.ndarray) -> np.ndarray:

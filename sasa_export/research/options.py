@@ -25,13 +25,6 @@ class LocateOptions(OptionSet):
     onnx_file: tuple[str, ...] = option((), ONNX_FILE)
     calibration: tuple[str, ...] = option((), f"{PROMPTS} Default: the built-in set.")
     limit: int = option(LIMIT, "About how many groups of prompts to use, such as pairs.", valid=AT_LEAST_ONE)
-    blocks: str | None = option(None, "Blocks whose attention heads are ablated, such as 8-20. Default: all.")
-    ablation_prompts: int = option(
-        16,
-        "Harmful and harmless prompts that heads are ablated on, so many of each; 0 leaves the ablation out. The "
-        "cost is that of running them (blocks x heads / 2) times.",
-        valid=("at least 0", lambda value: value >= 0),
-    )
     pairs: str | None = option(
         None,
         "Pairs to sweep: 13:15, or ranges, 10-16:14-20, several behind commas. Default: all pairs of seven layers "

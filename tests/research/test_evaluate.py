@@ -15,18 +15,15 @@ from typing import Any
 import labelled
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from cli_steps import Stop, change_tensors, copied, fails, flip, settle, succeeds
 from labelled import write_set
-from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import sasa_export
-from sasa_export.cli import main
 from sasa_export.manifest import write_manifest
 from sasa_export.prompts import load_all
-from sasa_export.prompts.prompt import batches, encode
+from sasa_export.prompts.prompt import encode
 from sasa_export.research.evaluate.measure import Evaluated
-from sasa_export.research.evaluate.models import TorchModel
 from sasa_export.research.evaluate.run import evaluate
 from sasa_export.research.options import EvaluateOptions
 
@@ -104,31 +101,22 @@ def test_the_report_is_complete_and_its_figures_agree(run: tuple[Evaluated, Path
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(
-    options: EvaluateOptions, run: tuple[Evaluated, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: EvaluateOptions, run: tuple[Evaluated, Path], tmp_path: Path, stopped_at: Callable[..., list[str]]
 ) -> None:
     options = replace(options, out=tmp_path / "report")
-    calls: list[int] = []
-    answers = TorchModel.answers
-
-    def counted(self: TorchModel, prompts: Any) -> Any:
-        calls.append(len(prompts))
-        if len(calls) == 5:  # in the middle of the patched model's
-            raise KeyboardInterrupt
-        return answers(self, prompts)
-
-    monkeypatch.setattr(TorchModel, "answers", counted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(options)
-    assert not options.out.exists() and (tmp_path / ".report.work").is_dir()
+    for stop in (3, 25):  # among the features, among the patched model's answers
+        written = stopped_at(stop)
+        with pytest.raises(Stop):
+            evaluate(options)
+        assert not options.out.exists() and (tmp_path / ".report.work").is_dir()
+    assert any(name.startswith("patched") for name in written)
     with pytest.raises(sasa_export.SasaExportError, match="other: max_new_tokens"):
         evaluate(replace(options, max_new_tokens=TOKENS + 1))
+    written = stopped_at(None)
     evaluate(options)
-    whole = len(list(batches(load_all(options.data), 8)))
-    assert len(calls) == 2 * whole + 1  # nothing but the batch that was cut off ran twice
-    same = ("arms", "parts", "identical", "emitted")
-    before, after = (json.loads((out / "evaluate.json").read_text()) for out in (run[1], options.out))
-    assert {name: before[name] for name in same} == {name: after[name] for name in same}
-    assert (options.out / "answers.jsonl").read_bytes() == (run[1] / "answers.jsonl").read_bytes()
+    assert len(written) == len(set(written)), "finished work was done again"
+    for name in ("evaluate.json", "answers.jsonl"):
+        assert (options.out / name).read_bytes() == (run[1] / name).read_bytes()
     assert not list(tmp_path.glob(".report*"))
 
 
@@ -147,7 +135,7 @@ def test_two_processes_calibrate_evaluate_and_locate_as_one(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("propose") == 1, "one process speaks for all"
     files = ("patched/sasa-calibration.json", "patched/config.json", "report/answers.jsonl", "report/roc.png")
-    for file in (*files, "report/evaluate.json", "located/locate.json", "located/heads.png", "located/report.html"):
+    for file in (*files, "report/evaluate.json", "located/locate.json", "located/report.html"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
@@ -169,31 +157,30 @@ def test_an_onnx_directory(
 
 def test_the_command(options: EvaluateOptions, tmp_path: Path) -> None:
     arguments = ["evaluate", "--model", str(options.model), "--data", *options.data, "--calibration"]
-    arguments += [*options.calibration, "--out", str(tmp_path / "report"), "--limit", "8"]
-    result = CliRunner().invoke(main, [*arguments, "--max-new-tokens", "2"])
-    assert result.exit_code == 0, result.output
-    assert "attack success " in result.stderr and ", AUC " in result.stderr
+    arguments += [*options.calibration, "--out", str(tmp_path / "report"), "--limit", "8", "--max-new-tokens", "2"]
+    said = succeeds(*arguments).stderr
+    assert "attack success " in said and ", AUC " in said
     assert json.loads((tmp_path / "report/evaluate.json").read_text())["subject"]["left_out"] == 16
-    again = CliRunner().invoke(main, arguments)
-    assert again.exit_code == 1 and "is not empty" in again.stderr and "Traceback" not in again.output
+    assert "is not empty" in fails(*arguments)
+
+
+def louder(tensors: dict[str, np.ndarray]) -> None:
+    """Change a decoder a little, as fine-tuning does."""
+    name = next(name for name in tensors if name.endswith("layers.5.mlp.down_proj.weight"))
+    tensors[name] = tensors[name] * np.float32(1.01)
 
 
 def test_which_verdicts_changed(options: EvaluateOptions, run: tuple[Evaluated, Path], tmp_path: Path) -> None:
     """Of a copy that refuses what P(unsafe) is lowest of, and whose decoder was changed a little and saved again."""
     table = run[0].answers
-    other = Path(shutil.copytree(options.model, tmp_path / "tuned"))
+    other, threshold = copied(options.model, tmp_path), float(np.sort(table.patched_unsafe_probability)[2])
     (other / "sasa-export.json").unlink()
-    config = json.loads((other / "config.json").read_text())
-    config["sasa"]["threshold"] = float(np.sort(table.patched_unsafe_probability)[2])
-    (other / "config.json").write_text(json.dumps(config))
-    shard = other / "model-00001-of-00002.safetensors"
-    tensors = load_file(shard)
-    norm = next(name for name in tensors if name.endswith("layers.5.mlp.down_proj.weight"))
-    save_file({**tensors, norm: tensors[norm] * 1.01}, shard, {"format": "pt"})
+    settle(other, threshold=threshold)
+    change_tensors(other / "model-00001-of-00002.safetensors", louder)
     found = evaluate(replace(options, out=tmp_path / "report", against=other))
     assert found is not None
     before, after = table.patched_unsafe_probability, found.answers.against_unsafe_probability  # (prompts,) each
-    old, new = before >= found.arms["patched"]["threshold"], after >= config["sasa"]["threshold"]
+    old, new = before >= found.arms["patched"]["threshold"], after >= threshold
     assert (found.answers.patched_unsafe_probability == before).all() and 0 < (after - before).abs().max() < 0.1
     groups = {(of["part"], of["label"]): of for of in found.changes}
     assert set(groups) >= {(part, label) for part in ("all", "text", "picture") for label in (0, 1)}
@@ -204,7 +191,7 @@ def test_which_verdicts_changed(options: EvaluateOptions, run: tuple[Evaluated, 
         assert (of["now_refused"], of["now_allowed"]) == ((new & ~old)[rows].sum(), (old & ~new)[rows].sum())
     report = (tmp_path / "report" / "report.md").read_text()
     assert f"Of {len(table)} verdicts, {(new & ~old).sum()} changed from allowed to refused and " in report
-    assert "## Against tuned" in report and "| refused by tuned |" in report and "| harmful, picture |" in report
+    assert "## Against copy" in report and "| refused by copy |" in report and "| harmful, picture |" in report
     assert found.arms["against"]["attack"].count == (~found.answers.against_refused & (table.label == 1)).sum()
 
 
@@ -219,19 +206,10 @@ def remade(directory: Path, out: Path, **made: Any) -> Path:
     return out
 
 
-def damaged(directory: Path, out: Path) -> Path:
+def damaged(directory: Path, tmp_path: Path) -> Path:
     """A copy of a patched directory whose code was changed afterwards."""
-    with (Path(shutil.copytree(directory, out)) / "modeling_sasa.py").open("a") as file:
-        file.write("#")
-    return out
-
-
-def lacking(options: EvaluateOptions, label: int) -> str:
-    """The evaluation set without one label."""
-    path = Path(options.data[0]).with_name(f"without-{label}.jsonl")
-    lines = Path(options.data[0]).read_text().splitlines()
-    path.write_text("\n".join(line for line in lines if json.loads(line)["label"] != label))
-    return str(path)
+    flip(copied(directory, tmp_path) / "modeling_sasa.py", -1)
+    return tmp_path / "copy"
 
 
 def both_formats(out: Path) -> Path:
@@ -249,14 +227,13 @@ def both_formats(out: Path) -> Path:
         (lambda o, tmp, tiny: {"out": o.model.parent, "force": True}, "did not write"),
         (lambda o, tmp, tiny: {"model": both_formats(tmp / "both")}, "holds two patched models"),
         (lambda o, tmp, tiny: {"model": tiny("llava")}, "has no gate"),
-        (lambda o, tmp, tiny: {"model": damaged(o.model, tmp / "code")}, "1 differ"),
+        (lambda o, tmp, tiny: {"model": damaged(o.model, tmp)}, "1 differ"),
         (lambda o, tmp, tiny: {"against": tiny("llava")}, "has no gate"),
         (lambda o, tmp, tiny: {"model": remade(o.model, tmp / "moved", model="gone")}, "Or give --baseline"),
         (lambda o, tmp, tiny: {"model": remade(o.model, tmp / "bare", model="")}, "does not say what it was made from"),
         (lambda o, tmp, tiny: {"baseline": str(tiny("llava", seed=5))}, "whose weights are others"),
         (lambda o, tmp, tiny: {"baseline": "no-such-model"}, "there is no model"),
         (lambda o, tmp, tiny: {"data": o.calibration}, "the sets leak"),
-        (lambda o, tmp, tiny: {"data": (lacking(o, 1),)}, "an evaluation needs both kinds of prompts"),
     ],
 )
 def test_errors(

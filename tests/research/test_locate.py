@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from cli_steps import Stop
-from click.testing import CliRunner
+from cli_steps import Stop, fails, succeeds
 from PIL import Image
 
 from sasa_export import Options, SasaExportError, patch
-from sasa_export.cli import main
 from sasa_export.errors import EmitError
 from sasa_export.probe.work import resumable
 from sasa_export.report import Silent
 from sasa_export.research.locate.page import Located, markdown
 from sasa_export.research.locate.run import locate
-from sasa_export.research.options import LocateOptions
-from sasa_export.research.report import html_page
+from sasa_export.research.options import EvaluateOptions, LocateOptions
+from sasa_export.research.report import command_line, html_page
 
 Report = tuple[Located, Path]
 
@@ -46,22 +44,13 @@ def report(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Rep
     """A whole run on the planted model, and its report."""
     place = tmp_path_factory.mktemp("located")
     prompts = planted.write_set(tmp_path_factory.mktemp("prompts") / "planted.jsonl", 24)
-    located = locate(LocateOptions(str(planted_model), place / "report", calibration=(prompts,), ablation_prompts=8))
+    located = locate(LocateOptions(str(planted_model), place / "report", calibration=(prompts,)))
     assert located is not None
     return located, place / "report"
 
 
-def quick(model: Path, out: Path, **settings: Any) -> LocateOptions:
-    """A run of two pairs and two blocks' heads."""
-    return LocateOptions(str(model), out, **{"ablation_prompts": 4, "blocks": "2-3", "pairs": "2:5,3:6", **settings})
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(main, arguments)
-
-
 def test_each_capability_is_found_where_it_was_planted(report: Report) -> None:
-    located, evidence, heads = report[0], report[0].evidence, report[0].heads
+    located, evidence = report[0], report[0].evidence
     assert located.proposal.pair == (planted.SAFETY, planted.SEMANTIC)
     assert located.proposal.safety_blocks == (planted.SAFETY,)
     assert located.proposal.semantic_blocks == (planted.SEMANTIC, planted.SEMANTIC + 1)
@@ -73,11 +62,6 @@ def test_each_capability_is_found_where_it_was_planted(report: Report) -> None:
     assert aligned[: planted.SEMANTIC] == [0.0] * planted.SEMANTIC and aligned[planted.SEMANTIC] > 0.8
     assert evidence.understanding["image_dominant"][planted.SEMANTIC].value == pytest.approx(1.0, abs=1e-3)
     assert evidence.expression.onset == planted.VOICE and evidence.expression.readable[planted.VOICE - 1] == 0.0
-    assert heads is not None and heads.centre() == planted.SAFETY
-    assert [(head.block, head.head) for head in heads.safety_heads] == [planted.SAFETY_HEAD]
-    assert heads.rank_correlation_of_two_halves is not None and heads.rank_correlation_of_two_halves > 0.5
-    # Others turn both kinds of prompts, by more degrees than the safety head does.
-    assert heads.degrees_ordinary[planted.VOICE, 1] > heads.degrees_harmful[planted.SAFETY_HEAD]
 
 
 def test_only_a_second_lane_from_the_planted_layer_separates(report: Report) -> None:
@@ -89,14 +73,14 @@ def test_only_a_second_lane_from_the_planted_layer_separates(report: Report) -> 
 
 
 def test_the_report_is_whole_and_needs_no_network(report: Report) -> None:
-    out, pictures = report[1], ("depth", "heads", "sweep")
+    out, pictures = report[1], ("depth", "sweep")
     names = {"report.html", "report.md", "locate.json", "sasa-export.json", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == [out.name], "nothing is left beside the report"
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|url\(|@import", page)
     sources = re.findall(r'(?:src|srcset|href)="(.{0,30})', page)
-    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
     for text in (page, (out / "report.md").read_text(encoding="utf-8")):
         assert f"safety layer {planted.SAFETY}, semantic layer {planted.SEMANTIC} of 8 blocks" in text
     for name in pictures:
@@ -115,18 +99,6 @@ def test_a_report_shows_any_name(report: Report) -> None:
     assert "&lt;i&gt;![x](y)&lt;/i&gt; &amp;amp __x__" in page
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "smolvlm"])
-def test_a_whole_run_on_other_families(tiny_model: Callable[..., Path], family: str, tmp_path: Path) -> None:
-    options = quick(tiny_model(family), tmp_path / "report", pairs="1:3", blocks="2", limit=20, ablation_prompts=2)
-    located = locate(options)
-    assert located is not None and located.subject["family"] == family and located.subject["groups"] == 20
-    assert located.proposal.pair == (1, 3) and located.evidence.understanding is not None
-    assert located.heads is not None and located.heads.degrees_harmful.shape == (1, 4)
-    assert located.heads.rank_correlation_of_two_halves is None, "two prompts have no halves to compare"
-    assert (tmp_path / "report/report.html").is_file()
-
-
 # ---------------------------------------------------------------------------------------- interruptions
 
 
@@ -135,9 +107,9 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
 ) -> None:
     prompts = planted.write_set(tmp_path / "planted.jsonl", 12)
     whole, out = tmp_path / "whole/report", tmp_path / "cut/report"
-    options = quick(planted_model, whole, calibration=(prompts,))
+    options = LocateOptions(str(planted_model), whole, calibration=(prompts,), pairs="2:5,3:6")
     locate(options)
-    for stop in (5, 26, None):  # among the heads, among the batches, not at all
+    for stop in (1, 18, None):  # among the batches, among the controls, not at all
         written = stopped_at(stop)
         with pytest.raises(Stop) if stop else nullcontext():
             locate(replace(options, out=out))
@@ -146,7 +118,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
             with pytest.raises(SasaExportError, match=r"unfinished work of another run \(other: batch_size, prompts\)"):
                 locate(replace(options, out=out, batch_size=3, limit=11))
     # What a batch's main lane left is written anew where it had not come to its end.
-    parts = [name for name in written if "lane" in name or "block" in name]
+    parts = [name for name in written if "lane" in name]
     assert len(parts) == len(set(parts)), "finished work was done again"
     for path in whole.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
@@ -176,17 +148,27 @@ def test_work_that_cannot_be_used(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- the command line
 
 
+def test_the_command_of_a_report_has_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    """It names no place of this machine, and flags come as the command line takes them."""
+    (tmp_path / "my model").mkdir()
+    options = EvaluateOptions(
+        tmp_path / "my model", tmp_path / "out", data=("xstest:x.csv", "b.jsonl"), limit=7, device="cpu", force=True
+    )
+    said = "sasa-export evaluate --model 'my model' --data xstest:x.csv --data b.jsonl --limit 7"
+    assert command_line("evaluate", options) == f"{said} --out report"
+    located = LocateOptions("smol-llava", tmp_path / "out", pairs="13:15")
+    said = "sasa-export locate --model smol-llava --pairs 13:15"
+    assert command_line("locate", located) == f"{said} --out report"
+
+
 def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts: str) -> None:
     arguments = ["locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), "--calibration", texts]
-    arguments += ["--limit", "12", "--ablation-prompts", "0"]
-    result = invoke(*arguments, "--pairs", "2:5,3:5")
-    assert result.exit_code == 0, result.output
+    arguments += ["--limit", "12"]
+    succeeds(*arguments, "--pairs", "2:5,3:5")
     data = json.loads((tmp_path / "report/locate.json").read_text(encoding="utf-8"))
     assert data["proposal"]["safety_layer"] == 2 and data["proposal"]["semantic_layer"] == 5
-    assert data["safety_heads"] is None and data["semantic_understanding"] is None
-    assert not (tmp_path / "report/heads.png").exists()
-    result = invoke(*arguments)
-    assert result.exit_code == 1 and "not empty" in result.output and result.output.count("\n") == 1
+    assert data["semantic_understanding"] is None
+    assert "not empty" in fails(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -194,16 +176,12 @@ def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts
     [
         (("--limit", "0"), "--limit is 0"),
         (("--limit", "3"), "raise --limit"),
-        (("--ablation-prompts", "0", "--blocks", "1-2"), "leaves that out"),
-        (("--blocks", "3-9"), "--blocks has '3-9'"),
+        (("--pairs", "3:9"), "--pairs has '3:9'"),
         (("--calibration", "nothing.jsonl"), "nothing.jsonl"),
     ],
 )
 def test_errors_are_one_line(planted_model: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    result = invoke("locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), *arguments)
-    assert result.exit_code == 1 and said in result.output, result.output
-    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1 and not list(tmp_path.iterdir()), "an error leaves nothing behind"
+    assert said in fails("locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), *arguments)
 
 
 def test_the_model_itself_is_not_replaced(planted_model: Path) -> None:
@@ -241,6 +219,5 @@ def test_auto_layers(
 def test_auto_needs_enough_prompts_in_either_half(planted_model: Path, tmp_path: Path) -> None:
     short = planted.write_set(tmp_path / "short.jsonl", 12, pictures=False)
     out = ("--out", str(tmp_path / "out"), "--calibration", short)
-    result = invoke("--model", str(planted_model), *out, "--safety-layer", "auto")
-    assert result.exit_code == 1 and "6 groups with harmful prompts" in result.output
-    assert not (tmp_path / "out").exists()
+    said = fails("--model", str(planted_model), *out, "--safety-layer", "auto")
+    assert "6 groups with harmful prompts" in said

@@ -1,11 +1,9 @@
-"""Each piece of evidence that `locate` goes by on its own: parts of a model run again, figures, choices, prompts."""
+"""Each piece of evidence that `locate` goes by on its own: the second lane, figures, choices, prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,14 @@ from sasa_export.errors import LocateError
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.layers.expression import is_readable, onset, token_texts
-from sasa_export.layers.heads import HeadScores, safety_heads
-from sasa_export.layers.lane import MainLane, watched
-from sasa_export.layers.pairs import default_pairs, parse_blocks, parse_pairs, with_layer
-from sasa_export.layers.prompts import controls, halves, limited
+from sasa_export.layers.pairs import default_pairs, parse_pairs
+from sasa_export.layers.prompts import controls, halves
 from sasa_export.layers.propose import nearest, spans
+from sasa_export.layers.survey import reading
 from sasa_export.layers.sweep import cheapest
-from sasa_export.layers.understanding import alignment, centred, cosines
+from sasa_export.layers.understanding import alignment, centred
 from sasa_export.models import family as families
 from sasa_export.prompts import Prompt, builtin, encode
-from sasa_export.research.locate.ablation import Heads, ablated_on
 
 Stock = Callable[..., tuple[Any, Any]]
 PICTURE = tiny.random_image(3)
@@ -37,58 +33,18 @@ ASKED = [
 ]
 
 
-# ------------------------------------------------------------------------------- running a part again
-
-
-@contextmanager
-def lane_of(stock: Stock, family: str) -> Iterator[MainLane]:
-    model, processor = stock(family)
-    inputs = tiny.prompts(processor, images=True, count=2, seed=0, padding_side="left")
-    graph = trace(model, families.family_of(model.config.model_type), dict(inputs))
-    with watched(model, processor, graph) as lane:
-        yield lane
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_silenced_head_is_a_zeroed_slice(stock: Stock, family: str) -> None:
-    """Against whole passes of the stock model, in which a hook zeroes the head for every row."""
-    model, processor = stock(family)
-
-    def expected(block: int, head: int | None) -> torch.Tensor:
-        def zero(module: Any, args: tuple) -> tuple:
-            state = args[0].clone()  # (rows, tokens, heads * size)
-            size = state.shape[-1] // 4
-            if head is not None:
-                state[..., head * size : (head + 1) * size] = 0
-            return (state,)
-
-        attention: Any = oracle.blocks(model)[block].self_attn
-        handle = attention.o_proj.register_forward_pre_hook(zero)
-        try:
-            return oracle.plain_logits(model, encode(processor, ASKED[1:]))[0]  # (vocabulary,)
-        finally:
-            handle.remove()
-
-    with lane_of(stock, family) as lane:
-        heads, batch = Heads(lane), lane.run(ASKED[1:] * 3)
-        for block in (0, 3, len(lane.blocks) - 1):
-            with heads.silenced(block, [1, None, 3]):
-                found = model.get_output_embeddings()(lane.again(batch, block))  # (rows, vocabulary)
-            for row, head in enumerate((1, None, 3)):
-                torch.testing.assert_close(found[row], expected(block, head), rtol=0, atol=1e-4)
-            assert not torch.allclose(found[0], found[1], atol=1e-2), "a head that does nothing proves nothing"
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_second_lane_is_the_oracles(stock: Stock, family: str) -> None:
     model, processor = stock(family)
-    with lane_of(stock, family) as lane:
-        batch = lane.run(ASKED)
-        for pair in ((0, 1), (4, 5)):
-            second = lane.second(batch, rewrite_lane(lane.graph, LaneSettings(*pair)))
-            found = model.get_output_embeddings()(second)  # (rows, vocabulary)
-            expected = oracle.oracle_logits(model, encode(processor, ASKED), *pair)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    inputs = tiny.prompts(processor, images=True, count=2, seed=0, padding_side="left")
+    graph = trace(model, families.family_of(model.config.model_type), dict(inputs))
+    lanes = {str(pair): rewrite_lane(graph, LaneSettings(*pair)) for pair in ((0, 1), (4, 5))}
+    with reading(model, processor, graph, lanes) as read:
+        seconds = dict(read(ASKED, list(lanes)))  # (rows, hidden) each
+    for pair in ((0, 1), (4, 5)):
+        found = model.get_output_embeddings()(torch.from_numpy(seconds[str(pair)]))  # (rows, vocabulary)
+        expected = oracle.oracle_logits(model, encode(processor, ASKED), *pair)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------- figures
@@ -105,7 +61,6 @@ def test_alignment_sees_what_requests_do_not_share() -> None:
     alike, apart = aligned(both, text, unrelated)
     assert alike == pytest.approx(1.0) and abs(apart) < 0.2, "what all share hides that nothing else agrees"
     assert aligned(both * 0 + common, text, both) == [0.0, 0.0]
-    assert cosines(np.zeros((2, 3)), np.ones((2, 3))).tolist() == [0.0, 0.0]
     rounding = np.full((4, 3), 7.0, np.float32) + np.float32(1e-6) * np.arange(12, dtype=np.float32).reshape(4, 3)
     assert not centred(rounding).any(), "rounding means nothing"
 
@@ -128,20 +83,6 @@ def test_the_vocabulary_leaves_out_control_tokens(stock: Stock) -> None:
     assert all(texts[number] == "" for number in processor.tokenizer.all_special_ids)
 
 
-def test_which_heads_are_safety_heads() -> None:
-    draw = np.random.default_rng(0)
-    noise = np.abs(draw.normal(size=(6, 8))) * 0.1
-    harmful, ordinary = noise.copy(), noise + draw.normal(size=(6, 8)) * 0.01
-    harmful[2, 3], ordinary[2, 3] = 5.0, 0.5
-    harmful[3, 1], ordinary[3, 1] = 4.0, 1.0
-    harmful[4, 4], ordinary[4, 4] = 9.0, 8.0  # matters to everything
-    harmful[5, 5], ordinary[5, 5] = 0.1, 6.0  # matters to ordinary prompts
-    found = safety_heads(range(10, 16), harmful, ordinary)
-    assert [(head.block, head.head) for head in found] == [(12, 3), (13, 1)]
-    assert HeadScores(tuple(range(10, 16)), 16, harmful, ordinary, 0.9, tuple(found)).centre() == 12
-    assert safety_heads([0], noise[:1], noise[:1]) == []
-
-
 # ----------------------------------------------------------------------------------- which are chosen
 
 
@@ -155,33 +96,24 @@ def test_the_choice_among_pairs() -> None:
 
 
 def test_the_default_grid() -> None:
-    small, large = default_pairs(8), default_pairs(32, known=(13, 15))
+    small, large = default_pairs(8), default_pairs(32)
     assert small == sorted(small) and all(safety < semantic for safety, semantic in small)
     assert len(small) == 28 and len(large) == 27 and (13, 15) in large and (22, 24) in large
     assert min(safety for safety, _ in large) == 5 and max(semantic for _, semantic in large) == 30
-    assert with_layer(32, 13, None) == [(13, layer) for layer in (15, 18, 22, 26, 30)]
-    assert all(pair[1] == 15 > pair[0] for pair in with_layer(32, None, 15)) and len(with_layer(32, None, 15)) >= 2
-    assert with_layer(32, 30, None) == [(30, 31)] and with_layer(32, None, 1) == [(0, 1)]
+    assert default_pairs(32, 13) == [(13, layer) for layer in (15, 18, 22, 26, 30)]
+    assert default_pairs(32, None, 16) == [(5, 16), (9, 16), (13, 16), (14, 16)]
+    assert default_pairs(32, 30) == [(30, 31)] and default_pairs(32, None, 1) == [(0, 1)]
 
 
-def test_pairs_and_blocks_that_users_give() -> None:
+def test_pairs_that_users_give() -> None:
     assert parse_pairs("13:15", 32) == [(13, 15)] and parse_pairs("1-3:3, 0:1", 8) == [(0, 1), (1, 3), (2, 3)]
-    assert parse_blocks("8-10,3", 32) == [3, 8, 9, 10]
-    for text in ("", "13", "13-15", "a:b", "15:13", "3:3", "1:8", "1:2:3", "5-2:7", "-1:2"):
+    assert parse_pairs("1-2:2-3,6:7", 8) == [(1, 2), (1, 3), (2, 3), (6, 7)]
+    for text in ("", "13", "13-15", "a:b", "15:13", "3:3", "1:8", "1-2:7-8", "1:2:3", "5-2:7", "-1:2"):
         with pytest.raises(LocateError, match="--pairs"):
             parse_pairs(text, 8)
 
 
 # --------------------------------------------------------------------------------------------- prompts
-
-
-def test_a_share_of_the_prompts() -> None:
-    prompts = builtin()
-    chosen = limited(prompts, 40)
-    assert abs(len({prompt.group for prompt in chosen}) - 40) <= 1 and 80 <= len(chosen) <= 160
-    assert limited(prompts, 10**6) == prompts
-    with pytest.raises(LocateError, match=r"there are \d groups with harmful prompts"):
-        limited(prompts, 6)
 
 
 def test_the_controls_of_a_picture() -> None:
@@ -194,18 +126,6 @@ def test_the_controls_of_a_picture() -> None:
         assert both.image is not None and image.image is both.image and image.prompt == ""
     assert controls(ASKED)[1].prompt == ASKED[0].prompt, "a picture that says nothing"
     assert controls([replace(ASKED[0], prompt=" ")]) == [] and controls(prompts[:1]) == []
-
-
-def test_the_heads_see_as_many_pictures_of_either_label() -> None:
-    prompts = builtin()
-    found = [(prompt.label, prompt.channel) for prompt in ablated_on(prompts, 16)]
-    assert {kind: found.count(kind) for kind in found} == dict.fromkeys(product((0, 1), ("text", "picture")), 8)
-    lopsided = [prompt for prompt in prompts if prompt.label == 0 or prompt.channel == "text"]
-    found = [(prompt.label, prompt.channel) for prompt in ablated_on(lopsided, 8)]
-    assert {kind: found.count(kind) for kind in found} == {(0, "text"): 8, (1, "text"): 8}
-    apart = [prompt for prompt in prompts if (prompt.label == 1) == (prompt.channel == "text")]
-    with pytest.raises(LocateError, match="--ablation-prompts 0"):
-        ablated_on(apart, 8)
 
 
 def test_two_halves_share_no_group() -> None:

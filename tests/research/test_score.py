@@ -13,7 +13,6 @@ import pytest
 import tiny
 from cli_steps import fails, succeeds
 
-from sasa_export.models.load import place
 from sasa_export.prompts import load
 from sasa_export.prompts.prompt import encode
 from sasa_export.research.score import score
@@ -51,19 +50,6 @@ def test_scores_are_those_of_judge(guard: Callable[..., Any], traffic: Path, tmp
     assert [line["id"] for line in lines] == [f"line {n}" if n != 6 else "five" for n in range(1, COUNT + 1)]
     assert [line["probability"] for line in lines] == found.probabilities.tolist()
     assert all((line["verdict"] == "refused") == (line["probability"] >= threshold) for line in lines)
-
-
-def test_a_batch_is_judged_as_the_model_judges_it(guard: Callable[..., Any], traffic: Path, tmp_path: Path) -> None:
-    """To the last bit, where it is one batch."""
-    guarded = guard("llava")
-    path = tmp_path / "texts.jsonl"
-    path.write_text("\n".join(line for line in traffic.read_text().splitlines() if "image" not in line))
-    found = score(guarded.directory, str(path), tmp_path / "scored.jsonl")
-    prompts = sorted(load(str(path), labelled=False), key=lambda prompt: len(prompt.prompt))
-    guarded.processor.tokenizer.padding_side = "left"
-    judged = guarded.model.judge(**place(encode(guarded.processor, prompts), guarded.model))
-    by_name = dict(zip((prompt.name for prompt in prompts), judged.tolist(), strict=True))
-    assert [by_name[prompt.name] for prompt in found.prompts] == found.probabilities.tolist()
 
 
 def test_scores_of_graphs_are_theirs(

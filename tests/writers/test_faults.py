@@ -65,8 +65,7 @@ def command(llava: Path, patched: Path, probe: Path, calibration: Path, place: P
         "safetensors": [*export, "--probe", str(probe)],
         "onnx": [*export, "--probe", str(probe), "--format", "onnx"],
         "calibration": [*export, "--calibration", str(calibration), "--max-false-positive-rate", "0.3"],
-        "locate": ["locate", "--model", str(llava), "--calibration", str(calibration), "--pairs", "2:4",
-                   "--ablation-prompts", "2", "--blocks", "2"],
+        "locate": ["locate", "--model", str(llava), "--calibration", str(calibration), "--pairs", "2:4"],
         "evaluate": ["evaluate", "--model", str(patched), "--data", str(asked), "--calibration",
                      str(calibration), "--max-new-tokens", "4"],
     }  # fmt: skip

@@ -22,7 +22,7 @@ from sasa_export.probe.intervals import Comparable, Share, auc_of, difference, s
 from sasa_export.probe.words import bag_of_words, best_words
 from sasa_export.prompts.prompt import Prompt, asked
 from sasa_export.prompts.shares import labels_and_groups
-from sasa_export.research.evaluate.arms import Answers, Arm, Figures, answering_arm, changes, figures, fitted_arm, parts
+from sasa_export.research.evaluate.arms import Answers, Arms, parts
 from sasa_export.research.evaluate.subject import Subject
 
 Judged = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
@@ -42,7 +42,7 @@ class Evaluated:
             patched model less words alone.
         identical: harmless prompts that the patched model allows, answered token for token as by the original.
         emitted: flagged prompts that are answered with the refusal.
-        changes: from the patched model to that of --against, see `changes`; none without.
+        changes: from the patched model to that of --against, see `Arms.changes`; none without.
     """
 
     subject: dict[str, Any]
@@ -57,7 +57,7 @@ class Evaluated:
     @property
     def detecting(self) -> list[str]:
         """The arms that have scores, by key."""
-        return [key for key in self.arms if f"{key}_unsafe_probability" in self.answers]
+        return [key for key, arm in self.arms.items() if "auc" in arm]
 
 
 def measure(subject: Subject, answers: dict[str, Answers], features: Features, fitted: Fitted) -> Evaluated:
@@ -74,35 +74,36 @@ def measure(subject: Subject, answers: dict[str, Answers], features: Features, f
         "without": probe(fitted, "plain", features.plain, calibration, rate),
         "words": words(calibration, prompts, rate),
     }
+    own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
+    arms, about = Arms(prompts, answers), subject.described()
+    arms.add_model("plain", "plain model")
+    arms.add_model("patched", f"patched model (probe {own} projection)", subject.sasa)
+    if subject.against is not None:
+        arms.add_model("against", about["against"], subject.against)
+    arms.add_detector(other, f"probe {other} projection", *judged[other])
+    arms.add_detector("words", "words alone", *judged["words"])
+
     labels, groups = labels_and_groups(prompts)
-    arms = _arms(subject, answers, judged)
-    scores = answers["patched"].scores  # (prompts,)
-    assert scores is not None  # it has a gate
-    flagged = scores >= subject.sasa["threshold"]  # (prompts,)
+    auc = {key: auc_of(scores, labels, groups) for key, (scores, _) in judged.items()}
+    overall = arms.figures(arms.asked, rate)
+    patched = arms.asked["patched_unsafe_probability"].to_numpy()  # (prompts,)
+    flagged = patched >= subject.sasa["threshold"]  # (prompts,)
     same = (answers["plain"].tokens == answers["patched"].tokens).all(1)  # (prompts,)
-
-    def on(rows: np.ndarray) -> dict[str, Figures]:
-        return {key: figures(arm, rows, prompts, subject.rate) for key, arm in arms.items()}
-
-    def gained(better: np.ndarray, base: np.ndarray) -> Comparable:
-        return difference(auc_of(better, labels, groups), auc_of(base, labels, groups))
-
-    overall = on(np.arange(len(prompts)))
     return Evaluated(
-        subject=subject.described(),
-        answers=_table(prompts, answers, arms),
-        arms={key: {"title": arm.title, "threshold": arm.threshold, **overall[key]} for key, arm in arms.items()},
+        subject=about,
+        answers=arms.asked.drop(columns=["source", "group"]),
+        arms={key: {**arm, **overall[key]} for key, arm in arms.about.items()},
         parts={
-            kind: {part: {"prompts": len(rows), **on(rows)} for part, rows in of.items()}
-            for kind, of in parts(prompts).items()
+            kind: {part: {"prompts": len(rows), **arms.figures(rows, rate)} for part, rows in of.items()}
+            for kind, of in parts(arms.asked).items()
         },
         gain={
-            "projection": gained(judged["with"][0], judged["without"][0]),
-            "model": gained(scores, judged["words"][0]),
+            "projection": difference(auc["with"], auc["without"]),
+            "model": difference(auc_of(patched, labels, groups), auc["words"]),
         },
         identical=share(same[(labels == 0) & ~flagged]),
         emitted=share(answers["patched"].are(subject.sasa["refusal_token_ids"])[flagged]),
-        changes=changes(arms["patched"], arms["against"], prompts) if "against" in arms else [],
+        changes=arms.changes() if "against" in arms.about else [],
     )
 
 
@@ -130,34 +131,3 @@ def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: flo
         return scores, threshold_of(held_out, calibration, rate)
     except CalibrationError:  # as above
         return scores, None
-
-
-def _arms(subject: Subject, answers: dict[str, Answers], judged: dict[str, Judged]) -> dict[str, Arm]:
-    own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
-    plain = answering_arm("plain model", answers["plain"], np.zeros(len(subject.evaluation), bool))
-
-    def guarded(title: str, said: Answers, sasa: dict[str, Any]) -> Arm:
-        assert said.scores is not None  # it has a gate
-        gate = said.are(sasa["refusal_token_ids"]) & (said.scores >= sasa["threshold"])  # (prompts,)
-        return answering_arm(title, said, gate, float(sasa["threshold"]))
-
-    against = None if subject.against is None else guarded(subject.beside, answers["against"], subject.against)
-    return {
-        "plain": plain,
-        "patched": guarded(f"patched model (probe {own} projection)", answers["patched"], subject.sasa),
-        **({} if against is None else {"against": against}),
-        other: fitted_arm(f"probe {other} projection", plain, *judged[other]),
-        "words": fitted_arm("words alone", plain, *judged["words"]),
-    }
-
-
-def _table(prompts: Sequence[Prompt], answers: dict[str, Answers], arms: dict[str, Arm]) -> pd.DataFrame:
-    names = ("name", "label", "channel", "attack", "category", "prompt", "question")
-    table = pd.DataFrame([{name: getattr(prompt, name) for name in names} for prompt in prompts])
-    for key, said in answers.items():
-        table[f"{key}_answer"] = said.texts
-    for key, arm in arms.items():
-        table[f"{key}_refused"] = arm.refused
-        if arm.scores is not None:
-            table[f"{key}_unsafe_probability"] = arm.scores
-    return table

@@ -65,35 +65,26 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
 
 def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Features, Fitted, Answers]:
     """What probes read of the evaluation prompts, the probes (bundled, or fitted here), and the original's answers."""
-    read, fit, answering = _torch_original(subject) if subject.decoder is None else _graphs_original(subject)
-    fitted, size = subject.bundled, subject.options.batch_size
+    fitted, size, longest = subject.bundled, subject.options.batch_size, subject.options.max_new_tokens
+    read: Callable[..., Features]
+    fit: Callable[..., Fitted]
+    answering: TorchModel | OnnxModel
+    if subject.decoder is None:
+        model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
+        read = partial(collect_on_disk, model, subject.processor, subject.lane)
+        fit, answering = partial(calibrate, model, subject.lane), TorchModel(model, subject.processor, longest)
+    else:
+        from sasa_export.foreign.features import collect, fit_graphs, lanes, original
+
+        sasa = subject.sasa
+        lane = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"])
+        read, fit = partial(collect, lanes(subject.decoder, lane)), partial(fit_graphs, subject.decoder)
+        answering = OnnxModel(original(subject.decoder), subject.source.directory, longest)
     if fitted is None:
         found = read(subject.calibration, work, report, batch_size=size, kind="calibration")
         fitted = fit(found, subject.calibration, subject.regularization)
     features = read(subject.evaluation, work, report, batch_size=size, kind="evaluation")
     return features, fitted, _answers(subject, answering, "plain", work, report)
-
-
-Original = tuple[Callable[..., Features], Callable[..., Fitted], TorchModel | OnnxModel]  # reads, fits, answers
-
-
-def _torch_original(subject: Subject) -> Original:
-    model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
-    return (
-        partial(collect_on_disk, model, subject.processor, subject.lane),
-        partial(calibrate, model, subject.lane),
-        TorchModel(model, subject.processor, subject.options.max_new_tokens),
-    )
-
-
-def _graphs_original(subject: Subject) -> Original:
-    from sasa_export.foreign.features import collect, fit_graphs, lanes, original
-
-    decoder, sasa = subject.decoder, subject.sasa
-    assert decoder is not None
-    lane = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"])
-    answering = OnnxModel(original(decoder), subject.source.directory, subject.options.max_new_tokens)
-    return partial(collect, lanes(decoder, lane)), partial(fit_graphs, decoder), answering
 
 
 def _patched(subject: Subject, directory: Path) -> TorchModel | OnnxModel:

@@ -101,11 +101,6 @@ class Subject:
             max_new_tokens=self.options.max_new_tokens,
         )
 
-    @property
-    def beside(self) -> str:
-        """The directory of --against by its last name."""
-        return "" if self.options.against is None else self.options.against.resolve().name
-
     def described(self) -> dict[str, Any]:
         """What was evaluated, on what, and how it ran; `command` makes the report again."""
         given = self.made.get("threshold") or self.made.get("probe")
@@ -113,7 +108,7 @@ class Subject:
             "model": self.options.model.resolve().name,
             "baseline": last_name(self.source.name),
             "family": self.source.family.name,
-            "against": self.beside,
+            "against": "" if self.options.against is None else self.options.against.resolve().name,
             "graphs": self.graphs,
             "safety_layer": self.sasa["safety_layer"],
             "semantic_layer": self.sasa["semantic_layer"],

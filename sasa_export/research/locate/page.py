@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from sasa_export.layers.heads import HeadScores
 from sasa_export.layers.pairs import Pair
-from sasa_export.layers.propose import Proposal, spans
+from sasa_export.layers.propose import Proposal
 from sasa_export.layers.survey import Evidence
 from sasa_export.research import report
-
-LISTED = 10  # safety heads
+from sasa_export.research.locate.pictures import depth, sweep_map
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,6 @@ class Located:
 
     subject: dict[str, Any]
     evidence: Evidence
-    heads: HeadScores | None
     proposal: Proposal
     known: Pair | None
     held_out: list[tuple[Pair, float]]
@@ -40,7 +36,7 @@ class Located:
         return float(np.mean([auc for _, auc in self.held_out]))
 
 
-def write_report(located: Located, pictures: dict[str, bytes], directory: Path) -> None:
+def write_report(located: Located, directory: Path) -> None:
     """Write report.html, report.md, locate.json and the pictures."""
     evidence, swept = located.evidence, located.evidence.sweep
     halves = [{"pair": pair, "auc": auc} for pair, auc in located.held_out]
@@ -54,22 +50,15 @@ def write_report(located: Located, pictures: dict[str, bytes], directory: Path) 
         "known": located.known,
         "held_out": {"halves": halves, "auc": located.held_out_auc},
         "safety_perception": evidence.perception,
-        "safety_heads": located.heads,
         "semantic_understanding": evidence.understanding,
         "linguistic_expression": evidence.expression,
         "sweep": {"pairs": pairs, "without_projection": swept.plain},
     }
     title = f"Where {located.subject['model']} perceives, understands and speaks"
+    pictures = {"depth": depth(evidence, located.proposal), "sweep": sweep_map(swept.pairs, located.proposal)}
     report.write_report(directory, title, markdown(located), pictures, "locate", figures)
 
 
 def markdown(located: Located) -> str:
     """The report in Markdown, with the pictures beside it."""
-    heads = located.heads
-    return report.render(
-        "locate.md.j2",
-        located=located,
-        **vars(located),
-        ablated="" if heads is None else spans(heads.blocks),
-        foremost=None if heads is None else pd.DataFrame(heads.safety_heads[:LISTED]).round(2),
-    )
+    return report.render("locate.md.j2", located=located, **vars(located))

@@ -8,24 +8,18 @@ from typing import Any
 import pandas as pd
 
 from sasa_export.layers.expression import Expression
-from sasa_export.layers.heads import HeadScores
+from sasa_export.layers.pairs import Pair
+from sasa_export.layers.propose import Proposal
+from sasa_export.layers.survey import Evidence
 from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
-from sasa_export.research.locate.page import Located
 
 MOST_NUMBERED = 14  # cells a side
+CHANNELS = {"text": (theme.HARMLESS, "--"), "picture": (theme.HARMFUL, "-.")}  # how their curves are drawn
 
 
-def pictures(located: Located) -> dict[str, bytes]:
-    """The PNG files by name."""
-    found = {"depth": depth(located), "sweep": sweep_map(located)}
-    return found if located.heads is None else {**found, "heads": heads(located.heads)}
-
-
-def depth(located: Located) -> bytes:
+def depth(evidence: Evidence, proposal: Proposal) -> bytes:
     """The three capabilities over the depth, one above the other, with the chosen layers through all."""
-    evidence, proposal = located.evidence, located.proposal
-    blocks = len(evidence.expression.readable)
     panels = 2 if evidence.understanding is None else 3
     with theme.drawing(2.25 * panels + 0.5) as figure:
         axes = figure.subplots(panels, 1, sharex=True)
@@ -44,7 +38,7 @@ def depth(located: Located) -> bytes:
                 label = f"{name} layer {layer}" if axis is axes[0] else None
                 axis.axvline(layer, color=colour, linewidth=1.4, linestyle=(0, (4, 2)), label=label)
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-        axes[-1].set_xlim(-0.5, blocks - 0.5)
+        axes[-1].set_xlim(-0.5, len(evidence.expression.readable) - 0.5)
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
         axes[-1].set_xlabel("block (zero-based)")
         return theme.png(figure)
@@ -52,10 +46,9 @@ def depth(located: Located) -> bytes:
 
 def _perception(axis: Any, curves: Mapping[str, Sequence[Estimate]]) -> None:
     axis.axhline(0.5, color=theme.FAINT, linewidth=0.8, linestyle=":")
-    styles = {"text": (theme.HARMLESS, "--"), "picture": (theme.HARMFUL, "-.")}
     for channel, curve in curves.items():
         if channel != "all":
-            colour, line = styles.get(channel, (theme.THIRD, ":"))
+            colour, line = CHANNELS[channel]
             axis.plot([point.value for point in curve], color=colour, label=channel, linestyle=line, linewidth=1.3)
     label = "all prompts" if len(curves) > 1 else "prompts"
     theme.band(axis, curves["all"], theme.SAFETY, label, linewidth=2)
@@ -73,7 +66,6 @@ def _understanding(axis: Any, alignment: Mapping[str, Sequence[Estimate]]) -> No
 def _expression(axis: Any, found: Expression) -> None:
     axis.axhline(found.chance, color=theme.FAINT, linewidth=0.8, linestyle=":", label="a token at random")
     axis.plot(found.readable, color=theme.HARMLESS, linewidth=2, label="readable")
-    axis.plot(found.already_final, color=theme.THIRD, linewidth=1.3, linestyle="--", label="as after the last block")
     if found.onset is not None:
         axis.plot([found.onset], [found.readable[found.onset]], marker="o", color=theme.HARMLESS, markersize=7)
     axis.set(ylim=(-0.03, 1.03), title="Linguistic expression", ylabel="share of top 5")
@@ -85,28 +77,11 @@ def _mark(axis: Any, blocks: Sequence[int], colour: str) -> None:
         axis.axvspan(block - 0.5, block + 0.5, ymin=0, ymax=0.035, color=colour, linewidth=0)
 
 
-def heads(found: HeadScores) -> bytes:
-    """Every ablated head's score, block by head, with the safety heads framed."""
-    table = pd.DataFrame((found.degrees_harmful - found.degrees_ordinary).T, columns=found.blocks)
-    limit = max(float(table.abs().max(axis=None)), 1e-9)
-    with theme.drawing(min(9.0, 1.6 + 0.2 * max(len(table), 8))) as figure:
-        axis = figure.subplots()
-        _map(axis, table, "degrees: harmful less ordinary", cmap="PuOr_r", vmin=-limit, vmax=limit)
-        for head in found.safety_heads:
-            _frame(axis, table, head.block, head.head, edgecolor="#000000", linewidth=1.8)
-        axis.set(
-            xlabel="block (zero-based)",
-            ylabel="attention head",
-            title="Safety heads are framed" if found.safety_heads else "No head matters for safety only",
-        )
-        return theme.png(figure)
-
-
-def sweep_map(located: Located) -> bytes:
+def sweep_map(pairs: Mapping[Pair, Estimate], proposal: Proposal) -> bytes:
     """The sweep as a map: safety layer across, semantic layer up, AUC in each measured cell."""
     from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
 
-    pairs, proposal = located.evidence.sweep.pairs, located.proposal
     table = pd.Series({pair: estimate.value for pair, estimate in pairs.items()}).unstack(0)
     low, high = float(table.min(axis=None)), float(table.max(axis=None))
     if high - low < 0.02:  # a difference that is none must not fill the scale
@@ -114,36 +89,29 @@ def sweep_map(located: Located) -> bytes:
     colours = colormaps["viridis"].with_extremes(bad=theme.MISSING)
     with theme.drawing(min(8.0, 1.8 + 0.42 * len(table))) as figure:
         axis = figure.subplots()
-        _map(axis, table, "AUC, cross-validated", cmap=colours, vmin=low, vmax=high)
-        for (safety, semantic), estimate in pairs.items():
-            over = "#000000" if (estimate.value - low) / (high - low) > 0.55 else "#ffffff"
+        image = axis.imshow(table, colours, origin="lower", aspect="auto", interpolation="nearest", vmin=low, vmax=high)
+        for axis_of, layers in ((axis.xaxis, table.columns), (axis.yaxis, table.index)):
+            step = -(-len(layers) // MOST_NUMBERED)
+            axis_of.set_ticks(range(0, len(layers), step), layers[::step])
+        axis.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axis, pad=0.02, label="AUC, cross-validated")
+        bar.outline.set_visible(False)
+
+        def frame(x: int, y: int, **line: Any) -> None:
+            axis.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, **line))
+
+        places = {pair: (table.columns.get_loc(pair[0]), table.index.get_loc(pair[1])) for pair in pairs}
+        for pair, place in places.items():
+            over = "#000000" if (pairs[pair].value - low) / (high - low) > 0.55 else "#ffffff"
             if max(table.shape) <= MOST_NUMBERED:
-                place = table.columns.get_loc(safety), table.index.get_loc(semantic)
-                axis.text(*place, f"{estimate.value:.3f}", ha="center", va="center", fontsize=8, color=over)
-            if (safety, semantic) in proposal.tied:
-                _frame(axis, table, safety, semantic, edgecolor=over, linewidth=1.2, linestyle=":")
-        _frame(axis, table, *proposal.pair, edgecolor=theme.HARMFUL, linewidth=3.0)
-        axis.set(xlabel="safety layer", ylabel="semantic layer")
+                axis.text(*place, pairs[pair].short, ha="center", va="center", fontsize=8, color=over)
+            if pair in proposal.tied:
+                frame(*place, edgecolor=over, linewidth=1.2, linestyle=":")
+        frame(*places[proposal.pair], edgecolor=theme.HARMFUL, linewidth=3.0)
         others = "; dotted: within noise of it" if set(proposal.tied) - {proposal.pair} else ""
-        axis.set_title(f"Chosen: {proposal.safety_layer} and {proposal.semantic_layer}{others}")
+        axis.set(
+            xlabel="safety layer",
+            ylabel="semantic layer",
+            title=f"Chosen: {proposal.safety_layer} and {proposal.semantic_layer}{others}",
+        )
         return theme.png(figure)
-
-
-def _map(axis: Any, table: pd.DataFrame, label: str, **shades: Any) -> None:
-    """A table in colours, its columns across and its rows up, with a bar that says what they mean."""
-    image = axis.imshow(table.to_numpy(), origin="lower", aspect="auto", interpolation="nearest", **shades)
-    for axis_of, names in ((axis.xaxis, table.columns), (axis.yaxis, table.index)):
-        step = -(-len(names) // MOST_NUMBERED)
-        axis_of.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
-    axis.spines[:].set_visible(False)
-    bar = axis.figure.colorbar(image, ax=axis, pad=0.02)
-    bar.set_label(label)
-    bar.outline.set_visible(False)
-
-
-def _frame(axis: Any, table: pd.DataFrame, column: int, row: int, **line: Any) -> None:
-    """A frame around a cell of a map."""
-    from matplotlib.patches import Rectangle
-
-    corner = table.columns.get_loc(column) - 0.46, table.index.get_loc(row) - 0.46
-    axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, **line))

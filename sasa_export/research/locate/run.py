@@ -1,20 +1,17 @@
-"""The way through a locate run: open -> trace -> ablate heads -> run both lanes -> figures -> proposal -> report."""
+"""The way through a locate run: open -> trace -> run both lanes -> figures -> proposal -> report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sasa_export.errors import LocateError
 from sasa_export.files import check_apart, staged
 from sasa_export.flags import check_values
 from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.graph.trace import trace_source
-from sasa_export.layers.heads import HeadScores, head_scores
-from sasa_export.layers.lane import watched
-from sasa_export.layers.pairs import Pair, default_pairs, parse_blocks, parse_pairs, possible
+from sasa_export.layers.pairs import Pair, default_pairs, parse_pairs, possible
 from sasa_export.layers.prompts import limited
 from sasa_export.layers.propose import propose
 from sasa_export.layers.survey import Evidence, survey
@@ -29,9 +26,7 @@ from sasa_export.probe.work import Work, fingerprint, resumable
 from sasa_export.prompts import Prompt, calibration_prompts, for_model
 from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
-from sasa_export.research.locate.ablation import ablate, ablated_on
 from sasa_export.research.locate.page import Located, write_report
-from sasa_export.research.locate.pictures import pictures
 from sasa_export.research.options import LocateOptions
 from sasa_export.research.report import SPARE_BYTES, command_line, last_name
 from sasa_export.workers import workers
@@ -51,8 +46,6 @@ class Study:
     prompts: list[Prompt]
     pairs: list[Pair]  # that are swept
     known: Pair | None  # what the family's file says
-    blocks: list[int]  # whose heads are ablated
-    ablated_on: list[Prompt]  # empty where the ablation is left out
     dtype: str
     device: str
     decoder: Decoder | None  # of a directory of ONNX graphs
@@ -66,27 +59,35 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     None. Raises SasaExportError; then no report is written.
     """
     check_values(options)
-    if options.blocks is not None and not options.ablation_prompts:
-        raise LocateError("--blocks says whose heads are ablated, and --ablation-prompts 0 leaves that out.")
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
         study = _study(options, report)
         report.step("open", f"{study.source.name}: family {study.source.family.name}, {study.sizes.blocks} blocks")
-        told = fingerprint(
-            study.source, study.prompts, batch_size=options.batch_size, dtype=study.dtype,
-            device=study.device.partition(":")[0],
-        )  # fmt: skip
+        running = {"dtype": study.dtype, "device": study.device.partition(":")[0]}
+        told = fingerprint(study.source, study.prompts, batch_size=options.batch_size, **running)
         work.open(told, discard=options.force, report=report)
-        evidence, heads = _measure(study, options, work, report)
+        evidence = _measure(study, options, work, report)
         if evidence is None:
             return None
-        located = _conclude(study, evidence, heads, command_line("locate", options))
+        proposal, prompts = propose(evidence), study.prompts
+        subject = {
+            "model": last_name(study.source.name),
+            "family": study.source.family.name,
+            "blocks": study.sizes.blocks,
+            "hidden": study.sizes.hidden,
+            **running,
+            **counts(prompts),
+            "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
+            "command": command_line("locate", options),
+        }
+        candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
+        worth = held_out(evidence.sweep, candidates, prompts)
+        located = Located(subject, evidence, proposal, study.known, worth)
         with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
-            write_report(located, pictures(located), staging)
+            write_report(located, staging)
             write_manifest(staging, {})
-    safety, semantic = located.proposal.pair
-    report.step("propose", f"safety layer {safety}, semantic layer {semantic}")
+    report.step("propose", f"safety layer {proposal.safety_layer}, semantic layer {proposal.semantic_layer}")
     report.step("done", f"{options.out / 'report.html'}")
     return located
 
@@ -110,51 +111,22 @@ def _study(options: LocateOptions, report: Silent) -> Study:
     entry = source.family.known_layers(sizes.blocks, sizes.hidden)
     known = None if entry is None else (entry.safety, entry.semantic)
     prompts = limited(for_model(prompts, processor), options.limit)
-    pairs = default_pairs(sizes.blocks, known) if options.pairs is None else parse_pairs(options.pairs, sizes.blocks)
+    if options.pairs is None:
+        pairs = sorted({*default_pairs(sizes.blocks), *([] if known is None else [known])})
+    else:
+        pairs = parse_pairs(options.pairs, sizes.blocks)
     pairs = possible(pairs, graph.earliest_safety_layer())
-    blocks = list(range(sizes.blocks)) if options.blocks is None else parse_blocks(options.blocks, sizes.blocks)
-    wanted = options.ablation_prompts and decoder is None
-    ablated = ablated_on(prompts, options.ablation_prompts) if wanted else []
-    return Study(source, sizes, graph, processor, prompts, pairs, known, blocks, ablated, dtype, device, decoder)
+    return Study(source, sizes, graph, processor, prompts, pairs, known, dtype, device, decoder)
 
 
-def _measure(
-    study: Study, options: LocateOptions, work: Work, report: Silent
-) -> tuple[Evidence | None, HeadScores | None]:
-    """Load the model, ablate its heads (not those of graphs) and survey its blocks; all processes but the first get
-    None for evidence."""
+def _measure(study: Study, options: LocateOptions, work: Work, report: Silent) -> Evidence | None:
+    """Load the model and survey its blocks; all processes but the first get None."""
+    prompts, pairs, size = study.prompts, study.pairs, options.batch_size
     if study.decoder is not None:
         from sasa_export.foreign.survey import survey_graphs
 
-        size = options.batch_size
-        return survey_graphs(study.decoder, study.prompts, study.pairs, work, report, batch_size=size), None
+        return survey_graphs(study.decoder, prompts, pairs, work, report, batch_size=size)
     report.step("load", f"{study.dtype} on {study.device}")
-    model = load_as_traced(
-        study.source, study.processor, study.graph, study.prompts, dtype=study.dtype, device=study.device
-    )
+    model = load_as_traced(study.source, study.processor, study.graph, prompts, dtype=study.dtype, device=study.device)
     settings = LaneSettings(None, None, softcap=study.sizes.softcap)
-    with watched(model, study.processor, study.graph) as lane:
-        heads = None
-        if study.ablated_on:
-            ablated = ablate(lane, study.ablated_on, study.blocks, work, report, at_once=options.batch_size)
-            heads = head_scores(ablated, study.blocks) if workers().leads else None
-        evidence = survey(lane, study.prompts, study.pairs, settings, work, report, batch_size=options.batch_size)
-    return evidence, heads
-
-
-def _conclude(study: Study, evidence: Evidence, heads: HeadScores | None, command: str) -> Located:
-    """The proposal from the evidence, and what else a report shows."""
-    proposal, prompts, blocks = propose(evidence, heads), study.prompts, study.sizes.blocks
-    candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
-    subject = {
-        "model": last_name(study.source.name),
-        "family": study.source.family.name,
-        "blocks": blocks,
-        "hidden": study.sizes.hidden,
-        "dtype": study.dtype,
-        "device": study.device.partition(":")[0],
-        **counts(prompts),
-        "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
-        "command": command,
-    }
-    return Located(subject, evidence, heads, proposal, study.known, held_out(evidence.sweep, candidates, prompts))
+    return survey(model, study.processor, study.graph, prompts, pairs, settings, work, report, batch_size=size)
