@@ -1,26 +1,21 @@
 """Write beside, then change places: an output directory is whole or not there, and one run at a time writes it.
 
 Beside an output `out` there may lie, for as long as a run lasts: `.out.lock`, `.out.partial` (what is being written)
-and, where the file system cannot exchange two directories, `.out.replaced` (what is being replaced). A run that is
-killed leaves them; the next one clears them away.
+and, for a moment, `.out.replaced` (what is being replaced). A run that is killed leaves them; the next one clears them
+away.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sasa_export.errors import EmitError
-
-SWAP = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS
-WORKING_DIRECTORY = -100  # AT_FDCWD of Linux: relative paths start there
 
 
 @contextmanager
@@ -128,35 +123,18 @@ def check_disk(out: Path, needed_bytes: int) -> None:
         )
 
 
-def exchange(first: Path, second: Path) -> bool:
-    """Exchange two paths in one step (Linux's renameat2, macOS's renamex_np).
-
-    False where that cannot be done here; then nothing has changed.
-    """
-    one, two = os.fsencode(first), os.fsencode(second)
-    library = ctypes.CDLL(None)
-    try:
-        if sys.platform == "darwin":
-            return not library.renamex_np(one, two, SWAP)
-        return not library.renameat2(WORKING_DIRECTORY, one, WORKING_DIRECTORY, two, SWAP)
-    except AttributeError:  # a C library without it
-        return False
-
-
 def _beside(out: Path, kind: str) -> Path:
     return out.parent / f".{out.name}.{kind}"
 
 
 def _replace(staging: Path, out: Path) -> None:
-    """Put `staging` in the place of `out`: in one step, so that there is an output at every moment."""
-    if not out.exists() or not any(out.iterdir()):
-        os.rename(staging, out)
-    elif not exchange(staging, out):
+    """Put `staging` in the place of `out`, and `out` back where that fails."""
+    if out.exists():
         os.rename(out, _beside(out, "replaced"))
-        try:
-            os.rename(staging, out)
-        finally:
-            _sweep(out)
+    try:
+        os.rename(staging, out)
+    finally:
+        _sweep(out)
 
 
 def _sweep(out: Path) -> None:

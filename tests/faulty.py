@@ -18,7 +18,6 @@ from typing import Any
 # The audit event of each operation, and which of its arguments is the path that changes.
 CHANGES = {"os.rename": 1, "os.link": 1, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "open": 0}
 NEEDS_SPACE = ("os.link", "os.mkdir", "open")  # a rename or a removal needs none
-EXCHANGE = "renameat2"  # called through ctypes, so that it is seen when its address is looked up
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,11 @@ def _command(arguments: list[str], root: Path, log: Path, points: Path, fault: t
     kind, at = fault or ("", 0)
 
     def audit(event: str, details: tuple[Any, ...]) -> None:
-        if event == "ctypes.dlsym" and details[1] == EXCHANGE:
-            passed.append(EXCHANGE)
-        elif event not in CHANGES or not os.path.abspath(os.fsdecode(details[CHANGES[event]])).startswith(str(root)):
+        if event not in CHANGES or not os.path.abspath(os.fsdecode(details[CHANGES[event]])).startswith(str(root)):
             return
-        elif event == "open" and not details[2] & os.O_CREAT:
+        if event == "open" and not details[2] & os.O_CREAT:
             return
-        else:
-            passed.append(event)
+        passed.append(event)
         if kind == "kill" and len(passed) > at:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "full" and len(passed) > at and passed[-1] in NEEDS_SPACE:  # a full disk stays full

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sasa_export import files
 from sasa_export.errors import EmitError
-from sasa_export.files import check_apart, check_free, claimed, exchange, staged
+from sasa_export.files import check_apart, check_free, claimed, staged
 
 HOLD = """
 import sys
@@ -103,39 +102,13 @@ def test_a_claim_can_be_repeated_and_holds_against_other_threads(place: Path) ->
     assert names(place) == ["out"]
 
 
-@pytest.mark.parametrize("can", [True, False], ids=["exchange", "two renames"])
-def test_an_output_is_replaced_whole(place: Path, monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
-    if not can:
-        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+def test_an_output_is_replaced_whole(place: Path) -> None:
     write(place / "out", "old")
     with pytest.raises(EmitError, match="is not empty"):
         write(place / "out")
     write(place / "out", "new", force=True)
     assert names(place) == ["out"]
     assert (place / "out" / "file.txt").read_text() == "new"
-
-
-def test_there_is_an_output_at_every_moment(place: Path) -> None:
-    """Who reads while an output is replaced finds the old one or the new one."""
-    write(place / "out", "old")
-    if not exchange(place / "out", place / "out"):
-        pytest.skip("this file system cannot exchange directories")
-    stop, missing, seen = threading.Event(), [], set()
-
-    def read() -> None:
-        while not stop.is_set():
-            try:
-                seen.add((place / "out" / "file.txt").read_text())
-            except FileNotFoundError:
-                missing.append(time.monotonic())
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    for turn in range(50):
-        write(place / "out", f"new {turn}", force=True)
-    stop.set()
-    thread.join()
-    assert not missing and seen
 
 
 def test_interrupted_between_two_renames(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +120,6 @@ def test_interrupted_between_two_renames(place: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(files, "exchange", lambda first, second: False)  # as on a file system without it
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(place / "out", force=True)
