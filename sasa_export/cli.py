@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
 from dataclasses import fields
@@ -134,25 +133,6 @@ def trace(model: str, revision: str | None, safety_layer: int | None, semantic_l
         click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs)}")
     click.echo(f"\nsafety layer {safety}, semantic layer {semantic} ({layers_from})")
     click.echo(f"\nBefore:\n\n```mermaid\n{mermaid(graph)}```\n\nAfter:\n\n```mermaid\n{mermaid(after)}```")
-
-
-@main.command()
-@click.option("--model", required=True, help="Alias, hub id or local directory.")
-@click.option("--revision", help=REVISION)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write to.")
-def fetch(model: str, revision: str | None, out: Path) -> None:
-    """Write the unpatched source model as a plain directory."""
-    quiet()
-    from sasa_export.files import check_apart, staged
-    from sasa_export.models import open_source
-
-    source = open_source(model, revision)
-    check_apart(out, source.directory)
-    with staged(out, force=False, needed_bytes=source.weight_bytes()) as staging:
-        for path in source.directory.iterdir():
-            if path.is_file():
-                shutil.copyfile(path, staging / path.name)
-    click.echo(f"{source.name} is in {click.format_filename(out)}")
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import field, fields
 from pathlib import Path
 from types import UnionType
@@ -19,8 +20,7 @@ def option(default: Any, help: str, *, group: str = "Options", common: bool = Fa
 
     Args:
         group: the heading in --help-all; `common`: whether --help shows it too.
-        extra: `choices`, the values there are; `word`, which may stand in a number's place; `required`; `valid`, what
-            the value must be in words, and a function that says whether it is.
+        extra: `choices`, the values there are; `required`; `valid`, what a value must be, in words, and whether it is.
     """
     return field(default=default, metadata={"help": help, "group": group, "common": common, **extra})
 
@@ -31,7 +31,8 @@ def flag(name: str) -> str:
 
 
 class OptionSet:
-    """A base of dataclasses of options: paths may be given as text, text as paths, one value in place of several."""
+    """A base of dataclasses of options: paths and numbers may be given as text, text as paths, one value in place of
+    several."""
 
     def __post_init__(self) -> None:
         for name, kinds in kinds_of(type(self)).items():
@@ -40,6 +41,9 @@ class OptionSet:
                 value = tuple(map(str, (value,) if isinstance(value, str | os.PathLike) else value))
             elif isinstance(value, str) and Path in kinds:
                 value = Path(value)
+            elif isinstance(value, str) and kinds & {int, float}:  # or a word in a number's place
+                with suppress(ValueError):
+                    value = int(value) if int in kinds else float(value)
             elif isinstance(value, os.PathLike) and Path not in kinds:
                 value = os.path.join(".", value)  # "llava" may be an alias, and "./llava" is none
             object.__setattr__(self, name, value)
@@ -70,24 +74,6 @@ def check_values(options: Any) -> None:
             raise SasaExportError(f"{flag(entry.name)} is {value!r}; it must be {words}.")
 
 
-class NumberOr(click.ParamType):
-    """A number of one kind, or one word in its place."""
-
-    def __init__(self, kind: type, word: str) -> None:
-        self.kind = kind
-        self.word = word
-        self.name = f"{'number' if kind is float else 'integer'}|{word}"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
-        if value == self.word:
-            return value
-        try:
-            return self.kind(value)
-        except ValueError:
-            what = "a number" if self.kind is float else "a whole number"
-            self.fail(f"{value!r} is neither {what} nor {self.word!r}.", param, context)
-
-
 def flags(options: type, *, required: bool = True) -> Callable[[Any], Any]:
     """A decorator that adds the flags of a dataclass of options to a Click command.
 
@@ -115,12 +101,9 @@ def _click_type(entry: Any, kinds: set[Any]) -> dict[str, Any]:
         return {"is_flag": True}
     if tuple in kinds:
         return {"multiple": True}
-    number = int if int in kinds else float
-    value: Any = number if number in kinds else str
+    value: Any = str if str in kinds else int if int in kinds else float
     if "choices" in about:
         value = click.Choice(about["choices"])
-    elif "word" in about:
-        value = NumberOr(number, about["word"])
     elif Path in kinds:
         value = click.Path(path_type=Path)
     return {"type": value, "default": entry.default, "show_default": entry.default is not None}

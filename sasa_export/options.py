@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ running = partial(option, group="Running")
 # What a value must be, in words, and whether it is: NaN is nowhere.
 SHARE = ("at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
 AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
+LAYER = ("auto or a whole number", lambda value: value == AUTO or isinstance(value, int))
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,13 @@ class Options(OptionSet):
         "Zero-based block whose output is projected, or auto: found on the calibration prompts, as the other layer "
         "is unless it is given. Default: what the family's file says.",
         common=True,
-        word=AUTO,
+        valid=LAYER,
     )
     semantic_layer: int | str | None = layers(
         None,
         "Zero-based block onto whose output it is projected, or auto. Default: likewise.",
         common=True,
-        word=AUTO,
+        valid=LAYER,
     )
     projection: str = layers(
         "semantic",
@@ -104,8 +106,10 @@ class Options(OptionSet):
         "auto",
         "The probe's C in scikit-learn, its inverse strength of regularization: a number (the paper's is 1), or "
         "auto, by cross-validation.",
-        word=AUTO,
-        valid=("auto or a number above 0", lambda value: value == AUTO or 0.0 < float(value) < float("inf")),
+        valid=(
+            "auto or a number above 0",
+            lambda value: value == AUTO or (not isinstance(value, str) and 0.0 < value < inf),
+        ),
     )
     refusal: str = probing(
         REFUSAL,

@@ -85,7 +85,11 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
     prompts, calibration, held_out = plan.prompts, None, None
     if not prompts:
         return steps.make_patch(plan, None, None, dtype, device, options, report)
-    _begin(plan, options, work, report, dtype=dtype, device=device.partition(":")[0])
+    if plan.given is None and (options.finds_layers() or _shipped(plan, options) is None):
+        told = fingerprint(
+            plan.source, plan.prompts, dtype=dtype, device=device.partition(":")[0], batch_size=str(options.batch_size)
+        )
+        work.open(told, discard=options.force, report=report)  # before the weights are loaded
     report.step("load", f"{dtype} on {device}")
     model = load_as_traced(plan.source, plan.processor, plan.graph, prompts, dtype=dtype, device=device)
     size, regularization = options.batch_size, options.regularization_value()
@@ -105,14 +109,6 @@ def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
         calibration = steps.choose_threshold(fitted, prompts, options, report, held_out)
     asking = partial(ask, model, plan.processor, lane) if options.verify == "full" else None
     return steps.make_patch(plan, calibration, asking, dtype, device, options, report)
-
-
-def _begin(plan: Plan, options: Options, work: Work, report: Silent, **running: str) -> None:
-    """Begin to calibrate, or go on with what an interrupted run has left, before the weights are loaded."""
-    shipped = not options.finds_layers() and _shipped(plan, options) is not None
-    if plan.given is None and not shipped:
-        told = fingerprint(plan.source, plan.prompts, **running, batch_size=str(options.batch_size))
-        work.open(told, discard=options.force, report=report)
 
 
 def _shipped(plan: Plan, options: Options) -> Fitted | None:

@@ -11,7 +11,7 @@ from sasa_export.probe import Calibration
 from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE
 from sasa_export.verify.answers import LOADS, NOT_COMPARED, check_answers
-from sasa_export.verify.onnx import check_graphs, dtype_of, dtypes_of
+from sasa_export.verify.onnx import check_graphs, dtype_of
 from sasa_export.verify.unloaded import check_files, check_manifest, is_ours
 
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both
@@ -34,14 +34,12 @@ def verify_directory(
     if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
         verify = partial(verify_directory, device=device, only_files=only_files, load=load)
         return [check for path in both for check in verify(path)]
-    manifest, changed = check_manifest(directory)
+    manifest = check_manifest(directory)
     graphs = dtype_of(directory) is not None
     if load is not None and (graphs or only_files or load not in LOADS):
         why = f"has no {load}. Choose one of: {', '.join(LOADS)}"
         why = "needs a directory of safetensors, and no --files" if graphs or only_files else why
         raise VerifyError(f"--load {why}.")
-    if changed and graphs:
-        return [manifest, *([] if only_files else _changed_graphs(directory, changed, device))]
     # Loading runs the directory's code, which is trusted only where the manifest knows every file, or the code is what
     # is written here. Graphs hold none.
     trusted = graphs or (is_ours(directory) if manifest.passed is None else manifest.passed)
@@ -52,23 +50,6 @@ def verify_directory(
         )
         checks.append(replace(NOT_COMPARED, detail=why))
     return [manifest, *checks]
-
-
-def _changed_graphs(directory: Path, changed: list[str], device: str) -> list[Check]:
-    """What changed graphs answer: a quantizer gives them other verdicts, and nothing else says so.
-
-    They need not keep the shape of what is exported, so that is not checked.
-    """
-    others = [name for name in changed if not name.startswith("onnx/")]
-    if others:
-        return [replace(NOT_COMPARED, detail=f"not checked, since {others[0]} differs too, and not the graphs alone")]
-    checks = []
-    for dtype in dtypes_of(directory):
-        try:
-            checks += check_answers(directory, dtype, device=device)
-        except VerifyError as error:
-            checks.append(Check(f"{dtype} graphs run", False, str(error)))
-    return checks
 
 
 def check_written(
@@ -84,7 +65,7 @@ def check_written(
     See `check_answers` for the arguments; `only_files` makes no more checks than need no model in memory.
     """
     graphs = dtype_of(directory)
-    checks = check_files(directory) if graphs is None else check_graphs(directory, graphs)
+    checks = check_files(directory) if graphs is None else [check_graphs(directory, graphs)]
     if only_files or not all(check.passed for check in checks):
         return checks
     return checks + check_answers(directory, graphs, device=device, calibration=calibration, load=load)

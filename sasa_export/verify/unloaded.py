@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from pathlib import Path
@@ -20,20 +19,17 @@ from sasa_export.writers.config import config_text
 
 
 def check_files(directory: Path) -> list[Check]:
-    """Configuration, modeling file, shards and probe."""
-    return [_config(directory), _modeling(directory), *_weights(directory)]
+    """Configuration, shards and probe."""
+    return [_config(directory), *_weights(directory)]
 
 
-def check_manifest(directory: Path) -> tuple[Check, list[str]]:
-    """Every file is the one whose SHA-256 the manifest holds, in the directory itself, and there is no other.
-
-    Returns those that are not so, too, and the manifest itself where it is damaged.
-    """
+def check_manifest(directory: Path) -> Check:
+    """Every file is the one whose SHA-256 the manifest holds, in the directory itself, and there is no other."""
     name = "files are those that were exported"
     path = directory / MANIFEST
     if not path.exists():
         said = f"not checked, since {MANIFEST} is missing, as it is where a model was saved again"
-        return Check(name, None, said), []
+        return Check(name, None, said)
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         listed, edited = dict(told["files"]), ""
@@ -41,14 +37,14 @@ def check_manifest(directory: Path) -> tuple[Check, list[str]]:
         wrong = [*sorted(present ^ set(listed)), *outside(directory)]
         wrong += sorted(file for file in present & set(listed) if _digest(directory / file) != listed[file])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return Check(name, False, f"{MANIFEST} is damaged"), [MANIFEST]
+        return Check(name, False, f"{MANIFEST} is damaged")
     wrong = list(dict.fromkeys(wrong))
     if "config.json" in wrong and _unedited(directory / "config.json", told.get("operator")) == listed["config.json"]:
         wrong.remove("config.json")
         edited = ", with settings as the operator changed them"
     if wrong:
-        return Check(name, False, f"{len(wrong)} differ: {', '.join(wrong[:3])}"), wrong
-    return Check(name, True, f"{len(listed)} of {len(listed)} by SHA-256{edited}"), []
+        return Check(name, False, f"{len(wrong)} differ: {', '.join(wrong[:3])}")
+    return Check(name, True, f"{len(listed)} of {len(listed)} by SHA-256{edited}")
 
 
 def _unedited(path: Path, exported: dict[str, Any] | None) -> str | None:
@@ -85,20 +81,6 @@ def _config(directory: Path) -> Check:
         return Check(name, False, str(error) or type(error).__name__)
     passed = str(config.get("model_type")).startswith("sasa_") and seals == 2
     return Check(name, passed, f"model_type {config.get('model_type')}, {seals} of 2 seals")
-
-
-def _modeling(directory: Path) -> Check:
-    name = "the modeling file stands alone"
-    try:
-        tree = ast.parse((directory / MODELING_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return Check(name, False, f"{MODELING_FILE} is missing")
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return Check(name, False, f"{MODELING_FILE} is not a Python file")
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    foreign = sorted({module.split(".")[0] for module in imported} & {"sasa_export", "sklearn", "numpy", ""})
-    return Check(name, not foreign, f"imports {', '.join(foreign)}" if foreign else "torch and transformers alone")
 
 
 def is_ours(directory: Path) -> bool:

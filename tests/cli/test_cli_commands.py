@@ -1,4 +1,4 @@
-"""The command line itself: help, and the commands beside the main one: fetch, trace and verify."""
+"""The command line itself: help, and the commands beside the main one: trace and verify."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
-from cli_steps import Tiny, contents, copied, fails, flags, invoke, offline, settle, succeeds
+from cli_steps import copied, fails, flags, invoke, offline, settle, succeeds
 
 from sasa_export.models import family as families
 
@@ -34,7 +34,7 @@ def test_help_shows_the_common_options_and_help_all_the_rest() -> None:
         assert flag in common and flag in every
     for flag in ("--regularization", "--projection", "--opset", "--batch-size", "--link"):
         assert flag not in common and flag in every
-    for command in ("evaluate", "fetch", "locate", "trace", "verify"):
+    for command in ("evaluate", "locate", "trace", "verify"):
         assert f"\n  {command} " in common and f"\n  {command} " in every
 
 
@@ -43,7 +43,7 @@ def test_help_shows_the_common_options_and_help_all_the_rest() -> None:
     [
         (["--model", "x"], "Missing option '--out'"),
         (["--model", "x", "verify", "y"], "--model stands before 'verify'"),
-        (["--model", "x", "--out", "y", "--safety-layer", "x"], "'x' is neither a whole number nor 'auto'"),
+        (["--model", "x", "--out", "y", "--dtype", "int3"], "'int3' is not one of"),
         (["--model", "x", "--out", "y", "--opset", "17"], "'17' is not one of '20', '23'"),
         (["--model", "x", "--out", "y", "--no-such-option"], "No such option"),
     ],
@@ -54,16 +54,7 @@ def test_usage_errors(arguments: list[str], said: str) -> None:
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("Error:") and said in result.stderr
 
 
-# ---------------------------------------------------------------------------------------- fetch and trace
-
-
-def test_fetch(tiny_model: Tiny, place: Path) -> None:
-    source = tiny_model("llava", shards=3)
-    succeeds("fetch", *flags(source, place / "base"))
-    assert contents(place / "base") == contents(source)
-    assert "is not empty" in fails("fetch", *flags(source, place / "base"))
-    assert [path.name for path in place.iterdir()] == ["base"]
-    assert "there is no model" in fails("fetch", *flags("no-such-model", place / "other"))
+# ---------------------------------------------------------------------------------------- trace
 
 
 def test_trace(llava: Path) -> None:

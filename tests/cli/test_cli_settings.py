@@ -105,6 +105,8 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ({"threshold": float("nan")}, "--threshold is nan;"),
         ({"max_false_positive_rate": 1.0}, "--max-false-positive-rate is 1.0; it must be at least 0 and below 1."),
         ({"regularization": -1.0}, "--regularization is -1.0; it must be auto or a number above 0."),
+        ({"regularization": "x"}, "--regularization is 'x'; it must be auto or a number above 0."),
+        ({"safety_layer": "x"}, "--safety-layer is 'x'; it must be auto or a whole number."),
         ({"format": "onnx", "opset": 17}, "--opset is 17; it must be one of 20, 23."),
         ({"refusal": " "}, "--refusal is ' '; it must be a sentence."),
         ({"onnx_dtype": "bfloat16"}, "--onnx-dtype is 'bfloat16'; it must be one of float32, float16, int8, int4."),

@@ -10,24 +10,19 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import pytest
-from cli_steps import fails, flags, flip, heeding_ctrl_c, invoke, succeeds
+from cli_steps import flags, flip, invoke, succeeds
 from onnx_runner import lane_of
 
-from sasa_export import pipeline
-from sasa_export.errors import EmitError
-from sasa_export.verify import check_written, verdicts
-from sasa_export.verify import onnx as verify_onnx
+from sasa_export.verify import verdicts
 from sasa_export.writers.onnx import graphs
 
 Tiny = Callable[..., Path]
@@ -78,11 +73,14 @@ def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, st
     assert "✗" not in said
     for line in (
         r"✓ the graph checker passes: 4 of 4 graphs",
-        r"✓ no weight is stored twice: ([\d,]+) bytes, \1 of them unique",
         r"✓ P\(unsafe\) is the original's: .* tolerance 0.0001 \(float32 graphs on CPU\w+, float32 original\)",
         r"✓ allowed prompts have the original's logits: largest difference \d\.\de-0[5-9]",
     ):
         assert re.search(line, said), line
+    onnx_part = said.split("the graph checker passes")[1]
+    for name in ("refused prompts say the refusal", "allowed prompts are answered as by the original"):
+        match = re.search(rf"✓ {name}: (\d+) of (\d+)", onnx_part)
+        assert match and match[1] == match[2] and int(match[1]) > 0, "both verdicts must have been seen"
 
 
 def test_what_the_branch_holds_stays_in_the_graph(both: tuple[Path, str]) -> None:
@@ -93,27 +91,17 @@ def test_what_the_branch_holds_stays_in_the_graph(both: tuple[Path, str]) -> Non
     assert not any(isinstance(tensor, ir.ExternalTensor) for tensor in inside)
 
 
-def test_verdicts_of_both_kinds_were_compared(both: tuple[Path, str]) -> None:
-    onnx_part = both[1].split("the graph checker passes")[1]
-    for name in ("refused prompts say the refusal", "allowed prompts are answered as by the original"):
-        match = re.search(rf"✓ {name}: (\d+) of (\d+)", onnx_part)
-        assert match and match[1] == match[2] and int(match[1]) > 0
-
-
 def test_verify_knows_each_of_them(both: tuple[Path, str]) -> None:
     said = succeeds("verify", str(both[0]), "--files").stderr
-    assert said.count("files are those that were exported") == 2 and said.count("no weight is stored twice") == 1
+    assert said.count("files are those that were exported") == 2 and said.count("the graph checker passes") == 1
 
 
 def test_verify_again_and_after_one_byte_of_data(both: tuple[Path, str], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
     assert "allowed prompts are answered as by the original" in succeeds("verify", str(copy)).stderr
     flip(copy / "onnx" / "decoder_model_merged.onnx_data", -1000)
-    result = invoke("verify", str(copy))
+    result = invoke("verify", str(copy), "--files")
     assert result.exit_code == 1 and "1 differ: onnx/decoder_model_merged.onnx_data" in result.stderr
-    (copy / "tokenizer.json").unlink()
-    result = invoke("verify", str(copy))
-    assert result.exit_code == 1 and "not checked, since tokenizer.json differs too" in result.stderr
 
 
 def test_verify_of_graphs_that_somebody_quantized(both: tuple[Path, str], tmp_path: Path) -> None:
@@ -166,7 +154,7 @@ def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
 def test_a_calibrated_export_counts_changed_verdicts(
     tiny_model: Tiny, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ONNX alone, with the old opset: the graphs judge calibration prompts again, and too many changes stop it."""
+    """ONNX alone, with the old opset: the graphs judge calibration prompts again."""
     model, out = tiny_model("llava", num_hidden_layers=3), tmp_path / "out"
     words = [
         *("--model", str(model), "--out", str(out), "--calibration", str(calibration), "--format", "onnx"),
@@ -182,31 +170,24 @@ def test_a_calibrated_export_counts_changed_verdicts(
     )
     assert line and line[1] in (out / "README.md").read_text()
 
-    def stored(patched: Path, target: Path, **settings: Any) -> None:
-        shutil.copytree(out / "onnx", target / "onnx")
-        for path in out.iterdir():
-            if path.is_file() and not path.name.startswith("sasa-"):
-                shutil.copyfile(path, target / path.name)
 
-    def turned(*given: Any, calibration: Any = None, **settings: Any) -> Any:
-        """The calibration's verdicts turned round, so that the graphs contradict most of them."""
-        if calibration is not None:
-            calibration = replace(calibration, final=1.0 - calibration.final)
-        return check_written(*given, calibration=calibration, **settings)
-
-    monkeypatch.setattr(graphs, "write_graphs", stored)
-    monkeypatch.setattr(pipeline, "check_written", turned)
-    result = invoke(*words, "--out", str(tmp_path / "other"))
-    assert result.exit_code == 1, result.output
-    assert re.search(r"✗ verdicts hold over the calibration prompts: \d+\.\d% changed", result.stderr)
-    assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.parametrize("error", [EmitError("no room"), KeyboardInterrupt(), RuntimeError("exporter")])
-@pytest.mark.parametrize("form", ["onnx", "both"])
-def test_nothing_is_left_behind(
-    form: str, error: BaseException, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("form", "error", "said"),
+    [
+        (
+            "onnx", RuntimeError("\nno lowering for aten.odd\nand a page about it"),
+            "Error: the graphs could not be made (no lowering for aten.odd). The model may hold",
+        ),
+        ("both", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "Error: the disk is full: "),
+        ("both", KeyboardInterrupt(), "Aborted!"),
+    ],
+    ids=["an exporter", "a disk that fills up", "Ctrl-C"],
+)  # fmt: skip
+def test_what_fails_while_graphs_are_written(
+    form: str, error: BaseException, said: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nothing is left behind. torch's errors have many lines, and a traceback would tell a user nothing."""
+
     def fail(patched: Path, out: Path, **settings: Any) -> None:
         assert (patched / "config.json").is_file()
         (out / "onnx").mkdir()
@@ -214,77 +195,6 @@ def test_nothing_is_left_behind(
         raise error
 
     monkeypatch.setattr(graphs, "write_graphs", fail)
-    assert invoke(*words(tmp_path / "out", format=form)).exit_code != 0
+    result = invoke(*words(tmp_path / "out", format=form))
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith(said)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("part", "error", "said"),
-    [
-        (
-            "convert", RuntimeError("\nno lowering for aten.odd\nand a page about it"),
-            "Error: exporting the vision encoder failed (RuntimeError: no lowering for aten.odd). ",
-        ),
-        ("write_model", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "Error: the disk is full: "),
-    ],
-    ids=["an exporter", "a disk that fills up"],
-)  # fmt: skip
-def test_what_fails_while_graphs_are_written(
-    part: str, error: Exception, said: str, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch's errors have many lines, and a traceback would tell a user nothing."""
-
-    def fail(*given: Any, **settings: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(graphs, part, fail)
-    if part == "write_model":
-        monkeypatch.setattr(graphs, "vision_graph", lambda *given, **settings: None)
-    message = fails(*words(tmp_path / "out"))
-    assert message.startswith(said) and "a page about it" not in message
-
-
-@pytest.mark.slow
-def test_ctrl_c_in_the_middle_of_the_graphs(words: Words, tmp_path: Path) -> None:
-    """In a process of its own, by the signal: the exporter is at work, and the working copy lies beside the output."""
-    place = tmp_path / "place"
-    command = [sys.executable, "-m", "sasa_export", *words(place / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_ctrl_c) as process:
-        assert process.stderr is not None
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if "exporting the decoder" in line:
-                process.send_signal(signal.SIGINT)
-    assert process.returncode == 1
-    assert lines[-1].strip() == "Aborted!" and not any("Traceback" in line for line in lines)
-    assert not list(place.iterdir())
-
-
-def test_a_failed_check_writes_nothing(
-    both: tuple[Path, str], words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def half(patched: Path, out: Path, **settings: Any) -> None:
-        shutil.copytree(both[0] / "onnx" / "onnx", out / "onnx")
-        shutil.copyfile(both[0] / "onnx" / "config.json", out / "config.json")
-        (out / "onnx" / "vision_encoder.onnx").write_bytes(b"half")
-
-    monkeypatch.setattr(graphs, "write_graphs", half)
-    result = invoke(*words(tmp_path / "out"))
-    assert result.exit_code == 1
-    assert "✗ the graph checker passes: vision_encoder.onnx" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("Error: 1 of ")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_weight_that_is_stored_twice(both: tuple[Path, str], tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(both[0] / "onnx", tmp_path / "copy"))
-    path = copy / "onnx" / "embed_tokens.onnx"
-    model = ir.load(path)
-    (weight,) = (value for value in model.graph.initializers.values() if value.const_value is not None)
-    assert weight.const_value is not None
-    again = ir.Value(name="again", const_value=ir.tensor(weight.const_value.numpy(), name="again"))
-    model.graph.register_initializer(again)
-    ir.save(model, path)
-    failed = [check for check in verify_onnx.check_graphs(copy, "float32") if not check.passed]
-    assert [check.name for check in failed] == ["no weight is stored twice"]

@@ -51,6 +51,13 @@ def test_what_only_the_branch_reads_lies_in_it(decoder: ir.Model, lane: ir.Graph
         assert any(use.node.graph is decoder.graph for use in value.uses()), value.name
 
 
+def test_no_weight_is_stored_twice(directory: Path) -> None:
+    for path in (directory / "onnx").glob("*.onnx"):
+        tensors = [value.const_value for graph in ir.load(path).graphs() for value in graph.initializers.values()]
+        kept = [tensor.tobytes() for tensor in tensors if tensor is not None and tensor.nbytes >= 1024]
+        assert kept and len(set(kept)) == len(kept), path.name
+
+
 def test_onnxruntimes_optimizer_for_transformers(split: Any, directory: Path, tmp_path: Path) -> None:
     from onnxruntime.transformers.optimizer import optimize_model
 

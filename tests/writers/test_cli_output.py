@@ -58,9 +58,7 @@ def test_force_replaces_no_report_that_is_none(llava: Path, patched: Path, place
 )
 def test_places_that_nothing_can_be_written_to(llava: Path, out: str, said: str) -> None:
     """They are told at once, before anything is opened."""
-    for command in ([], ["fetch"]):
-        message = fails(*command, *flags(llava, Path(out)))
-        assert said in message
+    assert said in fails(*flags(llava, Path(out)))
 
 
 def test_an_empty_output_and_missing_parents(llava: Path, probe: Path, place: Path) -> None:
@@ -80,7 +78,7 @@ def test_an_output_that_would_remove_its_source(llava: Path, probe: Path, tmp_pa
     assert contents(source) == contents(llava)
 
 
-@pytest.mark.parametrize("command", ["export", "fetch", "locate", "evaluate"])
+@pytest.mark.parametrize("command", ["export", "locate", "evaluate"])
 def test_two_runs_at_once(command: str, llava: Path, patched: Path, place: Path) -> None:
     arguments = flags(patched if command == "evaluate" else llava, place / "out")
     holder, thread = claimed(place / "out"), ThreadPoolExecutor(1)
@@ -94,7 +92,6 @@ def test_too_little_space(llava: Path, probe: Path, place: Path, monkeypatch: py
     arguments = flags(llava, place / "out", probe=probe, verify="files")
     monkeypatch.setattr(shutil, "disk_usage", free(1000))
     assert f"{place} has 0.00 GB free and the patched model needs 0.07 GB" in fails(*arguments)
-    assert "GB free" in fails("fetch", *flags(llava, place / "out"))
     # Enough for what is always written, but not for the model of 1 MB, which a link does not copy.
     monkeypatch.setattr(shutil, "disk_usage", free(64_500_000))
     assert "GB free" in fails(*arguments)

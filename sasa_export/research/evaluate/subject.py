@@ -170,7 +170,7 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     sasa = read_gate(directory)
     if sasa.get("gate") == "observe" and dtype_of(directory) is not None:
         raise EvaluateError(f"the graphs in {directory} only observe. Export them again with --gate enforce.")
-    check, _ = check_manifest(directory)
+    check = check_manifest(directory)
     if check.passed is False:
         raise EvaluateError(
             f"{directory} is not what was exported ({check.detail}), so its figures would be of something else. "

@@ -1,6 +1,6 @@
 """Load a written directory as a user would, and say what it answers to its cases and to further prompts.
 
-Usage: python fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS [PROMPTS]
+Usage: python fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS PROMPTS
 
 MODULE is `torch_model` or `onnx_model`: files beside this one, whose `Model` loads the directory. PROMPTS is a folder
 with prompts.json and pictures: these prompts are judged, and not answered. The last line printed is a JSON object:
@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import logging
 
 
-def main(module: str, directory: Path, dtype: str, device: str, count: int, prompts: Path | None) -> dict[str, Any]:
+def main(module: str, directory: Path, dtype: str, device: str, count: int, prompts: Path) -> dict[str, Any]:
     logging.set_verbosity_error()
     model = importlib.import_module(module).Model(directory, dtype, device)
     cases = []
@@ -29,15 +29,15 @@ def main(module: str, directory: Path, dtype: str, device: str, count: int, prom
         logits = [float(first[token]) for token, _ in case["logits"]]
         finite = bool(np.isfinite(first).all())
         cases.append({"unsafe_probability": probability, "tokens": tokens, "logits": logits, "finite": finite})
-    entries = [] if prompts is None else json.loads((prompts / "prompts.json").read_text(encoding="utf-8"))
+    entries = json.loads((prompts / "prompts.json").read_text(encoding="utf-8"))
     judged = [model.judge(read(model, entry, prompts)) for entry in entries]
     return {"about": model.about, "cases": cases, "judged": judged}
 
 
-def read(model: Any, entry: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+def read(model: Any, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The model's inputs for a conversation, with its picture from `folder` if it has one."""
     for part in (part for message in entry["messages"] for part in message["content"]):
-        if part["type"] == "image" and folder is not None:
+        if part["type"] == "image":
             part["image"] = Image.open(folder / entry["image"]).convert("RGB")
     return dict(
         model.processor.apply_chat_template(
@@ -51,6 +51,5 @@ def read(model: Any, entry: dict[str, Any], folder: Path | None) -> dict[str, An
 
 
 if __name__ == "__main__":
-    module, directory, dtype, device, count, *prompts = sys.argv[1:]
-    folder = Path(prompts[0]) if prompts else None
-    print(json.dumps(main(module, Path(directory), dtype, device, int(count), folder)))
+    module, directory, dtype, device, count, prompts = sys.argv[1:]
+    print(json.dumps(main(module, Path(directory), dtype, device, int(count), Path(prompts))))

@@ -6,11 +6,9 @@ import contextlib
 import inspect
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
@@ -43,12 +41,18 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
 
     The weights stay where they are: the returned model refers to the module's tensors, and no pass copies one.
     """
+    named = [
+        {axis: name for axis, name in enumerate(shape) if isinstance(name, str)} for shape in signature.inputs.values()
+    ]
+    free = _free(arguments, iter(named))
     variadic = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(module.forward).parameters.values())
     with _settings(opset), torch.no_grad():
         program = torch.export.export(
-            module.eval(), arguments, dynamic_shapes=_free(arguments, signature, variadic=variadic), strict=False
+            module.eval(), arguments, dynamic_shapes=(free,) if variadic else free, strict=False
         )
-        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, optimize=False, verbose=False, dynamic_shapes=named
+        )
         assert exported is not None
         model = exported.model
         _simplify(model)
@@ -60,7 +64,9 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
     common.CommonSubexpressionEliminationPass()(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
-    _name_values(model, signature)
+    values = (*model.graph.inputs, *model.graph.outputs)
+    for value, (name, shape) in zip(values, (*signature.inputs.items(), *signature.outputs.items()), strict=True):
+        value.name, value.shape = name, ir.Shape(shape)
     model.ir_version = IR_VERSION[opset]
     return model
 
@@ -75,63 +81,31 @@ def _simplify(model: ir.Model) -> None:
     common.NameFixPass()(model)
 
 
-def _free(arguments: tuple[Any, ...], signature: Signature, *, variadic: bool) -> Any:
-    """The dynamic_shapes of torch.export: each dimension that the signature names is free."""
-    shapes = iter(signature.inputs.values())
-
-    def of(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            names = next(shapes)
-            return {axis: torch.export.Dim.DYNAMIC for axis, name in enumerate(names) if isinstance(name, str)}
-        if isinstance(value, dict):
-            return {key: of(item) for key, item in value.items()}
-        return type(value)(of(item) for item in value)
-
-    found = tuple(of(argument) for argument in arguments)
-    return (found,) if variadic else found
-
-
-def _name_values(model: ir.Model, signature: Signature) -> None:
-    """Give inputs and outputs their names, and dimensions their symbols, everywhere in the graph."""
-    graph = model.graph
-    symbols: dict[str, str] = {}
-    for value, (name, shape) in zip(graph.inputs, signature.inputs.items(), strict=True):
-        value.name = name
-        for found, wanted in zip(value.shape or (), shape, strict=True):
-            if isinstance(found, ir.SymbolicDim) and isinstance(wanted, str):
-                symbols.setdefault(str(found.value), wanted)
-        value.shape = ir.Shape(shape)
-    for value, (name, shape) in zip(graph.outputs, signature.outputs.items(), strict=True):
-        value.name = name
-        value.shape = ir.Shape(shape)
-    named = {id(value) for value in (*graph.inputs, *graph.outputs)}
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        for value in node.outputs:
-            if value.shape is not None and id(value) not in named:
-                value.shape = ir.Shape([_renamed(size, symbols) for size in value.shape])
-
-
-def _renamed(size: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | str | None:
-    if isinstance(size, int):
-        return size
-    if size.value is None:
-        return None
-    return re.sub(r"\bs\d+\b", lambda match: symbols.get(match.group(), match.group()), str(size.value))
+def _free(value: Any, named: Iterator[dict[int, str]]) -> Any:
+    """The dynamic_shapes of torch.export: those axes of each tensor are free that are `named`."""
+    if isinstance(value, torch.Tensor):
+        return dict.fromkeys(next(named), torch.export.Dim.DYNAMIC)
+    if isinstance(value, dict):
+        return {key: _free(item, named) for key, item in value.items()}
+    return type(value)(_free(item, named) for item in value)
 
 
 @contextlib.contextmanager
 def _settings(opset: int) -> Iterator[None]:
     """What the exporter runs in; what it says of optional packages and of its own deprecations is silenced."""
-    environment = {
+    wanted = {
         "TRANSFORMERS_DISABLE_TORCH_CHECK": "1",  # such a check has no equivalent in ONNX
         # Attention reads keys and values that several heads share as they are, and not repeated for each of them.
         "TRANSFORMERS_SDPA_FORCE_GQA": "1" if opset >= 23 else "0",
     }
-    disabled = logging.root.manager.disable
+    before, disabled = {name: os.environ.pop(name, None) for name in wanted}, logging.root.manager.disable
+    os.environ.update(wanted)
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), patch.dict(os.environ, environment):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
+        for name, value in before.items():
+            os.environ[name] = value or "0"  # which is what transformers reads where there is none

@@ -46,7 +46,8 @@ class Decoder(nn.Module):
             for_export(model)
         taken = inspect.signature(model.forward).parameters
         self.cache = "cache" if "cache" in taken else "past_key_values"  # its name since transformers 5.24, and before
-        self.layers = text.num_hidden_layers + gate_layers(model)
+        self.gate = int(model.sasa.ledger.layers) if self.guarded else 0  # layers of the cache, behind the blocks'
+        self.layers = text.num_hidden_layers + self.gate
         self.kinds = tuple(getattr(text, "layer_types", None) or ())  # of the blocks, where they are of several
         self.convolved = {layer for layer, kind in enumerate(self.kinds) if kind == "conv"}
         self.widths = [text.hidden_size] * (1 + deep_features(model))
@@ -148,11 +149,6 @@ def adding(blocks: Sequence[nn.Module], added: Sequence[torch.Tensor]) -> Iterat
             handle = block.register_forward_hook(lambda module, given, output, more=more: output + more)
             stack.callback(handle.remove)
         yield
-
-
-def gate_layers(model: Any) -> int:
-    """How many cache layers a model has behind those of its blocks: those of the gate's ledger."""
-    return int(model.sasa.ledger.layers) if hasattr(model, "sasa") else 0
 
 
 def _filled(*held: torch.Tensor) -> DynamicLayer | LinearAttentionLayer:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sasa_export.errors import EmitError, SasaExportError
+from sasa_export.errors import EmitError, reworded
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, read_config
 from sasa_export.models.load import stock_config
@@ -51,26 +51,16 @@ def write_onnx_directory(
             arithmetic stays in float32 in all of them, as do the inputs and outputs other than the cache.
         advance: told of each step as it begins.
 
-    Raises EmitError, which says at which step it ended.
+    Raises EmitError. The exporter and its rewriting fail in as many ways as there are operators.
     """
     from sasa_export.writers.onnx import graphs
 
-    steps: list[str] = []
-
-    def step(name: str) -> None:
-        steps.append(name)
-        advance(name)
-
-    try:
-        graphs.write_graphs(patched, out, opset=opset, dtype=dtype, advance=step)
-    except (SasaExportError, OSError):
-        raise
-    except Exception as error:  # the exporter and its rewriting fail in as many ways as there are operators
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        raise EmitError(
-            f"{steps[-1]} failed ({type(error).__name__}: {said[:300]}). The model may hold what the exporter cannot "
-            "turn into ONNX, or memory ran out. Try another --onnx-dtype or --opset, or give --format safetensors."
-        ) from error
+    advice = (
+        "The model may hold what the exporter cannot turn into ONNX, or memory ran out. Try another --onnx-dtype or "
+        "--opset, or give --format safetensors."
+    )
+    with reworded(EmitError, "the graphs could not be made ({reason}). " + advice):
+        graphs.write_graphs(patched, out, opset=opset, dtype=dtype, advance=advance)
     for pattern in (SCORES, *LICENCES):
         for path in sorted(patched.glob(pattern)):
             shutil.copyfile(path, out / path.name)

@@ -15,10 +15,10 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
 
 
-def write_genai_config(out: Path, model: Any, *, dtype: str) -> None:
-    """Write the file for a guarded model whose positions have one axis and whose cache has keys and values alone."""
+def write_genai_config(out: Path, decoder: Decoder, *, dtype: str) -> None:
+    """Write the file for a guarded decoder whose positions have one axis and whose cache has keys and values alone."""
+    model = decoder.model
     text, settings = model.config.get_text_config(decoder=True), model.generation_config.to_dict()
-    decoder = Decoder(model)
     names = decoder.signature(1, {})
     _, heads, _, size = names.inputs["past_key_values.0.key"]
     described = {

@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, GRAPHS, MERGING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
-from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, feature_width, gate_layers
+from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, feature_width
 from sasa_export.writers.onnx.genai import write_genai_config
 from sasa_export.writers.onnx.guard import Witness, first_token
 from sasa_export.writers.onnx.layout import stock_type, write_files
@@ -58,10 +58,9 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     write_model(decoder_graph(model, recipe, opset=opset, dtype=dtype), files[DECODER])
     advance("writing configuration and processor")
     external = {name: 1 for name, path in files.items() if path.with_name(f"{path.name}_data").exists()}
-    gate = gate_layers(model)
-    write_files(patched, out, processor, dtype=dtype, external=external, kinds=decoder.kinds, gate=gate)
+    write_files(patched, out, processor, dtype=dtype, external=external, kinds=decoder.kinds, gate=decoder.gate)
     if genai:
-        write_genai_config(out, model, dtype=dtype)
+        write_genai_config(out, decoder, dtype=dtype)
     _forget(model)
 
 
@@ -170,11 +169,6 @@ def write_model(model: ir.Model, path: Path, *, always_outside: bool = False) ->
         return
     # onnxruntime-web finds no file for what a branch holds, so that stays in the graph.
     branches = (graph for graph in model.graphs() if graph is not model.graph)
-    inside = [
-        value.const_value.nbytes
-        for graph in branches
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    ]
-    threshold = max([SMALL, *(size + 1 for size in inside)])
-    ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=threshold)
+    held = (value.const_value for graph in branches for value in graph.initializers.values())
+    inside = max((tensor.nbytes for tensor in held if tensor is not None), default=0)
+    ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=max(SMALL, inside + 1))

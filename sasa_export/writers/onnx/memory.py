@@ -8,7 +8,6 @@ from sasa_export.errors import EmitError
 from sasa_export.models import Source
 from sasa_export.models.memory import available_memory
 from sasa_export.options import Options
-from sasa_export.writers.onnx import SUFFIX
 
 # Bits of a weight in memory while the graphs are made, by type of the graphs; the quantizer starts from float32.
 LOADED = {"float32": 32, "float16": 16, "int8": 32, "int4": 32}
@@ -50,17 +49,11 @@ def needed_memory(source: Source, dtype: str, *, run: bool) -> int:
 
 def check_memory(source: Source, options: Options) -> None:
     """Raise EmitError where the machine has less memory available than the graphs take."""
-    run = options.verify == "full"
-    needed, available = needed_memory(source, options.onnx_dtype, run=run), available_memory()
-    if available >= needed:
-        return
-    others = [name for name in SUFFIX if needed_memory(source, name, run=run) <= available]
-    advice = ["Free some memory", "use a larger machine"]
-    if others:
-        advice.append(f"give --onnx-dtype {others[0]}")
-    if run and needed_memory(source, options.onnx_dtype, run=False) <= available:
-        advice.append("give --verify files, which does not run the graphs")
-    raise EmitError(
-        f"{available / 1e9:.1f} GB of memory are available and {options.onnx_dtype} graphs of {source.name} need about "
-        f"{needed / 1e9:.1f} GB. {', '.join(advice[:-1])}, or {advice[-1]}."
-    )
+    dtype, run = options.onnx_dtype, options.verify == "full"
+    needed, available = needed_memory(source, dtype, run=run), available_memory()
+    if available < needed:
+        raise EmitError(
+            f"{available / 1e9:.1f} GB of memory are available and {dtype} graphs of {source.name} need about "
+            f"{needed / 1e9:.1f} GB. Free some memory, use a larger machine, or try --verify files or another "
+            "--onnx-dtype."
+        )

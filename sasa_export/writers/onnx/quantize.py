@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
@@ -28,23 +27,23 @@ def quantize(model: ir.Model, dtype: str) -> None:
     with the template's stays exact. Run it while both lanes lie in one graph, so that they go on sharing weights.
     Memory holds one weight's copies at a time: onnxruntime's own pass over a model would copy the whole graph.
     """
-    graph = model.graph
-    bits = BITS[dtype]
-    coarse, fine = _packer(bits, BLOCKS[bits]), _packer(bits, FINE)
+    graph, bits = model.graph, BITS[dtype]
     packed: dict[ir.Value, list[ir.Value]] = {}
     for node in list(graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None or not _is_matrix(weight) or _is_gate(str(node.name)):
             continue
-        is_head = str(node.name).startswith(HEAD)
+        assert weight.const_value is not None
+        block = FINE if str(node.name).startswith(HEAD) else BLOCKS[bits]
         if weight not in packed:
-            packed[weight] = (fine if is_head else coarse)(weight)
+            packed[weight] = _packed(weight.const_value, str(weight.name), bits, block)
             for value in packed[weight]:
                 graph.register_initializer(value)
-        new = _product(node, packed[weight], bits, FINE if is_head else BLOCKS[bits])
-        graph.insert_after(node, new)
-        node.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        rows, columns = weight.const_value.shape.numpy()
+        attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": ACCURACY}
+        given = [node.inputs[0], *packed[weight]]
+        new = ir.node("MatMulNBits", given, attributes=attributes, domain=DOMAIN, name=node.name)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
     if packed:
         model.opset_imports[DOMAIN] = 1
 
@@ -86,21 +85,17 @@ class Table:
         """Put the table in the place of the weight that a Gather of the graph looks up, in place."""
         nodes = (node for node in model.graph if node.op_type == "Gather")
         node, weight = next((node, weight) for node in nodes if (weight := node.inputs[0]) and _is_matrix(weight))
-        ids, before = node.inputs[1], node.outputs[0]
         assert weight.name is not None
-        tape = ir.tape.Tape()
+        ids, tape = node.inputs[1], ir.tape.Tape()
         rows = tape.initializer(ir.tensor(self.rows, name="embedding_Q8"))
         scales = tape.initializer(ir.tensor(self.scales, name="embedding_scales"))
         flat = tape.initializer(ir.tensor([0, 0, -1], name="embedding_shape"))
         found = tape.op("Cast", [tape.op("Gather", [rows, ids])], {"to": ir.DataType.FLOAT})
         scaled = tape.op("Mul", [found, tape.op("Gather", [scales, ids])])  # (batch, tokens, blocks, block)
         new = tape.op("Reshape", [scaled, flat])  # (batch, tokens, hidden)
-        new.name, new.shape, new.type = before.name, before.shape, before.type
-        model.graph.insert_after(node, tape.nodes)
         for value in tape.initializers:
             model.graph.register_initializer(value)
-        before.replace_all_uses_with(new, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [new])
         del model.graph.initializers[weight.name]
 
 
@@ -112,36 +107,16 @@ def _is_gate(name: str) -> bool:
     return name.startswith("/sasa/") and not name.startswith("/sasa/lane/")
 
 
-def _product(node: ir.Node, packed: list[ir.Value], bits: int, block: int) -> ir.Node:
-    """The node that takes the place of a MatMul, whose weight (rows, columns) was `packed`."""
-    assert node.inputs[1] is not None and node.inputs[1].const_value is not None
-    rows, columns = node.inputs[1].const_value.shape.numpy()
-    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": ACCURACY}
-    before = node.outputs[0]
-    new = ir.node(
-        "MatMulNBits", [node.inputs[0], *packed], attributes=attributes, domain=DOMAIN, name=node.name, num_outputs=1
-    )
-    new.outputs[0].name, new.outputs[0].shape, new.outputs[0].type = before.name, before.shape, before.type
-    return new
+def _packed(weight: ir.TensorProtocol, name: str, bits: int, block: int) -> list[ir.Value]:
+    """The initializers for a weight (rows, columns): its blocks (columns, blocks, block * bits / 8), uint8, and their
+    scales (columns, blocks)."""
+    quiet = logging.NullHandler()
+    logging.root.addHandler(quiet)  # or the import would set up the logging of the whole process
+    from onnxruntime.quantization import matmul_nbits_quantizer as library
 
-
-def _packer(bits: int, block: int) -> Any:
-    """A function from a weight (rows, columns) to the initializers of its blocks and of their scales.
-
-    Blocks are (columns, blocks, block * bits / 8), uint8, and scales (columns, blocks).
-    """
-    with patch("logging.basicConfig"):  # which it calls for the whole process when it is imported
-        from onnxruntime.quantization import matmul_nbits_quantizer as library
+    logging.root.removeHandler(quiet)
     config = library.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
     quantizer = library.DefaultWeightOnlyQuantizer(config)
-
-    def pack(weight: ir.Value) -> list[ir.Value]:
-        assert weight.const_value is not None
-        blocks, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.const_value.numpy()))
-        tensors = (ir.tensor(blocks, name=f"{weight.name}_Q{bits}"), ir.tensor(scales, name=f"{weight.name}_scales"))
-        return [
-            ir.Value(name=t.name, shape=ir.Shape(t.shape.numpy()), type=ir.TensorType(t.dtype), const_value=t)
-            for t in tensors
-        ]
-
-    return pack
+    blocks, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.numpy()))
+    tensors = (ir.tensor(blocks, name=f"{name}_Q{bits}"), ir.tensor(scales, name=f"{name}_scales"))
+    return [ir.val(tensor.name, const_value=tensor) for tensor in tensors]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from onnxscript.rewriter import RewritePass, pattern
 
 
 def trust_finite_masks(model: ir.Model) -> None:
@@ -12,29 +15,19 @@ def trust_finite_masks(model: ir.Model) -> None:
     Softmax then gives no NaN. Below opset 23 each block had an IsNaN, for which WebGPU has no kernel. In float16 a
     score can carry the sum out of range.
     """
-    for node in model.graph.all_nodes():
-        if node.op_type == "Where" and _looks_for_empty_rows(node):
-            weights = node.inputs[2]
-            assert weights is not None
-            node.outputs[0].replace_all_uses_with(weights)
+    RewritePass([pattern.RewriteRule(_looking, _plain, _is_finite, remove_nodes=False)])(model)
 
 
-def _looks_for_empty_rows(node: ir.Node) -> bool:
-    """Is this Where(IsNaN(p), 0, p), with p = Softmax(scores + Where(allowed, 0, a finite float32))?"""
-    looked, _, weights = node.inputs
-    softmax, added = _made_by(weights, "Softmax"), None
-    if softmax is None or (look := _made_by(looked, "IsNaN")) is None or look.inputs[0] is not weights:
-        return False
-    if (total := _made_by(softmax.inputs[0], "Add")) is not None:
-        added = _made_by(total.inputs[1], "Where")
-    return added is not None and all(_finite(value) for value in added.inputs[1:])
+def _looking(op: Any, scores: Any, allowed: Any, zero: Any, low: Any, empty: Any) -> Any:
+    masked = op.Add(scores, op.Where(allowed, zero, low))
+    weights = op.Softmax(masked, _outputs=["weights"])
+    return op.Where(op.IsNaN(weights), empty, weights)
 
 
-def _made_by(value: ir.Value | None, operation: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == operation else None
+def _plain(op: Any, weights: ir.Value, **others: Any) -> Any:
+    return op.Identity(weights)
 
 
-def _finite(value: ir.Value | None) -> bool:
-    held = value.const_value if value is not None else None
-    return held is not None and held.dtype == ir.DataType.FLOAT and bool(np.isfinite(held.numpy()).all())
+def _is_finite(context: Any, zero: ir.Value, low: ir.Value, **others: Any) -> bool:
+    held = [value.const_value for value in (zero, low)]
+    return all(it is not None and it.dtype == ir.DataType.FLOAT and np.isfinite(it.numpy()).all() for it in held)

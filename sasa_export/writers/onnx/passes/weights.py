@@ -50,7 +50,8 @@ def fold_transposes(model: ir.Model) -> None:
 
 
 def deduplicate(model: ir.Model) -> None:
-    """Merge initializers of equal type, shape and content, whatever their size."""
+    """Merge initializers of equal type, shape and content, whatever their size. (onnx-ir's own pass takes none whose
+    numbers lie in another order than they are written.)"""
     graph = model.graph
     kept: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
@@ -72,5 +73,4 @@ def _transposed(source: ir.Value, permutation: tuple[int, ...]) -> ir.Value:
     def make() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(permutation)), dtype=tensor.dtype, name=name)
 
-    lazy = ir.LazyTensor(make, dtype=tensor.dtype, shape=shape, name=name)
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+    return ir.val(name, const_value=ir.LazyTensor(make, dtype=tensor.dtype, shape=shape, name=name))
