@@ -199,3 +199,5 @@ def check_for_graphs(options: OptionSet) -> None:
     options.check_default(*TORCH_ALONE, why="is not of use with ONNX graphs")
     if getattr(options, "format", "") == "both":
         raise SasaExportError("--format both is not of use with ONNX graphs. Leave it out.")
+    if (device := getattr(options, "device", AUTO)) not in (AUTO, "cpu"):
+        raise SasaExportError(f"--device {device} is not of use with ONNX graphs: they run on the CPU. Leave it out.")

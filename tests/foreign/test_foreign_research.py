@@ -98,8 +98,10 @@ def test_another_original_is_refused(options: EvaluateOptions, tmp_path: Path) -
     (other / "model.onnx_data").write_bytes(data)
     with pytest.raises(EvaluateError, match=re.escape(f"was not made from {other}")):
         evaluate(replace(options, out=tmp_path / "report", baseline=str(other)))
-    with pytest.raises(SasaExportError, match="--dtype is not of use with ONNX graphs"):
-        evaluate(replace(options, out=tmp_path / "report", dtype="float16"))
+    options = replace(options, out=tmp_path / "report")
+    for changed in (replace(options, dtype="float16"), replace(options, device="cuda")):
+        with pytest.raises(SasaExportError, match=r"is not of use with ONNX graphs"):
+            evaluate(changed)
 
 
 def test_a_survey_reads_what_the_graphs_compute(decoder: Decoder, sets: tuple[str, str], tmp_path: Path) -> None:
