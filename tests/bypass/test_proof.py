@@ -1,21 +1,17 @@
 """The proof at load: where it is made, what it costs where not, and that it does not hold where the gate would leak."""
 
-import shutil
 import sys
 from collections.abc import Callable
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from cli_steps import invoke
 from conftest import Guard, load
 from matrix import hosts
 from transformers import LlavaForConditionalGeneration
 
-from sasa_export.manifest import MANIFEST, digest
 from sasa_export.runtime.version import TRIED
 
 Guards = Callable[..., Guard]
@@ -113,18 +109,6 @@ def test_what_does_not_hold_is_said(
     monkeypatch.setattr(owner, name, change(getattr(owner, name)))
     with pytest.raises(RuntimeError, match=said):
         load_with(guarded, prove=True)
-
-
-@pytest.mark.slow
-def test_a_directory_of_before_is_told_to_be_patched_again(guard: Guards, tmp_path: Path) -> None:
-    """Its code knows nothing of a proof."""
-    directory = shutil.copytree(guard("llava").directory, tmp_path / "before")
-    source, manifest = (directory / name for name in ("modeling_sasa.py", MANIFEST))
-    before = digest(source)
-    source.write_text(source.read_text().replace("def prove(", "def proves("))
-    manifest.write_text(manifest.read_text().replace(before, digest(source)))
-    result = invoke("verify", str(directory))
-    assert result.exit_code == 1 and "Patch the model again" in result.stderr
 
 
 def test_weights_without_numbers_are_not_asked(guard: Guards) -> None:
