@@ -178,13 +178,13 @@ bench-onnx: setup
 bench-memory: setup
 	@$(BIN)/python benchmarks/export_memory.py --onnx-dtypes float16,float32 --out docs/onnx-memory.md
 
-# Every table with figures, for hours of a quiet machine; what a training run measured stands in docs/calibration.md.
+# Every table with figures, for hours of a quiet machine.
 FIGURES := families matrix foreign compat test-vllm bench bench-published bench-gate bench-score bench-onnx \
 	bench-memory bench-vllm
 figures: $(FIGURES)
-	@$(BIN)/sasa-export evaluate --model $(MODEL) --out build/evaluate --force
+	@$(BIN)/sasa-export evaluate --model $(MODEL) --dtype bfloat16 --out build/evaluate --force
 	@cp build/evaluate/report.md build/evaluate/evaluate.json build/evaluate/*.png docs/evaluate
-	@$(BIN)/sasa-export locate --model smol-llava --out build/locate --force
+	@$(BIN)/sasa-export locate --model smol-llava --dtype bfloat16 --out build/locate --force
 	@cp build/locate/report.md build/locate/locate.json build/locate/*.png docs/locate
 
 # Needs an NVIDIA GPU.

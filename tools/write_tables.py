@@ -107,7 +107,7 @@ of the embedded model; the others are tiny and random.
 - *Pieces*, *second turn*: the same verdict for a prompt in pieces of random lengths; a verdict over the whole
   conversation for a question on a kept cache. In int4 within 0.05: its products round by the number of tokens in a
   call.
-- *Beams*: a cache that beam search repeats, and whose rows it exchanges, keeps each row's verdict.
+- *Beams*: a cache that beam search repeats keeps its verdict in every row.
 - *Files*: the weights lie in the original's file, and the new graph adds less than 2 MB.
 
 ✓: it held; ✗: it did not; ·: it was not run; –: the original cannot either, or the decoder is

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.errors import EmitError, EvaluateError, SasaExportError
+from sasa_export.errors import CalibrationError, EmitError, EvaluateError, SasaExportError
 from sasa_export.files import write_whole
 from sasa_export.models import read_config
 from sasa_export.models.load import place
@@ -101,9 +101,7 @@ def score(
             advance(len(rows))
     if np.isnan(probabilities).any():
         raise EvaluateError(f"{directory} gives no verdict on some prompts. Export the model again.")
-    proposed = None
-    if refuse_at_most is not None:
-        proposed = threshold_for(probabilities, np.zeros(len(probabilities)), refuse_at_most)
+    proposed = None if refuse_at_most is None else _propose(probabilities, refuse_at_most)
     found = Scored(prompts, probabilities, sasa["threshold"], proposed)
     write_whole(out, "".join(found.lines()))
     report.step("done", str(out))
@@ -126,3 +124,14 @@ def _judge(directory: Path, graphs: str | None, device: str) -> tuple[Judge, Any
         return lambda prompts: [runner.judge(encoded(runner.processor, it)) for it in prompts], runner.processor
     model, processor = load_patched(directory, "auto", device)
     return lambda prompts: model.judge(**place(encode(processor, prompts), model)).float().cpu().numpy(), processor
+
+
+def _propose(probabilities: np.ndarray, most: float) -> float:
+    """The lowest threshold that refuses at most that share. EvaluateError where there is none."""
+    try:
+        return threshold_for(probabilities, np.zeros(len(probabilities)), most)
+    except CalibrationError:
+        raise EvaluateError(
+            f"P(unsafe) is 1 for more than {most:g} of the prompts, so no threshold refuses as few. Raise "
+            "--refuse-at-most, or calibrate anew with prompts like these."
+        ) from None

@@ -13,9 +13,10 @@ import pytest
 import tiny
 from cli_steps import fails, succeeds
 
+from sasa_export.errors import EvaluateError
 from sasa_export.prompts import load
 from sasa_export.prompts.prompt import encode
-from sasa_export.research.score import score
+from sasa_export.research.score import _propose, score
 from sasa_export.verify import verify_directory
 from sasa_export.verify.fresh.onnx_model import Model
 
@@ -110,3 +111,9 @@ def test_what_cannot_be_scored(guard: Callable[..., Any], place: Path, line: str
 def test_a_model_without_a_gate_is_not_scored(llava: Path, traffic: Path, place: Path) -> None:
     said = fails("score", str(llava), str(traffic), "--out", str(place / "scored.jsonl"))
     assert "is no patched model" in said
+
+
+def test_no_threshold_refuses_as_few() -> None:
+    """What is said names an option that `score` has."""
+    with pytest.raises(EvaluateError, match="Raise --refuse-at-most"):
+        _propose(np.ones(5), 0.1)
