@@ -84,10 +84,10 @@ def last_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def command_line(name: str, options: Any) -> str:
-    """`sasa-export NAME` with the options (a dataclass) that differ from the defaults, to make a report again.
-
-    The model and files go by their last names, and the output is `report`. Data is named as it was given.
+def made_with(name: str, options: Any) -> str:
+    """The versions of what computes, and `sasa-export NAME` with the options (a dataclass) that differ from the
+    defaults, to make a report again. The model and files go by their last names, and the output is `report`. Data is
+    named as it was given.
     """
     parts = ["sasa-export", name, "--model", last_name(str(options.model))]
     for entry in fields(options):
@@ -99,4 +99,5 @@ def command_line(name: str, options: Any) -> str:
         else:
             for item in value if isinstance(value, tuple) else (value,):
                 parts += [flag(entry.name), item.name if isinstance(item, Path) else str(item)]
-    return shlex.join([*parts, "--out", "report"])
+    versions = ", ".join(f"{package} {version(package)}" for package in ("sasa-export", "torch", "transformers"))
+    return f"`{shlex.join([*parts, '--out', 'report'])}`, {versions}"

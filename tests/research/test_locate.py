@@ -23,7 +23,7 @@ from sasa_export.report import Silent
 from sasa_export.research.locate.page import Located, markdown
 from sasa_export.research.locate.run import locate
 from sasa_export.research.options import EvaluateOptions, LocateOptions
-from sasa_export.research.report import command_line, html_page
+from sasa_export.research.report import html_page, made_with
 
 Report = tuple[Located, Path]
 
@@ -155,10 +155,10 @@ def test_the_command_of_a_report_has_what_differs_from_the_defaults(tmp_path: Pa
         tmp_path / "my model", tmp_path / "out", data=("xstest:x.csv", "b.jsonl"), limit=7, device="cpu", force=True
     )
     said = "sasa-export evaluate --model 'my model' --data xstest:x.csv --data b.jsonl --limit 7"
-    assert command_line("evaluate", options) == f"{said} --out report"
+    assert made_with("evaluate", options).startswith(f"`{said} --out report`, sasa-export ")
     located = LocateOptions("smol-llava", tmp_path / "out", pairs="13:15")
     said = "sasa-export locate --model smol-llava --pairs 13:15"
-    assert command_line("locate", located) == f"{said} --out report"
+    assert made_with("locate", located).startswith(f"`{said} --out report`, sasa-export ")
 
 
 def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts: str) -> None:

@@ -31,7 +31,7 @@ from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.options import EvaluateOptions
-from sasa_export.research.report import command_line, last_name
+from sasa_export.research.report import last_name, made_with
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
 from sasa_export.workers import workers
@@ -102,7 +102,7 @@ class Subject:
         )
 
     def described(self) -> dict[str, Any]:
-        """What was evaluated, on what, and how it ran; `command` makes the report again."""
+        """What was evaluated, on what, and how it ran; `made_with` says how the report is made again."""
         given = self.made.get("threshold") or self.made.get("probe")
         return {
             "model": self.options.model.resolve().name,
@@ -125,7 +125,7 @@ class Subject:
             "calibrated_on": self.calibrated_on,
             "max_new_tokens": self.options.max_new_tokens,
             "batch_size": self.batch_size,
-            "command": command_line("evaluate", self.options),
+            "made_with": made_with("evaluate", self.options),
         }
 
 

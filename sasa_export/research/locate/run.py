@@ -28,7 +28,7 @@ from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
 from sasa_export.research.locate.page import Located, write_report
 from sasa_export.research.options import LocateOptions
-from sasa_export.research.report import SPARE_BYTES, command_line, last_name
+from sasa_export.research.report import SPARE_BYTES, last_name, made_with
 from sasa_export.workers import workers
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
             **running,
             **counts(prompts),
             "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
-            "command": command_line("locate", options),
+            "made_with": made_with("locate", options),
         }
         candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
         worth = held_out(evidence.sweep, candidates, prompts)
