@@ -20,7 +20,7 @@ class Located:
     """The evidence on all three capabilities, the sweep, and the layers proposed.
 
     Attributes:
-        subject: what was looked at: the model, how it ran, and the prompts; `made_with` says how to make the report again.
+        subject: what was looked at: the model, how it ran, the prompts, and how the report is made again.
         known: the pair that the family's file says.
         held_out: of each half of the groups, the pair chosen on the other half, and its AUC here.
     """
