@@ -16,11 +16,11 @@ import pytest
 from cli_steps import fails, flags, succeeds, write_probe
 from onnx_runner import STEPS, TOLERANCE, Runner, follow
 
+pytestmark = pytest.mark.slow
+
 DECODER = "onnx/decoder_model_merged.onnx"
 FAMILIES = [
-    pytest.param(
-        family, opset, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family != "llava")]
-    )
+    pytest.param(family, opset, marks=pytest.mark.xdist_group(f"onnx-{family}"))
     for family, opset in (("llava", 23), ("llava", 20), ("gemma3", 23), ("qwen2_5_vl", 23), ("lfm2_vl", 23))
 ]
 

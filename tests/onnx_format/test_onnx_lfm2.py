@@ -21,7 +21,7 @@ from sasa_export.writers.onnx.graphs import vision_graph, write_model
 from sasa_export.writers.onnx.recipes import RECIPES
 
 STEPS = 8
-pytestmark = pytest.mark.xdist_group("onnx-lfm2_vl")
+pytestmark = [pytest.mark.xdist_group("onnx-lfm2_vl"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

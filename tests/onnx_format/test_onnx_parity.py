@@ -13,10 +13,8 @@ from onnx_runner import STEPS, TOLERANCE, Runner, follow
 
 from sasa_export.writers.onnx.recipes import RECIPES
 
-# Of decoders; those of the other families are like these.
-KINDS = ("llava", "gemma3", "qwen2_5_vl", "qwen3_vl", "lfm2_vl")
 FAMILIES = [
-    pytest.param(family, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family not in KINDS)])
+    pytest.param(family, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family != "llava")])
     for family in tiny.MAKERS
     if family in RECIPES
 ]

@@ -53,10 +53,11 @@ def test_scores_are_those_of_judge(guard: Callable[..., Any], traffic: Path, tmp
     assert all((line["verdict"] == "refused") == (line["probability"] >= threshold) for line in lines)
 
 
+@pytest.mark.xdist_group("onnx-llava")
 def test_scores_of_graphs_are_theirs(
-    guard: Callable[..., Any], exported: Callable[..., Path], traffic: Path, tmp_path: Path
+    split: Callable[..., Any], exported: Callable[..., Path], traffic: Path, tmp_path: Path
 ) -> None:
-    guarded = guard("llava")
+    guarded = split("llava")
     graphs = exported(guarded.directory)
     found = score(graphs, str(traffic), tmp_path / "scored.jsonl")
     model = Model(graphs, "", "cpu")

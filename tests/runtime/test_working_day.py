@@ -167,6 +167,7 @@ def test_settings_that_no_gate_could_run_on(guard: Guards, changes: Any, error: 
 # -------------------------------------------------------------------------------------------------- graphs
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("onnx-llava")
 def test_graphs_observe_too(split: Callable[[str], Guard], exported: Callable[..., Path], tmp_path: Path) -> None:
     """The decoder's P(unsafe) is there, its logits are the original's, and nothing of its state says a refusal."""
@@ -190,7 +191,7 @@ def answer_elsewhere(model: Any, inputs: dict[str, Any]) -> tuple[list[list[int]
         return model.generate(**inputs, max_new_tokens=NEW).tolist(), model.judge(**inputs).tolist()
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_spawned_process_is_handed_the_model(guard: Guards, family: str) -> None:
     """As workers of a pool and Ray are: by pickle, with the gate, the rows refused and allowed as here."""
@@ -265,6 +266,7 @@ OTHER_CODE: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_verify_counts_the_verdicts_that_training_moves(llava: Path, calibration: Path, place: Path) -> None:
     """Cases go along with save_pretrained: they hold where it is the same model, and not where weights moved."""
     written = place / "written"
