@@ -46,8 +46,8 @@ except Exception as error:
 TEMPLATE = """\
 # Which transformers a patched directory runs on
 
-Written by `make compat`, never by hand: one and the same directory, patched by sasa-export {{ version }}, is loaded on
-the newest release of each minor version of transformers, in an environment without sasa-export. **holds**: the harmful
+Written by `make compat`, never by hand: one and the same directory, patched by sasa-export {{ version }} (commit
+{{ commit }}), is loaded on the newest release of each minor version of transformers, in an environment without sasa-export. **holds**: the harmful
 question gets every token of the refusal, and the harmless one the tokens that it gets on {{ made_on }}. **raises**: it
 does not load, or a call ends in the error. It must never answer what it refused.
 
@@ -117,8 +117,14 @@ def main(directory: Path, out: Path, work: Path) -> None:
     reference = found[made_on]["answers"][1]["tokens"]
     rows = [row(release, said, reference) for release, said in found.items()]
     bounds = next(line for line in requires("sasa-export") or () if line.startswith("transformers"))
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     text = jinja2.Template(TEMPLATE, keep_trailing_newline=True).render(
-        version=version("sasa-export"), made_on=made_on, tried=TRIED, bounds=f"`{bounds}`", rows=rows
+        version=version("sasa-export"),
+        commit=commit.stdout.strip(),
+        made_on=made_on,
+        tried=TRIED,
+        bounds=f"`{bounds}`",
+        rows=rows,
     )
     out.write_text(text, encoding="utf-8")
     sys.exit(any("ANSWERS" in entry["outcome"] for entry in rows))

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-sys.path[:0] = [str(Path(__file__).parents[1] / place) for place in ("tests", "tests/foreign")]
+sys.path[:0] = [str(Path(__file__).parents[1] / place) for place in ("tests", "tests/foreign", "benchmarks")]
+
+from side_by_side import made_of  # noqa: E402
 
 Marks = dict[str, str]  # of tests, by their names
 HELD, FAILED, SKIPPED = "✓✗–"
@@ -208,5 +210,5 @@ def foreign_page(marks: Marks) -> tuple[str, list[str]]:
 if __name__ == "__main__":
     kind, out, *reports = sys.argv[1:]
     text, wrong = {"families": families_page, "matrix": matrix_page, "foreign": foreign_page}[kind](results(reports))
-    Path(out).write_text(text, encoding="utf-8")
+    Path(out).write_text(f"{text}\nMade of {made_of()}.\n", encoding="utf-8")
     sys.exit("\n".join(wrong) or None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def test_rows(model: Callable[[str], Model]) -> None:
     outcomes = {name: outcome(one, refusal) for name, (one,) in zip([*ROWS, *PROMPTS], found, strict=True)}
     if path := os.environ.get("SASA_VLLM_TABLE"):
         lines = "".join(f"| {name} | {said} |\n" for name, said in outcomes.items())
-        Path(path).write_text(TEMPLATE + lines, encoding="utf-8")
+        versions = ", ".join(f"{name} {version(name)}" for name in ("sasa-vllm", "vllm", "torch", "transformers"))
+        Path(path).write_text(f"{TEMPLATE}{lines}\nMade with {versions}.\n", encoding="utf-8")
     assert not [name for name, said in outcomes.items() if said.startswith("AN ANSWER")], outcomes
     assert outcomes["nothing"] == "the refusal"
 
