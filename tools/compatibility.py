@@ -47,9 +47,9 @@ TEMPLATE = """\
 # Which transformers a patched directory runs on
 
 Written by `make compat`, never by hand: one and the same directory, patched by sasa-export {{ version }} (commit
-{{ commit }}), is loaded on the newest release of each minor version of transformers, in an environment without sasa-export. **holds**: the harmful
-question gets every token of the refusal, and the harmless one the tokens that it gets on {{ made_on }}. **raises**: it
-does not load, or a call ends in the error. It must never answer what it refused.
+{{ commit }}), is loaded on the newest release of each minor version of transformers, in an environment without
+sasa-export. **holds**: the harmful question gets every token of the refusal, and the harmless one the tokens that it
+gets on {{ made_on }}. **raises**: it does not load, or a call ends in the error. It must never answer what it refused.
 
 A directory says on which versions it was tried: {{ tried | join(", ") }}. On any other it proves its gate before it
 loads ([how](security.md#another-transformers)). sasa-export itself installs with {{ bounds }}.
