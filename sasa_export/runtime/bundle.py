@@ -16,6 +16,14 @@ HEADER = '''\
 From top to bottom: formulas, settings, what the cache keeps for the gate, what is read of transformers, when a verdict
 is due, the second lane, the gate, its proof, the classes. `config.sasa["graph"]` lists the steps; this file knows no
 model family.
+
+What it changes outside itself:
+- the class of the loaded model's decoder, and of each of its blocks, to one of the same name that shows its calls
+  (`watch`);
+- the stock class's `__init__`, in the whole process: handed a guarded configuration, it raises
+  (`refuse_guarded_configurations`);
+- transformers' AutoConfig, its list of multimodal models and its renaming of old weights, each by an entry of the
+  guarded type (at the end).
 """
 '''
 

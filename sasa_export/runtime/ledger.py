@@ -12,7 +12,7 @@ from torch import Tensor, nn
 # Its columns. STATE is 0, or k + 1 where token k of the refusal is due; TURN and NUMBER are those of the verdict;
 # PICTURE is the token's type in families that tell pictures from text by it. Digits of the position follow.
 STATE, TURN, NUMBER, PICTURE, POSITION = range(5)
-DIGITS, BASE = 3, 128  # of a position, one column each
+DIGITS, BASE = 3, 128  # of a position, one column each: in one, bfloat16 would round it, which counts to 256
 SHIFT = BASE**DIGITS // 2  # added to positions, since some families have negative ones
 
 
