@@ -27,14 +27,14 @@ def on_the_right(bench: Bench) -> list[Inputs]:
 
 
 CHUNKED = {f"prefill_chunk_size {size}": {"prefill_chunk_size": size} for size in (1, 2, 3, 7)}
-enter(FEEDING, CHUNKED, prompts=mixed_text, slow_on=OTHERS)
-enter(FEEDING, {"prefill_chunk_size 7, with pictures": {"prefill_chunk_size": 7}}, on=THREE, slow_on=SMOL)
+enter(FEEDING, CHUNKED, prompts=mixed_text, on=THREE)
+enter(FEEDING, {"prefill_chunk_size 7, with pictures": {"prefill_chunk_size": 7}}, on=(*THREE, *SMOL))
 WHOLE = {"by hand, whole": looped(), "by hand, token by token behind the pictures": looped(size=1)}
-enter(FEEDING, WHOLE, on=(*THREE, "llava onnx"), slow_on=(*REST, *GRAPHS))
+enter(FEEDING, WHOLE, on=(*THREE, "llava onnx", *REST, *GRAPHS))
 enter(FEEDING, {f"by hand, chunks of {size} behind the pictures": looped(size=size) for size in (2, 3, 7)}, on=BOTH)
-enter(FEEDING, {"by hand, padded on the right": looped()}, prompts=on_the_right, on=BOTH, slow_on=GRAPHS[:2])
+enter(FEEDING, {"by hand, padded on the right": looped()}, prompts=on_the_right, on=(*BOTH, *GRAPHS[:2]))
 RIGHT = {f"padded on the right, {kind} cache": {"cache_implementation": kind} for kind in ("dynamic", "static")}
-enter(FEEDING, RIGHT, prompts=on_the_right, slow_on=OTHERS)
+enter(FEEDING, RIGHT, prompts=on_the_right, on=THREE)
 enter(FEEDING, {"embeddings by hand, token by token": looped(size=1, embedded=True)}, prompts=single, on=BOTH)
 
 
@@ -114,7 +114,7 @@ STEPS = {
     "behind a cached prefix": behind_a_prefix(1 - 1e-6),
     "behind a cached prefix that was refused itself": behind_a_prefix(1e-6),
 }
-enter(FEEDING, STEPS, prompts=single, slow_on=OTHERS)
+enter(FEEDING, STEPS, prompts=single, on=THREE)
 BY_HAND = {"beams by hand, reordering the cache": beams, "drafts by hand, cropped from the cache": drafts}
 enter(FEEDING, BY_HAND, prompts=single, on=BOTH)
 
@@ -151,9 +151,9 @@ def by(speak: Any, **how: Any) -> Check:
 
 
 BY_LOOP = {"by hand, a turn a call": by(converse, size=None), "by hand, turns token by token": by(converse, size=1)}
-enter_checks(TURNS, BY_LOOP, on=BOTH, slow_on=OTHERS)
+enter_checks(TURNS, BY_LOOP, on=(*BOTH, *OTHERS))
 BY_GENERATE = {"generate": by(generated, use_cache=True), "generate, no cache": by(generated, use_cache=False)}
-enter_checks(TURNS, BY_GENERATE, slow_on=OTHERS)
+enter_checks(TURNS, BY_GENERATE, on=THREE)
 
 
 def second_turn(bench: Bench) -> list[Inputs]:
@@ -213,7 +213,7 @@ RAW: dict[str, dict[str, Any]] = {
     f"{PLAIN}, prefill_chunk_size 1": {"prefill_chunk_size": 1},
     f"{PLAIN}, no cache": {"use_cache": False},
 }
-enter(PROMPTS, RAW, prompts=raw, slow_on=OTHERS)
+enter(PROMPTS, RAW, prompts=raw, on=THREE)
 RAW_BY_HAND = {f"{PLAIN}, by hand": looped(), f"{PLAIN}, by hand, the last two tokens on their own": looped(last=2)}
 enter(PROMPTS, RAW_BY_HAND, prompts=raw, on=BOTH)
 EACH, EACH_IS = {f"{PLAIN}, by hand, token by token": first_token}, "judged at each token"
@@ -251,7 +251,7 @@ KINDS = {
     "the beginning of sequence alone": lambda bench: [bench.of_ids([bench.tokenizer.bos_token_id or 1])],
 }
 for name, prompts in KINDS.items():
-    enter(PROMPTS, {name: {}}, prompts=prompts, slow_on=OTHERS)
+    enter(PROMPTS, {name: {}}, prompts=prompts, on=THREE)
 CUT = {"the generation prompt in the user's text, prefill_chunk_size 1": {"prefill_chunk_size": 1}}
 enter(PROMPTS, CUT, prompts=with_generation_prompts)
 
