@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Guard
-from matrix.bench import Bench, generate
-from matrix.by_hand import Loop
+from feeding import Loop
+from matrix.bench import generate
 
 MODELING = "modeling_sasa.py"
 HOLDS, RAISES = "holds", "raises"
@@ -60,7 +60,7 @@ def _answer(guarded: Guard, directory: Path, inputs: dict[str, Any]) -> str:
         spec.loader.exec_module(module)
         model: Any = module.SasaLlavaForConditionalGeneration.from_pretrained(directory)
         model.config.sasa["threshold"] = 1e-6
-        by_hand = Loop(Bench(guarded), model).feed_prompt(inputs)
+        by_hand = Loop(guarded, model).feed_prompt(inputs)
         said = [generate(model, inputs, max_new_tokens=6).tolist(), by_hand.say(6).tolist()]  # (2, 6) each
         return HOLDS if said == [[guarded.refusal[:6]] * 2] * 2 else f"generate, and by hand: {said}"
     except Exception:  # of any kind: it is loud

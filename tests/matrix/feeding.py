@@ -6,10 +6,10 @@ from typing import Any
 
 import tiny
 import torch
+from feeding import TOKENS, Loop
 from torch import Tensor
 
-from matrix.bench import MARGIN, TOKENS, Bench, Inputs, Transcript, Way, generate, mixed_text, single
-from matrix.by_hand import Loop, converse, joined, turns
+from matrix.bench import MARGIN, Bench, Inputs, Transcript, Way, generate, mixed_text, single
 from matrix.rows import BOTH, GRAPHS, OTHERS, REST, SMOL, THREE, TOKENS_OF_IT, Check, enter, enter_checks
 
 FEEDING = "How a prompt is fed"
@@ -18,7 +18,7 @@ FEEDING = "How a prompt is fed"
 def looped(**pieces: Any) -> Way:
     """By hand, in pieces."""
     embedded = pieces.get("embedded", False)
-    return lambda bench, model, inputs: Loop(bench, model).feed_prompt(inputs, **pieces).say(embedded=embedded)
+    return lambda bench, model, inputs: Loop(bench.guarded, model).feed_prompt(inputs, **pieces).say(embedded=embedded)
 
 
 def on_the_right(bench: Bench) -> list[Inputs]:
@@ -84,7 +84,7 @@ def behind_a_prefix(threshold: float, tokens: int = 6) -> Way:
 
 def beams(bench: Bench, model: Any, inputs: Inputs, width: int = 3) -> Tensor:
     """Beam search that reorders the rows of the cache."""
-    loop = Loop(bench, model).feed_prompt(inputs)
+    loop = Loop(bench.guarded, model).feed_prompt(inputs)
     score, first = loop.logits.log_softmax(-1)[0].topk(width)  # (width,) each
     loop.pick(torch.zeros(width, dtype=torch.int64))
     paths = first[:, None]  # (width, tokens)
@@ -100,7 +100,7 @@ def beams(bench: Bench, model: Any, inputs: Inputs, width: int = 3) -> Tensor:
 
 def drafts(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     """With each token three wrong drafts are fed at once, and all four forgotten again."""
-    loop, said, wrong = Loop(bench, model).feed_prompt(inputs), [], torch.tensor([[70, 71, 72]])
+    loop, said, wrong = Loop(bench.guarded, model).feed_prompt(inputs), [], torch.tensor([[70, 71, 72]])
     for _ in range(TOKENS):
         said.append(loop.logits.argmax(-1, keepdim=True))  # (1, 1)
         loop.feed({"input_ids": torch.cat([said[-1], wrong], dim=1)}).crop(4).feed({"input_ids": said[-1]})
@@ -131,6 +131,36 @@ enter(FEEDING, {"two threads at once": two_threads}, prompts=mixed_text)
 # ---------------------------------------------------------------------------------------------------- turns
 
 TURNS = "Turns on a kept cache"
+
+
+def turns(bench: Bench) -> list[list[int]]:
+    """What the turns of a conversation add, each with the generation prompt at its end."""
+    first, *others = ("where can the dog run", "make a cake", "tell me how", "list ideas")
+    mark, found = "@@", [bench.chat(("user", first))["input_ids"][0].tolist()]
+    for text in others:
+        messages = [("user", first), ("assistant", mark), ("user", text)]
+        chat = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in messages]
+        whole = bench.guarded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        found.append(bench.tokenizer(whole.split(mark)[1], add_special_tokens=False)["input_ids"])
+    return found
+
+
+def joined(history: list[int], turn: list[int]) -> list[int]:
+    """A conversation and its next turn. The last answer may have ended already with what begins the turn."""
+    return history + (turn[1:] if history[-1:] == turn[:1] else turn)
+
+
+def converse(bench: Bench, model: Any, size: int | None) -> Transcript:
+    """A conversation on a kept cache, its turns fed in pieces of `size` tokens or each at once."""
+    loop, history, transcript = Loop(bench.guarded, model), list[int](), Transcript()
+    for turn in turns(bench):
+        before = joined(history, turn)
+        for piece in torch.tensor([before[len(history) :]]).split(size or len(before), dim=1):
+            loop.feed({"input_ids": piece})
+        said = loop.say(until=bench.guarded.ends)  # (1, tokens)
+        transcript.append((before, said))
+        history = before + said[0].tolist()
+    return transcript
 
 
 def generated(bench: Bench, model: Any, *, use_cache: bool) -> Transcript:
@@ -200,11 +230,11 @@ def cut_where_likeliest(bench: Bench) -> list[Inputs]:
 
 
 def first_token(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
-    return Loop(bench, model).feed_prompt(inputs, 1).say(1)
+    return Loop(bench.guarded, model).feed_prompt(inputs, 1).say(1)
 
 
 def one_more(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
-    return Loop(bench, model).feed_prompt(inputs).feed({"input_ids": torch.tensor([[70]])}).say()
+    return Loop(bench.guarded, model).feed_prompt(inputs).feed({"input_ids": torch.tensor([[70]])}).say()
 
 
 PLAIN = "text without the chat template"
@@ -286,7 +316,7 @@ def prefilled(**options: Any) -> Way:
 def prefilled_by_hand(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     tokens = inputs["input_ids"].shape[1]
     more = begun(bench, inputs, " Sure, here is")["input_ids"][:, tokens:]  # (1, tokens of the answer)
-    return Loop(bench, model).feed_prompt(inputs).feed({"input_ids": more}).say()
+    return Loop(bench.guarded, model).feed_prompt(inputs).feed({"input_ids": more}).say()
 
 
 def prefilled_with_the_refusal(bench: Bench, model: Any, inputs: Inputs) -> Tensor:

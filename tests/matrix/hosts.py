@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from feeding import Loop
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from matrix.bench import Bench, Inputs, Way, generate, single
-from matrix.by_hand import Loop
 from matrix.rows import LOUD, THREE, enter, enter_checks
 
 HOST = "Another transformers"
@@ -276,7 +276,7 @@ enter_checks(HOST, {"logits are cut elsewhere": cut_elsewhere}, harmful=LOUD)
 def lone_token(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     """A token by hand whose past is in something that is no Cache, or whose positions or mask speak of a past."""
     token = inputs["input_ids"][:, -1:]  # (1, 1)
-    return Loop(bench, hosted(model, disguised)).feed_prompt(inputs).feed({"input_ids": token}).logits
+    return Loop(bench.guarded, hosted(model, disguised)).feed_prompt(inputs).feed({"input_ids": token}).logits
 
 
 def without_past(**further: Any) -> Way:

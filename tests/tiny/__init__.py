@@ -24,7 +24,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from tiny import gemma, idefics, llava, others, qwen
+from tiny import llava, others, qwen
 from tiny.parts import BLOCKS, HIDDEN, IMAGE_SIZE, LAYERS, LLAVA_TEMPLATE, PATCH, WORDS, Maker, make_tokenizer
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAKERS: dict[str, Maker] = {}
-for _group in (llava, qwen, idefics, gemma, others):
+for _group in (llava, qwen, others):
     MAKERS |= _group.MAKERS
 FAMILIES: tuple[str, ...] = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "gemma3", "idefics3")
 SAFETY, SEMANTIC = 2, 3  # layers of these
