@@ -88,7 +88,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
             headers = {"ETag": f'"{oid}"', "X-Repo-Commit": commit}
             self.answer(200, headers, path.read_bytes(), ends=path.name == hub.ends_in)
 
-        def answer(self, status: int, headers: dict[str, str], content: Any = "no", *, ends: bool = False) -> None:
+        def answer(self, status: int, headers: dict[str, str], content: Any = None, *, ends: bool = False) -> None:
+            content = {"error": "no"} if content is None else content
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
