@@ -96,7 +96,7 @@ def test_killed(command: Callable[[str], Command], name: str, count: int) -> Non
         found.rerun()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted(command: Callable[[str], Command], number: int) -> None:
     """While files are written: then nothing is left beside the output."""
     found = command("safetensors")
