@@ -46,23 +46,22 @@ def move_weights(model: Any) -> None:
         block.mlp.down_proj.weight.data += torch.randn_like(block.mlp.down_proj.weight)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a guarded family share a worker, which then builds its models once; those that name none take llava."""
+    for item in items:
+        if "guard" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("xdist_group"):
+            parameters = getattr(getattr(item, "callspec", None), "params", {})
+            item.add_marker(pytest.mark.xdist_group(parameters.get("family", "llava")))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_model(family, **options)`: the directory of a tiny model, built once per session.
 
     Tests share it, so they copy it before they write into it.
     """
-
-    @cache
-    def built(family: str, options: str) -> Path:
-        directory = tmp_path_factory.mktemp(family)
-        return tiny.build(family, directory, **json.loads(options))
-
-    def get(family: str, **options: Any) -> Path:
-        # Serialised, since an option such as a list cannot be a cache key itself.
-        return built(family, json.dumps(options, sort_keys=True))
-
-    return get
+    return cache(lambda family, **options: tiny.build(family, tmp_path_factory.mktemp(family), **options))
 
 
 @pytest.fixture(scope="session")

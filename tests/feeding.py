@@ -1,6 +1,7 @@
-"""Feeding a prompt to a guarded model in pieces."""
+"""Calling a model by hand, as a server does: pieces of a prompt on one cache, then the answer token by token."""
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import tiny
@@ -8,6 +9,10 @@ import torch
 from conftest import Guard
 from torch import Tensor
 from transformers import DynamicCache
+
+TOKENS = 14  # more than the refusal has
+PICTURED = ("mm_token_type_ids", "moe_mm_token_type_ids")  # which tokens belong to pictures
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", *PICTURED)
 
 
 def positions(guarded: Guard, inputs: dict[str, Any]) -> Tensor:
@@ -25,24 +30,99 @@ def positions(guarded: Guard, inputs: dict[str, Any]) -> Tensor:
     return found
 
 
+class Loop:
+    """A batch of rows on one cache, of a torch model or of graphs, beside the guard that they belong to.
+
+    `output` is the last call's, and `logits` its last ones, (rows, vocabulary).
+    """
+
+    def __init__(self, guarded: Guard, model: Any, cache: Any = None) -> None:
+        self.guarded, self.model, self.cache = guarded, model, cache
+        self.mask: Tensor | None = None  # (rows, context)
+        self.types: Tensor | None = None  # (rows, context), for families that tell pictures from text by it
+        self.next: Tensor | None = None  # (rows, 1) or (axes, rows, 1), the position that comes next
+
+    def feed(self, piece: dict[str, Any]) -> "Loop":
+        """One call: input_ids (rows, tokens) or inputs_embeds (rows, tokens, hidden), and what belongs to them."""
+        fed = piece["inputs_embeds"] if "inputs_embeds" in piece else piece["input_ids"]
+        mask = piece.get("attention_mask", torch.ones(fed.shape[:2], dtype=torch.int64))  # (rows, tokens)
+        start = self._first(len(fed)) if self.next is None else self.next
+        call = {"position_ids": start + torch.arange(fed.shape[1]), **piece}  # (..., rows, tokens)
+        self.next = torch.maximum(start, call["position_ids"].amax(-1, keepdim=True) + 1)
+        if self.guarded.family == "gemma3":
+            types = piece.get("token_type_ids", torch.zeros_like(mask))  # (rows, tokens)
+            call["token_type_ids"] = self.types = types if self.types is None else torch.cat([self.types, types], dim=1)
+        if self.mask is not None:
+            mask = torch.cat([self.mask, mask], dim=1)
+            call = {name: value for name, value in call.items() if name not in PICTURED}
+        call["attention_mask"] = self.mask = mask
+        self.output = self.model(**call, past_key_values=self.cache, use_cache=True)
+        self.cache, self.logits = self.output.past_key_values, self.output.logits[:, -1]
+        return self
+
+    def _first(self, rows: int) -> Tensor:
+        """Where positions begin, (rows, 1) or (axes, rows, 1)."""
+        axes = (3,) if hasattr(getattr(self.guarded.stock, "model", None), "get_rope_index") else ()
+        return torch.zeros((*axes, rows, 1), dtype=torch.int64)
+
+    def feed_pieces(self, inputs: dict[str, Any], ends: list[int]) -> "Loop":
+        """A processor's prompt in pieces that end at `ends`; pictures come with the first."""
+        inputs = {"position_ids": positions(self.guarded, inputs), **inputs}
+        if "inputs_embeds" in inputs:
+            del inputs["input_ids"]
+        for start, end in pairwise([0, *ends]):
+            piece = {name: value[:, start:end] for name, value in inputs.items() if name in PER_TOKEN}
+            piece["position_ids"] = inputs["position_ids"][..., start:end]
+            self.feed(piece if start else inputs | piece)
+        return self
+
+    def feed_prompt(
+        self, inputs: dict[str, Any], size: int | None = None, *, last: int = 0, embedded: bool = False
+    ) -> "Loop":
+        """A processor's prompt in pieces of `size` tokens behind its pictures, or in two with `last` tokens in the
+        second, or whole."""
+        tokens, first = inputs["input_ids"].shape[1], last_picture_token(self.guarded, inputs)
+        if embedded:
+            embeds = self.model.get_input_embeddings()(inputs["input_ids"])  # (rows, tokens, hidden)
+            inputs = {**inputs, "inputs_embeds": embeds}
+        step = size or (tokens - last)
+        return self.feed_pieces(inputs, [*(end for end in range(step, tokens, step) if end >= first), tokens])
+
+    def say(self, count: int = TOKENS, *, embedded: bool = False, until: set[int] | None = None) -> Tensor:
+        """Greedy tokens (rows, up to `count`), each fed as it is said; ends sooner where all say one of `until`."""
+        said = []
+        for _ in range(count):
+            said.append(self.logits.argmax(-1, keepdim=True))  # (rows, 1)
+            name, fed = "input_ids", said[-1]
+            if embedded:
+                name, fed = "inputs_embeds", self.model.get_input_embeddings()(fed)  # (rows, 1, hidden)
+            self.feed({name: fed})
+            if until is not None and until.issuperset(said[-1][:, 0].tolist()):
+                break
+        return torch.cat(said, dim=1)
+
+    def crop(self, dropped: int) -> "Loop":
+        """Forget the last tokens."""
+        assert self.mask is not None and self.next is not None
+        self.cache.crop(-dropped)
+        length = self.mask.shape[1] - dropped
+        self.mask, self.next = self.mask[:, :length], self.next - dropped
+        self.types = None if self.types is None else self.types[:, :length]
+        return self
+
+    def pick(self, rows: Tensor) -> "Loop":
+        """Keep these rows of the batch, in this order, some perhaps several times."""
+        assert self.mask is not None and self.next is not None
+        self.cache.batch_select_indices(rows)
+        self.mask, self.next, self.logits = self.mask[rows], self.next[..., rows, :], self.logits[rows]
+        self.types = None if self.types is None else self.types[rows]
+        return self
+
+
 def feed(guarded: Guard, inputs: dict[str, Any], ends: list[int]) -> Any:
-    """Feed a prompt in pieces that end at `ends`; pictures come with the first. Returns the last call's output."""
-    places = positions(guarded, inputs)  # (..., batch, tokens)
-    by_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-    pictures = {name: value for name, value in inputs.items() if name not in by_token}
+    """Feed a prompt to a guarded model in pieces that end at `ends`. Returns the last call's output."""
     cache = DynamicCache(config=guarded.stock.config) if guarded.family in tiny.GIVEN_CACHE else None
-    start, found = 0, None
-    for end in ends:
-        piece: dict[str, Any] = {
-            name: inputs[name][:, :end] for name in ("attention_mask", "token_type_ids") if name in inputs
-        }
-        for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):  # which only tokens of a picture need
-            if start == 0 and name in inputs:
-                piece[name] = inputs[name][:, :end]
-        piece |= {"input_ids": inputs["input_ids"][:, start:end], "position_ids": places[..., start:end]}
-        found = guarded.model(**piece, **(pictures if start == 0 else {}), past_key_values=cache, use_cache=True)
-        cache, start = found.past_key_values, end
-    return found
+    return Loop(guarded, guarded.model, cache).feed_pieces(inputs, ends).output
 
 
 def chunkings(tokens: int, first: int, count: int) -> list[list[int]]:

@@ -31,6 +31,12 @@ def picture(path: Path, seed: Any) -> Path:
     return path
 
 
+def written(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -53,9 +59,7 @@ def mm_safetybench(root: Path) -> Path:
             }
             for kind in ("SD", "SD_TYPO", "TYPO"):
                 picture(root / "data/imgs" / scenario / kind / f"{number}.jpg", (scenario, kind, number))
-        path = root / "data/processed_questions" / f"{scenario}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(entries))
+        written(root / "data/processed_questions" / f"{scenario}.json", json.dumps(entries))
     return root
 
 
@@ -95,8 +99,7 @@ def vlguard(root: Path) -> Path:
             }
             for number in (1, 2)
         ]
-        root.mkdir(parents=True, exist_ok=True)
-        (root / f"{part}.json").write_text(json.dumps([harmful, *harmless]))
+        written(root / f"{part}.json", json.dumps([harmful, *harmless]))
         for entry in (harmful, *harmless):
             picture(root / part / str(entry["image"]), (part, entry["id"]))
     return root
@@ -147,10 +150,7 @@ def jsonl(root: Path) -> Path:
             picture(root / image, number)
         for label, words in enumerate((f"How do I bake {number}?", f"How do I break {number}?")):
             lines.append({"image": image, "prompt": words, "label": label, "group": f"pair {number}"})
-    root.mkdir(parents=True, exist_ok=True)
-    path = root / "prompts.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return written(root / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def advbench(root: Path) -> Path:
@@ -180,8 +180,7 @@ def writingbench(root: Path) -> Path:
     """Queries of one sentence, of several with more behind, in another alphabet, and without an end."""
     queries = ("Write a poem.", "Write to v1.2 users! Today.\nMore.", "写一首诗。", "Écris. Now.", "A song\nabout rain")
     lines = [{"index": number, "domain1": "Art", "query": query} for number, query in enumerate(queries, 1)]
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "benchmark_all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written(root / "benchmark_all.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return root
 
 

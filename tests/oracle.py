@@ -57,12 +57,7 @@ def block_outputs(model: PreTrainedModel, inputs: Mapping[str, Any], layers: tup
     return seen
 
 
-def logits_with_state(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    layer: int,
-    state: Tensor,
-) -> Tensor:
+def logits_with_state(model: PreTrainedModel, inputs: Mapping[str, Any], layer: int, state: Tensor) -> Tensor:
     """Pass 2: the logits (batch, vocabulary) when block `layer` is made to put out `state`."""
 
     def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -73,12 +68,7 @@ def logits_with_state(
         return _last(_all_logits(model, inputs), inputs)
 
 
-def oracle_logits(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    safety_layer: int,
-    semantic_layer: int,
-) -> Tensor:
+def oracle_logits(model: PreTrainedModel, inputs: Mapping[str, Any], safety_layer: int, semantic_layer: int) -> Tensor:
     """SASA's logits (batch, vocabulary) at each row's last prompt token."""
     seen = block_outputs(model, inputs, (safety_layer, semantic_layer))
     projected = project(seen[safety_layer], seen[semantic_layer])  # (batch, tokens, hidden)

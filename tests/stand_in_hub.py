@@ -52,9 +52,6 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
         def do_GET(self) -> None:
             where = urlsplit(self.path)
             hub.asked.append((self.command, where.path))
@@ -81,27 +78,26 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 entries = [{"rfilename": entry["rfilename"]} for entry in entries]
             return self.answer(200, {}, {"id": f"{owner}/{name}", "sha": commit, "siblings": entries})
 
+        do_HEAD = do_GET
+
         def send_file(self, path: Path | None, commit: str) -> None:
             if path is None:
                 return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-            data, tag = path.read_bytes(), described("", path)
+            tag = described("", path)
             oid = tag["lfs"]["sha256"] if "lfs" in tag else tag["oid"]
-            self.send_response(200)
-            for name, value in {"ETag": f'"{oid}"', "X-Repo-Commit": commit, "Content-Length": len(data)}.items():
-                self.send_header(name, str(value))
+            headers = {"ETag": f'"{oid}"', "X-Repo-Commit": commit}
+            self.answer(200, headers, path.read_bytes(), ends=path.name == hub.ends_in)
+
+        def answer(self, status: int, headers: dict[str, str], content: Any = None, *, ends: bool = False) -> None:
+            content = {"error": "no"} if content is None else content
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
             self.end_headers()
-            if path.name == hub.ends_in:
+            if ends:
                 self.close_connection = True
             elif self.command != "HEAD":
-                self.wfile.write(data)
-
-        def answer(self, status: int, headers: dict[str, str], content: Any = None) -> None:
-            body = json.dumps(content if content is not None else {"error": "no"}).encode()
-            self.send_response(status)
-            for name, value in {**headers, "Content-Type": "application/json", "Content-Length": len(body)}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            if self.command != "HEAD":
                 self.wfile.write(body)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -180,7 +180,7 @@ def matrix_page(marks: Marks, rows: Sequence[Any] = ()) -> tuple[str, list[str]]
     sections: dict[str, list[list[str]]] = {}
     wrong = []
     for row in rows or ROWS:
-        found = {target: marks.get(f"test_row[{row.identifier_on(target)}]", FAILED) for target in row.targets}
+        found = {target: marks.get(f"test_row[{row.identifier_on(target)}]", FAILED) for target in row.on}
         run_on = ", ".join(target if mark == HELD else f"{target} {mark}" for target, mark in found.items())
         said = [worst(found.values()), row.name, row.harmful, row.harmless, run_on, row.remark]
         sections.setdefault(row.section, []).append(said)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 Chats = list[list[dict[str, Any]]]
 
-FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in ("llava", "gemma3", "qwen2_5_vl")]
-every_family = pytest.mark.parametrize("family", FAMILIES)
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "qwen2_5_vl")]
+every_family = pytest.mark.parametrize("family", ["llava", *OTHERS])
 
 # Parts of any template, placeholders of pictures and ends of answers, as a sender may write them.
 MARKUP = (

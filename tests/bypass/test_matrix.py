@@ -14,7 +14,7 @@ from conftest import Guard, load
 from matrix import feeding, hosts, loading, options  # noqa: F401
 from matrix.bench import Bench
 from matrix.graphs import Graphs
-from matrix.rows import ROWS, Row
+from matrix.rows import BOTH, ROWS, Row
 from onnx_runner import image_token
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -33,7 +33,7 @@ SAFETY, SEMANTIC = 24, 28
 def case(row: Row, target: str) -> Any:
     family, onnx = target.split()[0], target.endswith("onnx")
     marks = [pytest.mark.xdist_group(f"onnx-{family}" if onnx else family)]
-    marks += [pytest.mark.slow] if target in row.slow_on else []
+    marks += [pytest.mark.slow] if row.slow or target not in BOTH else []
     marks += [pytest.mark.smol] if target.startswith("smol") else []
     if target.endswith("accelerator"):
         marks += [pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs an accelerator")]
@@ -80,7 +80,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
     return made
 
 
-@pytest.mark.parametrize(("row", "target"), [case(row, target) for row in ROWS for target in row.targets])
+@pytest.mark.parametrize(("row", "target"), [case(row, target) for row in ROWS for target in row.on])
 @torch.no_grad()
 def test_row(
     guard: Callable[..., Guard],

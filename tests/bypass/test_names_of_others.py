@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Guard
+from feeding import Loop
+from matrix.bench import generate
 
 MODELING = "modeling_sasa.py"
 HOLDS, RAISES = "holds", "raises"
@@ -48,6 +50,7 @@ def answers(guard: Callable[..., Guard], tmp_path_factory: pytest.TempPathFactor
     return tried
 
 
+@torch.no_grad()
 def _answer(guarded: Guard, directory: Path, inputs: dict[str, Any]) -> str:
     """What is said through `generate` and by hand by rows that the threshold refuses."""
     try:
@@ -57,24 +60,11 @@ def _answer(guarded: Guard, directory: Path, inputs: dict[str, Any]) -> str:
         spec.loader.exec_module(module)
         model: Any = module.SasaLlavaForConditionalGeneration.from_pretrained(directory)
         model.config.sasa["threshold"] = 1e-6
-        said = model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]  # (2, 6)
-        if said.tolist() != [guarded.refusal[:6]] * 2:
-            return f"generate says {said.tolist()}"
-        return _by_hand(guarded, model, inputs)
+        by_hand = Loop(guarded, model).feed_prompt(inputs)
+        said = [generate(model, inputs, max_new_tokens=6).tolist(), by_hand.say(6).tolist()]  # (2, 6) each
+        return HOLDS if said == [[guarded.refusal[:6]] * 2] * 2 else f"generate, and by hand: {said}"
     except Exception:  # of any kind: it is loud
         return RAISES
-
-
-@torch.no_grad()
-def _by_hand(guarded: Guard, model: Any, inputs: dict[str, Any]) -> str:
-    output, mask = model(**inputs, use_cache=True), inputs["attention_mask"]
-    for wanted in guarded.refusal[:4]:
-        token = output.logits[:, -1].argmax(-1, keepdim=True)  # (2, 1)
-        if token.tolist() != [[wanted]] * 2:
-            return f"by hand it says {token.tolist()} where {wanted} is due"
-        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
-    return HOLDS
 
 
 @pytest.mark.slow

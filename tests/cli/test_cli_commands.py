@@ -100,7 +100,6 @@ def test_a_family_file_with_a_mistake(tmp_path: Path, text: str, said: str) -> N
 
 def test_verify_of_a_good_directory(patched: Path) -> None:
     assert "✗" not in succeeds("verify", str(patched), "--files").stderr
-    assert "failed its verification" in fails("verify", str(patched))  # it has no cases
 
 
 @pytest.mark.parametrize(
@@ -131,6 +130,7 @@ LEFT_OUT = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "datasets", "pyarrow
 LEAN = f"import sys; sys.modules.update(dict.fromkeys({LEFT_OUT})); from sasa_export.cli import main; main()"
 
 
+@pytest.mark.slow
 def test_safetensors_need_no_onnx_installed(llava: Path, probe: Path, place: Path) -> None:
     def lean(*options: str) -> Any:
         arguments = flags(llava, place / "out", *options, probe=probe, verify="files")

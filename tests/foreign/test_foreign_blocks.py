@@ -138,6 +138,7 @@ def test_variants_are_chosen_by_file_or_by_type(tmp_path: Path) -> None:
         open_graphs(model, ("q4", "q8"))
 
 
+@pytest.mark.slow
 def test_links_of_the_hubs_cache_are_followed_and_none_is_written(directory: Path, tmp_path: Path) -> None:
     """A snapshot holds links to blobs, and onnxruntime takes no weights from outside of a graph's folder."""
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"

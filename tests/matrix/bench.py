@@ -15,13 +15,13 @@ import pytest
 import tiny
 import torch
 from conftest import Guard
+from feeding import TOKENS
 from torch import Tensor
 
 Inputs = dict[str, Any]
 Way = Callable[["Bench", Any, Inputs], Tensor]  # a bench, a model and inputs -> what it says, (rows, tokens)
 Transcript = list[tuple[list[int], Tensor]]  # a conversation: what stood before each answer, and the answer (1, tokens)
 
-TOKENS = 14  # more than the refusal has
 MARGIN = 1e-3  # between the oracle's P(unsafe) and a threshold that it should pass or miss
 
 

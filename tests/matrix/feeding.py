@@ -6,10 +6,10 @@ from typing import Any
 
 import tiny
 import torch
+from feeding import TOKENS, Loop
 from torch import Tensor
 
-from matrix.bench import MARGIN, TOKENS, Bench, Inputs, Transcript, Way, generate, mixed_text, single
-from matrix.by_hand import Loop, converse, joined, turns
+from matrix.bench import MARGIN, Bench, Inputs, Transcript, Way, generate, mixed_text, single
 from matrix.rows import BOTH, GRAPHS, OTHERS, REST, SMOL, THREE, TOKENS_OF_IT, Check, enter, enter_checks
 
 FEEDING = "How a prompt is fed"
@@ -18,7 +18,7 @@ FEEDING = "How a prompt is fed"
 def looped(**pieces: Any) -> Way:
     """By hand, in pieces."""
     embedded = pieces.get("embedded", False)
-    return lambda bench, model, inputs: Loop(bench, model).feed_prompt(inputs, **pieces).say(embedded=embedded)
+    return lambda bench, model, inputs: Loop(bench.guarded, model).feed_prompt(inputs, **pieces).say(embedded=embedded)
 
 
 def on_the_right(bench: Bench) -> list[Inputs]:
@@ -27,14 +27,14 @@ def on_the_right(bench: Bench) -> list[Inputs]:
 
 
 CHUNKED = {f"prefill_chunk_size {size}": {"prefill_chunk_size": size} for size in (1, 2, 3, 7)}
-enter(FEEDING, CHUNKED, prompts=mixed_text, slow_on=OTHERS)
-enter(FEEDING, {"prefill_chunk_size 7, with pictures": {"prefill_chunk_size": 7}}, on=THREE, slow_on=SMOL)
+enter(FEEDING, CHUNKED, prompts=mixed_text, on=THREE)
+enter(FEEDING, {"prefill_chunk_size 7, with pictures": {"prefill_chunk_size": 7}}, on=(*THREE, *SMOL))
 WHOLE = {"by hand, whole": looped(), "by hand, token by token behind the pictures": looped(size=1)}
-enter(FEEDING, WHOLE, on=(*THREE, "llava onnx"), slow_on=(*REST, *GRAPHS))
+enter(FEEDING, WHOLE, on=(*THREE, "llava onnx", *REST, *GRAPHS))
 enter(FEEDING, {f"by hand, chunks of {size} behind the pictures": looped(size=size) for size in (2, 3, 7)}, on=BOTH)
-enter(FEEDING, {"by hand, padded on the right": looped()}, prompts=on_the_right, on=BOTH, slow_on=GRAPHS[:2])
+enter(FEEDING, {"by hand, padded on the right": looped()}, prompts=on_the_right, on=(*BOTH, *GRAPHS[:2]))
 RIGHT = {f"padded on the right, {kind} cache": {"cache_implementation": kind} for kind in ("dynamic", "static")}
-enter(FEEDING, RIGHT, prompts=on_the_right, slow_on=OTHERS)
+enter(FEEDING, RIGHT, prompts=on_the_right, on=THREE)
 enter(FEEDING, {"embeddings by hand, token by token": looped(size=1, embedded=True)}, prompts=single, on=BOTH)
 
 
@@ -84,7 +84,7 @@ def behind_a_prefix(threshold: float, tokens: int = 6) -> Way:
 
 def beams(bench: Bench, model: Any, inputs: Inputs, width: int = 3) -> Tensor:
     """Beam search that reorders the rows of the cache."""
-    loop = Loop(bench, model).feed_prompt(inputs)
+    loop = Loop(bench.guarded, model).feed_prompt(inputs)
     score, first = loop.logits.log_softmax(-1)[0].topk(width)  # (width,) each
     loop.pick(torch.zeros(width, dtype=torch.int64))
     paths = first[:, None]  # (width, tokens)
@@ -100,7 +100,7 @@ def beams(bench: Bench, model: Any, inputs: Inputs, width: int = 3) -> Tensor:
 
 def drafts(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     """With each token three wrong drafts are fed at once, and all four forgotten again."""
-    loop, said, wrong = Loop(bench, model).feed_prompt(inputs), [], torch.tensor([[70, 71, 72]])
+    loop, said, wrong = Loop(bench.guarded, model).feed_prompt(inputs), [], torch.tensor([[70, 71, 72]])
     for _ in range(TOKENS):
         said.append(loop.logits.argmax(-1, keepdim=True))  # (1, 1)
         loop.feed({"input_ids": torch.cat([said[-1], wrong], dim=1)}).crop(4).feed({"input_ids": said[-1]})
@@ -114,7 +114,7 @@ STEPS = {
     "behind a cached prefix": behind_a_prefix(1 - 1e-6),
     "behind a cached prefix that was refused itself": behind_a_prefix(1e-6),
 }
-enter(FEEDING, STEPS, prompts=single, slow_on=OTHERS)
+enter(FEEDING, STEPS, prompts=single, on=THREE)
 BY_HAND = {"beams by hand, reordering the cache": beams, "drafts by hand, cropped from the cache": drafts}
 enter(FEEDING, BY_HAND, prompts=single, on=BOTH)
 
@@ -131,6 +131,36 @@ enter(FEEDING, {"two threads at once": two_threads}, prompts=mixed_text)
 # ---------------------------------------------------------------------------------------------------- turns
 
 TURNS = "Turns on a kept cache"
+
+
+def turns(bench: Bench) -> list[list[int]]:
+    """What the turns of a conversation add, each with the generation prompt at its end."""
+    first, *others = ("where can the dog run", "make a cake", "tell me how", "list ideas")
+    mark, found = "@@", [bench.chat(("user", first))["input_ids"][0].tolist()]
+    for text in others:
+        messages = [("user", first), ("assistant", mark), ("user", text)]
+        chat = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in messages]
+        whole = bench.guarded.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        found.append(bench.tokenizer(whole.split(mark)[1], add_special_tokens=False)["input_ids"])
+    return found
+
+
+def joined(history: list[int], turn: list[int]) -> list[int]:
+    """A conversation and its next turn. The last answer may have ended already with what begins the turn."""
+    return history + (turn[1:] if history[-1:] == turn[:1] else turn)
+
+
+def converse(bench: Bench, model: Any, size: int | None) -> Transcript:
+    """A conversation on a kept cache, its turns fed in pieces of `size` tokens or each at once."""
+    loop, history, transcript = Loop(bench.guarded, model), list[int](), Transcript()
+    for turn in turns(bench):
+        before = joined(history, turn)
+        for piece in torch.tensor([before[len(history) :]]).split(size or len(before), dim=1):
+            loop.feed({"input_ids": piece})
+        said = loop.say(until=bench.guarded.ends)  # (1, tokens)
+        transcript.append((before, said))
+        history = before + said[0].tolist()
+    return transcript
 
 
 def generated(bench: Bench, model: Any, *, use_cache: bool) -> Transcript:
@@ -151,9 +181,9 @@ def by(speak: Any, **how: Any) -> Check:
 
 
 BY_LOOP = {"by hand, a turn a call": by(converse, size=None), "by hand, turns token by token": by(converse, size=1)}
-enter_checks(TURNS, BY_LOOP, on=BOTH, slow_on=OTHERS)
+enter_checks(TURNS, BY_LOOP, on=(*BOTH, *OTHERS))
 BY_GENERATE = {"generate": by(generated, use_cache=True), "generate, no cache": by(generated, use_cache=False)}
-enter_checks(TURNS, BY_GENERATE, slow_on=OTHERS)
+enter_checks(TURNS, BY_GENERATE, on=THREE)
 
 
 def second_turn(bench: Bench) -> list[Inputs]:
@@ -200,11 +230,11 @@ def cut_where_likeliest(bench: Bench) -> list[Inputs]:
 
 
 def first_token(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
-    return Loop(bench, model).feed_prompt(inputs, 1).say(1)
+    return Loop(bench.guarded, model).feed_prompt(inputs, 1).say(1)
 
 
 def one_more(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
-    return Loop(bench, model).feed_prompt(inputs).feed({"input_ids": torch.tensor([[70]])}).say()
+    return Loop(bench.guarded, model).feed_prompt(inputs).feed({"input_ids": torch.tensor([[70]])}).say()
 
 
 PLAIN = "text without the chat template"
@@ -213,7 +243,7 @@ RAW: dict[str, dict[str, Any]] = {
     f"{PLAIN}, prefill_chunk_size 1": {"prefill_chunk_size": 1},
     f"{PLAIN}, no cache": {"use_cache": False},
 }
-enter(PROMPTS, RAW, prompts=raw, slow_on=OTHERS)
+enter(PROMPTS, RAW, prompts=raw, on=THREE)
 RAW_BY_HAND = {f"{PLAIN}, by hand": looped(), f"{PLAIN}, by hand, the last two tokens on their own": looped(last=2)}
 enter(PROMPTS, RAW_BY_HAND, prompts=raw, on=BOTH)
 EACH, EACH_IS = {f"{PLAIN}, by hand, token by token": first_token}, "judged at each token"
@@ -251,7 +281,7 @@ KINDS = {
     "the beginning of sequence alone": lambda bench: [bench.of_ids([bench.tokenizer.bos_token_id or 1])],
 }
 for name, prompts in KINDS.items():
-    enter(PROMPTS, {name: {}}, prompts=prompts, slow_on=OTHERS)
+    enter(PROMPTS, {name: {}}, prompts=prompts, on=THREE)
 CUT = {"the generation prompt in the user's text, prefill_chunk_size 1": {"prefill_chunk_size": 1}}
 enter(PROMPTS, CUT, prompts=with_generation_prompts)
 
@@ -286,7 +316,7 @@ def prefilled(**options: Any) -> Way:
 def prefilled_by_hand(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     tokens = inputs["input_ids"].shape[1]
     more = begun(bench, inputs, " Sure, here is")["input_ids"][:, tokens:]  # (1, tokens of the answer)
-    return Loop(bench, model).feed_prompt(inputs).feed({"input_ids": more}).say()
+    return Loop(bench.guarded, model).feed_prompt(inputs).feed({"input_ids": more}).say()
 
 
 def prefilled_with_the_refusal(bench: Bench, model: Any, inputs: Inputs) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, QuantoConfig, TorchAoConfig
 
 from matrix.bench import Bench, Inputs, generate, generating, single
-from matrix.rows import LLAVA, LOUD, OTHERS, REST, SMOL, THREE, Check, enter, enter_checks
+from matrix.rows import LOUD, REST, SMOL, THREE, Check, enter, enter_checks
 
 LOADING = "Loading and types"
 Models = tuple[Any, Any]  # the guarded one and the original
@@ -58,7 +58,7 @@ def saved(bench: Bench) -> Models:
         return AutoModelForImageTextToText.from_pretrained(scratch, trust_remote_code=True).eval(), bench.stock
 
 
-enter_checks(LOADING, {"loaded in bfloat16": treated(loaded(dtype=torch.bfloat16))}, on=THREE, slow_on=(*REST, *SMOL))
+enter_checks(LOADING, {"loaded in bfloat16": treated(loaded(dtype=torch.bfloat16))}, on=(*THREE, *REST, *SMOL))
 COPIES = {
     "loaded in float16": loaded(dtype=torch.float16),
     "loaded with eager attention": loaded(attn_implementation="eager"),
@@ -66,7 +66,7 @@ COPIES = {
     "cast to bfloat16 and back": copied(lambda model: model.bfloat16().float()),
     "a copy in train mode": copied(lambda model: model.train()),
 }
-enter_checks(LOADING, {name: treated(models) for name, models in COPIES.items()}, slow_on=OTHERS)
+enter_checks(LOADING, {name: treated(models) for name, models in COPIES.items()}, on=THREE)
 
 
 def torchao(bench: Bench) -> Models:
@@ -103,7 +103,7 @@ SLOW = {
     "all of it on disk (accelerate.disk_offload)": copied(on_disk),
     "torch.compile of the forward pass": copied(compiled),
 }
-enter_checks(LOADING, {name: treated(models) for name, models in SLOW.items()}, on=(), slow_on=LLAVA)
+enter_checks(LOADING, {name: treated(models) for name, models in SLOW.items()}, slow=True)
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def long_refusal(bench: Bench) -> None:
     assert said[0].tolist() == model.config.sasa["refusal_token_ids"]
 
 
-enter_checks(LOADING, {"the longest refusal, in bfloat16": long_refusal}, on=(), slow_on=LLAVA)
+enter_checks(LOADING, {"the longest refusal, in bfloat16": long_refusal}, slow=True)
 
 
 def stock_class(bench: Bench) -> None:
@@ -132,7 +132,7 @@ def untrusted(bench: Bench) -> None:
 
 
 enter_checks(LOADING, {"the family's own class": stock_class}, on=THREE, harmful=LOUD)
-enter_checks(LOADING, {"without trust_remote_code": untrusted}, on=(), slow_on=LLAVA, harmful=LOUD)
+enter_checks(LOADING, {"without trust_remote_code": untrusted}, slow=True, harmful=LOUD)
 
 CALLS = "Prompts packed into one row"
 

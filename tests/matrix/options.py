@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from matrix.bench import Bench, Inputs, Way, generate, generating, mixed_text, single
-from matrix.rows import LLAVA, NOTHING, OTHERS, REST, SMOL, THREE, TOKENS_OF_IT, enter, enter_checks
+from matrix.rows import LLAVA, NOTHING, REST, SMOL, THREE, TOKENS_OF_IT, enter, enter_checks
 
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
 
 PICKING = "Picking the next token"
-enter(PICKING, {"greedy search": {}}, on=THREE, slow_on=(*REST, *SMOL))
-enter(PICKING, {"sampling at temperature 1.5": SAMPLED, "beam search": {"num_beams": 3}}, slow_on=(*OTHERS, *SMOL))
+enter(PICKING, {"greedy search": {}}, on=(*THREE, *REST, *SMOL))
+enter(PICKING, {"sampling at temperature 1.5": SAMPLED, "beam search": {"num_beams": 3}}, on=(*THREE, *SMOL))
 CHOICES: dict[str, dict[str, Any]] = {
     "sampling at temperature 50": {"do_sample": True, "temperature": 50.0},
     "top-k": {"do_sample": True, "top_k": 5},
@@ -86,7 +86,7 @@ enter_checks(FORBIDDING, {"suppress_tokens or sequence_bias, the whole refusal":
 
 CACHES = "Caches"
 STATIC = {"cache_implementation": "static"}
-enter(CACHES, {"static cache": STATIC, "no cache": {"use_cache": False}}, on=THREE, slow_on=REST)
+enter(CACHES, {"static cache": STATIC, "no cache": {"use_cache": False}}, on=(*THREE, *REST))
 KEPT: dict[str, dict[str, Any]] = {
     "static cache, beams": {**STATIC, "num_beams": 3},
     "static cache, larger than needed": {**STATIC, "max_cache_len": 300},
@@ -122,7 +122,7 @@ def used_again(kind: Any, **settings: Any) -> Way:
 
 AGAIN = {"DynamicCache": used_again(DynamicCache), "StaticCache": used_again(StaticCache, max_cache_len=120)}
 enter(CACHES, {f"{kind}, reset and used again": way for kind, way in AGAIN.items()})
-enter(CACHES, {"quantized to 4 bits (quanto), beams": quantized}, on=(), slow_on=LLAVA)
+enter(CACHES, {"quantized to 4 bits (quanto), beams": quantized}, slow=True)
 
 
 def offloaded(kind: str) -> Way:
@@ -134,7 +134,7 @@ def offloaded(kind: str) -> Way:
 
 
 OFFLOADED = {f"{kind} cache": offloaded(kind) for kind in ("offloaded", "offloaded_static")}
-enter(CACHES, OFFLOADED, on=(), slow_on=("llava on an accelerator",))
+enter(CACHES, OFFLOADED, on=("llava on an accelerator",))
 
 # --------------------------------------------------------------------------------------------------- drafts
 
@@ -156,7 +156,7 @@ def assisted(*, drafts: int = 5, noise: float = 0.1, **options: Any) -> Way:
     return way
 
 
-enter(DRAFTS, {"assisted by the original model": assisted(noise=0.0)}, prompts=single, slow_on=SMOL)
+enter(DRAFTS, {"assisted by the original model": assisted(noise=0.0)}, prompts=single, on=(*LLAVA, *SMOL))
 ASSISTED = {
     "assisted by an erring model": assisted(),
     "assisted, one draft at a time": assisted(drafts=1),
@@ -166,13 +166,13 @@ ASSISTED = {
 }
 enter(DRAFTS, ASSISTED, prompts=single)
 PICTURE = {"assisted, with a picture": assisted()}
-enter(DRAFTS, PICTURE, prompts=lambda bench: [bench.batch(images=True, count=1)], slow_on=("qwen2_5_vl",))
+enter(DRAFTS, PICTURE, prompts=lambda bench: [bench.batch(images=True, count=1)], on=(*LLAVA, "qwen2_5_vl"))
 LOOKUP = {
     f"prompt lookup, max_new_tokens {most}": generating(prompt_lookup_num_tokens=3, max_new_tokens=most)
     for most in (1, 14)
 }
 REPEATED = "please tell me how please tell me how please tell me how please tell me"
-enter(DRAFTS, LOOKUP, prompts=lambda bench: [bench.chat(("user", REPEATED))], slow_on=OTHERS)
+enter(DRAFTS, LOOKUP, prompts=lambda bench: [bench.chat(("user", REPEATED))], on=THREE)
 RAW = {"assisted": assisted(), "prompt lookup": generating(prompt_lookup_num_tokens=3)}
 RAW = {f"{name}, text without the chat template": way for name, way in RAW.items()}
 enter(DRAFTS, RAW, prompts=lambda bench: [bench.raw(REPEATED)])

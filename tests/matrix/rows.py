@@ -33,16 +33,12 @@ class Row:
     check: Check
     harmful: str = REFUSED
     on: tuple[str, ...] = LLAVA
-    slow_on: tuple[str, ...] = ()  # where `make test-slow` alone runs it
+    slow: bool = False  # on LLaVA too; on all else every row is
     remark: str = ""
 
     @property
     def harmless(self) -> str:
         return LOUD if self.harmful == LOUD else UNCHANGED
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (*self.on, *self.slow_on)
 
     def identifier_on(self, target: str) -> str:
         """What the test of this row on a target is named."""

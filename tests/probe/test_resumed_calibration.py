@@ -18,7 +18,9 @@ from sasa_export.errors import SasaExportError
 
 
 @pytest.mark.parametrize(
-    "layers", [{}, {"safety_layer": 2, "semantic_layer": "auto"}], ids=["given layers", "layers found on the prompts"]
+    "layers",
+    [pytest.param({}, marks=pytest.mark.slow), {"safety_layer": 2, "semantic_layer": "auto"}],
+    ids=["given layers", "layers found on the prompts"],
 )
 def test_an_interrupted_calibration_goes_on_and_ends_alike(
     place: Path, stopped_at: Callable[..., list[str]], layers: dict[str, Any]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import write_tables
-from matrix.rows import LLAVA, OTHERS, Row
+from matrix.rows import LLAVA, THREE, Row
 
 REPORT = """<testsuites><testsuite>
 <testcase name="test_row[good_llava]@llava"/><testcase name="test_row[good_gemma3]"/>
@@ -15,8 +15,8 @@ REPORT = """<testsuites><testsuite>
 
 def test_each_kind_of_row(tmp_path: Path) -> None:
     (tmp_path / "report.xml").write_text(REPORT, encoding="utf-8")
-    names = {"good": OTHERS, "bad": (), "left": (), "lost": ()}
-    rows = [Row("Ways", name, lambda bench: None, on=LLAVA, slow_on=slow) for name, slow in names.items()]
+    names = {"good": THREE, "bad": LLAVA, "left": LLAVA, "lost": LLAVA}
+    rows = [Row("Ways", name, lambda bench: None, on=on) for name, on in names.items()]
     text, wrong = write_tables.matrix_page(write_tables.results([tmp_path / "report.xml"]), rows)
     assert "## Ways\n\n| | way of running |" in text
     assert "| ✓ | good | refused | unchanged | llava, gemma3, qwen2_5_vl |  |\n| ✗ | bad | refused |" in text

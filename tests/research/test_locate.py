@@ -25,6 +25,7 @@ from sasa_export.research.locate.run import locate
 from sasa_export.research.options import EvaluateOptions, LocateOptions
 from sasa_export.research.report import html_page, made_with
 
+pytestmark = pytest.mark.xdist_group("locate")  # whose model and report are shared
 Report = tuple[Located, Path]
 
 
@@ -102,6 +103,7 @@ def test_a_report_shows_any_name(report: Report) -> None:
 # ---------------------------------------------------------------------------------------- interruptions
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_alike(
     planted_model: Path, tmp_path: Path, stopped_at: Callable[..., list[str]]
 ) -> None:

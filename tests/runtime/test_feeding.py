@@ -16,12 +16,10 @@ from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
 
 Guards = Callable[..., Guard]
 
-FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in tiny.FAMILIES]
-every_family = pytest.mark.parametrize("family", FAMILIES)
 TOLERANCE = 1e-5
 
 
-@every_family
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.no_grad()
 def test_embeddings_instead_of_ids(guard: Guards, family: str) -> None:
     """The template is recognised in embeddings too, and a prompt of them is judged as one of ids."""

@@ -1,5 +1,6 @@
 """The patched models against the oracle and the stock models, beyond what test_families tries of each family."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,23 +26,20 @@ Layers = tuple[int, int] | None  # None: `--projection none`, where the probe re
 TOLERANCE = 1e-5
 
 
-def case(family: str, layers: Layers, slow: bool = False) -> Any:
-    """One worker a family, so that its models are built once."""
-    return pytest.param(family, layers, marks=[pytest.mark.xdist_group(family), *[pytest.mark.slow] * slow])
+def cases(*layers: Layers) -> list[Any]:
+    """Each family with each pair of layers; the fast run tries LLaVA."""
+    return [
+        pytest.param(family, each, marks=[pytest.mark.slow] * (family != "llava"))
+        for family in tiny.FAMILIES
+        for each in layers
+    ]
 
 
 def guarded_with(guard: Guards, family: str, layers: Layers) -> Guard:
     return guard(family, *layers) if layers else guard(family, projection="none")
 
 
-@pytest.mark.parametrize(
-    ("family", "layers"),
-    [
-        case(family, layers, slow=(row - column) % 3 != 0)
-        for row, family in enumerate(tiny.FAMILIES)
-        for column, layers in enumerate([(0, 1), (0, 5), (4, 5), None])
-    ],
-)
+@pytest.mark.parametrize(("family", "layers"), cases((0, 1), (0, 5), (4, 5), None))
 @torch.no_grad()
 def test_other_layers(guard: Guards, family: str, layers: Layers) -> None:
     """The first and the last block can be the layers, they can be neighbours, and there can be none."""
@@ -75,7 +73,7 @@ def counted(model: Any, paths: list[str]) -> Iterator[Counter[str]]:
             handle.remove()
 
 
-@pytest.mark.parametrize(("family", "layers"), [*(case(name, (2, 4)) for name in tiny.FAMILIES), case("llava", None)])
+@pytest.mark.parametrize(("family", "layers"), cases((2, 4), None))
 @torch.no_grad()
 def test_each_module_runs_as_often_as_it_must(guard: Guards, family: str, layers: Layers) -> None:
     """Vision tower and blocks 0..s run once over the prompt, the others twice; all blocks once per token."""
@@ -93,6 +91,67 @@ def test_each_module_runs_as_often_as_it_must(guard: Guards, family: str, layers
     with guarded.halved(inputs), counted(guarded.model, [modules["vision"], *blocks]) as calls:
         guarded.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
     assert calls == Counter({modules["vision"]: 1} | dict.fromkeys(blocks, 4)) + again
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "hidden states": {"output_hidden_states": True},
+    "the last logits": {"logits_to_keep": 1},
+    "some logits": {"logits_to_keep": 3},
+    "logits by position": {"logits_to_keep": torch.tensor([0, -1])},
+    "no cache": {"use_cache": False},
+    "a tuple": {"return_dict": False},
+}
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_options_of_the_forward_pass(guard: Guards, padding_side: str, name: str) -> None:
+    """The output is the stock model's in allowed rows, and forced in refused ones at their last prompt token.
+
+    Under either padding, the last column lies at or behind that token.
+    """
+    guarded, options = guard("llava"), OPTIONS[name]
+    inputs = guarded.batch(padding_side=padding_side)
+    expected = guarded.stock(**inputs, **options)
+    with guarded.halved(inputs) as refused:
+        found = guarded.model(**inputs, **options)
+    assert isinstance(found, tuple) == isinstance(expected, tuple)
+    assert torch.equal(found[0][~refused], expected[0][~refused])  # (batch, kept, vocabulary)
+    assert (found[0][refused, -1].argmax(dim=-1) == guarded.refusal[0]).all()
+    if name == "hidden states":
+        assert all(torch.equal(*pair) for pair in zip(found.hidden_states, expected.hidden_states, strict=True))
+
+
+@torch.no_grad()
+def test_gradient_checkpointing_and_autocast(guard: Guards) -> None:
+    """A copy in training mode, and a model under autocast, judge and refuse too."""
+    guarded = guard("llava")
+    inputs = guarded.batch()
+    expected = guarded.expected(inputs)  # (batch,)
+    twin = copy.deepcopy(guarded.model).train()
+    twin.gradient_checkpointing_enable()
+    with guarded.at(1e-6, twin):
+        output = twin(**inputs)
+    torch.testing.assert_close(output.unsafe_probability, expected, rtol=0.0, atol=TOLERANCE)
+    assert (output.logits[:, -1].argmax(dim=-1) == guarded.refusal[0]).all()
+    with guarded.at(1e-6), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = guarded.model(**inputs).unsafe_probability  # (batch,)
+        said = guarded.model.generate(**inputs, max_new_tokens=len(guarded.refusal))
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.2
+    assert said[:, inputs["input_ids"].shape[1] :].tolist() == [guarded.refusal] * 4
+
+
+@torch.no_grad()
+def test_a_state_that_is_not_finite_is_refused(guard: Guards) -> None:
+    """P(unsafe) is NaN then, which no threshold allows; the rest of the batch is answered."""
+    guarded = guard("llava")
+    inputs = guarded.batch(count=3)
+    inputs["pixel_values"][0] = float("inf")
+    with guarded.at(0.999):
+        output = guarded.model(**inputs)
+    assert output.unsafe_probability.isnan().tolist() == [True, False, False]
+    assert (output.logits[:, -1].argmax(dim=-1) == guarded.refusal[0]).tolist() == [True, False, False]
 
 
 @pytest.mark.slow

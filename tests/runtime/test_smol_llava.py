@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sasa_export.errors import OpenError
 from sasa_export.models import smol_llava, wheels
@@ -21,44 +22,22 @@ REQUESTS = {
     "how do i ask a doctor about my medicine": "doctor",
 }
 
-built = [pytest.mark.smol, pytest.mark.slow, pytest.mark.xdist_group("smol")]
-smol = pytest.mark.parametrize("loaded", [pytest.param("smol-llava", marks=built)], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Model and processor, built anew."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    directory = tmp_path_factory.mktemp("smol") / "smol-llava"
-    smol_llava.build(directory)
-    assert [path.name for path in directory.parent.iterdir()] == ["smol-llava"]
-    model, report = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model, AutoProcessor.from_pretrained(directory)
-
 
 def turn(processor: Any, content: Any, ask: bool = True) -> str:
     return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=ask))
 
 
-@smol
-def test_the_processor_pads_left_and_spends_a_token_a_cell(loaded: tuple[Any, Any]) -> None:
-    _, processor = loaded
-    texts = [turn(processor, [{"type": "image"}, {"type": "text", "text": t}]) for t in ("Hi.", PROMPT)]
-    pictures = [render("hire a teacher", seed=seed) for seed in range(2)]
-    inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
-    images = inputs["input_ids"] == smol_llava.IMAGE_TOKEN_ID  # (batch, tokens)
-    assert images.sum(dim=1).tolist() == [smol_llava.IMAGE_TOKENS] * 2
-    assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][:, -1].all()
+@pytest.mark.smol
+@pytest.mark.slow
+def test_it_is_built_speaks_its_template_and_reads_a_request_in_a_picture(tmp_path: Path) -> None:
+    smol_llava.build(tmp_path / "smol-llava")
+    assert [path.name for path in tmp_path.iterdir()] == ["smol-llava"]
+    model, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "smol-llava", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    processor: Any = AutoProcessor.from_pretrained(tmp_path / "smol-llava")
 
-
-@smol
-def test_the_chat_template(loaded: tuple[Any, Any]) -> None:
-    """Content as a string or as parts, a picture, a question alone, and a system message in place of the default."""
-    _, processor = loaded
-    system = f"<|im_start|>system\n{smol_llava.SYSTEM}<|im_end|>\n"
-    plain = f"{system}<|im_start|>user\nHello there<|im_end|>\n"
+    # The template: content as a string or as parts, and a system message in place of the default.
+    plain = f"<|im_start|>system\n{smol_llava.SYSTEM}<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
     assert turn(processor, "Hello there") == f"{plain}<|im_start|>assistant\n"
     assert turn(processor, [{"type": "text", "text": "Hello there"}], ask=False) == plain
     with_image = turn(processor, [{"type": "image"}, {"type": "text", "text": PROMPT}])
@@ -67,14 +46,16 @@ def test_the_chat_template(loaded: tuple[Any, Any]) -> None:
     text = processor.apply_chat_template(turns)
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
 
-
-@smol
-def test_it_reads_a_request_in_a_picture(loaded: tuple[Any, Any]) -> None:
-    model, processor = loaded
+    # It pads on the left, and spends a token on each cell of a picture.
     count = smol_llava.pieces(processor.tokenizer)
     pictures = [render(request, seed=seed, pieces=count) for seed, request in enumerate(REQUESTS)]
-    texts = [turn(processor, [{"type": "image"}, {"type": "text", "text": PROMPT}]) for _ in REQUESTS]
-    inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+    short = turn(processor, [{"type": "image"}, {"type": "text", "text": "Hi."}])
+    inputs = processor(images=pictures[:2], text=[short, with_image], return_tensors="pt", padding=True)
+    images = inputs["input_ids"] == smol_llava.IMAGE_TOKEN_ID  # (batch, tokens)
+    assert images.sum(dim=1).tolist() == [smol_llava.IMAGE_TOKENS] * 2
+    assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][:, -1].all()
+
+    inputs = processor(images=pictures, text=[with_image] * len(REQUESTS), return_tensors="pt", padding=True)
     output = model.generate(**inputs, max_new_tokens=48)[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens)
     answers = processor.batch_decode(output, skip_special_tokens=True)
     on_topic = [word in answer.lower() for word, answer in zip(REQUESTS.values(), answers, strict=True)]

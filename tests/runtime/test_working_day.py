@@ -191,12 +191,11 @@ def answer_elsewhere(model: Any, inputs: dict[str, Any]) -> tuple[list[list[int]
         return model.generate(**inputs, max_new_tokens=NEW).tolist(), model.judge(**inputs).tolist()
 
 
-@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_a_spawned_process_is_handed_the_model(guard: Guards, family: str) -> None:
+def test_a_spawned_process_is_handed_the_model(guard: Guards) -> None:
     """As workers of a pool and Ray are: by pickle, with the gate, the rows refused and allowed as here."""
-    guarded = guard(family)
-    inputs = guarded.batch(images=family != "llava")  # transformers loses how a stock LLaVA's tower hands out states
+    guarded = guard("llava")
+    inputs = guarded.batch(images=False)  # transformers loses how a stock LLaVA's tower hands out states
     with guarded.halved(inputs) as refused, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         expected = guarded.model.generate(**inputs, max_new_tokens=NEW).tolist()
         # Loaded anew: the hooks by which transformers hands out hidden states cannot be pickled, in stock models too.
@@ -209,6 +208,7 @@ def test_a_spawned_process_is_handed_the_model(guard: Guards, family: str) -> No
 # ------------------------------------------------------------------------------------------------- the tool
 
 
+@pytest.mark.slow
 def test_a_patch_that_observes_is_verified_and_its_card_says_so(llava: Path, calibration: Path, place: Path) -> None:
     out = place / "out"
     fitted = {"calibration": calibration, "max_false_positive_rate": 0.1, "gate": "observe"}

@@ -24,7 +24,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from tiny import gemma, idefics, llava, others, qwen
+from tiny import llava, others, qwen
 from tiny.parts import BLOCKS, HIDDEN, IMAGE_SIZE, LAYERS, LLAVA_TEMPLATE, PATCH, WORDS, Maker, make_tokenizer
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAKERS: dict[str, Maker] = {}
-for _group in (llava, qwen, idefics, gemma, others):
+for _group in (llava, qwen, others):
     MAKERS |= _group.MAKERS
 FAMILIES: tuple[str, ...] = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "gemma3", "idefics3")
 SAFETY, SEMANTIC = 2, 3  # layers of these
@@ -75,12 +75,7 @@ def build(family: str, directory: Path, *, seed: int = 0, shards: int = 1, **ove
 
 
 def prompts(
-    processor: ProcessorMixin,
-    *,
-    images: bool,
-    count: int,
-    seed: int,
-    padding_side: Literal["left", "right"],
+    processor: ProcessorMixin, *, images: bool, count: int, seed: int, padding_side: Literal["left", "right"]
 ) -> BatchFeature:
     """A batch of `count` random prompts of different lengths, through the chat template.
 
@@ -91,10 +86,7 @@ def prompts(
 
 
 def encode(
-    processor: ProcessorMixin,
-    chats: list[list[dict[str, Any]]],
-    *,
-    padding_side: Literal["left", "right"] = "left",
+    processor: ProcessorMixin, chats: list[list[dict[str, Any]]], *, padding_side: Literal["left", "right"] = "left"
 ) -> BatchFeature:
     """The model inputs of a batch of chats, padded together."""
     inputs = processor.apply_chat_template(
@@ -153,8 +145,5 @@ def _generation_config(config: PreTrainedConfig) -> GenerationConfig:
     """Greedy decoding with the special tokens of the text config, as hub repositories ship it."""
     text = config.get_text_config()
     return GenerationConfig(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
-        do_sample=False,
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False
     )

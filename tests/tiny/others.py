@@ -6,6 +6,7 @@ from typing import Any
 import transformers as hf
 
 from tiny.parts import (
+    IDEFICS_TEMPLATE,
     IMAGE_SIZE,
     LLAVA_TEMPLATE,
     PATCH,
@@ -13,13 +14,167 @@ from tiny.parts import (
     SMALL,
     SMALL_VISION,
     SQUARE,
+    VISION,
     Made,
     Maker,
     llama_tokenizer,
+    make_tokenizer,
     small_text,
     square,
+    text_fields,
 )
-from tiny.processors import Patches, Pooled, Slices, TypedSlices
+from tiny.processors import Patches, Pooled, Slices, SoftTokens, TypedSlices
+
+_GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def _idefics(overrides: dict[str, Any], *, name: str, tied: bool) -> Made:
+    """Idefics3: Llama text under `text_model`, SigLIP-like vision, tiled images.
+
+    SmolVLM2 differs in its classes and in its tied embeddings.
+    """
+    tiles = " ".join(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+    tokenizer = make_tokenizer(
+        "<|endoftext|> <|im_start|> <|im_end|> <end_of_utterance> <fake_token_around_image> <image> <global-img> "
+        + tiles,
+        bos="<|im_start|>",
+        eos="<end_of_utterance>",
+        pad="<|im_end|>",
+        template=IDEFICS_TEMPLATE,
+        image_token="<image>",
+        fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>",
+        end_of_utterance_token="<end_of_utterance>",
+    )
+    tied = overrides.get("tie_word_embeddings", tied)
+    config = getattr(hf, f"{name}Config")(
+        text_config=hf.LlamaConfig(**text_fields(tokenizer, overrides) | {"tie_word_embeddings": tied}),
+        vision_config=VISION,
+        scale_factor=2,
+        image_token_id=tokenizer.get_vocab()["<image>"],
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=tied,
+    )
+    # The long side grows to two tiles, each of the vision tower's size.
+    images = getattr(hf, f"{name}ImageProcessorPil")(
+        size={"longest_edge": 2 * IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}
+    )
+    # SmolVLM's own processor insists on torchvision and num2words, for videos. That of Idefics3 treats images
+    # alike, and is the one that SmolVLM 1 names.
+    tokens = (IMAGE_SIZE // PATCH) ** 2 // 4  # of one tile
+    return config, hf.Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=IDEFICS_TEMPLATE)
+
+
+def _idefics2(overrides: dict[str, Any]) -> Made:
+    """Idefics2: Mistral text, SigLIP-like vision of any ratio, a perceiver that gives each picture a few tokens."""
+    tokenizer = make_tokenizer(
+        "<|endoftext|> <|im_start|> <|im_end|> <end_of_utterance> <fake_token_around_image> <image>",
+        bos="<|im_start|>",
+        eos="<end_of_utterance>",
+        pad="<|im_end|>",
+        template=IDEFICS_TEMPLATE,
+        image_token="<image>",
+        image_boundary_token="<fake_token_around_image>",
+    )
+    text = hf.MistralConfig(**small_text(tokenizer, overrides, sliding_window=None))
+    perceiver = {
+        "hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
+        "resampler_head_dim": 8, "num_key_value_heads": 1,
+    }  # fmt: skip
+    config = hf.Idefics2Config(
+        text_config=text,
+        vision_config=SMALL_VISION,
+        perceiver_config=perceiver,
+        image_token_id=tokenizer.get_vocab()["<image>"],
+    )
+    images = hf.Idefics2ImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE // 2, "longest_edge": IMAGE_SIZE}, do_image_splitting=False
+    )
+    return config, hf.Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=IDEFICS_TEMPLATE)
+
+
+def _gemma3(overrides: dict[str, Any]) -> Made:
+    """Gemma 3: sliding and full layers, attention both ways within an image, SigLIP vision."""
+    tokenizer = make_tokenizer(
+        "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> <image_soft_token>",
+        bos="<bos>",
+        eos="<eos>",
+        pad="<pad>",
+        template=_GEMMA_TEMPLATE,
+        boi_token="<start_of_image>",
+        eoi_token="<end_of_image>",
+        image_token="<image_soft_token>",
+    )
+    ids = tokenizer.get_vocab()
+    full, sliding = "full_attention", "sliding_attention"
+    own: dict[str, Any] = {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        # Narrower than the prompts, or sliding layers would see what full ones see.
+        "sliding_window": 8,
+        # No regular period: a lane that starts counting the kinds at its own first block goes wrong.
+        "layer_types": [sliding, full, sliding, sliding, full, sliding],
+        "eos_token_id": [ids["<eos>"], ids["<end_of_turn>"]],
+    }
+    text = text_fields(tokenizer, own | overrides)
+    text["layer_types"] = text["layer_types"][: text["num_hidden_layers"]]
+    side = 2
+    config = hf.Gemma3Config(
+        text_config=hf.Gemma3TextConfig(**text),
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        mm_tokens_per_image=side**2,
+        boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
+        image_token_index=ids["<image_soft_token>"],
+        tie_word_embeddings=overrides.get("tie_word_embeddings", True),
+    )
+    images = hf.Gemma3ImageProcessorPil(size=SQUARE, image_seq_length=side**2)
+    return config, hf.Gemma3Processor(images, tokenizer, chat_template=_GEMMA_TEMPLATE, image_seq_length=side**2)
+
+
+def _gemma4(overrides: dict[str, Any]) -> Made:
+    """Gemma 4: sliding and full blocks with heads of different sizes, patches of any number, capped logits."""
+    tokenizer = llama_tokenizer()
+    ids = tokenizer.get_vocab()
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    own: dict[str, Any] = {
+        "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "sliding_window": 8, "layer_types": kinds, "use_bidirectional_attention": "vision",
+        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "final_logit_softcapping": 2.0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 3,
+        "position_embedding_size": 64,
+    }  # fmt: skip
+    config = hf.Gemma4Config(
+        text_config=small_text(tokenizer, own | overrides), vision_config=vision, audio_config=None,
+        image_token_id=ids["<image>"],
+        **dict.fromkeys(("video_token_id", "audio_token_id", "boi_token_id", "eoi_token_id"), ids["<unk>"]),
+    )  # fmt: skip
+    images = hf.Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70)
+    return config, SoftTokens(images, tokenizer, chat_template=LLAVA_TEMPLATE)
+
+
+def _gemma4_unified(overrides: dict[str, Any]) -> Made:
+    """Gemma 4 without a tower: each patch goes through one layer, and is a token."""
+    config, processor = _gemma4(overrides)
+    own = config.text_config.to_dict() | {"model_type": "gemma4_unified_text"}
+    unified = hf.Gemma4UnifiedConfig(
+        text_config=own,
+        vision_config={"patch_size": 4, "pooling_kernel_size": 3, "mm_embed_dim": 16, "output_proj_dims": 16,
+                       "mm_posemb_size": 80},
+        audio_config=None,
+        **{name: getattr(config, name) for name in ("image_token_id", "video_token_id", "audio_token_id",
+                                                    "boi_token_id", "eoi_token_id")},
+    )  # fmt: skip
+    images = hf.Gemma4ImageProcessorPil(patch_size=12, pooling_kernel_size=1, max_soft_tokens=70)
+    return unified, SoftTokens(images, processor.tokenizer, chat_template=LLAVA_TEMPLATE)
 
 
 def _aya_vision(overrides: dict[str, Any]) -> Made:
@@ -147,6 +302,12 @@ def _ovis2(overrides: dict[str, Any]) -> Made:
 
 
 MAKERS: dict[str, Maker] = {
+    "smolvlm": partial(_idefics, name="SmolVLM", tied=True),
+    "idefics3": partial(_idefics, name="Idefics3", tied=False),
+    "idefics2": _idefics2,
+    "gemma3": _gemma3,
+    "gemma4": _gemma4,
+    "gemma4_unified": _gemma4_unified,
     "internvl": partial(
         square, name="InternVL", text=hf.Qwen2Config, cell=2 * PATCH,
         vision=hf.InternVLVisionConfig(**SMALL_VISION | {"image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH] * 2}),

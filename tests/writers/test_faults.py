@@ -14,7 +14,7 @@ from faulty import FULL, NEEDS_SPACE, Ended, run
 OLD = {"precious.txt": b"mine", "sasa-export.json": b'{"files": {"precious.txt": ""}}'}  # an older output of ours
 # How many points are tried by default, and by `make test-slow`.
 TRIED = [
-    pytest.param("safetensors", 5),
+    pytest.param("safetensors", 3),
     pytest.param("onnx", 2, marks=pytest.mark.slow),  # each is an export, and another one after it
     *(pytest.param(name, 12, marks=pytest.mark.slow) for name in ("safetensors", "calibration")),
     *(pytest.param(name, 12, marks=pytest.mark.slow) for name in ("locate", "evaluate")),
@@ -96,7 +96,7 @@ def test_killed(command: Callable[[str], Command], name: str, count: int) -> Non
         found.rerun()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted(command: Callable[[str], Command], number: int) -> None:
     """While files are written: then nothing is left beside the output."""
     found = command("safetensors")
