@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -188,15 +189,11 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
 
         return hook
 
-    handles = [module.register_forward_pre_hook(begin(path), with_kwargs=True) for path, module in modules.items()]
-    handles += [module.register_forward_hook(see(path), with_kwargs=True) for path, module in modules.items()]
-    try:
-        with torch.no_grad():
-            logits = model(**inputs, use_cache=False, return_dict=True).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, logits
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(begin(path), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(see(path), with_kwargs=True))
+        return calls, model(**inputs, use_cache=False, return_dict=True).logits
 
 
 def _scaled(head: Any, logits: torch.Tensor) -> bool:
