@@ -127,4 +127,5 @@ def test_a_checkpoint_that_counts_blocks_with_attention(tmp_path: Path, guarded:
 @pytest.mark.parametrize(("resizing", "told"), [({"smart_resize": None}, {"do_resize": False}), ({}, {})])
 def test_only_a_processor_that_fits_patches_keeps_transformers_js_from_resizing(resizing: Any, told: Any) -> None:
     """LFM2-VL's own one needs torchvision, so that a name stands for it here."""
-    assert layout._sizing(SimpleNamespace(**resizing)) == told
+    processor = SimpleNamespace(image_processor=SimpleNamespace(**resizing))
+    assert layout._told_javascript(processor) == told
