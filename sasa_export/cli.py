@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from sasa_export.errors import OpenError, SasaExportError
 from sasa_export.flags import flags
-from sasa_export.options import REVISION, Options
+from sasa_export.options import Options
 from sasa_export.report import Console, quiet
 from sasa_export.research.options import EvaluateOptions, LocateOptions
 
@@ -98,11 +98,9 @@ def main(context: click.Context, /, **values: Any) -> None:
 
 @main.command()
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
-@click.option("--revision", help=REVISION)
 @click.option("--safety-layer", type=int, help="Zero-based. Default: what the family's file says.")
 @click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
-@click.option("--load", is_flag=True, help="Load the weights, and trace a picture too.")
-def trace(model: str, revision: str | None, safety_layer: int | None, semantic_layer: int | None, load: bool) -> None:
+def trace(model: str, safety_layer: int | None, semantic_layer: int | None) -> None:
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
     quiet()
     from sasa_export.graph.diagram import mermaid
@@ -110,22 +108,14 @@ def trace(model: str, revision: str | None, safety_layer: int | None, semantic_l
     from sasa_export.graph.trace import trace_source
     from sasa_export.models import layers_of, open_source
     from sasa_export.models.load import load_processor, read_sizes
-    from sasa_export.probe.features import load_as_traced
 
-    report = Console()
-    source = open_source(model, revision)
+    source = open_source(model)
     try:
         processor = load_processor(source)
     except OpenError as error:
-        if load:
-            raise
         processor = None
-        report.warn(f"Traced without a picture: {error}")
+        Console().warn(f"Traced without a picture: {error}")
     graph = trace_source(source, processor)
-    if load:
-        from sasa_export.prompts import builtin
-
-        load_as_traced(source, processor, graph, builtin(), dtype="float32", device="cpu")
     sizes = read_sizes(source)
     safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))

@@ -1,5 +1,6 @@
 """Drives an exported directory with plain onnxruntime, as any runtime would, to compare it with torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ class Runner:
         self.probability: Any = values.get("unsafe_probability")
         present = (value for name, value in values.items() if name.startswith("present"))
         self.cache = dict(zip(self.cache, present, strict=True))
+
+    def pieces(self, embeds: NDArray[Any], mask: NDArray[Any], position_ids: NDArray[Any], ends: Sequence[int]) -> None:
+        """A whole prompt anew, in calls that end at `ends`."""
+        self.start(len(mask))
+        for start, end in zip([0, *ends], ends, strict=False):
+            self.call(embeds[:, start:end], mask[:, :end], position_ids[..., start:end])
 
     def step(self, ids: NDArray[Any], position_ids: NDArray[Any], **extra: NDArray[Any]) -> None:
         """One more token (batch,) for each row."""

@@ -21,9 +21,6 @@ from sasa_export.writers.onnx.guard import for_export
 
 OPSET = 18  # of the guard's nodes, which mean the same in every later one
 PLACEHOLDERS = "sasa"  # the domain of the nodes that the decoder's own take the place of: Lane and Head
-SIZES = {  # of what is traced: no two dimensions are alike
-    "batch_size": 2, "sequence_length": 5, "past_sequence_length": 7, "total_sequence_length": 12, "kept_length": 3,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,8 @@ class Interface:
 
     def example(self) -> list[Any]:
         """Arguments to trace with, those that may be missing or many in lists."""
-        made: dict[str, torch.Tensor] = {}
-        for name, shape in self.signature().inputs.items():
-            kind = {"logits": self.logits, "safety": torch.float32, "semantic": torch.float32}.get(name, torch.int64)
-            kind = self.cache if name.startswith("past") else kind
-            kind = torch.float32 if name == "text" and self.rows is not None else kind
-            made[name] = torch.ones([SIZES[size] if isinstance(size, str) else size for size in shape], dtype=kind)
+        states = dict.fromkeys(("safety", "semantic", *["text"] * (self.rows is not None)), torch.float32)
+        made = self.signature().example({"logits": self.logits, "past_key_values": self.cache, **states})
         first = [made.pop(name) for name in ("text", "attention_mask")]
         positions = [made.pop(name) for name in ("position_ids",) if name in made]
         return [*first, positions, *(made.pop(name) for name in ("logits", "safety", "semantic")), list(made.values())]

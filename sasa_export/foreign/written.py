@@ -10,9 +10,8 @@ import onnx_ir as ir
 
 from sasa_export.foreign.opened import GENAI, LAYERS, Graphs, variant
 from sasa_export.models.contents import read_object
-from sasa_export.writers.cases import write_cases
 from sasa_export.writers.config import config_text
-from sasa_export.writers.directory import Patch, copy_files, write_scores
+from sasa_export.writers.directory import Patch, write_beside
 from sasa_export.writers.onnx.layout import SEAL
 from sasa_export.writers.weights import bring, save_probe
 
@@ -36,7 +35,7 @@ def write_graphs(
     Args: added: how many layers the ledger adds to the cache.
     """
     digests: dict[str, str | None] = {}
-    copy_files(graphs.source, out)
+    write_beside(patch, out)
     for name in {*graphs.weights, *graphs.files.values()}:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         if name != graphs.files["decoder"]:
@@ -44,10 +43,6 @@ def write_graphs(
     ir.save(guarded, out / graphs.files["decoder"])
     _write_configs(graphs, added, patch, out)
     save_probe(patch.probe, out / "sasa-probe.safetensors")
-    if patch.calibration is not None:
-        write_scores(patch.calibration, out)
-    if patch.cases:
-        write_cases(patch.cases, out, patch.dtype)
     return digests
 
 

@@ -52,8 +52,12 @@ class LayerGraph:
         added = [self[node.inputs[0]].attributes["index"] for node in self.of("between")]
         return max(added, default=-1) + 1
 
-    def add(self, *nodes: Node) -> LayerGraph:
-        return LayerGraph(self.nodes + nodes)
+    def add(
+        self, name: str, op: str, module: str | None = None, inputs: tuple[str, ...] | None = None, **attributes: Any
+    ) -> LayerGraph:
+        """The graph with one more node, which reads the last one unless `inputs` says otherwise."""
+        before = (self.nodes[-1].name,) if inputs is None else inputs
+        return LayerGraph((*self.nodes, Node(name, op, before, module, attributes)))
 
     def to_json(self) -> list[dict[str, Any]]:
         return [node.to_json() for node in self.nodes]

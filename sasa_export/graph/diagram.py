@@ -10,10 +10,13 @@ LABELS = {
     "vision": "vision tower",
     "projector": "projector",
     "embed": "token embeddings, picture merged in",
+    "between": "added between blocks: {name}",
     "norm": "final norm",
     "head": "head",
     "after_head": "what follows the head",
+    "tap": "{of} layer {index}",
     "projection": "projection",
+    "lane_norm": "final norm, judged position",
     "lane_head": "head",
     "probe": "probe",
     "gate": "gate",
@@ -47,11 +50,6 @@ def _label(run: list[Node]) -> str:
         numbers = [node.attributes["index"] for node in (first, last)]
         span = f"block {numbers[0]}" if first is last else f"blocks {numbers[0]} to {numbers[1]}"
         return span if first.op == "block" else f"second lane: {span}"
-    if first.op == "tap":
-        of, index = first.attributes["of"], first.attributes["index"]
-        return f"last block, {index}" if of == "last" else f"{of} layer {index}"
-    if first.op == "lane_norm":
-        return "final norm, judged position"
-    if first.op == "between":
-        return f"added between blocks: {first.name}"
-    return LABELS[first.op]
+    if first.attributes.get("of") == "last":
+        return f"last block, {first.attributes['index']}"
+    return LABELS[first.op].format(name=first.name, **first.attributes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -63,15 +65,14 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
     blocks = [path for path in modules if path.startswith(family.modules["blocks"] + ".")]
     expected = [family.modules["embedding"], *blocks, family.modules["norm"], family.modules["head"]]
     decoder = [path for path in order if path in expected]
-    for position, path in enumerate(expected):
-        found = decoder[position] if position < len(decoder) else "nothing"
+    for position, (path, found) in enumerate(zip_longest(expected, decoder)):
+        if path is None:
+            raise TraceError(f"{found} runs twice in one pass; this decoder cannot be rewritten.")
         if found != path:
             raise TraceError(
-                f"{path} should run as step {position} of the decoder, but {found} does. "
+                f"{path} should run as step {position} of the decoder, but {found or 'nothing'} does. "
                 f"graphs/{family.name}.toml does not describe this model: correct its module paths."
             )
-    if len(decoder) > len(expected):
-        raise TraceError(f"{decoder[len(expected)]} runs twice in one pass; this decoder cannot be rewritten.")
     for call in calls:
         if call.path in blocks and call.more:
             raise TraceError(
@@ -83,7 +84,7 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
     graph = _graph({call.path: call for call in calls}, expected, family)
     if logits is not calls[-1].left and not (family.scaled_logits and _scaled(calls[-1].left, logits)):
         # Such as soft-capping: the probe must then see what the model's logits really are.
-        graph = graph.add(Node("after_head", "after_head", ("head",)))
+        graph = graph.add("after_head", "after_head")
     return graph
 
 
@@ -188,15 +189,11 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
 
         return hook
 
-    handles = [module.register_forward_pre_hook(begin(path), with_kwargs=True) for path, module in modules.items()]
-    handles += [module.register_forward_hook(see(path), with_kwargs=True) for path, module in modules.items()]
-    try:
-        with torch.no_grad():
-            logits = model(**inputs, use_cache=False, return_dict=True).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, logits
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(begin(path), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(see(path), with_kwargs=True))
+        return calls, model(**inputs, use_cache=False, return_dict=True).logits
 
 
 def _scaled(head: Any, logits: torch.Tensor) -> bool:
@@ -237,22 +234,11 @@ def _more(args: tuple, kwargs: dict[str, Any]) -> str:
 
 def _graph(calls: dict[str, Observed], expected: list[str], family: Family) -> LayerGraph:
     embedding, *blocks, norm, head = expected
-    nodes = [
-        Node("vision", "vision", (), family.modules["vision"]),
-        Node("projector", "projector", ("vision",), family.modules["projector"]),
-        Node("embed", "embed", ("projector",), embedding),
-    ]
-    before: Observed | None = None
+    graph = LayerGraph((Node("vision", "vision", (), family.modules["vision"]),))
+    graph = graph.add("projector", "projector", family.modules["projector"]).add("embed", "embed", embedding)
     for index, path in enumerate(blocks):
-        call = calls[path]
-        source = nodes[-1].name
-        if before is not None and not call.follows(before):
-            nodes.append(Node(f"between.{index - 1}.{index}", "between", (source,)))
-            source = nodes[-1].name
-        nodes.append(Node(f"layers.{index}", "block", (source,), path, {"index": index}))
-        before = call
-    if before is not None and not calls[norm].follows(before):
-        nodes.append(Node(f"between.{len(blocks) - 1}.norm", "between", (nodes[-1].name,)))
-    nodes.append(Node("norm", "norm", (nodes[-1].name,), norm))
-    nodes.append(Node("head", "head", ("norm",), head))
-    return LayerGraph(tuple(nodes))
+        graph = graph.add(f"layers.{index}", "block", path, index=index)
+        name, following = (index + 1, blocks[index + 1]) if index + 1 < len(blocks) else ("norm", norm)
+        if not calls[following].follows(calls[path]):
+            graph = graph.add(f"between.{index}.{name}", "between")
+    return graph.add("norm", "norm", norm).add("head", "head", head)

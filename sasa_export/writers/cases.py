@@ -104,12 +104,7 @@ def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
     folder.mkdir()
     entries = write_prompts([case.prompt for case in cases], folder)
     for entry, case in zip(entries, cases, strict=True):
-        entry |= {
-            "unsafe_probability": case.unsafe_probability,
-            "calibrated": case.calibrated,
-            "tokens": case.tokens,
-            "logits": case.logits,
-        }
+        entry |= {name: getattr(case, name) for name in ("unsafe_probability", "calibrated", "tokens", "logits")}
     text = json.dumps({"dtype": dtype, "cases": entries}, indent=1, ensure_ascii=False)
     (folder / CASES).write_text(text + "\n", encoding="utf-8")
 

@@ -48,25 +48,25 @@ def write_directory(
 ) -> dict[str, str | None]:
     """Write weights, probe, processor, configuration, scores and cases. Returns the digests of the shards."""
     digests = write_weights(patch.source.shards, patch.probe, directory, link=link, advance=advance)
-    copy_files(patch.source, directory)
+    write_beside(patch, directory)
     write_config(patch.source, patch.sasa, stock_classes(patch.source), directory)
-    if patch.calibration is not None:
-        write_scores(patch.calibration, directory)
-    if patch.cases:
-        write_cases(patch.cases, directory, patch.dtype)
     return digests
 
 
-def copy_files(source: Source, directory: Path) -> None:
-    """Copy what travels beside the weights, such as processor and chat template, as the family's file names it, and any
-    licence."""
-    for pattern in (*source.family.files, *LICENCES):
-        for path in sorted(source.directory.glob(pattern)):
+def write_beside(patch: Patch, directory: Path) -> None:
+    """What travels beside the weights: a copy of what the family's file names, such as processor and chat template, any
+    licence, and scores and cases where there are some."""
+    for pattern in (*patch.source.family.files, *LICENCES):
+        for path in sorted(patch.source.directory.glob(pattern)):
             if path.is_file() and path.name not in OWN and not path.name.startswith("sasa-"):
                 shutil.copyfile(path, directory / path.name)
+    if patch.calibration is not None:
+        _write_scores(patch.calibration, directory)
+    if patch.cases:
+        write_cases(patch.cases, directory, patch.dtype)
 
 
-def write_scores(calibration: Calibration, directory: Path) -> None:
+def _write_scores(calibration: Calibration, directory: Path) -> None:
     """`cross_validated` is P(unsafe) by a probe that saw nothing of the prompt's kind; `final` by the probe itself."""
     rows = zip(calibration.prompts, calibration.cross_validated, calibration.final, strict=True)
     data = {

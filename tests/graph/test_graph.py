@@ -16,24 +16,20 @@ SETTINGS = LaneSettings(1, 2, epsilon=1e-5)
 
 def decoder(blocks: int = 4, *, between: int | None = None, after_head: bool = False) -> LayerGraph:
     """A decoder by hand; `between` puts an addition behind that block."""
-    nodes = [Node("embed", "embed", (), "embed_tokens")]
+    graph = LayerGraph((Node("embed", "embed", (), "embed_tokens"),))
     for index in range(blocks):
-        before = nodes[-1].name
-        nodes.append(Node(f"layers.{index}", "block", (before,), f"layers.{index}", {"index": index}))
+        graph = graph.add(f"layers.{index}", "block", f"layers.{index}", index=index)
         if index == between:
-            following = index + 1 if index + 1 < blocks else "norm"
-            nodes.append(Node(f"between.{index}.{following}", "between", (f"layers.{index}",)))
-    nodes.append(Node("norm", "norm", (nodes[-1].name,), "norm"))
-    nodes.append(Node("head", "head", ("norm",), "lm_head"))
-    if after_head:
-        nodes.append(Node("after_head", "after_head", ("head",)))
-    return LayerGraph(tuple(nodes))
+            graph = graph.add(f"between.{index}.{index + 1 if index + 1 < blocks else 'norm'}", "between")
+    graph = graph.add("norm", "norm", "norm").add("head", "head", "lm_head")
+    return graph.add("after_head", "after_head") if after_head else graph
 
 
 def test_the_rewritten_graph() -> None:
     """Four blocks, s = 1, f = 2: exactly these nodes, each with its module, inputs and attributes."""
     graph = rewrite(decoder(), SETTINGS)
     assert graph.nodes[:7] == decoder().nodes
+    assert graph.nodes[2] == Node("layers.1", "block", ("layers.0",), "layers.1", {"index": 1})
     assert list(graph.nodes[7:]) == [
         Node("sasa.safety", "tap", ("layers.1",), "layers.1", {"of": "safety", "index": 1}),
         Node("sasa.semantic", "tap", ("layers.2",), "layers.2", {"of": "semantic", "index": 2}),

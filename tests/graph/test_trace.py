@@ -238,11 +238,3 @@ def test_blocks_that_do_not_run_in_their_order_are_named(
     monkeypatch.setitem(decoder._modules, "layers", Walk(decoder.layers, order))
     with pytest.raises(TraceError, match=said):
         traced(stock)
-
-
-def test_another_number_of_blocks_than_the_configuration_says(tiny_model: Tiny) -> None:
-    source = open_source(str(tiny_model("llava")))
-    with skeleton(source) as model:
-        model.config.text_config.num_hidden_layers = 5
-        with pytest.raises(TraceError, match=r"model\.language_model\.layers should be a list of 5 blocks"):
-            trace(model, source.family, {"input_ids": torch.ones(1, 5, dtype=torch.long)})

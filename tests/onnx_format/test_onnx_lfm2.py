@@ -43,9 +43,7 @@ def test_pieces(images: bool, guarded: Any, runner: Runner) -> None:
     arrays, places = {name: value.numpy() for name, value in inputs.items()}, positions(guarded, inputs)[0].numpy()
     embeds, mask = runner.embed_prompt(arrays, image_token(guarded)), arrays["attention_mask"]
     for ends in chunkings(mask.shape[1], 1, 6):
-        runner.start(len(mask))
-        for start, end in zip([0, *ends], ends, strict=False):
-            runner.call(embeds[:, start:end], mask[:, :end], places[:, start:end])
+        runner.pieces(embeds, mask, places, ends)
         assert runner.probability is not None
         np.testing.assert_allclose(runner.probability, expected, atol=TOLERANCE, err_msg=str(ends))
         np.testing.assert_allclose(runner.logits, wanted.numpy(), atol=TOLERANCE, err_msg=str(ends))
@@ -129,4 +127,5 @@ def test_a_checkpoint_that_counts_blocks_with_attention(tmp_path: Path, guarded:
 @pytest.mark.parametrize(("resizing", "told"), [({"smart_resize": None}, {"do_resize": False}), ({}, {})])
 def test_only_a_processor_that_fits_patches_keeps_transformers_js_from_resizing(resizing: Any, told: Any) -> None:
     """LFM2-VL's own one needs torchvision, so that a name stands for it here."""
-    assert layout._sizing(SimpleNamespace(**resizing)) == told
+    processor = SimpleNamespace(image_processor=SimpleNamespace(**resizing))
+    assert layout._told_javascript(processor) == told

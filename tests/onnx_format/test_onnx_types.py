@@ -10,12 +10,12 @@ import torch
 from onnx_runner import Runner, lane_of, positions
 
 from sasa_export.models import open_source
+from sasa_export.writers.onnx import SUFFIX
 from sasa_export.writers.onnx.memory import needed_bytes
 
 # Tolerance of P(unsafe) and of the logits, relative to their spread. Random weights suffer most from rounding: what
 # 4 bits leave of them says nothing, so there the graph is held to its own verdicts alone.
 TOLERANCES = {"float16": (0.02, 0.02), "int8": (0.15, 0.15), "int4": (1.0, 2.0)}
-SUFFIXES = {"float16": "_fp16", "int8": "_int8", "int4": "_q4"}
 pytestmark = [pytest.mark.xdist_group("onnx-llava"), pytest.mark.slow]
 
 
@@ -36,7 +36,7 @@ def graphs(dtype: str, guarded: Any, exported: Any) -> Path:
 
 
 def test_close_to_float32(dtype: str, guarded: Any, graphs: Path) -> None:
-    inputs, runner = guarded.batch(count=6), Runner(graphs, SUFFIXES[dtype])
+    inputs, runner = guarded.batch(count=6), Runner(graphs, SUFFIX[dtype])
     ids, following = runner.ask(guarded, inputs)
     with torch.no_grad():
         output = guarded.model(**inputs, position_ids=ids)
@@ -64,12 +64,9 @@ def test_token_by_token_as_at_once(dtype: str, guarded: Any, graphs: Path) -> No
     inputs = guarded.batch(count=6, images=False)
     ids, _ = positions(guarded, inputs)  # (batch, tokens)
     tokens, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()  # (batch, tokens)
-    runner, found = Runner(graphs, SUFFIXES[dtype]), []
-    for pieces in (1, tokens.shape[1]):
-        runner.start(len(tokens))
-        for start in range(0, tokens.shape[1], tokens.shape[1] // pieces):
-            end = start + tokens.shape[1] // pieces
-            runner.call(runner.embed(tokens[:, start:end]), mask[:, :end], ids.numpy()[:, start:end])
+    runner, found, count = Runner(graphs, SUFFIX[dtype]), [], tokens.shape[1]
+    for ends in ([count], range(1, count + 1)):
+        runner.pieces(runner.embed(tokens), mask, ids.numpy(), ends)
         assert runner.probability is not None
         found.append(runner.probability)
     assert np.isfinite(found[1]).all()
@@ -78,7 +75,7 @@ def test_token_by_token_as_at_once(dtype: str, guarded: Any, graphs: Path) -> No
 
 
 def test_the_gate_computes_in_float32(dtype: str, graphs: Path) -> None:
-    model = ir.load(graphs / "onnx" / f"decoder_model_merged{SUFFIXES[dtype]}.onnx")
+    model = ir.load(graphs / "onnx" / f"decoder_model_merged{SUFFIX[dtype]}.onnx")
     lane = lane_of(model)
     exact = [node for node in model.graph.all_nodes() if "/sasa/" in str(node.name) and "/lane/" not in str(node.name)]
     assert exact and not any(node.op_type == "MatMulNBits" for node in exact)
@@ -98,10 +95,9 @@ def test_the_gate_computes_in_float32(dtype: str, graphs: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_embeddings_and_kernels_are_small(dtype: str, graphs: Path) -> None:
-    table = ir.load(graphs / "onnx" / f"embed_tokens{SUFFIXES[dtype]}.onnx").graph.initializers
-    (rows,) = (value for value in table.values() if value.shape is not None and value.shape.numpy()[-1] == 32)
-    assert rows.dtype == ir.DataType.INT8
-    vision = ir.load(graphs / "onnx" / f"vision_encoder{SUFFIXES[dtype]}.onnx").graph
+    table = ir.load(graphs / "onnx" / f"embed_tokens{SUFFIX[dtype]}.onnx").graph.initializers
+    assert {value.dtype for name, value in table.items() if name.endswith("rows")} == {ir.DataType.INT8}
+    vision = ir.load(graphs / "onnx" / f"vision_encoder{SUFFIX[dtype]}.onnx").graph
     (kernel,) = (node.inputs[1] for node in vision if node.op_type == "Conv")
     assert kernel is not None and not kernel.is_initializer()
     stored = kernel.producer()

@@ -37,10 +37,8 @@ def test_every_prompt_is_refused(way: str, split: Any, exported: Any, tmp_path: 
     ids, _ = runner.ask(guard, inputs)  # (batch, tokens)
     check(runner, guard)
     tokens, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()  # (batch, tokens)
-    runner.start(len(tokens))
-    half = tokens.shape[1] // 2
-    for piece in (slice(0, half), slice(half, None)):
-        runner.call(runner.embed(tokens[:, piece]), mask[:, : piece.stop], ids.numpy()[:, piece])
+    count = tokens.shape[1]
+    runner.pieces(runner.embed(tokens), mask, ids.numpy(), [count // 2, count])
     check(runner, guard)
 
 

@@ -35,40 +35,34 @@ def test_a_draw_takes_labels_and_channels_evenly_and_is_the_same_each_time(monke
     assert draw(few) == (few.prompts, [*few.final]), "a small set is judged whole"
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "answered", "refused", "clear"),
-    [
-        ([0.4, 0.4, 0.6, 0.6, 0.5], [0.6, 0.4, 0.4, 0.6, 0.49], 2, 1, 2),
-        ([0.4, 0.6], [NAN, NAN], 0, 1, 1),
-        ([0.50005, 0.4], [0.49995, 0.4], 1, 0, 0),
-        ([0.502, 0.4], [0.49995, 0.4], 1, 0, 1),
-    ],
-    ids=["both ways", "NaN is refused", "by rounding", "not by rounding"],
-)
-def test_changes_are_counted(before: list[float], after: list[float], answered: int, refused: int, clear: int) -> None:
-    detail = check_changed(before, after, 0.5, 1e-4, whole=9, exact=False).detail
-    share = (answered + refused) / len(before)
-    counted = f"{share:.1%} changed of {len(before)} drawn from 9 ({answered} now answered, {refused} now refused)"
-    assert detail.startswith(counted) and f"; {clear} of them farther than 0.0001" in detail
+REST = [0.4] * 48
+FEW, MANY = [0.4, 0.4, *REST], [0.6, 0.4, *REST]
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "most", "exact", "passed"),
+    ("before", "after", "counted", "clear", "passed"),
     [
-        (0.4, 0.6, 0.02, False, True),
-        (0.4, 0.6, 0.019, False, False),
-        (0.4, 0.6, 0.02, True, False),
-        (0.50005, 0.49995, 0.02, True, True),
-        (0.50005, 0.49995, 0.0, True, False),
+        (FEW, MANY, "2.0% changed of all 50 (0 now answered, 1 now refused)", 1, (True, False)),
+        (FEW[:40], MANY[:40], "2.5% changed of 40 drawn from 50 (0 now answered, 1 now refused)", 1, (False, False)),
+        (
+            [0.6, 0.5, *REST],
+            [0.4, 0.49, *REST],
+            "4.0% changed of all 50 (2 now answered, 0 now refused)",
+            1,
+            (False,) * 2,
+        ),
+        ([0.4, 0.6], [NAN, NAN], "50.0% changed of 2 drawn from 50 (0 now answered, 1 now refused)", 1, (False, False)),
+        ([0.50005, 0.4, *REST], [0.49995, 0.4, *REST], "2.0% changed of all 50 (1 now answered", 0, (True, True)),
+        ([0.502, 0.4, *REST], [0.49995, 0.4, *REST], "2.0% changed of all 50 (1 now answered", 1, (True, False)),
     ],
-    ids=["few enough", "too many", "in float32", "in float32 by rounding", "no share excuses rounding"],
+    ids=["few enough", "too many", "answered", "NaN is refused", "by rounding", "not by rounding"],
 )
-def test_what_is_too_many(
-    before: float, after: float, most: float, exact: bool, passed: bool, monkeypatch: pytest.MonkeyPatch
+def test_changes_are_counted_and_held_to_the_limit(
+    before: list[float], after: list[float], counted: str, clear: int, passed: tuple[bool, bool]
 ) -> None:
-    """One of 50 changes; where all is float32, only rounding may change a verdict."""
-    monkeypatch.setattr(verdicts, "MOST_CHANGED", most)
-    rest = [0.4] * 49
-    check = check_changed([before, *rest], [after, *rest], 0.5, 1e-4, whole=50, exact=exact)
-    assert check.passed is passed
-    assert check.detail.startswith("2.0% changed of all 50 (") and f"at most {most:.1%} may" in check.detail
+    """`passed`: as other types may change a few, and where all is float32, in which only rounding may change one."""
+    for exact, right in zip((False, True), passed, strict=True):
+        check = check_changed(before, after, 0.5, 1e-4, whole=50, exact=exact)
+        assert check.passed is right
+        assert check.detail.startswith(counted) and f"; {clear} of them farther than 0.0001" in check.detail
+        assert "at most 2.0% may" in check.detail

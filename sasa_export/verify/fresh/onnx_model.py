@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 from numpy.typing import NDArray
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 TYPES: dict[str, Any] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
@@ -90,7 +91,7 @@ class Model:
         settings = {**genai, **read_json(directory / "generation_config.json")}
         ends = settings.get("eos_token_id", self.processor.tokenizer.eos_token_id)
         self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.penalty = float(settings.get("repetition_penalty") or 1.0)
+        self.penalise = RepetitionPenaltyLogitsProcessor(float(settings.get("repetition_penalty") or 1.0))
         changes = sorted(name for name, idle in CHANGES.items() if settings.get(name, idle) not in (idle, None))
         self.about: dict[str, Any] = {"provider": self.decoder.get_providers()[0], "not_followed": changes}
 
@@ -102,7 +103,8 @@ class Model:
         answer, probability = list[int](), _probability(values)
         position = positions.max() + 1
         while True:
-            answer.append(int(penalised(logits, prompt + answer, self.penalty).argmax()))
+            seen, scores = torch.tensor([prompt + answer]), torch.from_numpy(logits)[None]  # (1, ...)
+            answer.append(int(self.penalise(seen, scores).argmax()))
             if answer[-1] in self.ends or len(answer) == count:
                 return probability, first, answer
             text = self._embed({"input_ids": np.array([answer[-1:]], np.int64)})  # (1, 1), or (1, 1, hidden)
@@ -223,14 +225,6 @@ def empty(shape: list[Any], dtype: Any, lengths: dict[str, int] | None = None) -
     return np.zeros(
         [1, *(size if isinstance(size, int) else (lengths or {}).get(size, 0) for size in shape[1:])], dtype
     )
-
-
-def penalised(logits: NDArray[Any], tokens: list[int], penalty: float) -> NDArray[Any]:
-    """Logits (vocabulary,) with those of earlier tokens made less likely, as transformers does."""
-    earlier = np.unique(tokens)
-    logits = logits.copy()
-    logits[earlier] = np.where(logits[earlier] < 0, logits[earlier] * penalty, logits[earlier] / penalty)
-    return logits
 
 
 def read_json(path: Path) -> dict[str, Any]:

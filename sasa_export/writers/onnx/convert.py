@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 import warnings
@@ -17,6 +16,7 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 from torch import nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
 from sasa_export.writers.onnx.decoder import Signature
 from sasa_export.writers.onnx.passes.attention import trust_finite_masks
@@ -44,12 +44,10 @@ def convert(module: nn.Module, arguments: tuple[Any, ...], signature: Signature,
     named = [
         {axis: name for axis, name in enumerate(shape) if isinstance(name, str)} for shape in signature.inputs.values()
     ]
-    free = _free(arguments, iter(named))
-    variadic = any(item.kind is item.VAR_POSITIONAL for item in inspect.signature(module.forward).parameters.values())
+    axes = [dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in named]
+    free = tree_unflatten(axes, tree_structure(arguments))  # in the lists and dicts that the arguments stand in
     with _settings(opset), torch.no_grad():
-        program = torch.export.export(
-            module.eval(), arguments, dynamic_shapes=(free,) if variadic else free, strict=False
-        )
+        program = torch.export.export(module.eval(), arguments, dynamic_shapes=free, strict=False)
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=opset, optimize=False, verbose=False, dynamic_shapes=named
         )
@@ -79,15 +77,6 @@ def _simplify(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.NameFixPass()(model)
-
-
-def _free(value: Any, named: Iterator[dict[int, str]]) -> Any:
-    """The dynamic_shapes of torch.export: those axes of each tensor are free that are `named`."""
-    if isinstance(value, torch.Tensor):
-        return dict.fromkeys(next(named), torch.export.Dim.DYNAMIC)
-    if isinstance(value, dict):
-        return {key: _free(item, named) for key, item in value.items()}
-    return type(value)(_free(item, named) for item in value)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,10 @@ from sasa_export.writers.onnx.layout import stock_type
 # short convolution, what that saw last, (batch, hidden, kernel).
 Held = tuple[torch.Tensor, ...]
 Shape = tuple[str | int, ...]
+SIZES = {  # of what is traced: no two dimensions of a tensor are alike
+    "batch_size": 2, "sequence_length": 5, "past_sequence_length": 7, "total_sequence_length": 12, "kept_length": 3,
+    "num_image_tokens": 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,16 @@ class Signature:
 
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
+
+    def example(self, types: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+        """Inputs to trace with, all ones: int64 but for those that `types` names, by what stands before a dot."""
+        return {
+            name: torch.ones(
+                [SIZES[size] if isinstance(size, str) else size for size in shape],
+                dtype=types.get(name.partition(".")[0], torch.int64),
+            )
+            for name, shape in self.inputs.items()
+        }
 
 
 class Decoder(nn.Module):
@@ -77,7 +91,10 @@ class Decoder(nn.Module):
         cache = DynamicCache()
         cache.layers.extend(_filled(*held) for held in past)
         embeds, *added = inputs_embeds.to(past[0][0].dtype).split(self.widths, dim=-1)  # (batch, tokens, hidden) each
-        with adding(self.deep, added):
+        with contextlib.ExitStack() as stack:
+            for block, more in zip(self.deep, added, strict=True):
+                add = lambda module, given, output, more=more: output + more  # noqa: E731
+                stack.enter_context(block.register_forward_hook(add))
             output = self.model(
                 inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
                 use_cache=True, logits_to_keep=1, return_dict=True, **{self.cache: cache}, **extra,
@@ -116,19 +133,12 @@ class Decoder(nn.Module):
         return {f"{prefix}.{layer}.{kind}": shape for kind in ("key", "value")}
 
     def example(self, signature: Signature) -> tuple[Any, ...]:
-        """Arguments to trace with: one call on top of a past, no two dimensions alike."""
-        sizes = {"batch_size": 2, "sequence_length": 5, "past_sequence_length": 7, "total_sequence_length": 12}
-        made = {
-            name: torch.ones([sizes[size] if isinstance(size, str) else size for size in shape])
-            for name, shape in signature.inputs.items()
-        }
-        embeds = made.pop("inputs_embeds")
-        mask, positions = (made.pop(name).long() for name in ("attention_mask", "position_ids"))
-        past = [
-            tuple(made.pop(name).to(self.model.dtype) for name in self.held(layer, "past"))
-            for layer in range(self.layers)
-        ]
-        return embeds, mask, positions, past, {name: value.long() for name, value in made.items()}
+        """Arguments to trace with: one call on top of a past."""
+        kept = dict.fromkeys(("past_key_values", "past_conv"), self.model.dtype)
+        made = signature.example({"inputs_embeds": torch.float32, **kept})
+        first = [made.pop(name) for name in ("inputs_embeds", "attention_mask", "position_ids")]
+        past = [tuple(made.pop(name) for name in self.held(layer, "past")) for layer in range(self.layers)]
+        return *first, past, made
 
 
 def deep_features(model: Any) -> int:
@@ -139,16 +149,6 @@ def deep_features(model: Any) -> int:
 def feature_width(model: Any) -> int:
     """What a picture gives for each of its tokens: what enters the decoder first, then what is added behind blocks."""
     return int(model.config.get_text_config(decoder=True).hidden_size * (1 + deep_features(model)))
-
-
-@contextlib.contextmanager
-def adding(blocks: Sequence[nn.Module], added: Sequence[torch.Tensor]) -> Iterator[None]:
-    """A context in which each block's output is what it computes and one of the tensors (batch, tokens, hidden)."""
-    with contextlib.ExitStack() as stack:
-        for block, more in zip(blocks, added, strict=True):
-            handle = block.register_forward_hook(lambda module, given, output, more=more: output + more)
-            stack.callback(handle.remove)
-        yield
 
 
 def _filled(*held: torch.Tensor) -> DynamicLayer | LinearAttentionLayer:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from torch import nn
 
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, GRAPHS, MERGING, SUFFIX, VISION
@@ -24,7 +25,7 @@ from sasa_export.writers.onnx.passes.names import name_decoder, name_tower
 from sasa_export.writers.onnx.passes.weights import deduplicate
 from sasa_export.writers.onnx.quantize import BITS, Table, halve_kernels, quantize
 from sasa_export.writers.onnx.recipes import Recipe, recipe_of
-from sasa_export.writers.onnx.vision import Embedding, Features, Float32, Merging
+from sasa_export.writers.onnx.vision import Embedding, Features, Float32
 
 # A graph with more bytes of weights keeps them in a file beside it: one protobuf holds 2 GB at most, and is
 # built in memory as a whole.
@@ -77,7 +78,7 @@ def _forget(model: Any) -> None:
 def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
     inputs, arguments = recipe.inputs(model)
     signature = Signature(inputs, {"image_features": ("num_image_tokens", feature_width(model))})
-    graph = convert(Features(recipe.tower(model), model.dtype), arguments, signature, opset=opset)
+    graph = convert(Features(recipe.tower(model), model.dtype), (list(arguments),), signature, opset=opset)
     name_tower(graph, "/vision")
     if dtype in BITS:
         halve_kernels(graph)
@@ -93,7 +94,8 @@ def write_embeddings(model: Any, folder: Path, *, opset: int, dtype: str, mergin
 
     In int8 and int4 the model's table is rounded for good, so that the decoder that is exported next knows it.
     """
-    table = Table.round(model.get_input_embeddings()) if dtype in BITS else None
+    table = model.get_input_embeddings()
+    table = Table(table) if dtype in BITS else table
     path = folder / f"{EMBEDDING}{SUFFIX[dtype]}.onnx"
     write_model(embedding_graph(model, table, opset=opset), path, always_outside=merging)
     if merging:
@@ -113,19 +115,16 @@ def share_file(model: ir.Model, stored: ir.Model) -> None:
                 value.const_value = tensor if np.array_equal(tensor.numpy(), own.numpy()) else own
 
 
-def embedding_graph(model: Any, table: Table | None, *, opset: int, merging: bool = False) -> ir.Model:
+def embedding_graph(model: Any, table: nn.Module, *, opset: int, merging: bool = False) -> ir.Model:
     width = feature_width(model)
     tokens = ("batch_size", "sequence_length")
     inputs: dict[str, Shape] = {"input_ids": tokens}
-    example: tuple[torch.Tensor, ...] = (torch.ones(2, 5, dtype=torch.int64),)
     if merging:
         inputs["image_features"] = ("num_image_tokens", width)
-        example += (torch.ones(3, width),)
-    module = Float32((Merging if merging else Embedding)(model), model.dtype)
-    graph = convert(module, example, Signature(inputs, {"inputs_embeds": (*tokens, width)}), opset=opset)
+    signature = Signature(inputs, {"inputs_embeds": (*tokens, width)})
+    example = list(signature.example({"image_features": torch.float32}).values())
+    graph = convert(Float32(Embedding(model, table), model.dtype), (example,), signature, opset=opset)
     name_tower(graph, "/embedding")
-    if table:
-        table.store(graph)
     return graph
 
 

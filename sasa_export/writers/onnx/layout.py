@@ -49,8 +49,7 @@ def write_files(
         "config": _config(read_config(patched), dtype, external, kinds, gate),
         "preprocessor_config": {
             **images.to_dict(),
-            **_merging(processor),
-            **_sizing(images),
+            **_told_javascript(processor),
             "processor_class": type(processor).__name__,
             "image_processor_type": _plain(type(images).__name__),
         },
@@ -89,17 +88,12 @@ def _config(
     return out
 
 
-def _merging(processor: Any) -> dict[str, int]:
-    """What transformers.js looks for beside the pictures' settings where patches are merged, and transformers elsewhere
-    (Mistral 3)."""
+def _told_javascript(processor: Any) -> dict[str, int]:
+    """What transformers.js looks for beside the pictures' settings, and transformers elsewhere: how patches are merged
+    (Mistral 3), and that no picture is resized to `size` before it is to as many patches as fit (LFM2-VL)."""
     names = ("patch_size", "spatial_merge_size")
-    return {name: getattr(processor, name) for name in names} if hasattr(processor, names[1]) else {}
-
-
-def _sizing(images: Any) -> dict[str, bool]:
-    """What keeps transformers.js from resizing a picture to `size` where transformers never does: before it is resized
-    to as many patches as fit (LFM2-VL)."""
-    return {"do_resize": False} if hasattr(images, "smart_resize") else {}
+    merging = {name: getattr(processor, name) for name in names} if hasattr(processor, names[1]) else {}
+    return merging | ({"do_resize": False} if hasattr(processor.image_processor, "smart_resize") else {})
 
 
 def _processor(config: dict[str, Any]) -> dict[str, Any]:

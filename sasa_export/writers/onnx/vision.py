@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sasa_export.writers.onnx.decoder import deep_features
+from sasa_export.writers.onnx.decoder import feature_width
 
 
 class Float32(nn.Module):
@@ -18,7 +18,7 @@ class Float32(nn.Module):
         self.inner = inner
         self.dtype = dtype
 
-    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+    def forward(self, arguments: list[torch.Tensor]) -> torch.Tensor:
         cast = (value.to(self.dtype) if value.is_floating_point() else value for value in arguments)
         return self.inner(*cast).float()
 
@@ -26,33 +26,27 @@ class Float32(nn.Module):
 class Features(Float32):
     """A vision graph: what it gives are the features of all pictures in a row, (tokens, width)."""
 
-    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
-        return super().forward(*arguments).flatten(0, -2)
+    def forward(self, arguments: list[torch.Tensor]) -> torch.Tensor:
+        return super().forward(arguments).flatten(0, -2)
 
 
 class Embedding(nn.Module):
-    """input_ids (batch, tokens) -> inputs_embeds (batch, tokens, width), as wide as the features of a picture are."""
+    """input_ids (batch, tokens) -> inputs_embeds (batch, tokens, width), as wide as the features of a picture are.
 
-    def __init__(self, model: Any) -> None:
+    Given such features, (tokens of pictures, width), it puts them in place, for runtimes that let a graph do it.
+    """
+
+    def __init__(self, model: Any, table: nn.Module) -> None:
         super().__init__()
-        self.embed_tokens = model.get_input_embeddings()
-        self.added = deep_features(model) * self.embed_tokens.weight.shape[1]
+        self.embed_tokens = table
+        self.added = feature_width(model) - model.config.get_text_config(decoder=True).hidden_size
+        self.picture: Any = getattr(model.config, "image_token_id", None)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
         embeds = self.embed_tokens(input_ids)  # (batch, tokens, hidden)
-        return nn.functional.pad(embeds, (0, self.added)) if self.added else embeds
-
-
-class Merging(nn.Module):
-    """The same for runtimes that let a graph put the features of pictures, (tokens of pictures, width), in place."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.embedding = Embedding(model)
-        self.picture = model.config.image_token_id
-
-    def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
-        embeds = self.embedding(input_ids)  # (batch, tokens, width)
+        embeds = nn.functional.pad(embeds, (0, self.added)) if self.added else embeds  # (batch, tokens, width)
+        if image_features is None:
+            return embeds
         pictured = input_ids == self.picture  # (batch, tokens)
         number = (pictured.flatten().cumsum(0) - 1).reshape(pictured.shape)  # (batch, tokens), among the features
         count = image_features.shape[0]
