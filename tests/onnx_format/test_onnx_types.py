@@ -7,10 +7,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_runner import Runner, lane_of, positions
+from conftest import load
+from onnx_runner import Runner, lane_of, positions, session
 
 from sasa_export.models import open_source
 from sasa_export.writers.onnx import SUFFIX
+from sasa_export.writers.onnx.graphs import write_embeddings
 from sasa_export.writers.onnx.memory import needed_bytes
 
 # Tolerance of P(unsafe) and of the logits, relative to their spread. Random weights suffer most from rounding: what
@@ -96,7 +98,8 @@ def test_the_gate_computes_in_float32(dtype: str, graphs: Path) -> None:
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_embeddings_and_kernels_are_small(dtype: str, graphs: Path) -> None:
     table = ir.load(graphs / "onnx" / f"embed_tokens{SUFFIX[dtype]}.onnx").graph.initializers
-    assert {value.dtype for name, value in table.items() if name.endswith("rows")} == {ir.DataType.INT8}
+    (rows,) = (value for value in table.values() if value.shape is not None and value.shape.numpy()[-1] == 32)
+    assert rows.dtype == ir.DataType.INT8
     vision = ir.load(graphs / "onnx" / f"vision_encoder{SUFFIX[dtype]}.onnx").graph
     (kernel,) = (node.inputs[1] for node in vision if node.op_type == "Conv")
     assert kernel is not None and not kernel.is_initializer()
@@ -115,3 +118,12 @@ def test_the_estimate_of_the_disk_is_an_upper_bound(dtype: str, graphs: Path, ti
         if value.const_value is not None
     )
     assert stored < needed_bytes(open_source(str(tiny_model("llava"))), dtype) < 2.5 * stored
+
+
+@torch.no_grad()
+def test_rounded_embeddings_are_scaled_as_the_models(guard: Any, tmp_path: Path) -> None:
+    model = load(guard("gemma3").directory)  # its embedding multiplies what it looks up
+    write_embeddings(model, tmp_path, opset=23, dtype="int8", merging=False)
+    ids = np.arange(64)[None]
+    (found,) = session(tmp_path / "embed_tokens_int8.onnx").run(None, {"input_ids": ids})
+    np.testing.assert_array_equal(found, model.get_input_embeddings()(torch.from_numpy(ids)).numpy())

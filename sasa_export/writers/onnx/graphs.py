@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
-from torch import nn
 
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, GRAPHS, MERGING, SUFFIX, VISION
@@ -94,8 +93,7 @@ def write_embeddings(model: Any, folder: Path, *, opset: int, dtype: str, mergin
 
     In int8 and int4 the model's table is rounded for good, so that the decoder that is exported next knows it.
     """
-    table = model.get_input_embeddings()
-    table = Table(table) if dtype in BITS else table
+    table = Table.round(model.get_input_embeddings()) if dtype in BITS else None
     path = folder / f"{EMBEDDING}{SUFFIX[dtype]}.onnx"
     write_model(embedding_graph(model, table, opset=opset), path, always_outside=merging)
     if merging:
@@ -115,7 +113,7 @@ def share_file(model: ir.Model, stored: ir.Model) -> None:
                 value.const_value = tensor if np.array_equal(tensor.numpy(), own.numpy()) else own
 
 
-def embedding_graph(model: Any, table: nn.Module, *, opset: int, merging: bool = False) -> ir.Model:
+def embedding_graph(model: Any, table: Table | None, *, opset: int, merging: bool = False) -> ir.Model:
     width = feature_width(model)
     tokens = ("batch_size", "sequence_length")
     inputs: dict[str, Shape] = {"input_ids": tokens}
@@ -123,8 +121,10 @@ def embedding_graph(model: Any, table: nn.Module, *, opset: int, merging: bool =
         inputs["image_features"] = ("num_image_tokens", width)
     signature = Signature(inputs, {"inputs_embeds": (*tokens, width)})
     example = list(signature.example({"image_features": torch.float32}).values())
-    graph = convert(Float32(Embedding(model, table), model.dtype), (example,), signature, opset=opset)
+    graph = convert(Float32(Embedding(model), model.dtype), (example,), signature, opset=opset)
     name_tower(graph, "/embedding")
+    if table:
+        table.store(graph)
     return graph
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 BITS = {"int8": 8, "int4": 4}
@@ -59,32 +61,42 @@ def halve_kernels(model: ir.Model) -> None:
         graph.register_initializer(tape.initializers[0])
 
 
-class Table(nn.Module):
-    """A table of embeddings in 8 bits, each block of a row with a scale in float32.
+@dataclass(frozen=True)
+class Table:
+    """A table of embeddings in 8 bits: rows (vocabulary, blocks, block), int8, each block with a scale in float32."""
 
-    It rounds an embedding's weight (vocabulary, hidden) for good, to what it gives itself to the bit: the gate knows
-    the template's tokens by their embeddings. A head that shared the weight keeps it as it was.
-    """
+    rows: NDArray[np.int8]
+    scales: NDArray[np.float32]  # (vocabulary, blocks, 1)
 
-    rows: torch.Tensor  # (vocabulary, hidden), int8
-    scales: torch.Tensor  # (vocabulary, blocks), float32
-
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        weight = embedding.get_parameter("weight").detach()
+    @classmethod
+    def round(cls, embedding: nn.Module) -> Table:
+        """Round a module's weight (vocabulary, hidden) for good, to what `store` makes of it to the bit: the gate knows
+        the template's tokens by their embeddings. A head that shared the weight keeps it as it was."""
+        weight: NDArray[np.float32] = embedding.get_parameter("weight").detach().numpy()
         hidden = weight.shape[1]
-        self.block = FINE if hidden % FINE == 0 else hidden
-        blocks = weight.unflatten(1, (-1, self.block))  # (vocabulary, blocks, block)
-        scales = (blocks.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        self.register_buffer("scales", scales)
-        self.register_buffer("rows", (blocks / scales[..., None]).round().to(torch.int8).flatten(1))
-        rounded = self(torch.arange(len(weight)))
+        blocks = weight.reshape(len(weight), -1, FINE if hidden % FINE == 0 else hidden)
+        scales = np.maximum(np.abs(blocks).max(-1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
+        table = cls(np.rint(blocks / scales).astype(np.int8), scales)
+        rounded = torch.from_numpy((table.rows.astype(np.float32) * table.scales).reshape(weight.shape))
         embedding.register_parameter("weight", nn.Parameter(rounded, requires_grad=False))
+        return table
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (batch, tokens) -> embeddings (batch, tokens, hidden)."""
-        rows, scales = (nn.functional.embedding(ids, table) for table in (self.rows, self.scales))
-        return rows.float() * scales.repeat_interleave(self.block, -1)
+    def store(self, model: ir.Model) -> None:
+        """Put the table in the place of the weight that a Gather of the graph looks up, in place."""
+        nodes = (node for node in model.graph if node.op_type == "Gather")
+        node, weight = next((node, weight) for node in nodes if (weight := node.inputs[0]) and _is_matrix(weight))
+        assert weight.name is not None
+        ids, tape = node.inputs[1], ir.tape.Tape()
+        rows = tape.initializer(ir.tensor(self.rows, name="embedding_Q8"))
+        scales = tape.initializer(ir.tensor(self.scales, name="embedding_scales"))
+        flat = tape.initializer(ir.tensor([0, 0, -1], name="embedding_shape"))
+        found = tape.op("Cast", [tape.op("Gather", [rows, ids])], {"to": ir.DataType.FLOAT})
+        scaled = tape.op("Mul", [found, tape.op("Gather", [scales, ids])])  # (batch, tokens, blocks, block)
+        new = tape.op("Reshape", [scaled, flat])  # (batch, tokens, hidden)
+        for value in tape.initializers:
+            model.graph.register_initializer(value)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [new])
+        del model.graph.initializers[weight.name]
 
 
 def _is_matrix(value: ir.Value) -> bool:

@@ -36,10 +36,10 @@ class Embedding(nn.Module):
     Given such features, (tokens of pictures, width), it puts them in place, for runtimes that let a graph do it.
     """
 
-    def __init__(self, model: Any, table: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.embed_tokens = table
-        self.added = feature_width(model) - model.config.get_text_config(decoder=True).hidden_size
+        self.embed_tokens = model.get_input_embeddings()
+        self.added = feature_width(model) - self.embed_tokens.weight.shape[1]
         self.picture: Any = getattr(model.config, "image_token_id", None)
 
     def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
