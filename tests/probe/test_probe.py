@@ -17,7 +17,6 @@ from sasa_export.probe import RATES, Calibration, Probe, fit_probes
 from sasa_export.probe.figures import figures, kind_figures, rounded, verdict_on_projection
 from sasa_export.probe.fit import (
     best_regularization,
-    cross_validated,
     fit,
     fit_path,
     head_metric,
@@ -85,11 +84,13 @@ def test_a_pair_stays_in_one_fold() -> None:
     pairs = 20
     features = np.repeat(np.eye(pairs), 2, axis=0) * np.tile([[10.0], [-10.0]], (pairs, 1))
     labels = np.tile([1, 0], pairs)
-    together = cross_validated(features, labels, folds_of(grouped_prompts(labels, [n // 2 for n in range(2 * pairs)])))
-    assert np.ptp(together[1.0]) < 1e-6
+
+    def scores(groups: Any) -> np.ndarray:
+        return best_regularization(features, labels, folds_of(grouped_prompts(labels, groups)), (1.0,))[1]
+
+    assert np.ptp(scores([n // 2 for n in range(2 * pairs)])) < 1e-6
     alone = np.random.default_rng(0).permutation(2 * pairs)
-    apart = cross_validated(features, labels, folds_of(grouped_prompts(labels, alone)))
-    assert np.mean((apart[1.0] > 0.5) == labels) > 0.6
+    assert np.mean((scores(alone) > 0.5) == labels) > 0.6
 
 
 @pytest.mark.parametrize("groups", [["all"] * 20, ["harmless", "harmful"] * 10], ids=["one group", "a group a class"])
@@ -127,7 +128,7 @@ def test_the_best_regularization_is_the_one_of_least_loss() -> None:
     for candidates in ((1.0, 1e-2), (1e-2, 1.0)):
         value, scores = best_regularization(features, labels, folds, candidates)
         assert value == 1e-2
-        np.testing.assert_array_equal(scores, cross_validated(features, labels, folds, (value,))[value])
+        np.testing.assert_array_equal(scores, best_regularization(features, labels, folds, (value,))[1])
 
 
 def test_a_path_ends_where_single_fits_do() -> None:
