@@ -16,7 +16,7 @@ from sasa_export.prompts.prompt import Prompt, asked
 ROWS = 4096  # of the head at a time
 PAPER = 1.0  # the reproduction's C
 CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 1e-5)  # hundreds of prompts against hundreds of features: less is often more
-EXACT, CLOSE = 1e-8, 1e-3  # the gradient of the mean loss at which a fit ends; close is enough to choose by
+EXACT, CLOSE = 1e-8, 2e-3  # the gradient of the mean loss at which a fit ends; close is enough to choose by
 STRENGTHS_OF_WORDS = (0.1, 1.0, 10.0)  # C, of features of length 1
 STRENGTH = 30.0  # of `steady_metric`: of 0, 3 and 30, by the log loss on kinds left out; smol-llava's texts
 HIGHEST = 1 - 1e-6  # above it, a float32 probability no longer tells prompts apart
