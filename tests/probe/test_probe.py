@@ -18,7 +18,6 @@ from sasa_export.probe.figures import KindFigure, figures, kind_figures, rounded
 from sasa_export.probe.fit import (
     best_regularization,
     fit,
-    fit_path,
     head_metric,
     threshold_for,
     threshold_of,
@@ -122,13 +121,6 @@ def test_the_best_regularization_is_the_one_of_least_loss() -> None:
         value, scores = best_regularization(features, labels, folds, candidates)
         assert value == 1e-2
         np.testing.assert_array_equal(scores, best_regularization(features, labels, folds, (value,))[1])
-
-
-def test_a_path_ends_where_single_fits_do() -> None:
-    features, labels = samples(80, 20, gap=1.5)
-    for value, (weight, bias) in fit_path(features, labels, (1.0, 1e-2, 1e-4)).items():
-        alone = fit(features, labels, value)
-        np.testing.assert_allclose(np.r_[weight, bias], np.r_[alone[0], alone[1]], rtol=0, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- threshold
