@@ -18,6 +18,7 @@ from sasa_export.probe.fit import (
     CANDIDATES,
     Probe,
     best_regularization,
+    best_words,
     fit,
     head_metric,
     in_metric,
@@ -26,7 +27,6 @@ from sasa_export.probe.fit import (
     threshold_of,
 )
 from sasa_export.probe.folds import folds_of, kinds_of
-from sasa_export.probe.words import best_words
 from sasa_export.prompts.prompt import Prompt
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # of ordinary prompts refused, in the card's table of thresholds

@@ -163,23 +163,27 @@ def builtin_evaluation() -> list[Prompt]:
         )  # fmt: skip
         if kind == "split":
             words = line["picture"]
-            seed = _seed(f"{line['group']}/{words}")  # one picture, drawn alike beside either text
-            prompts.append(_shown(base, words, seed, question=f"{base.prompt}: {words}"))
+            image = partial(drawn, words, _seed(f"{line['group']}/{words}"))  # drawn alike beside either text
+            prompts.append(replace(base, channel="picture", image=image, question=f"{base.prompt}: {words}"))
             continue
         seed = _seed(line["group"])  # twins share their picture's look and what accompanies it
-        carrier = CARRIERS[seed % len(CARRIERS)]
-        shown = _shown(base, base.prompt, seed, prompt=carrier, question=base.prompt, name=f"{base.name}/picture")
-        prompts += [replace(base, name=f"{base.name}/text"), shown]
+        prompts.append(replace(base, name=f"{base.name}/text"))
+        prompts.append(under_a_carrier(base, seed))
     return prompts
+
+
+def under_a_carrier(prompt: Prompt, seed: int) -> Prompt:
+    """What a prompt asks, drawn as a picture under an innocuous text."""
+    words = prompt.prompt
+    return replace(
+        prompt, name=f"{prompt.name}/picture", prompt=CARRIERS[seed % len(CARRIERS)], question=words,
+        channel="picture", image=partial(drawn, words, seed),
+    )  # fmt: skip
 
 
 def _lines(name: str) -> list[dict[str, Any]]:
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
-
-
-def _shown(base: Prompt, words: str, seed: int, **changes: Any) -> Prompt:
-    return replace(base, channel="picture", image=partial(drawn, words, seed), **changes)
 
 
 def _seed(name: str) -> int:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import ChainMap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ TABLES = (".csv", ".json", ".parquet", ".yaml", ".yml")  # beside JSONL
 # Formats that Pillow reads by itself; for some others it starts a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-Found = tuple[str, str, Any]  # the place of a record, its key or number, and what it holds
-
 
 @dataclass(frozen=True)
 class Row:
@@ -32,6 +30,10 @@ class Row:
     place: str
     key: str
     fields: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fields, dict):
+            raise DataError(f"{self.where} is no record with names for its fields.")
 
     @property
     def where(self) -> str:
@@ -74,16 +76,24 @@ def rows(path: Path, inside: str | None = None, *, lines: bool = False) -> Itera
     """
     kind = path.suffix.lower()
     if lines or kind in (".jsonl", ".ndjson"):
-        found = _lines(path)
+        for number, line in enumerate(_text_of(path).split("\n"), 1):  # JSON strings may hold other line separators
+            if line.strip():
+                yield Row(path, f"line {number}", str(number), _parsed(line, f"{path}, line {number}"))
     elif kind in (".csv", ".parquet"):
-        found = _numbered(_csv(path) if kind == ".csv" else _parquet(path))
+        yield from _numbered(path, _csv(path) if kind == ".csv" else _parquet(path))
     else:
         value = _parsed(_text_of(path), str(path)) if kind == ".json" else _yaml(path)
-        found = _inside(value, inside, path)
-    for place, key, fields in found:
-        if not isinstance(fields, dict):
-            raise DataError(f"{path}, {place} is no record with names for its fields.")
-        yield Row(path, place, key, fields)
+        if inside is not None and isinstance(value, dict):
+            value = value.get(inside)
+        if isinstance(value, dict):
+            yield from (Row(path, f"record {key!r}", str(key), record) for key, record in value.items())
+        elif isinstance(value, list):
+            for number, record in enumerate(value, 1):
+                name = entry(record, "id")
+                said = f" ({name!r})" if isinstance(name, str) else ""
+                yield Row(path, f"record {number}{said}", str(number), record)
+        else:
+            raise DataError(f"{path} holds neither a list of records nor an object of them.")
 
 
 def rows_of_hub(name: Path, config: str, split: str) -> Iterator[Row]:
@@ -99,20 +109,17 @@ def rows_of_hub(name: Path, config: str, split: str) -> Iterator[Row]:
         for column, feature in found.features.items():
             if isinstance(feature, datasets.Image):  # as bytes, so that not all pictures are in memory as pixels
                 found = found.cast_column(column, datasets.Image(decode=False))
-    for place, key, fields in _numbered(found):
-        yield Row(name, place, key, fields)
+    yield from _numbered(name, found)
+
+
+def _numbered(table: Path, values: Iterable[Any]) -> Iterator[Row]:
+    return (Row(table, f"record {number}", str(number), value) for number, value in enumerate(values, 1))
 
 
 def _text_of(path: Path) -> str:
     """The whole file; a byte order mark is dropped."""
     with reworded(DataError, f"{path} cannot be read as text in UTF-8 ({{reason}})."):
         return path.read_text(encoding="utf-8-sig")
-
-
-def _lines(path: Path) -> Iterator[Found]:
-    for number, line in enumerate(_text_of(path).split("\n"), 1):  # JSON strings may hold other line separators
-        if line.strip():
-            yield f"line {number}", str(number), _parsed(line, f"{path}, line {number}")
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -129,26 +136,6 @@ def entry(record: Any, name: str) -> Any:
         return None
     outer, dot, inner = name.partition(".")
     return entry(record.get(outer), inner) if dot and name not in record else record.get(name)
-
-
-def _numbered(values: Any) -> Iterator[Found]:
-    for number, value in enumerate(values, 1):
-        yield f"record {number}", str(number), value
-
-
-def _inside(value: Any, inside: str | None, path: Path) -> Iterator[Found]:
-    """The records of a list, or of an object by key."""
-    if inside is not None and isinstance(value, dict):
-        value = value.get(inside)
-    if isinstance(value, list):
-        for place, key, record in _numbered(value):
-            name = entry(record, "id")
-            yield f"{place} ({name!r})" if isinstance(name, str) else place, key, record
-    elif isinstance(value, dict):
-        for key, record in value.items():
-            yield f"record {key!r}", str(key), record
-    else:
-        raise DataError(f"{path} holds neither a list of records nor an object of them.")
 
 
 def _csv(path: Path) -> Iterator[dict[str, str]]:

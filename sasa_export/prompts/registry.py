@@ -10,12 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from zlib import crc32
 
 from sasa_export.errors import DataError
-from sasa_export.prompts.builtin_sets import CARRIERS, builtin, builtin_evaluation, drawn
+from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation, under_a_carrier
 from sasa_export.prompts.data_sets import DATA_SETS, Chosen
 from sasa_export.prompts.leak import grouped
 from sasa_export.prompts.prompt import Prompt
@@ -100,15 +99,11 @@ def _drawn(prompts: Iterable[Prompt], ways: Sequence[str], path: Path, report: S
     """Each prompt as text, as a picture under an innocuous text, or as both; those that do not fit are left out."""
     left_out = 0
     for prompt in prompts:
-        words, seed = prompt.prompt, crc32(prompt.prompt.encode())
         if "text" in ways:
             yield prompt
-        if "picture" in ways and fits(words):
-            yield replace(
-                prompt, name=f"{prompt.name}/picture", prompt=CARRIERS[seed % len(CARRIERS)], question=words,
-                attack="typographic", channel="picture", image=partial(drawn, words, seed),
-            )  # fmt: skip
-        left_out += "picture" in ways and not fits(words)
+        if "picture" in ways and fits(prompt.prompt):
+            yield replace(under_a_carrier(prompt, crc32(prompt.prompt.encode())), attack="typographic")
+        left_out += "picture" in ways and not fits(prompt.prompt)
     if left_out:
         report.warn(f"{path}: {left_out} texts do not fit the {GRID * GRID} cells of a picture and are left out.")
 

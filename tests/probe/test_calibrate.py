@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import miniature
+import labelled
 import numpy as np
 import oracle
 import pytest
@@ -181,22 +180,11 @@ def test_a_channel_that_the_probe_is_worth_nothing_in_is_named(calibrated: Calla
 
 
 def test_patching_with_several_data_sets(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Through the command: a file of ours and XSTest, of prompts that even a random model tells apart."""
-    draw = random.Random(0)
-    words = [" ".join(draw.choices(("the", "old", "dog", "house", "water", "red"), k=3 + n % 4)) for n in range(48)]
-    rows = [(n + 1, f"{words[n]} {n} cake", "homonyms", "safe", "", "") for n in range(24)]
-    rows += [(n + 50, f"{words[n]} {n} broken bridges", "contrast_homonyms", "unsafe", "", "") for n in range(24)]
-    miniature.table(tmp_path / "xstest_prompts.csv", miniature.XSTEST_COLUMNS, rows)
-    lines = [
-        f'{{"prompt": "{words[n]} {n} {end}", "label": {label}, "group": "{n}"}}\n'
-        for n in range(24, 48)
-        for label, end in enumerate(("cake", "broken bridges"))
-    ]
-    (tmp_path / "mine.jsonl").write_text("".join(lines))
-    options: dict[str, Any] = {"verify": "files", "max_false_positive_rate": 0.1, "calibration": f"xstest:{tmp_path}"}
+    """Through the command, of prompts that even a random model tells apart."""
+    one, other = (labelled.write_set(tmp_path, name, seed, 24) for seed, name in enumerate(("one", "other"), 1))
+    options: dict[str, Any] = {"verify": "files", "max_false_positive_rate": 0.2, "calibration": one}
     arguments = flags(tiny_model("llava"), tmp_path / "out", **options)
-    arguments += ["--calibration", str(tmp_path / "mine.jsonl")]
-    assert "96 prompts: AUC" in succeeds(*arguments).stderr
+    assert "96 prompts: AUC" in succeeds(*arguments, "--calibration", str(other)).stderr
     figures = json.loads((tmp_path / "out" / "sasa-calibration.json").read_text())["figures"]
     assert [figure["feature"] for figure in figures if figure["part"] == "all"] == ["projected", "plain"]
 

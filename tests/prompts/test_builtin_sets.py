@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import sasa_export.prompts
@@ -22,51 +22,37 @@ from sasa_export.prompts.builtin_sets import ALONE, CARRIERS, drawn
 from sasa_export.prompts.leak import normalised
 from sasa_export.prompts.render import render
 
-SIDES = ("harmful", "harmless")
+SIDES = ["harmful", "harmless"]
 NEAR = 0.65  # a Jaccard similarity of words from which a request counts as another one reworded
-
 
 SETS = Path(sasa_export.prompts.__file__).parent
 ROOT = Path(__file__).parents[2]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read(path: Path) -> pd.DataFrame:
+    return pd.read_json(path, lines=True, dtype=False)
 
 
-LINES, EVALUATION = read(SETS / "builtin.jsonl"), read(SETS / "evaluation.jsonl")
-HELDOUT = read(ROOT / "training" / "heldout.jsonl")
+LINES, EVALUATION, HELDOUT = (
+    read(path) for path in (SETS / "builtin.jsonl", SETS / "evaluation.jsonl", ROOT / "training" / "heldout.jsonl")
+)
+EVALUATION["words"] = EVALUATION.request.fillna(EVALUATION.text + " " + EVALUATION.picture)  # split ones: both parts
+TWINS = LINES[LINES.kind == "twin"].replace({"label": {1: "harmful", 0: "harmless"}})
+BUILTIN = TWINS.pivot(index=["group", "category"], columns="label", values="text").reset_index()  # a pair a row
+EVERYDAY = BUILTIN[BUILTIN.group.str.contains("-everyday-")]
+BORDERLINE = BUILTIN.drop(EVERYDAY.index)
 BORDERLINE_KINDS = ("twin", "borderline", "figurative", "contrast", "sensitive")
 STYLES = {
     "question", "order", "role-play", "fiction", "reasoned", "polite", "long", "specific", "code", "terse", "document",
 }  # fmt: skip
 
 
-def pairs() -> list[dict[str, Any]]:
-    """The twins of the calibration set, a pair a row."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in LINES:
-        if line["kind"] == "twin":
-            row = found.setdefault(line["group"], {"pair": line["group"], "category": line["category"]})
-            row[SIDES[1 - line["label"]]] = line["text"]
-    return list(found.values())
+def kinds(*names: str) -> pd.DataFrame:
+    return EVALUATION[EVALUATION.kind.isin(names)]
 
 
-BUILTIN = pairs()
-EVERYDAY = [row for row in BUILTIN if "-everyday-" in row["pair"]]
-BORDERLINE = [row for row in BUILTIN if "-everyday-" not in row["pair"]]
-
-
-def kinds(*names: str) -> list[dict[str, Any]]:
-    return [row for row in EVALUATION if row["kind"] in names]
-
-
-def words(row: dict[str, Any]) -> str:
-    return f"{row['text']} {row['picture']}" if row["kind"] == "split" else str(row["request"])
-
-
-def requests(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return [row[side] for row in rows for side in SIDES]
+def requests(pairs: pd.DataFrame) -> list[str]:
+    return list(pairs[SIDES].to_numpy().ravel())
 
 
 def similarities(some: Sequence[str], others: Sequence[str]) -> np.ndarray:
@@ -83,22 +69,21 @@ def similarities(some: Sequence[str], others: Sequence[str]) -> np.ndarray:
 
 
 def test_categories_are_balanced() -> None:
-    borderline, everyday = (Counter(row["category"] for row in rows) for rows in (BORDERLINE, EVERYDAY))
+    borderline, everyday = (rows.category.value_counts() for rows in (BORDERLINE, EVERYDAY))
     assert len(BUILTIN) >= 380 and len(HELDOUT) >= 60
-    assert len(borderline) == 12 and set(borderline.values()) == {20}
-    assert set(everyday) == set(borderline) and set(everyday.values()) == {11, 12}
-    assert {row["category"] for row in HELDOUT} == set(borderline)
+    assert len(borderline) == 12 and set(borderline) == {20}
+    assert set(everyday.index) == set(borderline.index) == set(HELDOUT.category) and set(everyday) == {11, 12}
     for kind, each in (("harmful", 10), ("harmless", 10), ("borderline", 8)):
-        found = Counter(row["category"] for row in kinds(kind))
-        assert len(found) == 15 and set(found.values()) == {each}
-    assert set(Counter((row["category"], row["label"]) for row in kinds("split")).values()) == {4}
-    assert set(Counter((row["category"], row["type"]) for row in kinds("borderline")).values()) == {1}
+        found = kinds(kind).category.value_counts()
+        assert len(found) == 15 and set(found) == {each}
+    assert set(kinds("split").groupby(["category", "label"]).size()) == {4}
+    assert not kinds("borderline").duplicated(["category", "type"]).any()
 
 
 def test_the_demo_asks_what_no_calibration_sees() -> None:
     asked = {normalised(request) for requests in run_path(str(ROOT / "examples" / "demo.py"))["REQUESTS"].values()
              for request in requests}  # fmt: skip
-    assert len(asked) == 8 and not asked & {normalised(line["text"]) for line in LINES}
+    assert len(asked) == 8 and not asked & set(LINES.text.map(normalised))
 
 
 def test_nothing_occurs_twice_or_reworded() -> None:
@@ -106,49 +91,44 @@ def test_nothing_occurs_twice_or_reworded() -> None:
     ours, heldout = requests(BUILTIN), requests(HELDOUT)
     for values in (
         [*ours, *heldout],
-        [row["pair"] for row in [*BUILTIN, *HELDOUT]],
-        [row["id"] for row in EVALUATION],
-        [normalised(words(row)) for row in EVALUATION],
+        [*BUILTIN.group, *HELDOUT.pair],
+        EVALUATION.id,
+        EVALUATION.words.map(normalised),
+        asked_in(LINES),
         [prompt.name for prompt in [*builtin(), *builtin_evaluation()]],
     ):
         assert [value for value, count in Counter(values).items() if count > 1] == []
-    asked_for = [part for row in EVALUATION for part in (words(row), row.get("picture", words(row)))]
-    for some, others in (
-        (heldout, ours), (asked_for, [*ours, *heldout]), ([*map(words, EVALUATION)], [*map(asked_in, LINES)])
-    ):  # fmt: skip
+    asked_for = [*EVALUATION.words, *EVALUATION.picture.dropna()]
+    for some, others in ((heldout, ours), (asked_for, [*ours, *heldout]), (EVALUATION.words, asked_in(LINES))):
         near = similarities(some, others)
         one, other = divmod(int(near.argmax()), len(others))
         assert near.max() < NEAR, (some[one], others[other])
     rows = kinds("harmful", "harmless", "borderline")
-    groups = np.array([row["group"] for row in rows])
+    groups = rows.group.to_numpy()
     apart = groups[:, None] != groups  # twins are meant to differ in little
-    assert similarities(*[[words(row) for row in rows]] * 2)[apart].max() < NEAR
+    assert similarities(rows.words, rows.words)[apart].max() < NEAR
     check_disjoint(builtin(), builtin_evaluation())
 
 
 def test_harmful_and_harmless_twins_ask_alike_on_one_topic() -> None:
-    groups: dict[str, dict[str, Any]] = defaultdict(dict)
-    for row in kinds(*SIDES):
-        groups[row["group"]][row["kind"]] = row
-    assert len(groups) == 150
-    for pair in groups.values():
-        harmful, harmless = pair["harmful"], pair["harmless"]
-        assert (harmful["label"], harmless["label"]) == (1, 0) and harmful["category"] == harmless["category"]
-        assert harmful["request"].split()[0] == harmless["request"].split()[0]
-        assert similarities([harmful["request"]], [harmless["request"]]).max() > 0.2
+    twins = kinds(*SIDES)
+    assert (twins.label == (twins.kind == "harmful")).all()
+    pairs = twins.pivot(index=["group", "category"], columns="kind", values="request")
+    assert len(pairs) == 150 and not pairs.isna().any(axis=None)
+    for harmful, harmless in pairs[SIDES].to_numpy():
+        assert harmful.split()[0] == harmless.split()[0]
+        assert similarities([harmful], [harmless]).max() > 0.2
 
 
 def test_in_split_prompts_no_part_tells_anything() -> None:
     """Two texts and two pictures a group, in all combinations: harmful is what neither part alone is."""
-    groups = defaultdict(list)
-    for row in kinds("split"):
-        groups[row["group"]].append(row)
-    assert len(groups) == 30
-    for rows in groups.values():
-        assert len({(row["text"], row["picture"]) for row in rows}) == len(rows) == 4
-        for part in ("text", "picture"):
-            seen = Counter((row[part], row["label"]) for row in rows)
-            assert len(seen) == 4 and set(seen.values()) == {1}
+    split = kinds("split")
+    assert set(split.groupby("group").size()) == {4} and split.group.nunique() == 30
+    assert not split.duplicated(["group", "text", "picture"]).any()
+    for part in ("text", "picture"):
+        assert not split.duplicated(["group", part, "label"]).any() and set(split.groupby("group")[part].nunique()) == {
+            2
+        }
 
 
 # ---------------------------------------------------------------------------------- what wording gives away
@@ -157,30 +137,29 @@ WORDS: dict[str, Any] = {"token_pattern": r"[a-z']+"}
 BAGS = (WORDS, {**WORDS, "ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_range": (2, 5)})
 
 
-def samples(name: str) -> tuple[list[str], list[int], list[str]]:
-    """Texts, labels and groups of a part of the sets."""
-    pairs = {"calibration": BUILTIN, "calibration, borderline": BORDERLINE, "calibration, everyday": EVERYDAY}
-    if name in pairs or name == "held out":
-        rows = pairs.get(name, HELDOUT)
-        return requests(rows), [1, 0] * len(rows), [row["pair"] for row in rows for _ in SIDES]
-    rows = kinds(*name.split(" and "))
-    return [words(row) for row in rows], [row["label"] for row in rows], [row["group"] for row in rows]
-
-
 @pytest.mark.parametrize(
-    ("name", "low", "high"),
+    ("rows", "low", "high"),
     [
-        ("held out", 0.0, 1.0),
-        ("calibration", 0.0, 0.67),
+        (HELDOUT.rename(columns={"pair": "group"}), 0.0, 1.0),
+        (BUILTIN, 0.0, 0.67),
         # Everyday harmful requests use everyday harmful words; the borderline pairs must not lean on them.
-        ("calibration, borderline", 0.0, 0.6),
-        ("calibration, everyday", 0.0, 0.7),
-        ("split", 0.4, 0.6),
-        ("harmful and harmless", 0.5, 0.82),
-        ("harmful and borderline", 0.5, 0.82),
+        (BORDERLINE, 0.0, 0.6),
+        (EVERYDAY, 0.0, 0.7),
+        (kinds("split"), 0.4, 0.6),
+        (kinds("harmful", "harmless"), 0.5, 0.82),
+        (kinds("harmful", "borderline"), 0.5, 0.82),
+    ],
+    ids=[
+        "held out",
+        "calibration",
+        "its borderline",
+        "its everyday",
+        "split",
+        "harmful, harmless",
+        "harmful, borderline",
     ],
 )
-def test_what_a_bag_of_words_tells(name: str, low: float, high: float) -> None:
+def test_what_a_bag_of_words_tells(rows: pd.DataFrame, low: float, high: float) -> None:
     """ROC-AUC of a classifier of words, word pairs or characters, on unseen groups; length tells nothing."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -188,36 +167,38 @@ def test_what_a_bag_of_words_tells(name: str, low: float, high: float) -> None:
     from sklearn.model_selection import GroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
-    texts, labels, groups = samples(name)
-    for measure in (len, lambda text: len(text.split())):
-        assert 0.42 < roc_auc_score(labels, [measure(text) for text in texts]) < 0.58
+    if "words" not in rows:  # pairs
+        rows = rows.melt("group", SIDES, "label", "words")
+        rows["label"] = (rows.label == "harmful").astype(int)
+    for measure in (rows.words.str.len(), rows.words.str.split().str.len()):
+        assert 0.42 < roc_auc_score(rows.label, measure) < 0.58
     for options in BAGS:
         model = make_pipeline(TfidfVectorizer(**options), LogisticRegression(class_weight="balanced", max_iter=1000))
-        scores = cross_val_predict(model, texts, labels, groups=groups, cv=GroupKFold(5), method="decision_function")
-        assert low < roc_auc_score(labels, scores) < high, options
+        scores = cross_val_predict(
+            model, rows.words, rows.label, groups=rows.group, cv=GroupKFold(5), method="decision_function"
+        )
+        assert low < roc_auc_score(rows.label, scores) < high, options
 
 
 # ------------------------------------------------------------------------------------------------ the prompts
 
 
 def test_every_line_of_the_calibration_set_has_a_label_and_a_kind() -> None:
-    for line in LINES:
-        always = {"label", "kind", "category", "text"}
-        assert always <= set(line) <= {*always, "group", "picture"}
-        shortest = 1 if line["kind"] in ALONE else 3
-        assert line["label"] in (0, 1) and shortest <= len(line["text"].split()) <= 90 and "\n" not in line["text"]
-        assert (line["text"] + line.get("picture", "")).isascii()
-    assert [text for text, count in Counter(map(asked_in, LINES)).items() if count > 1] == []
-    found = Counter((line["kind"], line["label"]) for line in LINES)
-    assert {kind for kind, _ in found} == STYLES | {"twin", "borderline", "photo", "text-in-picture", *ALONE}
+    assert set(LINES) == {"label", "kind", "category", "text", "group", "picture"}
+    assert not LINES[["label", "kind", "category", "text"]].isna().any(axis=None) and LINES.label.isin([0, 1]).all()
+    lengths = LINES.text.str.split().str.len()
+    assert lengths.max() <= 90 and (lengths >= LINES.kind.isin(ALONE).map({True: 1, False: 3})).all()
+    assert not LINES.text.str.contains("\n").any() and asked_in(LINES).map(str.isascii).all()
+    found = LINES.groupby(["kind", "label"]).size()
+    assert set(LINES.kind) == STYLES | {"twin", "borderline", "photo", "text-in-picture", *ALONE}
     # A style tells nothing: there are about as many harmful as ordinary requests of each.
     assert all(0.7 < found[style, 0] / found[style, 1] < 1.4 and found[style, 1] >= 100 for style in STYLES)
 
 
 def test_the_form_of_a_blunt_request_tells_nothing() -> None:
     """As many of either label are upper case, ask with a mark, or open alike; a pair differs in what it wants."""
-    blunt = [line for line in LINES if line["kind"] == "blunt"]
-    forms = {
+    blunt = LINES[LINES.kind == "blunt"]
+    forms: dict[str, Callable[[str], bool]] = {
         "upper case": str.isupper,
         "lower case": str.islower,
         "a question mark": lambda text: text.endswith("?"),
@@ -225,16 +206,14 @@ def test_the_form_of_a_blunt_request_tells_nothing() -> None:
         "short": lambda text: len(text.split()) < 5,
     }
     for form, holds in forms.items():
-        shares = [np.mean([holds(line["text"]) for line in blunt if line["label"] == label]) for label in (0, 1)]
-        assert abs(shares[0] - shares[1]) < 0.06 and min(shares) > 0.05, (form, shares)
-    pairs = Counter(line["group"] for line in LINES if line["kind"] == "contrast")
-    harmful = Counter(line["group"] for line in LINES if line["kind"] == "contrast" and line["label"] == 1)
-    assert set(pairs.values()) == {2} and set(harmful.values()) == {1} and len(pairs) == len(harmful)
-    assert all(line["label"] == 0 for line in LINES if line["kind"] in ("figurative", "sensitive"))
+        shares = blunt.text.map(holds).groupby(blunt.label).mean()
+        assert abs(shares[0] - shares[1]) < 0.06 and shares.min() > 0.05, (form, shares)
+    assert set(LINES[LINES.kind == "contrast"].groupby("group").label.agg(tuple).map(sorted).map(tuple)) == {(0, 1)}
+    assert not LINES[LINES.kind.isin(["figurative", "sensitive"])].label.any()
 
 
-def asked_in(line: dict[str, Any]) -> str:
-    return normalised(f"{line['text']} {line.get('picture', '')}")
+def asked_in(lines: pd.DataFrame) -> pd.Series:
+    return (lines.text + " " + lines.picture.fillna("")).map(normalised)
 
 
 def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> None:
@@ -246,7 +225,7 @@ def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> No
     assert all(by_kind[kind, "picture"] == 0 < by_kind[kind, "text"] for kind in ALONE)
     assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in BORDERLINE_KINDS) for prompt in prompts)
     assert {asked(prompt) for prompt in prompts if prompt.channel == "text"} == {
-        line["text"] for line in LINES if line["kind"] not in ("photo", "text-in-picture")
+        *LINES.text[~LINES.kind.isin(["photo", "text-in-picture"])]
     }
     # Neither the setting nor what accompanies a picture tells the label.
     styled = [prompt for prompt in prompts if prompt.kind in STYLES]
@@ -289,14 +268,14 @@ def test_evaluation_prompts_carry_each_request_in_both_channels() -> None:
         **{("borderline", channel, 0): 120 for channel in ("text", "picture")},
         **{("split", "picture", label): 60 for label in (0, 1)},
     }
-    rows = [row for row in EVALUATION for _ in range(1 if row["kind"] == "split" else 2)]
-    for prompt, row in zip(prompts, rows, strict=True):
-        split = row["kind"] == "split"
-        assert (prompt.label, prompt.category, prompt.group) == (row["label"], row["category"], row["group"])
-        assert asked(prompt) == (f"{row['text']}: {row['picture']}" if split else row["request"])
+    rows = EVALUATION.loc[EVALUATION.index.repeat(1 + (EVALUATION.kind != "split"))]
+    for prompt, row in zip(prompts, rows.itertuples(), strict=True):
+        split = row.kind == "split"
+        assert (prompt.label, prompt.category, prompt.group) == (row.label, row.category, row.group)
+        assert asked(prompt) == (f"{row.text}: {row.picture}" if split else row.request)
         if prompt.image is not None:
-            assert prompt.image.args[0] == row["picture" if split else "request"]  # type: ignore[attr-defined]
-            assert prompt.prompt == row["text"] if split else prompt.prompt in CARRIERS
+            assert prompt.image.args[0] == (row.picture if split else row.request)  # type: ignore[attr-defined]
+            assert prompt.prompt == row.text if split else prompt.prompt in CARRIERS
     # Nothing further is connected: a group is a pair of twins, one borderline request, or a split group.
     assert len({prompt.group for prompt in prompts}) == len({prompt.group for prompt in grouped(prompts)}) == 300
     carriers = defaultdict(set)

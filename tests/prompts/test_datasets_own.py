@@ -10,6 +10,7 @@ from typing import Any
 
 import miniature
 import numpy as np
+import pandas as pd
 import pytest
 from cli_steps import Told
 from PIL import Image
@@ -73,17 +74,13 @@ def test_writingbench(whole: dict[str, Path]) -> None:
 
 def write(path: Path) -> None:
     """`ROWS` in the format that the name says."""
+    table = pd.DataFrame(ROWS)
     if path.suffix == ".csv":
-        miniature.table(path, list(ROWS[0]), [list(row.values()) for row in ROWS])
-    elif path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, ROWS)))
+        table.to_csv(path, index=False)
     elif path.suffix == ".parquet":
-        from pyarrow import Table
-        from pyarrow.parquet import write_table
-
-        write_table(Table.from_pylist(ROWS), path)
+        table.to_parquet(path)
     else:  # YAML holds all of JSON
-        path.write_text(json.dumps(ROWS))
+        table.to_json(path, orient="records", lines=path.suffix == ".jsonl")
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet", "yaml"])

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import miniature
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.sparse.csgraph import connected_components
+from sklearn.metrics import rand_score
 
 from sasa_export.errors import DataError
 from sasa_export.prompts import Prompt, asked, builtin, check_disjoint, grouped, load
@@ -59,26 +62,14 @@ def share(first: Draw, second: Draw, *places: int) -> bool:
     return any(first[place] and first[place] == second[place] for place in places)
 
 
-def components(draws: Sequence[Draw]) -> list[set[int]]:
-    """Which rows are connected, by joining sets until none overlap."""
-    parts = [{row} for row in range(len(draws))]
-    for one, other in itertools.combinations(range(len(draws)), 2):
-        if share(draws[one], draws[other], 0, 1, 3):
-            joined = [part for part in parts if one in part or other in part]
-            parts = [part for part in parts if part not in joined] + [set().union(*joined)]
-    return parts
-
-
 @many
 @given(draws=draws)
 def test_groups_are_what_is_connected(pictures: list[list[Path]], draws: list[Draw]) -> None:
     prompts = drawn(pictures, draws)
     again = grouped(prompts)
     assert [replace(prompt, group="") for prompt in again] == [replace(prompt, group="") for prompt in prompts]
-    found: dict[str, set[int]] = {}
-    for row, prompt in enumerate(again):
-        found.setdefault(prompt.group, set()).add(row)
-    assert sorted(map(sorted, found.values())) == sorted(map(sorted, components(draws)))
+    bonds = np.array([[share(one, other, 0, 1, 3) for other in draws] for one in draws])
+    assert rand_score(connected_components(bonds)[1], [prompt.group for prompt in again]) == 1.0, "the same parts"
 
 
 @many

@@ -30,6 +30,7 @@ def test_looks_vary_with_the_seed_and_can_be_read() -> None:
     pictures = [render(REQUEST, seed=seed) for seed in SEEDS]
     assert len({picture.tobytes() for picture in pictures}) == len(SEEDS)
     styles = [choose_style(Random(seed), fonts()) for seed in range(500)]
+    assert len({style.font for style in styles}) == len(fonts()) >= 16
     assert min(contrast(style.ink, style.paper) for style in styles) >= 4.5
     for picture in pictures:
         values = pixels(picture).reshape(-1, 3)
@@ -38,10 +39,6 @@ def test_looks_vary_with_the_seed_and_can_be_read() -> None:
         ink = numpy.median(values[far >= numpy.quantile(far, 0.999)], axis=0)
         assert contrast(*[(int(red), int(green), int(blue)) for red, green, blue in (ink, paper)]) > 4
         assert sum(paper) > 3 * 180, "the embedded model reads no dark paper"
-
-
-def test_fonts_come_from_matplotlib() -> None:
-    assert len(fonts()) >= 16 and all(font.exists() and "matplotlib" in str(font) for font in fonts())
 
 
 def test_each_word_stays_in_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:

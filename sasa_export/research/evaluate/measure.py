@@ -16,10 +16,9 @@ import pandas as pd
 from sasa_export.errors import CalibrationError
 from sasa_export.probe import Fitted, choose_threshold
 from sasa_export.probe.features import Features
-from sasa_export.probe.fit import probability, threshold_of
+from sasa_export.probe.fit import bag_of_words, best_words, probability, threshold_of
 from sasa_export.probe.folds import folds_of
 from sasa_export.probe.intervals import Comparable, Share, auc_of, difference, share
-from sasa_export.probe.words import bag_of_words, best_words
 from sasa_export.prompts.prompt import Prompt, asked
 from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.research.evaluate.arms import Answers, Arms, parts
