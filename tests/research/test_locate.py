@@ -20,10 +20,9 @@ from sasa_export import Options, SasaExportError, patch
 from sasa_export.errors import EmitError
 from sasa_export.probe.work import resumable
 from sasa_export.report import Silent
-from sasa_export.research.locate.page import Located, markdown
-from sasa_export.research.locate.run import locate
+from sasa_export.research.locate.run import Located, locate, write
 from sasa_export.research.options import EvaluateOptions, LocateOptions
-from sasa_export.research.report import html_page, made_with
+from sasa_export.research.report import made_with
 
 Report = tuple[Located, Path]
 
@@ -91,12 +90,13 @@ def test_the_report_is_whole_and_needs_no_network(report: Report) -> None:
     assert len(data["safety_perception"]["all"]) == planted.BLOCKS and len(data["sweep"]["pairs"]) == 28
 
 
-def test_a_report_shows_any_name(report: Report) -> None:
+def test_a_report_shows_any_name(report: Report, tmp_path: Path) -> None:
     """What a model is called must not end up as markup."""
     strange = {**report[0].subject, "model": "<i>![x](y)</i> &amp __x__"}
-    page = html_page("<u>", markdown(replace(report[0], subject=strange)), {})
-    assert not re.search("<i>", page) and "<title>&lt;u&gt;</title>" in page
-    assert "&lt;i&gt;![x](y)&lt;/i&gt; &amp;amp __x__" in page
+    write(replace(report[0], subject=strange), LocateOptions(out=tmp_path / "report"))
+    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert not re.search("<i>", page) and "<title>Where &lt;i&gt;" in page
+    assert page.count("&lt;i&gt;![x](y)&lt;/i&gt; &amp;amp __x__") == 2
 
 
 # ---------------------------------------------------------------------------------------- interruptions
