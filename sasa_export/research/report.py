@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sasa_export.files import staged
 from sasa_export.flags import flag
 from sasa_export.manifest import write_manifest
@@ -67,8 +65,6 @@ def jsonable(value: Any) -> Any:
     """Plain data, its numbers to six digits; of an estimate, all but its influence."""
     if is_dataclass(value):
         value = {name: part for name, part in vars(value).items() if name != "influence"}
-    elif isinstance(value, np.ndarray):
-        value = value.tolist()
     if isinstance(value, dict):
         return {name: jsonable(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The arms and figures of an evaluation, against scikit-learn and against what a pencil gives."""
+"""The arms and figures of an evaluation, against what a pencil gives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import recall_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from sasa_export.probe import fit_probes
 from sasa_export.probe.intervals import Share
@@ -27,23 +27,6 @@ def prompts_of(labels: Any, **fields: Any) -> list[Prompt]:
                **{"prompt": "words", **{name: values[row] for name, values in fields.items()}})
         for row, label in enumerate(labels)
     ]  # fmt: skip
-
-
-def table_of(scores: Any, **fields: Any) -> pd.DataFrame:
-    """The table of an "arm" that refuses what it flags, of prompts in groups of two."""
-    flagged = np.asarray(scores) >= THRESHOLD
-    columns = {"attack": "none", "category": "none", "source": "", "channel": "text", **fields}
-    table = pd.DataFrame({"arm_refused": flagged, "arm_unsafe_probability": scores, **columns})
-    return table.assign(group=table.index // 2)
-
-
-def test_detection_is_scikit_learns() -> None:
-    labels = np.arange(60) % 2
-    scores = np.round(np.clip(np.random.default_rng(3).normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1)  # with ties
-    found = figures(table_of(scores, label=labels), "arm", THRESHOLD)
-    assert found["auc"].value == pytest.approx(roc_auc_score(labels, scores))
-    assert found["caught"].value == pytest.approx(recall_score(labels, scores >= THRESHOLD))
-    assert all(of.low <= of.value <= of.high for of in found.values())
 
 
 def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
@@ -67,8 +50,8 @@ def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
 
 
 def test_a_split_request_is_a_channel() -> None:
-    channels = ["text", "picture", "picture"]
-    found = parts(table_of(np.ones(3), label=[1, 0, 1], channel=channels, attack=["none", "none", "split"]))
+    channels, attacks = ["text", "picture", "picture"], ["none", "none", "split"]
+    found = parts(pd.DataFrame({"channel": channels, "attack": attacks, "category": "none", "source": ""}))
     rows = {name: rows.index.tolist() for name, rows in found["channel"].items()}
     assert rows == {"picture": [1], "split": [2], "text": [0]} and "category" not in found
 
@@ -89,15 +72,10 @@ def test_a_fitted_probe_finds_the_direction_and_keeps_its_threshold() -> None:
     states = np.random.default_rng(1).normal(size=(200, 8))
     states[:, 0] += 3 * labels
     prompts = prompts_of(labels[:120])
-
-    def fitted(c: float | None) -> tuple[np.ndarray, float | None]:
-        return probe(fit_probes({"plain": states[:120]}, prompts, None, c), "plain", states[120:], prompts, 0.05)
-
-    scores, threshold = fitted(None)
+    fitted = fit_probes({"plain": states[:120]}, prompts, None)
+    scores, threshold = probe(fitted, "plain", states[120:], prompts, 0.05)
     assert roc_auc_score(labels[120:], scores) > 0.95
     assert threshold is not None and (scores[labels[120:] == 0] >= threshold).mean() < 0.2
-    given, _ = fitted(1e-5)
-    assert np.ptp(given) < 0.5 * np.ptp(scores)
 
 
 def test_words_alone_read_what_is_asked() -> None:

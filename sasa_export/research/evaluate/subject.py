@@ -98,7 +98,7 @@ class Subject:
             "graphs": self.graphs,
             "safety_layer": self.sasa["safety_layer"],
             "semantic_layer": self.sasa["semantic_layer"],
-            "blocks": _blocks(self.sasa),
+            "blocks": self.original.sizes.blocks,
             "lane_blocks": len(blocks_again(self.sasa["graph"])),
             "false_positive_rate": self.rate,
             "given_threshold": self.sasa["threshold"] if given else None,
@@ -123,7 +123,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     specs = options.calibration or made.get("calibration") or ()
     calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)
-    source, decoder = _open_baseline(options, sasa, made, manifest)
+    source, decoder = _open_baseline(options, sasa, manifest)
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
     original = open_original(source, decoder, options)
@@ -160,13 +160,13 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _open_baseline(
-    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
+    options: EvaluateOptions, sasa: dict[str, Any], manifest: dict[str, Any]
 ) -> tuple[Source, Decoder | None]:
     """What the patched model was made from: --baseline, or what the manifest names. Graphs come with their decoder.
 
     Raises EvaluateError where it is another model: of another size, or with other weights.
     """
-    name, decoder = options.baseline or made.get("model"), None
+    name, decoder = options.baseline or (manifest.get("options") or {}).get("model"), None
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
@@ -183,16 +183,13 @@ def _open_baseline(
     copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte, and so is what a graph reads
     compared = copied and (decoder is not None or dtype_of(options.model) is None)
     other_weights = compared and not all(digest(path) in copied for path in weights)
-    if other_weights or (read_sizes(source) if decoder is None else decoder.sizes).blocks != _blocks(sasa):
+    blocks = (read_sizes(source) if decoder is None else decoder.sizes).blocks
+    if other_weights or blocks != sum(node["op"] == "block" for node in sasa["graph"]):
         raise EvaluateError(
             f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "
             "--baseline."
         )
     return source, decoder
-
-
-def _blocks(sasa: dict[str, Any]) -> int:
-    return sum(node["op"] == "block" for node in sasa["graph"])
 
 
 def _digests(directory: Path) -> list[str]:
