@@ -22,14 +22,13 @@ import pandas as pd
 import torch
 from corpus import BLANK, Tokens, targets
 from measure_smol_llava import nearest
-from published import SETS, draw
+from published import SETS, draw, markdown_table
 from torch import Tensor
 
 from sasa_export.models.wheels import fetch
 from sasa_export.probe.intervals import share
 from sasa_export.prompts import Prompt, encode, for_model, load, render
 from sasa_export.report import quiet
-from sasa_export.research.report import markdown_table
 
 BATCH = 10
 WORDS = 49152  # tokens that SmolLM2 has

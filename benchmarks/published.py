@@ -35,7 +35,7 @@ from sasa_export.prompts.read import open_picture
 from sasa_export.report import Console, quiet
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.options import EvaluateOptions
-from sasa_export.research.report import last_name, markdown_table
+from sasa_export.research.report import last_name
 
 PYRIT = Wheel(
     "pyrit==1.1.0",
@@ -102,7 +102,7 @@ def asked_prompts(subject: Subject, folder: Path, limit: int | None) -> list[Pro
     for name, (wheel, member, data_set, count) in SETS.items():
         with zipfile.ZipFile(fetch(wheel)) as archive:
             path = archive.extract(member, folder)
-        found = for_model(load(f"{data_set}:{path},as=text+picture"), subject.processor)
+        found = for_model(load(f"{data_set}:{path},as=text+picture"), subject.original.processor)
         prompts += [replace(prompt, source=name) for prompt in draw(found, limit or count)]
     pictures = photographs(folder)
     beside = [beside_a_photograph(prompt, pictures) for prompt in prompts if prompt.channel == "text"]
@@ -157,10 +157,11 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
     from sasa_export.models.load import load_model
     from sasa_export.research.evaluate.measure import probe, words
 
-    model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
+    original = subject.original
+    model = load_model(original.source, dtype=original.dtype, device=original.device)
     probes = fitted_for(subject, model, report)
     with report.bar(len(prompts), "prompts") as advance:
-        features = collect(model, subject.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
+        features = collect(model, original.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
     own = read_probe(_probe_file(subject.options.model), None)
     lane = features.plain if subject.sasa["safety_layer"] is None else features.projected  # (prompts, features)
     arms = {
@@ -187,7 +188,7 @@ def fitted_for(subject: Subject, model: Any, report: Console) -> Fitted:
         return subject.bundled
     prompts = subject.calibration
     with report.bar(len(prompts), "calibration") as advance:
-        features = collect(model, subject.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
+        features = collect(model, subject.original.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
     return calibrate(model, subject.lane, features, prompts, subject.regularization)
 
 
@@ -200,21 +201,19 @@ def _probe_file(directory: Path) -> Path:
     return directory / index["weight_map"][PROBE_WEIGHT]
 
 
-def answered(load_it: Callable[[], tuple[Any, Any]], prompts: Sequence[Prompt], report: Console, label: str) -> Any:
+def answered(load_it: Callable[[], Any], prompts: Sequence[Prompt], report: Console, label: str) -> Any:
     """The `Answers` of a model, greedy."""
     from sasa_export.research.evaluate.arms import Answers
-    from sasa_export.research.evaluate.models import TorchModel
 
-    stock_or_patched, processor = load_it()
-    model = TorchModel(stock_or_patched, processor, TOKENS)
+    model = load_it()
     tokens, scores = np.full((len(prompts), TOKENS), -1), np.zeros(len(prompts))
     with report.bar(len(prompts), label) as advance:
         for rows in batches(prompts, BATCH):
-            found = model.answers([prompts[row] for row in rows])
+            found = model.answers([prompts[row] for row in rows], TOKENS)
             tokens[rows], scores[rows] = found["tokens"], found["scores"]
             advance(len(rows))
     said = [row[row >= 0].tolist() for row in tokens]
-    return Answers(tokens, processor.tokenizer.batch_decode(said, skip_special_tokens=True), scores)
+    return Answers(tokens, model.processor.tokenizer.batch_decode(said, skip_special_tokens=True), scores)
 
 
 # -------------------------------------------------------------------------------------------------- what it shows
@@ -258,6 +257,13 @@ def attack_success(prompts: Sequence[Prompt], plain: Any, patched: Any, sasa: di
     return pd.DataFrame(rows)
 
 
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A table in Markdown, its columns' names as the head. Cells are written as they are; None is an empty one."""
+    rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
+    rows += [["" if cell is None else str(cell) for cell in row] for row in frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+
+
 @click.command(help=__doc__)
 @click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the report here.")
@@ -283,7 +289,7 @@ def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: C
     from jinja2 import StrictUndefined, Template
 
     from sasa_export.models.load import load_model
-    from sasa_export.research.evaluate.models import load_patched
+    from sasa_export.research.evaluate.models import TorchModel, load_patched
 
     subject = open_subject(EvaluateOptions(model=model, out=folder / "report", dtype=dtype), report)
     if subject.graphs is not None:
@@ -300,22 +306,24 @@ def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: C
         if name != ORDINARY or prompt.channel == "text"
     ]
 
-    def plain() -> tuple[Any, Any]:
-        return load_model(subject.source, dtype=subject.dtype, device=subject.device), subject.processor
+    original = subject.original
+
+    def plain() -> TorchModel:
+        model = load_model(original.source, dtype=original.dtype, device=original.device)
+        return TorchModel(model, original.processor)
 
     before = answered(plain, asked, report, "before")
-    after = answered(partial(load_patched, model, subject.dtype, subject.device), asked, report, "after")
+    after = answered(partial(load_patched, model, original.dtype, original.device), asked, report, "after")
     same = share((before.tokens == after.tokens).all(1)[[prompt.label == 0 for prompt in asked]])
     row = {id(prompt): place for place, prompt in enumerate(prompts)}
     read = judgements["patched model"].to_numpy()[[row[id(prompt)] for prompt in asked]]  # (asked,)
     return Template(TEMPLATE.read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True).render(
         command=f"python benchmarks/published.py --dtype {dtype}" + ("" if limit is None else f" --limit {limit}"),
         model=model.resolve().name,
-        baseline=last_name(subject.source.name),
+        baseline=last_name(original.source.name),
         calibrated_on=subject.calibrated_on,
         threshold=subject.sasa["threshold"],
-        dtype=subject.dtype,
-        device=subject.device.partition(":")[0],
+        **original.running,
         made_of=made_of(),
         wheels=", ".join(wheel.requirement for wheel in WHEELS),
         limit=limit,

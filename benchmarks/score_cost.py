@@ -72,10 +72,10 @@ def plain_passes(model: str, data: Path, size: int) -> None:
 
 def judged(directory: Path, data: Path) -> np.ndarray:
     """P(unsafe) of each prompt alone, (prompts,), as a user of the patched model asks for it."""
-    model, processor = load_patched(directory, "auto", "cpu")
+    patched = load_patched(directory, "auto", "cpu")
 
     def one(prompt: Prompt) -> float:
-        return float(model.judge(**encode(processor, [prompt])).item())
+        return float(patched.model.judge(**encode(patched.processor, [prompt])).item())
 
     return np.array([one(prompt) for prompt in load(str(data), labelled=False)])
 

@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 
 from sasa_export.errors import LocateError
-from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.prompt import Prompt, asked
 from sasa_export.prompts.shares import kinds_of_groups, share_of, spaced
 
 LEAST = 10  # groups of either label, below which nothing can be cross-validated
@@ -37,11 +37,11 @@ def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
     in `question` where the prompt merely accompanies a picture. A picture without any words beside it has no text-only
     control and is passed over.
     """
-    pictures = [prompt for prompt in prompts if prompt.image is not None and (prompt.question or prompt.prompt).strip()]
+    pictures = [prompt for prompt in prompts if prompt.image is not None and asked(prompt).strip()]
     found = []
     for prompt in spaced(pictures, CONTROLS):
-        asked = prompt.question or prompt.prompt
-        text = replace(prompt, name=f"{prompt.name}, text", prompt=asked, channel="text", image=None, picture=None)
+        words, name = asked(prompt), f"{prompt.name}, text"
+        text = replace(prompt, name=name, prompt=words, channel="text", image=None, picture=None)
         found += [prompt, text, replace(prompt, name=f"{prompt.name}, image", prompt="")]
     return found
 

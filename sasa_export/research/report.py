@@ -1,4 +1,4 @@
-"""The one report layer of locate and evaluate: jinja2 for text, pandas for tables; pictures are drawn with theme.py."""
+"""The one report layer of locate and evaluate: text stands in templates/, pictures are drawn with theme.py."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
+from sasa_export.files import staged
 from sasa_export.flags import flag
+from sasa_export.manifest import write_manifest
 from sasa_export.writers import card
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TEMPLATES = Path(__file__).with_name("templates")
 SPARE_BYTES = 20_000_000  # of any report
@@ -26,43 +23,41 @@ LEFT_OUT = ("model", "out", "force", "device")  # of a command line: said first,
 
 
 def write_report(
-    directory: Path, title: str, markdown: str, pictures: Mapping[str, bytes], name: str, figures: Any
+    options: Any, name: str, title: str, figures: dict[str, Any], files: Mapping[str, bytes], **values: Any
 ) -> None:
-    """Write report.md, report.html with the pictures in it, the pictures, and NAME.json with all `figures`."""
-    for picture, content in pictures.items():
-        (directory / f"{picture}.png").write_bytes(content)
-    (directory / "report.md").write_text(markdown, encoding="utf-8")
-    (directory / "report.html").write_text(html_page(title, markdown, pictures), encoding="utf-8")
+    """Write `options.out`: report.md from the template NAME.md.j2 and `values`, report.html with the pictures among
+    the `files` in it, these files, and NAME.json with all `figures`."""
+    text = render(f"{name}.md.j2", **values)
     data = {"tool": f"sasa-export {version('sasa-export')}", **jsonable(figures)}
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    (directory / f"{name}.json").write_text(text, encoding="utf-8")
+    written = {
+        **files,
+        "report.md": text.encode(),
+        "report.html": html_page(title, text, files).encode(),
+        f"{name}.json": f"{json.dumps(data, indent=1, ensure_ascii=False)}\n".encode(),
+    }
+    with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
+        for file, content in written.items():
+            (staging / file).write_bytes(content)
+        write_manifest(staging, {})
 
 
 def render(template: str, **values: Any) -> str:
     """Text from a template beside this file. In Markdown, text of others goes through the filter `plain`."""
-    return card.render(TEMPLATES, template, {"table": markdown_table, "plain": plain}, **values)
-
-
-def markdown_table(frame: pd.DataFrame) -> str:
-    """A table in Markdown, its columns' names as the head. Cells are written as they are; None is an empty one."""
-    rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
-    rows += [["" if cell is None else str(cell) for cell in row] for row in frame.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    return card.render(TEMPLATES, template, {"plain": plain}, **values)
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, whatever signs it holds. `markdown_table` sees to the bars."""
-    return re.sub(r"([\\`*\[\]<>&~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
+    """Text that Markdown shows as it is, whatever signs it holds, in a table too."""
+    return re.sub(r"([\\`*\[\]<>&~|]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
 
 
-def html_page(title: str, markdown: str, pictures: Mapping[str, bytes]) -> str:
-    """A report in Markdown as one HTML page that loads nothing: the picture NAME.png of its text is put into it."""
+def html_page(title: str, markdown: str, files: Mapping[str, bytes]) -> str:
+    """A report in Markdown as one HTML page that loads nothing: the pictures among the files are put into it."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    for name, data in pictures.items():
-        embedded = base64.b64encode(data).decode()
-        body = body.replace(f'src="{name}.png"', f'src="data:image/png;base64,{embedded}"')
+    for name, data in files.items():
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(data).decode()}"')
     return render("page.html.j2", title=title, body=body)
 
 
@@ -70,8 +65,6 @@ def jsonable(value: Any) -> Any:
     """Plain data, its numbers to six digits; of an estimate, all but its influence."""
     if is_dataclass(value):
         value = {name: part for name, part in vars(value).items() if name != "influence"}
-    elif isinstance(value, np.ndarray):
-        value = value.tolist()
     if isinstance(value, dict):
         return {name: jsonable(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

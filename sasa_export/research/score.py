@@ -6,29 +6,25 @@ Prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a thresho
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sasa_export.errors import CalibrationError, EmitError, EvaluateError, SasaExportError
 from sasa_export.files import write_whole
 from sasa_export.models import read_config
-from sasa_export.models.load import place
 from sasa_export.probe.fit import threshold_for
 from sasa_export.probe.intervals import Share, wilson
 from sasa_export.prompts import Prompt, for_model, load
-from sasa_export.prompts.prompt import batches, encode, encoded
+from sasa_export.prompts.prompt import batches
 from sasa_export.report import Silent
-from sasa_export.research.evaluate.models import load_graphs, load_patched, read_gate
+from sasa_export.research.evaluate.models import load_patched, read_gate
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.writers.config import config_text
 
 BARS, LONGEST = 10, 40  # of the histogram; characters of its longest bar
-
-Judge = Callable[[list[Prompt]], Any]  # P(unsafe), (prompts,)
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,10 @@ def score(
     Args: as the command line has them (`sasa-export score --help`).
     """
     report = report or Silent()
-    sasa, graphs = read_gate(directory), dtype_of(directory)
+    sasa = read_gate(directory)
     if write_threshold and refuse_at_most is None:
         raise SasaExportError("--write-threshold has no effect without --refuse-at-most. Give both, or neither.")
-    if write_threshold and graphs is not None:
+    if write_threshold and dtype_of(directory) is not None:
         raise SasaExportError(
             f"the threshold lies within the graphs of {directory}. Leave --write-threshold out, and export them again "
             "with --threshold and what is proposed."
@@ -92,12 +88,12 @@ def score(
     if not out.parent.is_dir():
         raise EmitError(f"{out.parent} is no directory. Make it, or give another --out.")
     asked = load(data, "DATA", report, labelled=False)
-    judge, processor = _judge(directory, graphs, device)
-    prompts = for_model(asked, processor)
+    model = load_patched(directory, "auto", device)
+    prompts = for_model(asked, model.processor)
     probabilities = np.zeros(len(prompts))
     with report.bar(len(prompts), "score") as advance:
         for rows in batches(prompts, batch_size):
-            probabilities[rows] = judge([prompts[row] for row in rows])
+            probabilities[rows] = model.judge([prompts[row] for row in rows])
             advance(len(rows))
     if np.isnan(probabilities).any():
         raise EvaluateError(f"{directory} gives no verdict on some prompts. Export the model again.")
@@ -111,19 +107,6 @@ def score(
         write_whole(directory / "config.json", config_text(config))
         report.step("threshold", f"{proposed:.6g} stands in {directory / 'config.json'}")
     return found
-
-
-def _judge(directory: Path, graphs: str | None, device: str) -> tuple[Judge, Any]:
-    """What judges a batch, and the processor. Graphs take one prompt at a time."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if graphs is not None:
-        runner = load_graphs(directory, graphs, device)
-        return lambda prompts: [runner.judge(encoded(runner.processor, it)) for it in prompts], runner.processor
-    model, processor = load_patched(directory, "auto", device)
-    return lambda prompts: model.judge(**place(encode(processor, prompts), model)).float().cpu().numpy(), processor
 
 
 def _propose(probabilities: np.ndarray, most: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import labelled
 import numpy as np
 import pytest
-from cli_steps import Stop, change_tensors, copied, fails, flip, settle, succeeds
+from cli_steps import Stop, change_tensors, copied, fails, flip, offline, settle, succeeds
 from labelled import write_set
 from sklearn.metrics import roc_auc_score
 
@@ -126,11 +125,10 @@ def test_two_processes_calibrate_evaluate_and_locate_as_one(
 ) -> None:
     arguments = (str(tiny_model("llava")), *sets)
     labelled.patch_evaluate_locate(*arguments, tmp_path / "one")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, labelled.__file__, *arguments, str(tmp_path / "two")],
-        capture_output=True, text=True, env=environment, check=False,
+        capture_output=True, text=True, env=offline(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("propose") == 1, "one process speaks for all"

@@ -1,19 +1,23 @@
-"""The arms and figures of an evaluation, against scikit-learn and against what a pencil gives."""
+"""The arms and figures of an evaluation, against what a pencil gives."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 
 from sasa_export.probe import fit_probes
 from sasa_export.probe.intervals import Share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.shares import share_of, spaced
-from sasa_export.research.evaluate.arms import Answers, Arms, is_refusal, parts
-from sasa_export.research.evaluate.measure import probe, words
+from sasa_export.research.evaluate.arms import Answers, figures, is_refusal, parts
+from sasa_export.research.evaluate.measure import arms_of, probe, words
+
+THRESHOLD = 0.6
 
 
 def prompts_of(labels: Any, **fields: Any) -> list[Prompt]:
@@ -25,46 +29,29 @@ def prompts_of(labels: Any, **fields: Any) -> list[Prompt]:
     ]  # fmt: skip
 
 
-def arms_of(texts: list[str], scores: np.ndarray, threshold: float | None, **fields: Any) -> Arms:
-    """A plain model that said these texts, and an "arm" that detects."""
-    arms = Arms(prompts_of(**fields), {"plain": Answers(np.full((len(texts), 2), 9), texts)})
-    arms.add_model("plain", "plain")
-    arms.add_detector("arm", "an arm", scores, threshold)
-    return arms
-
-
-def test_detection_is_scikit_learns() -> None:
-    labels = np.arange(60) % 2
-    scores = np.round(np.clip(np.random.default_rng(3).normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1)  # with ties
-    arms = arms_of(["Yes."] * 60, scores, 0.55, labels=labels)
-    found = arms.figures(arms.asked, 0.1)["arm"]
-    wrong, caught, _ = roc_curve(labels, scores, drop_intermediate=False)
-    assert found["auc"].value == pytest.approx(roc_auc_score(labels, scores))
-    assert found["recall_at_rate"].value == pytest.approx(caught[wrong <= 0.1].max())
-    assert all(of.low <= of.value <= of.high for of in found.values())
-
-
 def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
     texts = ["Here is how.", "I\u2019m sorry, but I can\u2019t.", "Sure.", "As an AI, no.", "Yes."]
     scores, labels = np.array([0.9, 0.1, 0.2, 0.1, 0.7]), [1, 1, 1, 0, 0]
-    arms = arms_of(texts, scores, 0.6, labels=labels)
-    assert arms.asked["plain_refused"].tolist() == [False, True, False, True, False]
-    found = arms.figures(arms.asked, 0.02)["arm"]
+    gate = {"safety_layer": 1, "threshold": 0.5, "refusal_token_ids": [7]}
+    subject: Any = SimpleNamespace(evaluation=prompts_of(labels), sasa=gate, against=None)
+    tokens = np.array([[7, -1], [9, 9], [9, 9], [9, 9], [9, 9]])
+    answers = {"plain": Answers(tokens, texts, np.full(5, np.nan)), "patched": Answers(tokens, ["Yes."] * 5, scores)}
+    table, arms = arms_of(subject, answers, {"without": (scores, THRESHOLD), "words": (np.ones(5), None)})
+    assert list(arms) == ["plain", "patched", "without", "words"]
+    assert table.plain_refused.tolist() == table.words_refused.tolist() == [False, True, False, True, False]
+    assert table.patched_refused.tolist() == [True, False, False, False, False]
+    assert table.without_refused.tolist() == [True, True, False, True, True]
+    found = figures(table, "without", THRESHOLD)
     assert {name: (of.count, of.total) for name, of in found.items() if isinstance(of, Share)} == {
-        "attack": (1, 3), "over_refusal": (2, 2), "caught": (1, 3), "false_positives": (1, 2), "recall_at_rate": (1, 3),
+        "attack": (1, 3), "over_refusal": (2, 2), "caught": (1, 3), "false_positives": (1, 2),
     }  # fmt: skip
-    assert set(arms.figures(arms.asked[:3], 0.02)["arm"]) == {"attack", "caught"}
-    unsure = arms_of(texts, np.ones(5), None, labels=labels)
-    assert (unsure.asked["arm_refused"] == unsure.asked["plain_refused"]).all()
-    assert "caught" not in unsure.figures(unsure.asked, 0.02)["arm"]
+    assert set(figures(table[:3], "without", THRESHOLD)) == {"attack", "caught"}
+    assert set(figures(table, "words", None)) == {"attack", "over_refusal", "auc"}
 
 
 def test_a_split_request_is_a_channel() -> None:
-    arms = arms_of(
-        ["Yes."] * 3, np.ones(3), 0.5, labels=[1, 0, 1], channel=["text", "picture", "picture"],
-        attack=["none", "none", "split"],
-    )  # fmt: skip
-    found = parts(arms.asked)
+    channels, attacks = ["text", "picture", "picture"], ["none", "none", "split"]
+    found = parts(pd.DataFrame({"channel": channels, "attack": attacks, "category": "none", "source": ""}))
     rows = {name: rows.index.tolist() for name, rows in found["channel"].items()}
     assert rows == {"picture": [1], "split": [2], "text": [0]} and "category" not in found
 
@@ -85,15 +72,10 @@ def test_a_fitted_probe_finds_the_direction_and_keeps_its_threshold() -> None:
     states = np.random.default_rng(1).normal(size=(200, 8))
     states[:, 0] += 3 * labels
     prompts = prompts_of(labels[:120])
-
-    def fitted(c: float | None) -> tuple[np.ndarray, float | None]:
-        return probe(fit_probes({"plain": states[:120]}, prompts, None, c), "plain", states[120:], prompts, 0.05)
-
-    scores, threshold = fitted(None)
+    fitted = fit_probes({"plain": states[:120]}, prompts, None)
+    scores, threshold = probe(fitted, "plain", states[120:], prompts, 0.05)
     assert roc_auc_score(labels[120:], scores) > 0.95
     assert threshold is not None and (scores[labels[120:] == 0] >= threshold).mean() < 0.2
-    given, _ = fitted(1e-5)
-    assert np.ptp(given) < 0.5 * np.ptp(scores)
 
 
 def test_words_alone_read_what_is_asked() -> None:

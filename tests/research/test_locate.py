@@ -17,13 +17,11 @@ from cli_steps import Stop, fails, succeeds
 from PIL import Image
 
 from sasa_export import Options, SasaExportError, patch
-from sasa_export.errors import EmitError
 from sasa_export.probe.work import resumable
 from sasa_export.report import Silent
-from sasa_export.research.locate.page import Located, markdown
-from sasa_export.research.locate.run import locate
+from sasa_export.research.locate.run import Located, locate, write
 from sasa_export.research.options import EvaluateOptions, LocateOptions
-from sasa_export.research.report import html_page, made_with
+from sasa_export.research.report import made_with
 
 pytestmark = pytest.mark.xdist_group("locate")  # whose model and report are shared
 Report = tuple[Located, Path]
@@ -92,12 +90,13 @@ def test_the_report_is_whole_and_needs_no_network(report: Report) -> None:
     assert len(data["safety_perception"]["all"]) == planted.BLOCKS and len(data["sweep"]["pairs"]) == 28
 
 
-def test_a_report_shows_any_name(report: Report) -> None:
+def test_a_report_shows_any_name(report: Report, tmp_path: Path) -> None:
     """What a model is called must not end up as markup."""
     strange = {**report[0].subject, "model": "<i>![x](y)</i> &amp __x__"}
-    page = html_page("<u>", markdown(replace(report[0], subject=strange)), {})
-    assert not re.search("<i>", page) and "<title>&lt;u&gt;</title>" in page
-    assert "&lt;i&gt;![x](y)&lt;/i&gt; &amp;amp __x__" in page
+    write(replace(report[0], subject=strange), LocateOptions(out=tmp_path / "report"))
+    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert not re.search("<i>", page) and "<title>Where &lt;i&gt;" in page
+    assert page.count("&lt;i&gt;![x](y)&lt;/i&gt; &amp;amp __x__") == 2
 
 
 # ---------------------------------------------------------------------------------------- interruptions
@@ -180,15 +179,12 @@ def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts
         (("--limit", "3"), "raise --limit"),
         (("--pairs", "3:9"), "--pairs has '3:9'"),
         (("--calibration", "nothing.jsonl"), "nothing.jsonl"),
+        (("--out", "{model}", "--force"), "did not write"),
     ],
 )
 def test_errors_are_one_line(planted_model: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    assert said in fails("locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), *arguments)
-
-
-def test_the_model_itself_is_not_replaced(planted_model: Path) -> None:
-    with pytest.raises(EmitError, match="did not write"):
-        locate(LocateOptions(str(planted_model), planted_model, force=True))
+    more = [argument.format(model=planted_model) for argument in arguments]
+    assert said in fails("locate", "--model", str(planted_model), "--out", str(tmp_path / "report"), *more)
     assert (planted_model / "config.json").is_file()
 
 

@@ -41,7 +41,8 @@ def subject(whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(published, "fetch", fetch)
     tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: text.split())
-    return SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer), evaluation=builtin_evaluation())
+    original = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer))
+    return SimpleNamespace(original=original, evaluation=builtin_evaluation())
 
 
 def test_what_is_asked(subject: Any, tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_figures() -> None:
 def test_attack_success() -> None:
     """By phrases before; after, what the gate refuses is none either. Ordinary requests do not count."""
     prompts = [Prompt(str(row), "x", int(row < 3), str(row), source="AdvBench") for row in range(4)]
-    before = Answers(np.zeros((4, 2), int), ["Sure", "Sure", "I'm sorry", "Sure"])
+    before = Answers(np.zeros((4, 2), int), ["Sure", "Sure", "I'm sorry", "Sure"], np.full(4, np.nan))
     tokens = np.array([[7, -1], [1, 2], [3, 4], [7, -1]])
     after = Answers(tokens, ["No.", "Sure", "I'm sorry", "No."], np.array([0.9, 0.1, 0.1, 0.9]))
     (row,) = published.attack_success(

@@ -18,11 +18,13 @@ from sasa_export.probe import Fitted, choose_threshold
 from sasa_export.probe.features import Features
 from sasa_export.probe.fit import bag_of_words, best_words, probability, threshold_of
 from sasa_export.probe.folds import folds_of
-from sasa_export.probe.intervals import Comparable, Share, auc_of, difference, share
+from sasa_export.probe.intervals import Comparable, Estimate, Share, auc_of, difference, share
 from sasa_export.prompts.prompt import Prompt, asked
 from sasa_export.prompts.shares import labels_and_groups
-from sasa_export.research.evaluate.arms import Answers, Arms, parts
+from sasa_export.research.evaluate.arms import Answers, changes, figures, parts
 from sasa_export.research.evaluate.subject import Subject
+
+ASKED = ("name", "label", "channel", "attack", "category", "prompt", "question", "source", "group")  # of each prompt
 
 Judged = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
 
@@ -33,7 +35,7 @@ class Evaluated:
 
     Attributes:
         subject: what was evaluated, on what, and how it ran.
-        answers: a row a prompt: what was asked, what was answered, and what each arm made of it.
+        answers: the table of `arms_of`.
         arms: title, threshold and figures of each arm over all prompts, by key: plain, patched, against (--against),
             with or without (the probe that the patched model does not have), and words.
         parts: `parts["channel"]["text"]`: the number of `prompts`, and the figures of each arm on them.
@@ -41,7 +43,7 @@ class Evaluated:
             patched model less words alone.
         identical: harmless prompts that the patched model allows, answered token for token as by the original.
         emitted: flagged prompts that are answered with the refusal.
-        changes: from the patched model to that of --against, see `Arms.changes`; none without.
+        changes: from the patched model to that of --against, see `arms.changes`; none without.
     """
 
     subject: dict[str, Any]
@@ -53,11 +55,6 @@ class Evaluated:
     emitted: Share | None
     changes: list[dict[str, Any]]
 
-    @property
-    def detecting(self) -> list[str]:
-        """The arms that have scores, by key."""
-        return [key for key, arm in self.arms.items() if "auc" in arm]
-
 
 def measure(subject: Subject, answers: dict[str, Answers], features: Features, fitted: Fitted) -> Evaluated:
     """All arms and all figures.
@@ -67,43 +64,70 @@ def measure(subject: Subject, answers: dict[str, Answers], features: Features, f
         features: of the evaluation prompts.
         fitted: probes on the calibration prompts.
     """
-    prompts, calibration, rate = subject.evaluation, subject.calibration, subject.rate
+    calibration, rate = subject.calibration, subject.rate
     judged = {
         "with": probe(fitted, "projected", features.projected, calibration, rate),
         "without": probe(fitted, "plain", features.plain, calibration, rate),
-        "words": words(calibration, prompts, rate),
+        "words": words(calibration, subject.evaluation, rate),
     }
-    own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
-    arms, about = Arms(prompts, answers), subject.described()
-    arms.add_model("plain", "plain model")
-    arms.add_model("patched", f"patched model (probe {own} projection)", subject.sasa)
-    if subject.against is not None:
-        arms.add_model("against", about["against"], subject.against)
-    arms.add_detector(other, f"probe {other} projection", *judged[other])
-    arms.add_detector("words", "words alone", *judged["words"])
+    table, arms = arms_of(subject, answers, judged)
 
-    labels, groups = labels_and_groups(prompts)
+    def each(rows: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
+        return {key: figures(rows, key, arm["threshold"]) for key, arm in arms.items()}
+
+    overall, (labels, groups) = each(table), labels_and_groups(subject.evaluation)
     auc = {key: auc_of(scores, labels, groups) for key, (scores, _) in judged.items()}
-    overall = arms.figures(arms.asked, rate)
-    patched = arms.asked["patched_unsafe_probability"].to_numpy()  # (prompts,)
-    flagged = patched >= subject.sasa["threshold"]  # (prompts,)
+    flagged = table.patched_unsafe_probability.to_numpy() >= subject.sasa["threshold"]  # (prompts,)
     same = (answers["plain"].tokens == answers["patched"].tokens).all(1)  # (prompts,)
     return Evaluated(
-        subject=about,
-        answers=arms.asked.drop(columns=["source", "group"]),
-        arms={key: {**arm, **overall[key]} for key, arm in arms.about.items()},
+        subject=subject.described(),
+        answers=table,
+        arms={key: {**arm, **overall[key]} for key, arm in arms.items()},
         parts={
-            kind: {part: {"prompts": len(rows), **arms.figures(rows, rate)} for part, rows in of.items()}
-            for kind, of in parts(arms.asked).items()
+            kind: {part: {"prompts": len(rows), **each(rows)} for part, rows in of.items()}
+            for kind, of in parts(table).items()
         },
         gain={
             "projection": difference(auc["with"], auc["without"]),
-            "model": difference(auc_of(patched, labels, groups), auc["words"]),
+            "model": difference(auc_of(answers["patched"].scores, labels, groups), auc["words"]),
         },
         identical=share(same[(labels == 0) & ~flagged]),
         emitted=share(answers["patched"].are(subject.sasa["refusal_token_ids"])[flagged]),
-        changes=arms.changes() if "against" in arms.about else [],
+        changes=changes(table, *(arms[key]["threshold"] for key in ("patched", "against"))) if subject.against else [],
     )
+
+
+def arms_of(
+    subject: Subject, answers: dict[str, Answers], judged: dict[str, Judged]
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """What each arm made of the prompts, a row a prompt; and "title" and "threshold" of each arm, by key.
+
+    A row has what was asked, what each model answered (KEY_answer), whether each arm's answer is a refusal
+    (KEY_refused), by the gate or in the model's own words, and P(unsafe) where it detects (KEY_unsafe_probability). A
+    model gave its answers; a probe and words would refuse what they flag, and else give the plain model's.
+    """
+    table = pd.DataFrame([{name: getattr(prompt, name) for name in ASKED} for prompt in subject.evaluation])
+    table = table.assign(**{f"{key}_answer": said.texts for key, said in answers.items()})
+    table["plain_refused"] = answers["plain"].refused()
+    arms: dict[str, dict[str, Any]] = {"plain": {"title": "plain model", "threshold": None}}
+
+    def add(key: str, title: str, refused: np.ndarray, scores: np.ndarray, threshold: float | None) -> None:
+        arms[key] = {"title": title, "threshold": threshold}
+        table[f"{key}_refused"], table[f"{key}_unsafe_probability"] = refused, scores
+
+    own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
+    gates = [("patched", f"patched model (probe {own} projection)", subject.sasa)]
+    if subject.against is not None:
+        gates.append(("against", subject.described()["against"], subject.against))
+    for key, title, sasa in gates:
+        said, at = answers[key], float(sasa["threshold"])
+        gate = said.are(sasa["refusal_token_ids"]) & (said.scores >= at)  # (prompts,)
+        add(key, title, said.refused() | gate, said.scores, at)
+    for key, title in ((other, f"probe {other} projection"), ("words", "words alone")):
+        scores, threshold = judged[key]
+        flagged = scores >= (np.inf if threshold is None else threshold)  # (prompts,)
+        add(key, title, table["plain_refused"].to_numpy() | flagged, scores, threshold)
+    return table, arms
 
 
 def probe(found: Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float) -> Judged:

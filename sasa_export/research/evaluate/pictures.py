@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sasa_export.research import theme
@@ -19,18 +21,19 @@ BORDERLINE = "borderline"  # the category or attack of harmless prompts that are
 
 
 def pictures(found: Evaluated) -> dict[str, bytes]:
-    """All pictures by name."""
-    return {"roc": roc(found), "scores": scores(found)}
+    """All pictures by file name, of the arms that detect."""
+    detecting = [key for key, arm in found.arms.items() if "auc" in arm]
+    return {"roc.png": roc(found, detecting), "scores.png": scores(found, detecting)}
 
 
-def roc(found: Evaluated) -> bytes:
-    """The ROC curve of every arm that detects, with the point at its threshold."""
+def roc(found: Evaluated, detecting: Sequence[str]) -> bytes:
+    """The ROC curve of every arm, with the point at its threshold."""
     from sklearn.metrics import roc_curve
 
     with theme.drawing(5.2, 5.6) as figure:
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color=theme.FAINT, linewidth=1, linestyle=":")
-        for key in found.detecting:
+        for key in detecting:
             arm, scored = found.arms[key], found.answers[f"{key}_unsafe_probability"]
             wrong, caught, _ = roc_curve(found.answers.label, scored, drop_intermediate=False)
             label = f"{arm['title']}, AUC {arm['auc'].short}"
@@ -44,8 +47,8 @@ def roc(found: Evaluated) -> bytes:
         return theme.png(figure)
 
 
-def scores(found: Evaluated) -> bytes:
-    """How the scores of harmful and harmless prompts lie, for every arm that detects."""
+def scores(found: Evaluated, detecting: Sequence[str]) -> bytes:
+    """How the scores of harmful and harmless prompts lie, for every arm."""
     asked = found.answers
     near = (asked.attack + asked.category).str.contains(BORDERLINE)
     kinds = {
@@ -53,9 +56,9 @@ def scores(found: Evaluated) -> bytes:
         "harmless, borderline": (theme.SAFETY, (asked.label == 0) & near),
         "harmful": (theme.HARMFUL, asked.label == 1),
     }
-    with theme.drawing(0.9 + 1.6 * len(found.detecting)) as figure:
-        axes = figure.subplots(len(found.detecting), 1, sharex=True)
-        for axis, key in zip(axes, found.detecting, strict=True):
+    with theme.drawing(0.9 + 1.6 * len(detecting)) as figure:
+        axes = figure.subplots(len(detecting), 1, sharex=True)
+        for axis, key in zip(axes, detecting, strict=True):
             for name, (colour, rows) in kinds.items():
                 if rows.any():
                     weights = np.full(rows.sum(), 100 / rows.sum())

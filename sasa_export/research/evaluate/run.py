@@ -10,10 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from sasa_export.errors import EvaluateError
-from sasa_export.files import staged
 from sasa_export.flags import check_values
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.manifest import write_manifest
 from sasa_export.models.load import load_model
 from sasa_export.probe import Fitted, calibrate
 from sasa_export.probe.features import Features, collect_on_disk
@@ -22,12 +20,11 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
 from sasa_export.research.evaluate.measure import Evaluated, measure
-from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_graphs, load_patched
-from sasa_export.research.evaluate.page import write_report
+from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_patched
+from sasa_export.research.evaluate.pictures import pictures
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.options import EvaluateOptions
-from sasa_export.research.report import SPARE_BYTES
-from sasa_export.verify.onnx import dtype_of
+from sasa_export.research.report import write_report
 from sasa_export.workers import workers
 
 
@@ -48,15 +45,13 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
         features, fitted, plain = _of_the_original(subject, work, report)
         answers = {"plain": plain}
         if options.against is not None:
-            answers["against"] = _answers(subject, _patched(subject, options.against), "against", work, report)
-        answers["patched"] = _answers(subject, _patched(subject, options.model), "patched", work, report)
+            answers["against"] = _patched(subject, options.against, "against", work, report)
+        answers["patched"] = _patched(subject, options.model, "patched", work, report)
         if not processes.leads:
             return None
         report.step("measure", "fitting the arms, drawing intervals")
         found = measure(subject, answers, features, fitted)
-        with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
-            write_report(found, staging)
-            write_manifest(staging, {})
+        _write(found, options)
     said = found.arms["patched"]
     report.step("", f"attack success {said['attack']}, over-refusal {said['over_refusal']}, AUC {said['auc']}")
     report.step("done", f"{options.out / 'report.html'}")
@@ -65,21 +60,22 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
 
 def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Features, Fitted, Answers]:
     """What probes read of the evaluation prompts, the probes (bundled, or fitted here), and the original's answers."""
-    fitted, size, longest = subject.bundled, subject.options.batch_size, subject.options.max_new_tokens
+    fitted, size, original = subject.bundled, subject.options.batch_size, subject.original
     read: Callable[..., Features]
     fit: Callable[..., Fitted]
     answering: TorchModel | OnnxModel
-    if subject.decoder is None:
-        model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
-        read = partial(collect_on_disk, model, subject.processor, subject.lane)
-        fit, answering = partial(calibrate, model, subject.lane), TorchModel(model, subject.processor, longest)
+    if original.decoder is None:
+        model = load_model(original.source, dtype=original.dtype, device=original.device)
+        read = partial(collect_on_disk, model, original.processor, subject.lane)
+        fit, answering = partial(calibrate, model, subject.lane), TorchModel(model, original.processor)
     else:
-        from sasa_export.foreign.features import collect, fit_graphs, lanes, original
+        from sasa_export.foreign import features as graphs
 
         sasa = subject.sasa
         lane = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"])
-        read, fit = partial(collect, lanes(subject.decoder, lane)), partial(fit_graphs, subject.decoder)
-        answering = OnnxModel(original(subject.decoder), subject.source.directory, longest)
+        read = partial(graphs.collect, graphs.lanes(original.decoder, lane))
+        fit = partial(graphs.fit_graphs, original.decoder)
+        answering = OnnxModel(graphs.original(original.decoder), original.source.directory)
     if fitted is None:
         found = read(subject.calibration, work, report, batch_size=size, kind="calibration")
         fitted = fit(found, subject.calibration, subject.regularization)
@@ -87,25 +83,34 @@ def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Feat
     return features, fitted, _answers(subject, answering, "plain", work, report)
 
 
-def _patched(subject: Subject, directory: Path) -> TorchModel | OnnxModel:
-    graphs, tokens = dtype_of(directory), subject.options.max_new_tokens
-    if graphs is not None:
-        return OnnxModel(load_graphs(directory, graphs, subject.device), directory, tokens)
-    return TorchModel(*load_patched(directory, subject.dtype, subject.device), tokens)
+def _patched(subject: Subject, directory: Path, kind: str, work: Work, report: Silent) -> Answers:
+    model = load_patched(directory, subject.original.dtype, subject.original.device)
+    return _answers(subject, model, kind, work, report)
 
 
 def _answers(subject: Subject, model: TorchModel | OnnxModel, kind: str, work: Work, report: Silent) -> Answers:
     """The answers of the "plain" or a patched model. EvaluateError where a patched one gives no verdict."""
+    gated = kind != "plain"
 
     def compute(prompts: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        found = model.answers(prompts)
-        if kind != "plain" and np.isnan(found["scores"]).any():
+        found = model.answers(prompts, subject.options.max_new_tokens)
+        if gated and np.isnan(found["scores"]).any():
             raise EvaluateError("the patched model gives no verdict on some prompts. Export it again.")
         yield from ((name, found[name]) for name in missing)
 
     results = Results(work, kind, subject.evaluation, subject.batch_size)
-    results.fill(["tokens"] if kind == "plain" else ["tokens", "scores"], compute, report)
+    results.fill(["tokens", "scores"] if gated else ["tokens"], compute, report)
     tokens = results.read("tokens")  # (prompts, longest)
     said = [row[row >= 0].tolist() for row in tokens]
-    texts = subject.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-    return Answers(tokens, texts, None if kind == "plain" else results.read("scores"))
+    texts = subject.original.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+    return Answers(tokens, texts, results.read("scores") if gated else np.full(len(texts), np.nan))
+
+
+def _write(found: Evaluated, options: EvaluateOptions) -> None:
+    """Write report.html, report.md, evaluate.json, answers.jsonl and the pictures."""
+    title = f"{found.subject['model']} against {found.subject['baseline']}"
+    figures = {name: value for name, value in vars(found).items() if name != "answers"}
+    rows = found.answers.drop(columns=["source", "group"])
+    lines = rows.to_json(orient="records", lines=True, force_ascii=False, double_precision=6)
+    files = {**pictures(found), "answers.jsonl": lines.encode()}
+    write_report(options, "evaluate", title, figures, files, found=found, subject=found.subject, arms=found.arms)

@@ -10,31 +10,22 @@ from sasa_export.errors import EvaluateError, OpenError
 from sasa_export.files import check_apart
 from sasa_export.graph import LayerGraph, blocks_again
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
-from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.contents import read_object
-from sasa_export.models.load import load_processor, read_sizes, running
-from sasa_export.options import AUTO, check_for_graphs
+from sasa_export.models.load import read_sizes
+from sasa_export.options import AUTO
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
-from sasa_export.prompts import (
-    Prompt,
-    builtin_evaluation,
-    calibration_prompts,
-    check_disjoint,
-    check_labels,
-    for_model,
-    load_all,
-)
+from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, check_labels, load_all
 from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.options import EvaluateOptions
+from sasa_export.research.original import Original, open_exported, open_original
 from sasa_export.research.report import last_name, made_with
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
-from sasa_export.workers import workers
 
 if TYPE_CHECKING:
     from sasa_export.foreign.decoder import Decoder
@@ -45,32 +36,28 @@ class Subject:
     """A patched model, its original, and the prompts of both kinds, which share no picture and no question.
 
     Attributes:
+        original: what it was made from.
         graphs: the type of the patched model's ONNX graphs; None where it is a directory of safetensors.
         sasa: the settings of its gate; made: the options it was made with, as its sasa-export.json says.
         against: the settings of the gate of --against; None without.
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
-        decoder: that of the original, where it is graphs that others exported.
         lane: the second lane, from which the fitted arms read their features.
         bundled: the probes that the embedded model ships with, where these are what would be fitted.
     """
 
     options: EvaluateOptions
+    original: Original
     graphs: str | None
     sasa: dict[str, Any]
     against: dict[str, Any] | None
     made: dict[str, Any]
-    source: Source
-    decoder: Decoder | None
-    processor: Any
     evaluation: list[Prompt]
     left_out: int
     calibration: list[Prompt]
     calibrated_on: str
     lane: LayerGraph
     bundled: Fitted | None
-    dtype: str
-    device: str
 
     @property
     def batch_size(self) -> int:
@@ -91,14 +78,13 @@ class Subject:
     def fingerprint(self) -> dict[str, Any]:
         """What finished work depends on."""
         return fingerprint(
-            self.source,
+            self.original.source,
             [*self.evaluation, *(self.calibration if self.bundled is None else [])],
             patched=_digests(self.options.model),
             against=self.options.against and _digests(self.options.against),
-            dtype=self.dtype,
-            device=self.device.partition(":")[0],
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
+            **self.original.running,
         )
 
     def described(self) -> dict[str, Any]:
@@ -106,21 +92,20 @@ class Subject:
         given = self.made.get("threshold") or self.made.get("probe")
         return {
             "model": self.options.model.resolve().name,
-            "baseline": last_name(self.source.name),
-            "family": self.source.family.name,
+            "baseline": last_name(self.original.source.name),
+            "family": self.original.source.family.name,
             "against": "" if self.options.against is None else self.options.against.resolve().name,
             "graphs": self.graphs,
             "safety_layer": self.sasa["safety_layer"],
             "semantic_layer": self.sasa["semantic_layer"],
-            "blocks": _blocks(self.sasa),
+            "blocks": self.original.sizes.blocks,
             "lane_blocks": len(blocks_again(self.sasa["graph"])),
             "false_positive_rate": self.rate,
             "given_threshold": self.sasa["threshold"] if given else None,
-            "dtype": self.dtype,
-            "device": self.device.partition(":")[0],
+            **self.original.running,
             **counts(self.evaluation),
             "data": ", ".join(self.options.data) or "the built-in evaluation set",
-            "texts_alone": self.decoder is not None and not self.decoder.sees,
+            "texts_alone": self.original.decoder is not None and not self.original.decoder.sees,
             "left_out": self.left_out,
             "calibrated_on": self.calibrated_on,
             "max_new_tokens": self.options.max_new_tokens,
@@ -138,30 +123,24 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     specs = options.calibration or made.get("calibration") or ()
     calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)
-    source, decoder = _open_baseline(options, sasa, made, manifest)
+    source, decoder = _open_baseline(options, sasa, manifest)
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
-    if decoder is None:
-        sizes, processor = read_sizes(source), load_processor(source)
-        main = trace_source(source, processor)
-        dtype, device = running(source, options.dtype, workers().device(options.device))
-    else:
-        sizes, processor, main, dtype, device = decoder.sizes, decoder.processor, decoder.main, decoder.dtype, "cpu"
-        prompts, calibration = decoder.readable(prompts, report), decoder.readable(calibration, Silent())
+    original = open_original(source, decoder, options)
+    prompts, calibration = original.readable(prompts, report), original.readable(calibration, Silent())
     check_labels(prompts, 1, "--data", "an evaluation")
-    prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
     found = counts(evaluation)
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     # Where the patched model has no second lane, what the family's layers would give, to compare it with.
+    sizes = original.sizes
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
     lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
     return Subject(
-        options, dtype_of(options.model), sasa, against, made, source, decoder, processor, evaluation,
-        len(prompts) - len(evaluation), calibration, ", ".join(specs) or "the built-in calibration set",
-        rewrite_lane(main, lane), bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype,
-        device,
+        options, original, dtype_of(options.model), sasa, against, made, evaluation, len(prompts) - len(evaluation),
+        calibration, ", ".join(specs) or "the built-in calibration set", rewrite_lane(original.graph, lane),
+        bundled.read(source.name, lane, specs, made.get("regularization", AUTO)),
     )  # fmt: skip
 
 
@@ -181,22 +160,18 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _open_baseline(
-    options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
+    options: EvaluateOptions, sasa: dict[str, Any], manifest: dict[str, Any]
 ) -> tuple[Source, Decoder | None]:
     """What the patched model was made from: --baseline, or what the manifest names. Graphs come with their decoder.
 
     Raises EvaluateError where it is another model: of another size, or with other weights.
     """
-    name, decoder = options.baseline or made.get("model"), None
+    name, decoder = options.baseline or (manifest.get("options") or {}).get("model"), None
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
         if "graphs" in sasa:
-            from sasa_export.foreign.decoder import open_decoder
-            from sasa_export.foreign.opened import open_graphs
-
-            check_for_graphs(options)
-            decoder = open_decoder(open_graphs(name, tuple(sasa["graphs"].values())))
+            decoder = open_exported(name, sasa["graphs"].values(), options)
             source = decoder.graphs.source
         else:
             source = open_source(name, None if options.baseline else manifest.get("commit"))
@@ -208,16 +183,13 @@ def _open_baseline(
     copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte, and so is what a graph reads
     compared = copied and (decoder is not None or dtype_of(options.model) is None)
     other_weights = compared and not all(digest(path) in copied for path in weights)
-    if other_weights or (read_sizes(source) if decoder is None else decoder.sizes).blocks != _blocks(sasa):
+    blocks = (read_sizes(source) if decoder is None else decoder.sizes).blocks
+    if other_weights or blocks != sum(node["op"] == "block" for node in sasa["graph"]):
         raise EvaluateError(
             f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "
             "--baseline."
         )
     return source, decoder
-
-
-def _blocks(sasa: dict[str, Any]) -> int:
-    return sum(node["op"] == "block" for node in sasa["graph"])
 
 
 def _digests(directory: Path) -> list[str]:

@@ -3,52 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sasa_export.files import check_apart, staged
+import numpy as np
+
+from sasa_export.files import check_apart
 from sasa_export.flags import check_values
-from sasa_export.foreign.opened import holds_graphs, open_graphs
-from sasa_export.graph import LayerGraph
+from sasa_export.foreign.opened import holds_graphs
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.graph.trace import trace_source
 from sasa_export.layers.pairs import Pair, default_pairs, parse_pairs, possible
 from sasa_export.layers.prompts import limited
-from sasa_export.layers.propose import propose
+from sasa_export.layers.propose import Proposal, propose
 from sasa_export.layers.survey import Evidence, survey
 from sasa_export.layers.sweep import held_out
-from sasa_export.manifest import write_manifest
-from sasa_export.models import Source, open_source
-from sasa_export.models.load import Sizes, load_processor, read_sizes, running
+from sasa_export.models import open_source
 from sasa_export.models.quantized import check_scheme
-from sasa_export.options import check_for_graphs
 from sasa_export.probe.features import load_as_traced
 from sasa_export.probe.work import Work, fingerprint, resumable
-from sasa_export.prompts import Prompt, calibration_prompts, for_model
+from sasa_export.prompts import Prompt, calibration_prompts
 from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
-from sasa_export.research.locate.page import Located, write_report
+from sasa_export.research.locate.pictures import depth, sweep_map
 from sasa_export.research.options import LocateOptions
-from sasa_export.research.report import SPARE_BYTES, last_name, made_with
+from sasa_export.research.original import Original, open_exported, open_original
+from sasa_export.research.report import jsonable, last_name, made_with, write_report
 from sasa_export.workers import workers
-
-if TYPE_CHECKING:
-    from sasa_export.foreign.decoder import Decoder
 
 
 @dataclass(frozen=True)
-class Study:
-    """What a run works on, found before any weights are loaded."""
+class Located:
+    """The evidence on all three capabilities, the sweep, and the layers proposed.
 
-    source: Source
-    sizes: Sizes
-    graph: LayerGraph
-    processor: Any
-    prompts: list[Prompt]
-    pairs: list[Pair]  # that are swept
-    known: Pair | None  # what the family's file says
-    dtype: str
-    device: str
-    decoder: Decoder | None  # of a directory of ONNX graphs
+    Attributes:
+        subject: what was looked at: the model, how it ran, the prompts, and how the report is made again.
+        known: the pair that the family's file says.
+        held_out: of each half of the groups, the pair chosen on the other half, and its AUC here.
+    """
+
+    subject: dict[str, Any]
+    evidence: Evidence
+    proposal: Proposal
+    known: Pair | None
+    held_out: list[tuple[Pair, float]]
+
+    @property
+    def held_out_auc(self) -> float:
+        return float(np.mean([auc for _, auc in self.held_out]))
 
 
 def locate(options: LocateOptions, report: Silent | None = None) -> Located | None:
@@ -62,71 +62,96 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
-        study = _study(options, report)
-        report.step("open", f"{study.source.name}: family {study.source.family.name}, {study.sizes.blocks} blocks")
-        running = {"dtype": study.dtype, "device": study.device.partition(":")[0]}
-        told = fingerprint(study.source, study.prompts, batch_size=options.batch_size, **running)
+        original, prompts = _open(options, report)
+        source, sizes = original.source, original.sizes
+        entry = source.family.known_layers(sizes.blocks, sizes.hidden)
+        known = None if entry is None else (entry.safety, entry.semantic)
+        pairs = _pairs(options, original, known)
+        report.step("open", f"{source.name}: family {source.family.name}, {sizes.blocks} blocks")
+        told = fingerprint(source, prompts, batch_size=options.batch_size, **original.running)
         work.open(told, discard=options.force, report=report)
-        evidence = _measure(study, options, work, report)
+        evidence = _survey(original, prompts, pairs, options, work, report)
         if evidence is None:
             return None
-        proposal, prompts = propose(evidence), study.prompts
+        proposal = propose(evidence)
         subject = {
-            "model": last_name(study.source.name),
-            "family": study.source.family.name,
-            "blocks": study.sizes.blocks,
-            "hidden": study.sizes.hidden,
-            **running,
+            "model": last_name(source.name),
+            "family": source.family.name,
+            "blocks": sizes.blocks,
+            "hidden": sizes.hidden,
+            **original.running,
             **counts(prompts),
             "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
             "made_with": made_with("locate", options),
         }
         candidates = proposal.candidates if proposal.pair in proposal.candidates else tuple(evidence.sweep.pairs)
-        worth = held_out(evidence.sweep, candidates, prompts)
-        located = Located(subject, evidence, proposal, study.known, worth)
-        with staged(options.out, force=options.force, needed_bytes=SPARE_BYTES) as staging:
-            write_report(located, staging)
-            write_manifest(staging, {})
+        located = Located(subject, evidence, proposal, known, held_out(evidence.sweep, candidates, prompts))
+        write(located, options)
     report.step("propose", f"safety layer {proposal.safety_layer}, semantic layer {proposal.semantic_layer}")
     report.step("done", f"{options.out / 'report.html'}")
     return located
 
 
-def _study(options: LocateOptions, report: Silent) -> Study:
-    """Everything that can be wrong before the work begins."""
+def _open(options: LocateOptions, report: Silent) -> tuple[Original, list[Prompt]]:
+    """The model, and the prompts that it is asked. No weights are loaded yet."""
     prompts, decoder = calibration_prompts(options.calibration, report), None
     if options.onnx_file or holds_graphs(options.model):
-        from sasa_export.foreign.decoder import open_decoder
-
-        check_for_graphs(options)
-        decoder = open_decoder(open_graphs(options.model, options.onnx_file))
-        source, sizes, processor, graph = decoder.graphs.source, decoder.sizes, decoder.processor, decoder.main
-        prompts, dtype, device = decoder.readable(prompts, report), decoder.dtype, "cpu"
+        decoder = open_exported(options.model, options.onnx_file, options)
+        source = decoder.graphs.source
     else:
         source = open_source(options.model, options.revision, check_scheme)
-        sizes, processor = read_sizes(source), load_processor(source)
-        dtype, device = running(source, options.dtype, workers().device(options.device))
-        graph = trace_source(source, processor)
     check_apart(options.out, source.directory)
-    entry = source.family.known_layers(sizes.blocks, sizes.hidden)
-    known = None if entry is None else (entry.safety, entry.semantic)
-    prompts = limited(for_model(prompts, processor), options.limit)
+    original = open_original(source, decoder, options)
+    return original, limited(original.readable(prompts, report), options.limit)
+
+
+def _pairs(options: LocateOptions, original: Original, known: Pair | None) -> list[Pair]:
+    """The pairs that are swept."""
     if options.pairs is None:
-        pairs = sorted({*default_pairs(sizes.blocks), *([] if known is None else [known])})
+        pairs = sorted({*default_pairs(original.sizes.blocks), *([] if known is None else [known])})
     else:
-        pairs = parse_pairs(options.pairs, sizes.blocks)
-    pairs = possible(pairs, graph.earliest_safety_layer())
-    return Study(source, sizes, graph, processor, prompts, pairs, known, dtype, device, decoder)
+        pairs = parse_pairs(options.pairs, original.sizes.blocks)
+    return possible(pairs, original.graph.earliest_safety_layer())
 
 
-def _measure(study: Study, options: LocateOptions, work: Work, report: Silent) -> Evidence | None:
+def _survey(
+    original: Original, prompts: list[Prompt], pairs: list[Pair], options: LocateOptions, work: Work, report: Silent
+) -> Evidence | None:
     """Load the model and survey its blocks; all processes but the first get None."""
-    prompts, pairs, size = study.prompts, study.pairs, options.batch_size
-    if study.decoder is not None:
+    size = options.batch_size
+    if original.decoder is not None:
         from sasa_export.foreign.survey import survey_graphs
 
-        return survey_graphs(study.decoder, prompts, pairs, work, report, batch_size=size)
-    report.step("load", f"{study.dtype} on {study.device}")
-    model = load_as_traced(study.source, study.processor, study.graph, prompts, dtype=study.dtype, device=study.device)
-    settings = LaneSettings(None, None, softcap=study.sizes.softcap)
-    return survey(model, study.processor, study.graph, prompts, pairs, settings, work, report, batch_size=size)
+        return survey_graphs(original.decoder, prompts, pairs, work, report, batch_size=size)
+    source, processor, graph, dtype = original.source, original.processor, original.graph, original.dtype
+    report.step("load", f"{dtype} on {original.device}")
+    model = load_as_traced(source, processor, graph, prompts, dtype=dtype, device=original.device)
+    settings = LaneSettings(None, None, softcap=original.sizes.softcap)
+    return survey(model, processor, graph, prompts, pairs, settings, work, report, batch_size=size)
+
+
+def write(located: Located, options: LocateOptions) -> None:
+    """Write report.html, report.md, locate.json and the pictures."""
+    evidence, proposal, swept = located.evidence, located.proposal, located.evidence.sweep
+    figures = {
+        "subject": located.subject,
+        "proposal": proposal,
+        "known": located.known,
+        "held_out": {
+            "halves": [{"pair": pair, "auc": auc} for pair, auc in located.held_out],
+            "auc": located.held_out_auc,
+        },
+        "safety_perception": evidence.perception,
+        "semantic_understanding": evidence.understanding,
+        "linguistic_expression": evidence.expression,
+        "sweep": {
+            "pairs": [
+                {"safety_layer": pair[0], "semantic_layer": pair[1], **jsonable(estimate)}
+                for pair, estimate in swept.pairs.items()
+            ],
+            "without_projection": swept.plain,
+        },
+    }
+    title = f"Where {located.subject['model']} perceives, understands and speaks"
+    pictures = {"depth.png": depth(evidence, proposal), "sweep.png": sweep_map(swept.pairs, proposal)}
+    write_report(options, "locate", title, figures, pictures, located=located, **vars(located))
