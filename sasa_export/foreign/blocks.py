@@ -46,6 +46,11 @@ class Blocks:
     linear: bool
     lengths: dict[str, int]
 
+    @property
+    def key(self) -> ir.Value:
+        """The first block's keys in the cache."""
+        return next(value for name, value in self.past.items() if name.endswith(".key"))
+
     def sizes(self, held: ir.Value) -> list[int]:
         """What one input of the cache is, (rows, ...), of no rows and no tokens."""
         sizes = list(held.shape or ())

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,10 @@ import numpy as np
 from sasa_export.errors import EvaluateError
 from sasa_export.files import staged
 from sasa_export.flags import check_values
-from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.manifest import write_manifest
-from sasa_export.models.load import load_model
-from sasa_export.probe import Fitted, calibrate
-from sasa_export.probe.features import Features, collect_on_disk
+from sasa_export.original import TorchOriginal
+from sasa_export.probe import Fitted
+from sasa_export.probe.features import Features
 from sasa_export.probe.work import Results, Work, resumable
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
@@ -66,25 +64,18 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
 def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Features, Fitted, Answers]:
     """What probes read of the evaluation prompts, the probes (bundled, or fitted here), and the original's answers."""
     fitted, size, longest = subject.bundled, subject.options.batch_size, subject.options.max_new_tokens
-    read: Callable[..., Features]
-    fit: Callable[..., Fitted]
-    answering: TorchModel | OnnxModel
-    if subject.decoder is None:
-        model = load_model(subject.source, dtype=subject.dtype, device=subject.device)
-        read = partial(collect_on_disk, model, subject.processor, subject.lane)
-        fit, answering = partial(calibrate, model, subject.lane), TorchModel(model, subject.processor, longest)
-    else:
-        from sasa_export.foreign.features import collect, fit_graphs, lanes, original
-
-        sasa = subject.sasa
-        lane = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"])
-        read, fit = partial(collect, lanes(subject.decoder, lane)), partial(fit_graphs, subject.decoder)
-        answering = OnnxModel(original(subject.decoder), subject.source.directory, longest)
-    if fitted is None:
-        found = read(subject.calibration, work, report, batch_size=size, kind="calibration")
-        fitted = fit(found, subject.calibration, subject.regularization)
-    features = read(subject.evaluation, work, report, batch_size=size, kind="evaluation")
-    return features, fitted, _answers(subject, answering, "plain", work, report)
+    original, settings = subject.original, subject.settings
+    with original.loaded(subject.evaluation, report):
+        if fitted is None:
+            found = original.features(settings, subject.calibration, work, report, batch_size=size, kind="calibration")
+            fitted = original.fit(settings, found, subject.calibration, subject.regularization)
+        features = original.features(settings, subject.evaluation, work, report, batch_size=size, kind="evaluation")
+        answering: TorchModel | OnnxModel
+        if isinstance(original, TorchOriginal):
+            answering = TorchModel(original.model, original.processor, longest)
+        else:
+            answering = OnnxModel(original.run(original.blocks()), original.source.directory, longest)
+        return features, fitted, _answers(subject, answering, "plain", work, report)
 
 
 def _patched(subject: Subject, directory: Path) -> TorchModel | OnnxModel:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sasa_export.errors import EvaluateError, OpenError
 from sasa_export.files import check_apart
 from sasa_export.graph import LayerGraph, blocks_again
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
-from sasa_export.graph.trace import trace_source
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import Source, layers_of, open_source
 from sasa_export.models.contents import read_object
-from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.options import AUTO, check_for_graphs
+from sasa_export.original import Original, TorchOriginal
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
 from sasa_export.prompts import (
@@ -24,7 +23,6 @@ from sasa_export.prompts import (
     calibration_prompts,
     check_disjoint,
     check_labels,
-    for_model,
     load_all,
 )
 from sasa_export.prompts.shares import counts, share_of
@@ -34,10 +32,6 @@ from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import last_name, made_with
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
-from sasa_export.workers import workers
-
-if TYPE_CHECKING:
-    from sasa_export.foreign.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -50,8 +44,7 @@ class Subject:
         against: the settings of the gate of --against; None without.
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
-        decoder: that of the original, where it is graphs that others exported.
-        lane: the second lane, from which the fitted arms read their features.
+        settings: of the second lane, from which the fitted arms read their features.
         bundled: the probes that the embedded model ships with, where these are what would be fitted.
     """
 
@@ -61,16 +54,21 @@ class Subject:
     against: dict[str, Any] | None
     made: dict[str, Any]
     source: Source
-    decoder: Decoder | None
+    original: Original
     processor: Any
     evaluation: list[Prompt]
     left_out: int
     calibration: list[Prompt]
     calibrated_on: str
-    lane: LayerGraph
+    settings: LaneSettings
     bundled: Fitted | None
     dtype: str
     device: str
+
+    @property
+    def lane(self) -> LayerGraph:
+        """The second lane of a model for transformers."""
+        return rewrite_lane(self.original.graph, self.settings)
 
     @property
     def batch_size(self) -> int:
@@ -120,7 +118,7 @@ class Subject:
             "device": self.device.partition(":")[0],
             **counts(self.evaluation),
             "data": ", ".join(self.options.data) or "the built-in evaluation set",
-            "texts_alone": self.decoder is not None and not self.decoder.sees,
+            "texts_alone": not self.original.sees,
             "left_out": self.left_out,
             "calibrated_on": self.calibrated_on,
             "max_new_tokens": self.options.max_new_tokens,
@@ -138,30 +136,24 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     specs = options.calibration or made.get("calibration") or ()
     calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)
-    source, decoder = _open_baseline(options, sasa, made, manifest)
+    original = _open_baseline(options, sasa, made, manifest)
+    source, sizes = original.source, original.sizes
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
-    if decoder is None:
-        sizes, processor = read_sizes(source), load_processor(source)
-        main = trace_source(source, processor)
-        dtype, device = running(source, options.dtype, workers().device(options.device))
-    else:
-        sizes, processor, main, dtype, device = decoder.sizes, decoder.processor, decoder.main, decoder.dtype, "cpu"
-        prompts, calibration = decoder.readable(prompts, report), decoder.readable(calibration, Silent())
+    prompts, calibration = original.readable(prompts, report), original.readable(calibration, Silent())
     check_labels(prompts, 1, "--data", "an evaluation")
-    prompts, calibration = (for_model(asked, processor) for asked in (prompts, calibration))
     share = 1 if options.limit is None else options.limit / len(prompts)
     evaluation = share_of(prompts, share, lambda prompt: (prompt.source, prompt.attack, prompt.label))
     found = counts(evaluation)
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     # Where the patched model has no second lane, what the family's layers would give, to compare it with.
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
+    settings = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
     return Subject(
-        options, dtype_of(options.model), sasa, against, made, source, decoder, processor, evaluation,
+        options, dtype_of(options.model), sasa, against, made, source, original, original.processor, evaluation,
         len(prompts) - len(evaluation), calibration, ", ".join(specs) or "the built-in calibration set",
-        rewrite_lane(main, lane), bundled.read(source.name, lane, specs, made.get("regularization", AUTO)), dtype,
-        device,
+        settings, bundled.read(source.name, settings, specs, made.get("regularization", AUTO)), original.dtype,
+        original.device,
     )  # fmt: skip
 
 
@@ -182,38 +174,38 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _open_baseline(
     options: EvaluateOptions, sasa: dict[str, Any], made: dict[str, Any], manifest: dict[str, Any]
-) -> tuple[Source, Decoder | None]:
-    """What the patched model was made from: --baseline, or what the manifest names. Graphs come with their decoder.
+) -> Original:
+    """What the patched model was made from: --baseline, or what the manifest names.
 
     Raises EvaluateError where it is another model: of another size, or with other weights.
     """
-    name, decoder = options.baseline or made.get("model"), None
+    name, graphs = options.baseline or made.get("model"), None
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
         if "graphs" in sasa:
-            from sasa_export.foreign.decoder import open_decoder
-            from sasa_export.foreign.opened import open_graphs
+            from sasa_export.foreign.original import GraphOriginal
 
             check_for_graphs(options)
-            decoder = open_decoder(open_graphs(name, tuple(sasa["graphs"].values())))
-            source = decoder.graphs.source
+            graphs = GraphOriginal(name, tuple(sasa["graphs"].values()))
+            source = graphs.source
         else:
             source = open_source(name, None if options.baseline else manifest.get("commit"))
     except OpenError as error:
         if options.baseline:
             raise
         raise EvaluateError(f"the original of {options.model} is not there: {error} Or give --baseline.") from None
-    weights = [shard.path for shard in source.shards if decoder is None or shard.path != decoder.graphs.decoder]
+    original = graphs or TorchOriginal(source, options.dtype, options.device)
+    weights = [shard.path for shard in source.shards if graphs is None or shard.path != graphs.graphs.decoder]
     copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte, and so is what a graph reads
-    compared = copied and (decoder is not None or dtype_of(options.model) is None)
+    compared = copied and (graphs is not None or dtype_of(options.model) is None)
     other_weights = compared and not all(digest(path) in copied for path in weights)
-    if other_weights or (read_sizes(source) if decoder is None else decoder.sizes).blocks != _blocks(sasa):
+    if other_weights or original.sizes.blocks != _blocks(sasa):
         raise EvaluateError(
             f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "
             "--baseline."
         )
-    return source, decoder
+    return original
 
 
 def _blocks(sasa: dict[str, Any]) -> int:
