@@ -10,7 +10,6 @@ import numpy as np
 
 from sasa_export.errors import EvaluateError
 from sasa_export.files import staged
-from sasa_export.flags import check_values
 from sasa_export.manifest import write_manifest
 from sasa_export.original import TorchOriginal
 from sasa_export.probe import Fitted
@@ -36,7 +35,6 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     there. Several processes share the work (`sasa_export.workers`); all but the first return None. Raises
     SasaExportError; then no report is written.
     """
-    check_values(options)
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:

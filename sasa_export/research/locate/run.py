@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sasa_export.files import check_apart, staged
-from sasa_export.flags import check_values
 from sasa_export.layers.pairs import Pair, default_pairs, parse_pairs, possible
 from sasa_export.layers.prompts import limited
 from sasa_export.layers.propose import propose
@@ -39,7 +38,6 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     same command goes on from there. Several processes share the work (`sasa_export.workers`); all but the first return
     None. Raises SasaExportError; then no report is written.
     """
-    check_values(options)
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
