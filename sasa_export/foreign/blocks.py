@@ -88,15 +88,11 @@ def _check_interface(inputs: set[str], outputs: set[str], past: set[str]) -> Non
     unknown = sorted(inputs - past - set(TAKEN))
     if unknown:
         raise TraceError(f"the decoder has the input {unknown[0]}, which a second lane would lack. {OTHER}")
-    wanted = {
-        "attention_mask": inputs,
-        "input_ids or inputs_embeds": inputs,
-        "past_key_values.*": past,
-        "logits": outputs,
-    }
-    for name, there in wanted.items():
-        if not (there if there is past else there.intersection(name.split(" or "))):
-            raise TraceError(f"the decoder has no {name}. {OTHER}")
+    there = {"attention_mask": "attention_mask" in inputs, " or ".join(TEXT): inputs & set(TEXT)}
+    there |= {"past_key_values.*": past, "logits": "logits" in outputs}
+    lacking = [name for name, found in there.items() if not found]
+    if lacking:
+        raise TraceError(f"the decoder has no {lacking[0]}. {OTHER}")
 
 
 def _check_nodes(graph: ir.Graph) -> None:

@@ -16,13 +16,11 @@ import sasa_export
 from sasa_export.errors import OpenError
 from sasa_export.foreign.opened import open_graphs
 from sasa_export.foreign.original import GraphOriginal
-from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.prompts import builtin
 from sasa_export.prompts.prompt import encoded
 from sasa_export.verify import verify_directory
 from sasa_export.verify.fresh.onnx_model import Model
 
-PAIR = LaneSettings(1, 2)
 PROMPTS = [prompt for prompt in builtin() if prompt.image is None and not prompt.before][::200][:12]
 pytestmark = pytest.mark.xdist_group("foreign")
 
@@ -34,12 +32,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> GraphOriginal:
 
 @pytest.fixture(scope="module")
 def probe(decoder: GraphOriginal) -> dict[str, Any]:
-    """A random probe, and P(unsafe) of the prompts by it, in two passes of the original graph."""
-    weight = np.random.default_rng(1).normal(size=foreign_graphs.HIDDEN).astype(np.float32)
-    reading = decoder.lanes(PAIR)
-    states = np.concatenate([reading.prompt(encoded(decoder.processor, it))["projected"].numpy() for it in PROMPTS])
-    bias = -float(np.median(states @ weight))
-    return {"weight": weight, "bias": bias, "expected": 1 / (1 + np.exp(-(states @ weight + bias)))}
+    return foreign_graphs.probe_amid(decoder, PROMPTS)
 
 
 @pytest.fixture(scope="module")

@@ -50,13 +50,7 @@ def texts(data: str) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def expected(decoder: GraphOriginal, sets: tuple[str, str]) -> dict[str, Any]:
-    """A random probe with a threshold amid the evaluation prompts, and P(unsafe) of these."""
-    weight = np.random.default_rng(1).normal(size=foreign_graphs.HIDDEN).astype(np.float32)
-    reading = decoder.lanes(LaneSettings(1, 2))
-    inputs = (encoded(decoder.processor, prompt) for prompt in texts(sets[0]))
-    states = np.concatenate([reading.prompt(each)["projected"].numpy() for each in inputs])
-    bias = -float(np.median(states @ weight))
-    return {"weight": weight, "bias": bias, "scores": 1 / (1 + np.exp(-(states @ weight + bias)))}
+    return foreign_graphs.probe_amid(decoder, texts(sets[0]))
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +67,9 @@ def test_an_evaluation_asks_the_graphs_that_were_patched(
 ) -> None:
     found = evaluate(options)
     assert found is not None
-    table, flagged = found.answers, expected["scores"] >= 0.5
+    table, flagged = found.answers, expected["expected"] >= 0.5
     assert 0 < flagged.sum() < len(flagged)
-    np.testing.assert_allclose(table.patched_unsafe_probability, expected["scores"], atol=1e-5)
+    np.testing.assert_allclose(table.patched_unsafe_probability, expected["expected"], atol=1e-5)
     assert found.arms["patched"]["attack"].count == (~flagged & (table.label == 1)).sum()
     assert found.identical is not None and found.identical.count == found.identical.total > 0
     assert found.emitted is not None and found.emitted.count == found.emitted.total == flagged.sum()
