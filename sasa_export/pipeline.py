@@ -49,9 +49,12 @@ def patch(options: Options, report: Silent | None = None) -> Patch:
         team.wait()  # nobody writes while another still looks
         given, prompts = read_inputs(options, report)  # before the model is opened, which may take long
         original = open_original(options)
+        source, needed = original.source, needed_disk(original.source, options)
+        check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
+        check_disk(options.out, needed)
+        report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
         made = measure(original, given, prompts, options, work, report)
         if team.leads:
-            needed = needed_disk(original.source, options)
             with staged(options.out, force=options.force, needed_bytes=needed) as staging:
                 original.write(made, staging, options, report)
                 check_ours(options.out)  # again: the work may have taken hours
@@ -79,9 +82,6 @@ def measure(
     Everything that can be wrong is an error before the work begins.
     """
     source, sizes = original.source, original.sizes
-    check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
-    check_disk(options.out, needed_disk(source, options))
-    report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
     prompts = original.readable(prompts, report)
     refusal_ids(original.processor, source.directory, options.refusal)
     settings, layers_from = lane_of(original, options, report)  # stand-ins where the layers are still to be found

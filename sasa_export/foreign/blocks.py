@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+import networkx
 import onnx_ir as ir
 
 from sasa_export.errors import TraceError
@@ -195,21 +196,16 @@ class _Finder:
 
     def following(self) -> dict[ir.Node, ir.Node]:
         """Of each node the first one behind it through which all goes that it tells the logits."""
-        end, useful = self.logits.producer(), needed([self.logits])
-        assert end is not None
-        found, depth = dict[ir.Node, ir.Node](), {end: 0}
-        for node in reversed(self.nodes):
-            readers = (to for value in node.outputs for to in self.readers[value])
-            told = [to for to in readers if to in depth and to.op_type not in SHAPE]
-            if node is end or node not in useful or not told:
-                continue
-            joint = told[0]
-            for other in told[1:]:
-                while joint is not other:
-                    joint, other = (other, joint) if depth[joint] < depth[other] else (joint, other)
-                    joint = found[joint]
-            found[node], depth[node] = joint, depth[joint] + 1
-        return found
+        told = networkx.DiGraph(
+            (reader, node)
+            for node in self.nodes
+            for value in node.outputs
+            for reader in self.readers[value]
+            if reader.op_type not in SHAPE
+        )
+        end = self.logits.producer()
+        found = networkx.immediate_dominators(told, end)
+        return {node: first for node, first in found.items() if node is not end}
 
 
 def _sum(node: ir.Node) -> ir.Value:

@@ -14,6 +14,7 @@ from onnx_runner import session
 import sasa_export
 from sasa_export.errors import OpenError, SasaExportError, TraceError
 from sasa_export.foreign.blocks import Blocks, find_blocks
+from sasa_export.foreign.lane import add_lane
 from sasa_export.foreign.opened import holds_graphs, open_graphs
 from sasa_export.foreign.original import GraphOriginal
 from sasa_export.graph.rewrite import LaneSettings
@@ -45,20 +46,20 @@ def test_the_second_lane_ends_where_the_main_lane_ends(directory: Path) -> None:
     assert GraphOriginal(str(directory)).check_lane(PAIR).endswith("ends 0e+00 from it")
 
 
-def test_a_lane_that_reads_the_main_lane_is_noticed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sasa_export.foreign.original.add_lane", lambda blocks, *others: blocks.norm)
-    with pytest.raises(TraceError, match=r"state\.1: begun with what lies behind block 1, .* with another state 0\.0"):
-        GraphOriginal(str(directory)).check_lane(PAIR)
-
-
-def test_a_lane_that_begins_elsewhere_is_noticed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sasa_export.foreign import lane
-
-    def shifted(blocks: Blocks, safety: int, *others: Any) -> ir.Value:
-        return lane.add_lane(blocks, safety + 1, *others)
-
-    monkeypatch.setattr("sasa_export.foreign.original.add_lane", shifted)
-    with pytest.raises(TraceError, match=r"state\.1: begun with"):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            lambda blocks, safety, *others: blocks.norm,
+            "begun with what lies behind block 1, .* another state 0\\.0",
+        ),
+        (lambda blocks, safety, *others: add_lane(blocks, safety + 1, *others), "begun with"),
+    ],
+    ids=["reads the main lane", "begins elsewhere"],
+)
+def test_a_wrong_lane_is_noticed(wrong: Any, said: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sasa_export.foreign.original.add_lane", wrong)
+    with pytest.raises(TraceError, match=rf"state\.1: {said}"):
         GraphOriginal(str(directory)).check_lane(PAIR)
 
 
