@@ -66,9 +66,9 @@ class GraphOriginal(Decoder):
         main lane, or where it does not care what it begins with."""
         blocks, inputs = self.blocks(), encoded(self.processor, SELF_TEST)
         assert settings.pair is not None
-        first, positions = settings.pair[0], blocks.inputs.get("position_ids")
+        first = settings.pair[0]
         ends = {
-            name: add_lane(blocks, first, blocks.states[index], positions, f"{LANE}/{name}")
+            name: add_lane(blocks, first, blocks.states[index], prefix=f"{LANE}/{name}")
             for name, index in zip(("same", "other"), settings.pair, strict=True)
         }
         values = self.run(blocks, {"main": blocks.norm, **ends}).prompt(inputs)
@@ -206,7 +206,7 @@ class GraphOriginal(Decoder):
             add("ReduceSum", add("Mul", state, semantic), axis, keepdims=1) for state in (safety, semantic)
         )
         projection = add("Mul", add("Div", along, add("Max", square, least)), semantic)  # (1, tokens, hidden)
-        end = add_lane(blocks, settings.pair[0], projection, blocks.inputs.get("position_ids"))
+        end = add_lane(blocks, settings.pair[0], projection)
         ends = {"projected": add("Gather", end, last, axis=1), "plain": add("Gather", blocks.norm, last, axis=1)}
         if logits and not self.linear:
             ends = {name: add_head(blocks, value, f"/sasa/{name}") for name, value in ends.items()}
@@ -219,7 +219,7 @@ class GraphOriginal(Decoder):
         add = Builder(blocks.model.graph, "/sasa/behind")
         last = add.constant([-1])
         states = add("Concat", *(add("Gather", state, last, axis=1) for state in blocks.states), axis=1)
-        normed = add_lane(blocks, len(blocks.states) - 1, states, None, "/sasa/normed")  # no block is behind the last
+        normed = add_lane(blocks, len(blocks.states) - 1, states, prefix="/sasa/normed")  # no block is behind the last
         return self.run(blocks, {"states": states, "normed": normed})
 
     def head_weight(self) -> np.ndarray:

@@ -50,10 +50,10 @@ def test_the_second_lane_ends_where_the_main_lane_ends(directory: Path) -> None:
     ("wrong", "said"),
     [
         (
-            lambda blocks, safety, *others: blocks.norm,
+            lambda blocks, safety, states, prefix: blocks.norm,
             "begun with what lies behind block 1, .* another state 0\\.0",
         ),
-        (lambda blocks, safety, *others: add_lane(blocks, safety + 1, *others), "begun with"),
+        (lambda blocks, safety, states, prefix: add_lane(blocks, safety + 1, states, prefix=prefix), "begun with"),
     ],
     ids=["reads the main lane", "begins elsewhere"],
 )
