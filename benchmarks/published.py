@@ -23,7 +23,10 @@ import pandas as pd
 from side_by_side import made_of
 
 from sasa_export.errors import EvaluateError, SasaExportError
+from sasa_export.graph import LayerGraph
+from sasa_export.graph.rewrite import rewrite_lane
 from sasa_export.models.wheels import Wheel, fetch
+from sasa_export.original import running_as
 from sasa_export.probe import Fitted, calibrate
 from sasa_export.probe.features import collect
 from sasa_export.probe.fit import probability
@@ -161,7 +164,7 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
     model = load_model(original.source, dtype=original.dtype, device=original.device)
     probes = fitted_for(subject, model, report)
     with report.bar(len(prompts), "prompts") as advance:
-        features = collect(model, original.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
+        features = collect(model, original.processor, lane_of(subject), prompts, batch_size=BATCH, advance=advance)
     own = read_probe(_probe_file(subject.options.model), None)
     lane = features.plain if subject.sasa["safety_layer"] is None else features.projected  # (prompts, features)
     arms = {
@@ -186,10 +189,15 @@ def fitted_for(subject: Subject, model: Any, report: Console) -> Fitted:
     """Probes on the calibration set of the patched model: the bundled ones, or fitted here."""
     if subject.bundled is not None:
         return subject.bundled
-    prompts = subject.calibration
+    prompts, lane = subject.calibration, lane_of(subject)
     with report.bar(len(prompts), "calibration") as advance:
-        features = collect(model, subject.original.processor, subject.lane, prompts, batch_size=BATCH, advance=advance)
-    return calibrate(model, subject.lane, features, prompts, subject.regularization)
+        features = collect(model, subject.original.processor, lane, prompts, batch_size=BATCH, advance=advance)
+    return calibrate(model, lane, features, prompts, subject.regularization)
+
+
+def lane_of(subject: Subject) -> LayerGraph:
+    """The second lane from which the arms read their features."""
+    return rewrite_lane(subject.original.graph, subject.lane)
 
 
 def _read(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
@@ -323,7 +331,7 @@ def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: C
         baseline=last_name(original.source.name),
         calibrated_on=subject.calibrated_on,
         threshold=subject.sasa["threshold"],
-        **original.running,
+        **running_as(original),
         made_of=made_of(),
         wheels=", ".join(wheel.requirement for wheel in WHEELS),
         limit=limit,

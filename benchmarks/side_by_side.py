@@ -46,13 +46,15 @@ class Settings:
     """What every benchmark that runs a model lets one set."""
 
     model: str = option("smol-llava", "Alias, hub id or local directory.")
-    safety_layer: int | None = option(None, "Zero-based. Default: what the family's file says.")
-    semantic_layer: int | None = option(None, "Likewise.")
-    rounds: int = option(9, "How often each kind of work is timed.")
-    tokens: int = option(480, "About how long the text prompt is.")
-    new_tokens: int = option(200, "Tokens to decode.")
-    threads: int = option(1, "Of torch and onnxruntime. With one, the clock counts the processor's time alone.")
-    out: Path | None = option(None, "Also write the tables here, as Markdown.")
+    safety_layer: int | None = option(None, "Zero-based. Default: what the family's file says.", click.INT)
+    semantic_layer: int | None = option(None, "Likewise.", click.INT)
+    rounds: int = option(9, "How often each kind of work is timed.", click.INT)
+    tokens: int = option(480, "About how long the text prompt is.", click.INT)
+    new_tokens: int = option(200, "Tokens to decode.", click.INT)
+    threads: int = option(
+        1, "Of torch and onnxruntime. With one, the clock counts the processor's time alone.", click.INT
+    )
+    out: Path | None = option(None, "Also write the tables here, as Markdown.", click.Path(path_type=Path))
 
     def seconds(self, work: Work) -> float:
         """What some work takes; on one thread the processor's time alone, and not that in which other programs run."""

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from sasa_export.errors import OpenError, SasaExportError
+from sasa_export.errors import SasaExportError
 from sasa_export.flags import flags
 from sasa_export.options import Options
 from sasa_export.report import Console, quiet
@@ -105,19 +105,12 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None) -> N
     quiet()
     from sasa_export.graph.diagram import mermaid
     from sasa_export.graph.rewrite import LaneSettings, rewrite
-    from sasa_export.graph.trace import trace_source
-    from sasa_export.models import layers_of, open_source
-    from sasa_export.models.load import load_processor, read_sizes
+    from sasa_export.models import layers_of
+    from sasa_export.original import open_original
 
-    source = open_source(model)
-    try:
-        processor = load_processor(source)
-    except OpenError as error:
-        processor = None
-        Console().warn(f"Traced without a picture: {error}")
-    graph = trace_source(source, processor)
-    sizes = read_sizes(source)
-    safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
+    original = open_original(Options(model=model, dtype="float32", device="cpu"))
+    graph, sizes = original.graph, original.sizes
+    safety, semantic, layers_from = layers_of(original.source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))
     for node in graph:
         click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs)}")

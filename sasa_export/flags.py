@@ -1,28 +1,52 @@
-"""OptionSet as one frozen dataclass, and the command line's flags made from it, one a field."""
+"""Options in frozen dataclasses: each field carries what click makes its flag of, by which Python's values go too."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import field, fields
-from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import click
 
 from sasa_export.errors import SasaExportError
 
 
-def option(default: Any, help: str, *, group: str = "Options", common: bool = False, **extra: Any) -> Any:
+class Number(click.FloatRange):
+    """A number in a range: NaN is in none."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value} is no number.", param, ctx)
+        return found
+
+
+class WordOr(click.ParamType):
+    """A word in the place of what another type takes."""
+
+    def __init__(self, word: str, other: click.ParamType) -> None:
+        self.word, self.other, self.name = word, other, f"{word}|{other.name}"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value == self.word else self.other.convert(value, param, ctx)
+
+
+def option(
+    default: Any, help: str, type: Any = click.STRING, *, group: str = "Options", common: bool = False, **more: Any
+) -> Any:
     """A field of a dataclass of options.
 
     Args:
+        type: click's, which takes or refuses a value. Of a bool it does not matter.
         group: the heading in --help-all; `common`: whether --help shows it too.
-        extra: `choices`, the values there are; `required`; `valid`, what a value must be, in words, and whether it is.
+        more: of click's options: `multiple`, `required`.
     """
-    return field(default=default, metadata={"help": help, "group": group, "common": common, **extra})
+    more = {"is_flag": True} if isinstance(default, bool) else {"type": type, **more}
+    if default is not None and not {"required", "multiple", "is_flag"} & set(more):
+        more |= {"default": default, "show_default": True}
+    return field(default=default, metadata={"help": help, "group": group, "common": common, "click": more})
 
 
 def flag(name: str) -> str:
@@ -31,47 +55,28 @@ def flag(name: str) -> str:
 
 
 class OptionSet:
-    """A base of dataclasses of options: paths and numbers may be given as text, text as paths, one value in place of
-    several."""
+    """A base of dataclasses of options. Values are as the command line's: a path or number may be given as text, text
+    as a path, one value in place of several. SasaExportError where one is none that the option takes."""
 
     def __post_init__(self) -> None:
-        for name, kinds in kinds_of(type(self)).items():
-            value = getattr(self, name)
-            if tuple in kinds:
+        for entry in fields(self):  # type: ignore[arg-type]
+            about, value = entry.metadata["click"], getattr(self, entry.name)
+            if about.get("multiple"):
                 value = tuple(map(str, (value,) if isinstance(value, str | os.PathLike) else value))
-            elif isinstance(value, str) and Path in kinds:
-                value = Path(value)
-            elif isinstance(value, str) and kinds & {int, float}:  # or a word in a number's place
-                with suppress(ValueError):
-                    value = int(value) if int in kinds else float(value)
-            elif isinstance(value, os.PathLike) and Path not in kinds:
-                value = os.path.join(".", value)  # "llava" may be an alias, and "./llava" is none
-            object.__setattr__(self, name, value)
+            elif value is not None and "type" in about:
+                if isinstance(value, os.PathLike) and not isinstance(about["type"], click.Path):
+                    value = os.path.join(".", value)  # "llava" may be an alias, and "./llava" is none
+                try:
+                    value = about["type"](value)
+                except click.BadParameter as error:
+                    raise SasaExportError(f"{flag(entry.name)} cannot be {value!r}: {error.message}") from None
+            object.__setattr__(self, entry.name, value)
 
     def check_default(self, *names: str, why: str) -> None:
         """Raise SasaExportError where one of the fields is set."""
         for entry in fields(self):  # type: ignore[arg-type]
             if entry.name in names and getattr(self, entry.name) != entry.default:
                 raise SasaExportError(f"{flag(entry.name)} {why}. Leave it out.")
-
-
-def kinds_of(options: type) -> dict[str, set[Any]]:
-    """What each field of a dataclass may be: {int, str} of `int | str`, {tuple} of `tuple[str, ...]`."""
-    hints = get_type_hints(options)
-    parts = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
-    return {name: {get_origin(part) or part for part in of} for name, of in parts.items()}
-
-
-def check_values(options: Any) -> None:
-    """Raise SasaExportError where a field of a dataclass of options is none of its choices, or not `valid`."""
-    for entry in fields(options):
-        value = getattr(options, entry.name)
-        choices = entry.metadata.get("choices")
-        words, valid = entry.metadata.get("valid", ("", lambda value: True))
-        if choices:
-            words, valid = f"one of {', '.join(map(str, choices))}", choices.__contains__
-        if value is not None and not valid(value):
-            raise SasaExportError(f"{flag(entry.name)} is {value!r}; it must be {words}.")
 
 
 def flags(options: type, *, required: bool = True) -> Callable[[Any], Any]:
@@ -81,29 +86,11 @@ def flags(options: type, *, required: bool = True) -> Callable[[Any], Any]:
         required: whether Click asks for what is `required`, which a group with commands of its own cannot let it do.
     """
 
-    kinds = kinds_of(options)
-
     def decorate(command: Any) -> Any:
         for entry in reversed(fields(options)):
-            about = {"help": entry.metadata["help"], **_click_type(entry, kinds[entry.name])}
-            if entry.metadata.get("required"):
-                about = {"help": about["help"], "type": about["type"], "required": required}
+            about = {"help": entry.metadata["help"], **entry.metadata["click"]}
+            about["required"] = required and about.get("required", False)
             command = click.option(flag(entry.name), entry.name, **about)(command)
         return command
 
     return decorate
-
-
-def _click_type(entry: Any, kinds: set[Any]) -> dict[str, Any]:
-    """What Click needs to know of a field's values."""
-    about = entry.metadata
-    if bool in kinds:
-        return {"is_flag": True}
-    if tuple in kinds:
-        return {"multiple": True}
-    value: Any = str if str in kinds else int if int in kinds else float
-    if "choices" in about:
-        value = click.Choice(about["choices"])
-    elif Path in kinds:
-        value = click.Path(path_type=Path)
-    return {"type": value, "default": entry.default, "show_default": entry.default is not None}

@@ -8,8 +8,10 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import click
+
 from sasa_export.errors import SasaExportError
-from sasa_export.flags import OptionSet, check_values, option
+from sasa_export.flags import Number, OptionSet, WordOr, option
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,10 +39,9 @@ probing = partial(option, group="Probe")
 onnx = partial(option, group="ONNX")
 running = partial(option, group="Running")
 
-# What a value must be, in words, and whether it is: NaN is nowhere.
-SHARE = ("at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
-AT_LEAST_ONE = ("at least 1", lambda value: value >= 1)
-LAYER = ("auto or a whole number", lambda value: value == AUTO or isinstance(value, int))
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(1)
+LAYER = WordOr(AUTO, click.INT)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Options(OptionSet):
     """What `sasa-export --model ... --out ...` does, and with what."""
 
     model: str = what("", "Alias, hub id (owner/name) or local directory.", common=True, required=True)
-    out: Path = what(Path(), "Directory to write the patched model to.", common=True, required=True)
+    out: Path = what(Path(), "Directory to write the patched model to.", PATH, common=True, required=True)
     force: bool = what(
         False, "Replace what an earlier export wrote to --out, and discard other unfinished work.", common=True
     )
@@ -57,27 +58,27 @@ class Options(OptionSet):
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
         "one of the two directories in place then changes both.",
     )
-    onnx_file: tuple[str, ...] = what((), ONNX_FILE)
+    onnx_file: tuple[str, ...] = what((), ONNX_FILE, multiple=True)
     revision: str | None = what(None, REVISION)
 
     safety_layer: int | str | None = layers(
         None,
         "Zero-based block whose output is projected, or auto: found on the calibration prompts, as the other layer "
         "is unless it is given. Default: what the family's file says.",
+        LAYER,
         common=True,
-        valid=LAYER,
     )
     semantic_layer: int | str | None = layers(
         None,
         "Zero-based block onto whose output it is projected, or auto. Default: likewise.",
+        LAYER,
         common=True,
-        valid=LAYER,
     )
     projection: str = layers(
         "semantic",
         "semantic: the safety layer's output is projected onto the semantic layer's, and a second lane runs on it. "
         "none: the probe reads the end of the main lane, which costs nothing more.",
-        choices=("semantic", "none"),
+        click.Choice(("semantic", "none")),
     )
 
     calibration: tuple[str, ...] = probing(
@@ -86,74 +87,67 @@ class Options(OptionSet):
         "set of the field as name:PATH, options behind commas: mm-safetybench, figstep, vlguard, jailbreakv, xstest. "
         "Give it several times to combine them; builtin is the built-in set, which is the default.",
         common=True,
+        multiple=True,
     )
     probe: Path | None = probing(
-        None, "A probe of your own (sasa.probe.weight, sasa.probe.bias): no calibration.", common=True
+        None, "A probe of your own (sasa.probe.weight, sasa.probe.bias): no calibration.", PATH, common=True
     )
     threshold: float | None = probing(
         None,
         "Refuse from this P(unsafe) on. Default: from the calibration, or 0.5 with --probe.",
+        Number(0, 1, min_open=True, max_open=True),
         common=True,
-        valid=("between 0 and 1", lambda value: 0.0 < value < 1.0),
     )
     max_false_positive_rate: float = probing(
         0.02,
         "Largest share of ordinary harmless calibration prompts that the threshold may refuse.",
+        Number(0, 1, max_open=True),
         common=True,
-        valid=SHARE,
     )
     regularization: float | str = probing(
         "auto",
         "The probe's C in scikit-learn, its inverse strength of regularization: a number (the paper's is 1), or "
         "auto, by cross-validation.",
-        valid=(
-            "auto or a number above 0",
-            lambda value: value == AUTO or (not isinstance(value, str) and 0.0 < value < inf),
-        ),
+        WordOr(AUTO, Number(0, inf, min_open=True, max_open=True)),
     )
-    refusal: str = probing(
-        REFUSAL,
-        "What the model says when it refuses.",
-        common=True,
-        valid=("a sentence", lambda value: bool(value.strip())),
-    )
+    refusal: str = probing(REFUSAL, "What the model says when it refuses.", common=True)
     gate: str = probing(
         "enforce",
         "enforce: refuse. observe: judge, report P(unsafe) and refuse nothing. config.json changes it later; graphs "
         "of ONNX are exported again.",
+        click.Choice(GATES),
         common=True,
-        choices=GATES,
     )
 
     format: str = onnx(
         "safetensors",
         "safetensors: a directory for transformers. onnx: one that ONNX runtimes load as any other model. both: "
         "safetensors/ and onnx/ below --out.",
+        click.Choice(("safetensors", "onnx", "both")),
         common=True,
-        choices=("safetensors", "onnx", "both"),
     )
     opset: int = onnx(
         23,
         "Operator set: 23 keeps attention, rotary embedding and RMS norm as single operators; 20 loads in older "
         "runtimes.",
-        choices=OPSETS,
+        click.Choice(OPSETS),
     )
     onnx_dtype: str = onnx(
         "float32",
         "Type of the graphs. int8 and int4 are of the weights alone. The gate computes in float32 in all of them.",
+        click.Choice(ONNX_DTYPES),
         common=True,
-        choices=ONNX_DTYPES,
     )
 
-    batch_size: int = running(16, "Prompts at a time in calibration.", valid=AT_LEAST_ONE)
+    batch_size: int = running(16, "Prompts at a time in calibration.", COUNT)
     device: str = running("auto", f"Where the model runs: {DEVICE}", common=True)
-    dtype: str = running("auto", "Type the model runs in while it is calibrated and verified.", choices=DTYPES)
+    dtype: str = running("auto", "Type the model runs in while it is calibrated and verified.", click.Choice(DTYPES))
     verify: str = running(
         "full",
         "full: load what was written in a fresh process and compare it with the original. files: check what "
         "needs no model in memory, for models larger than the machine.",
+        click.Choice(("full", "files")),
         common=True,
-        choices=("full", "files"),
     )
 
     def finds_layers(self) -> bool:
@@ -165,8 +159,9 @@ class Options(OptionSet):
         return None if self.regularization == AUTO else float(self.regularization)
 
     def check(self) -> None:
-        """Raise SasaExportError where options contradict each other, change nothing, or leave their range."""
-        check_values(self)
+        """Raise SasaExportError where options contradict each other or change nothing."""
+        if not self.refusal.strip():
+            raise SasaExportError("--refusal is empty, and the model says it where it refuses. Give a sentence.")
         if self.probe is not None and self.calibration:
             raise SasaExportError("--probe and --calibration exclude each other: a given probe is not fitted.")
         if self.probe is not None and self.finds_layers():

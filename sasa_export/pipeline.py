@@ -1,44 +1,36 @@
-"""The whole tool on one page: open -> trace -> calibrate -> rewrite -> write -> verify.
-
-What it does for torch models is here; `foreign.patch` does the same for ONNX graphs that others exported, and `steps`
-holds what both have in common.
-"""
+"""The whole tool on one page: open -> trace -> calibrate -> rewrite -> write -> verify."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from sasa_export import steps
-from sasa_export.foreign.opened import holds_graphs
-from sasa_export.graph.rewrite import rewrite_lane
-from sasa_export.graph.trace import trace_source
+from sasa_export.errors import EmitError, reworded
+from sasa_export.files import check_apart, check_disk, staged
+from sasa_export.graph.rewrite import LaneSettings, rewrite
 from sasa_export.layers.auto import choose_layers
-from sasa_export.layers.survey import survey
-from sasa_export.manifest import write_manifest
-from sasa_export.models import open_source
-from sasa_export.models.load import load_processor, read_sizes, running
-from sasa_export.models.quantized import check_scheme
+from sasa_export.layers.pairs import default_pairs, possible
+from sasa_export.manifest import check_ours
+from sasa_export.models import Source, layers_of
+from sasa_export.models.load import SPREAD
 from sasa_export.options import Options
-from sasa_export.probe import Fitted, bundled, calibrate
-from sasa_export.probe.features import collect_on_disk, load_as_traced
+from sasa_export.original import Original, are_graphs, open_original, running_as
+from sasa_export.probe import Calibration, Fitted, with_threshold
+from sasa_export.probe.figures import verdict_on_projection
+from sasa_export.probe.fit import Probe
+from sasa_export.probe.given import check_probe, read_probe
 from sasa_export.probe.work import Work, fingerprint, resumable
-from sasa_export.report import Check, Silent
-from sasa_export.runtime.settings import OPERATOR
-from sasa_export.steps import Plan
-from sasa_export.verify import check_written
+from sasa_export.prompts import Prompt, calibration_prompts, lopsided
+from sasa_export.report import Silent
 from sasa_export.workers import workers
-from sasa_export.writers.card import write_card
-from sasa_export.writers.cases import ask
-from sasa_export.writers.directory import Patch, write_directory
-from sasa_export.writers.onnx.directory import (
-    check_possible,
-    write_onnx_card,
-    write_onnx_directory,
-    write_onnx_manifest,
-)
+from sasa_export.writers.cases import Case, expect, known
+from sasa_export.writers.config import refusal_ids, sasa_settings
+from sasa_export.writers.directory import Patch
+from sasa_export.writers.onnx.memory import needed_bytes
+
+SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
 
 
 def patch(options: Options, report: Silent | None = None) -> Patch:
@@ -49,115 +41,124 @@ def patch(options: Options, report: Silent | None = None) -> Patch:
     """
     team = workers()
     report = report if report is not None and team.leads else Silent()
-    options = replace(options, device=team.device(options.device))
     options.check()
-    with resumable(options.out, force=options.force, report=report) as work:
+    # What onnxruntime and the exporter raise, which fail in as many ways as there are operators.
+    cannot = f"{options.model} cannot be guarded here ({{reason}}). Use another model."
+    explained = reworded(EmitError, cannot) if are_graphs(options) else nullcontext()
+    with resumable(options.out, force=options.force, report=report) as work, explained:
         team.wait()  # nobody writes while another still looks
-        if options.onnx_file or holds_graphs(options.model):
-            from sasa_export.foreign.patch import patch_graphs  # a lean installation has no onnx
-
-            return patch_graphs(options, work, report)
-        plan = open_and_trace(options, report)
-        made = measure(plan, options, work, report)
-        return steps.write_and_verify(made, options, report, _write)
-
-
-def open_and_trace(options: Options, report: Silent) -> Plan:
-    """Everything that can be wrong before the work begins."""
-    inputs = steps.read_inputs(options, report)
-    plain = options.format != "safetensors"
-    source = open_source(options.model, options.revision, partial(check_scheme, plain=plain))
-    if plain:
-        check_possible(source, options)
-    steps.check_output(source, options)
-    report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
-    sizes = read_sizes(source)
-    processor = load_processor(source)
-    graph = trace_source(source, processor)
-    plan = steps.make_plan(source, sizes, processor, graph, inputs, options, report)
-    report.step("trace", f"{len(graph.of('block'))} blocks as graphs/{source.family.name}.toml says")
-    return plan
+        given, prompts = read_inputs(options, report)  # before the model is opened, which may take long
+        original = open_original(options)
+        source, needed = original.source, needed_disk(original.source, options)
+        check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
+        check_disk(options.out, needed)
+        report.step("open", f"{source.name}: family {source.family.name}, {source.weight_bytes() / 1e6:,.0f} MB")
+        made = measure(original, given, prompts, options, work, report)
+        if team.leads:
+            with staged(options.out, force=options.force, needed_bytes=needed) as staging:
+                original.write(made, staging, options, report)
+                check_ours(options.out)  # again: the work may have taken hours
+            report.step("done", f"{options.out}")
+        return made
 
 
-def measure(plan: Plan, options: Options, work: Work, report: Silent) -> Patch:
-    """Calibrate where no probe is given, and ask the original model what verification compares with."""
-    dtype, device = running(plan.source, options.dtype, options.device)
-    prompts, calibration, held_out = plan.prompts, None, None
-    if not prompts:
-        return steps.make_patch(plan, None, None, dtype, device, options, report)
-    if plan.given is None and (options.finds_layers() or _shipped(plan, options) is None):
-        told = fingerprint(
-            plan.source, plan.prompts, dtype=dtype, device=device.partition(":")[0], batch_size=str(options.batch_size)
-        )
+def read_inputs(options: Options, report: Silent) -> tuple[Probe | None, list[Prompt]]:
+    """The probe that is given, if any, and what is calibrated and verified with: nothing where neither is done."""
+    given = read_probe(options.probe, options.threshold) if options.probe else None
+    if given is not None and options.verify == "files":
+        return given, []
+    prompts = calibration_prompts(options.calibration, report)
+    warning = lopsided(prompts)
+    if warning is not None:
+        report.warn(warning)
+    return given, prompts
+
+
+def measure(
+    original: Original, given: Probe | None, prompts: list[Prompt], options: Options, work: Work, report: Silent
+) -> Patch:
+    """Calibrate where no probe is given, and ask the original model what verification compares with.
+
+    Everything that can be wrong is an error before the work begins.
+    """
+    source, sizes = original.source, original.sizes
+    prompts = original.readable(prompts, report)
+    refusal_ids(original.processor, source.directory, options.refusal)
+    settings, layers_from = lane_of(original, options, report)  # stand-ins where the layers are still to be found
+    check_probe(given, sizes.vocabulary if rewrite(original.graph, settings).of("lane_head") else sizes.hidden)
+    report.step("trace", original.check_lane(settings))
+    if given is None and (options.finds_layers() or original.shipped(settings, options) is None):
+        told = fingerprint(source, prompts, batch_size=options.batch_size, **running_as(original))
         work.open(told, discard=options.force, report=report)  # before the weights are loaded
-    report.step("load", f"{dtype} on {device}")
-    model = load_as_traced(plan.source, plan.processor, plan.graph, prompts, dtype=dtype, device=device)
-    size, regularization = options.batch_size, options.regularization_value()
-    if options.finds_layers():
-        look = partial(
-            survey, model, plan.processor, plan.graph, settings=plan.settings, work=work, report=report,
-            batch_size=size, regularization=regularization,
-        )  # fmt: skip
-        settings, layers_from, held_out = choose_layers(look, plan.graph, prompts, plan.settings, options, report)
-        plan = replace(plan, settings=settings, layers_from=layers_from)
-    lane = rewrite_lane(plan.graph, plan.settings)
-    if plan.given is None:
-        fitted = _shipped(plan, options)
-        if fitted is None:
-            features = collect_on_disk(model, plan.processor, lane, prompts, work, report, batch_size=size)
-            fitted = calibrate(model, lane, features, prompts, regularization)
-        calibration = steps.choose_threshold(fitted, prompts, options, report, held_out)
-    asking = partial(ask, model, plan.processor, lane) if options.verify == "full" else None
-    return steps.make_patch(plan, calibration, asking, dtype, device, options, report)
-
-
-def _shipped(plan: Plan, options: Options) -> Fitted | None:
-    return bundled.read(plan.source.name, plan.settings, options.calibration, options.regularization)
-
-
-def _write(patch: Patch, staging: Path, options: Options, report: Silent) -> None:
-    """Write and verify the formats that are asked for."""
-    plain = staging if options.format == "safetensors" else staging / "safetensors"
-    plain.mkdir(exist_ok=True)
-    _write_safetensors(patch, plain, options, report)
-    if options.format != "safetensors":
-        graphs = staging if options.format == "onnx" else staging / "onnx"
-        graphs.mkdir(exist_ok=True)
-        _write_onnx(patch, plain, graphs, options, report)
-
-
-def _write_safetensors(patch: Patch, directory: Path, options: Options, report: Silent) -> None:
-    """Write the directory for transformers, and verify it unless graphs alone are wanted, which are made from it."""
-    passing = options.format == "onnx"
-    with report.bar(patch.source.weight_bytes(), "write") as advance:
-        digests = write_directory(patch, directory, link=options.link or passing, advance=advance)
-    if passing:
-        return
-    checks = check_written(directory, device=patch.device, only_files=not patch.cases)
-    steps.all_passed(checks, report)
-    write_card(patch, checks, options.verify, directory)
-    operator = {name: patch.sasa[name] for name in OPERATOR}  # who may edit these
-    write_manifest(
-        directory, digests, options=options.to_json(), commit=patch.source.commit,
-        layers_from=patch.sasa["layers_from"], operator=operator,
+    size, regularization, judged, calibration = options.batch_size, options.regularization_value(), None, None
+    cases: tuple[Case, ...] = ()
+    with original.loaded(prompts, report) if prompts else nullcontext():
+        if options.finds_layers():
+            look = partial(original.survey, work=work, report=report, batch_size=size, regularization=regularization)
+            settings, layers_from, judged = choose_layers(look, original.graph, prompts, settings, options, report)
+        if given is None:
+            fitted = original.shipped(settings, options)
+            if fitted is None:
+                found = original.features(settings, prompts, work, report, batch_size=size)
+                fitted = original.fit(settings, found, prompts, regularization)
+            calibration = choose_threshold(fitted, prompts, options, report, judged)
+        probe = given if calibration is None else calibration.probe
+        assert probe is not None
+        if options.verify == "full":
+            scores = None if calibration is None else calibration.final
+            cases = tuple(expect(original.asking(settings), probe, prompts, scores))
+    graph, pair = rewrite(original.graph, settings), settings.pair
+    lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
+    report.step("rewrite", f"{lane}, threshold {probe.threshold:.4f}")
+    sasa = sasa_settings(
+        source, original.processor, graph, settings, layers_from=layers_from, threshold=probe.threshold,
+        refusal=options.refusal, gate=options.gate, known=known(cases),
     )  # fmt: skip
+    sasa |= original.more
+    device = "auto" if original.device == SPREAD else original.device
+    return Patch(options.out, source, graph, sasa, probe, calibration, cases, original.dtype, device)
 
 
-def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, report: Silent) -> None:
-    """Write the ONNX directory from the one for transformers, which goes where nobody asked for it, and verify it."""
-    write_onnx_directory(
-        plain, directory, opset=options.opset, dtype=options.onnx_dtype, advance=lambda step: report.step("onnx", step)
+def needed_disk(source: Source, options: Options) -> int:
+    """Bytes of disk below --out, at most. The graphs are made from a copy for transformers, wanted or not."""
+    needed = SPARE_BYTES + (0 if options.link else source.weight_bytes())
+    if options.format != "safetensors":
+        needed += SPARE_BYTES + needed_bytes(source, options.onnx_dtype)
+    return needed
+
+
+def lane_of(original: Original, options: Options, report: Silent) -> tuple[LaneSettings, str]:
+    """The settings of the second lane, and where its layers are from."""
+    source, sizes = original.source, original.sizes
+    given = [layer if isinstance(layer, int) else None for layer in (options.safety_layer, options.semantic_layer)]
+    safety: int | None
+    semantic: int | None
+    safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, *given)
+    if options.projection == "none":
+        safety = semantic = None
+        layers_from = "none: made without projection"
+    elif options.finds_layers():
+        safety, semantic = possible(default_pairs(sizes.blocks, *given), original.graph.earliest_safety_layer())[0]
+    elif None in given and source.family.known_layers(sizes.blocks, sizes.hidden) is None:
+        report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
+    return LaneSettings(safety, semantic, softcap=sizes.softcap), layers_from
+
+
+def choose_threshold(
+    fitted: Fitted, prompts: Sequence[Prompt], options: Options, report: Silent, judged: Sequence[int] | None
+) -> Calibration:
+    """The probe with its threshold, and its figures, as of `with_threshold`; they are reported."""
+    found = with_threshold(
+        fitted, prompts, max_false_positive_rate=options.max_false_positive_rate, threshold=options.threshold,
+        judged=judged,
+    )  # fmt: skip
+    overall = next(figure for figure in found.figures if figure.part == "all")  # of the probe that was made
+    report.step(
+        "calibrate",
+        f"{len(prompts)} prompts: AUC {overall.auc:.3f}, {overall.recall:.1%} of the harmful caught, "
+        f"{overall.false_positive_rate:.1%} of the ordinary ones refused (cross-validated)",
     )
-    if options.format == "onnx":
-        shutil.rmtree(plain)
-    if patch.cases and patch.calibration is not None:
-        report.step("verify", "the graphs judge calibration prompts again")
-    checks = check_written(directory, device=patch.device, only_files=not patch.cases, calibration=patch.calibration)
-    if patch.cases and patch.calibration is None:
-        said = "not checked, since the probe was given (--probe), so there are no calibration prompts"
-        checks.append(Check("verdicts hold over the calibration prompts", None, said))
-    steps.all_passed(checks, report)
-    write_onnx_card(patch, checks, options, directory)
-    write_onnx_manifest(
-        directory, {}, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"]
-    )
+    report.step("", verdict_on_projection(found.figures))
+    for warning in found.warnings():
+        report.warn(warning)
+    return found

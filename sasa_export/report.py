@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from sasa_export.errors import VerifyError
 
 PAUSE = 30.0  # seconds between two lines of progress where there is no terminal
 
@@ -88,6 +90,18 @@ class Console(Silent):
                 self.step("", f"{label}: {done} of {total}, about {left / 60:.0f} min left")
 
         return advance
+
+
+def all_passed(checks: Sequence[Check], report: Silent) -> None:
+    """Report the checks. VerifyError where one failed."""
+    for check in checks:
+        report.check(check.passed, check.name, check.detail)
+    failed = [check for check in checks if check.passed is False]
+    if failed:
+        raise VerifyError(
+            f"{len(failed)} of {len(checks)} checks failed ({failed[0].name}: {failed[0].detail}), "
+            "so nothing was written."
+        )
 
 
 def quiet() -> None:

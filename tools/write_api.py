@@ -61,7 +61,7 @@ def signature(thing: Any) -> str:
 
 
 def default(field: Any) -> str:
-    return "required" if field.metadata.get("required") else f"`{field.default!r}`"
+    return "required" if field.metadata["click"].get("required") else f"`{field.default!r}`"
 
 
 def cell(text: Any) -> str:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+import networkx
 import onnx_ir as ir
 
 from sasa_export.errors import TraceError
@@ -46,6 +47,11 @@ class Blocks:
     linear: bool
     lengths: dict[str, int]
 
+    @property
+    def key(self) -> ir.Value:
+        """The first block's keys in the cache."""
+        return next(value for name, value in self.past.items() if name.endswith(".key"))
+
     def sizes(self, held: ir.Value) -> list[int]:
         """What one input of the cache is, (rows, ...), of no rows and no tokens."""
         sizes = list(held.shape or ())
@@ -83,15 +89,11 @@ def _check_interface(inputs: set[str], outputs: set[str], past: set[str]) -> Non
     unknown = sorted(inputs - past - set(TAKEN))
     if unknown:
         raise TraceError(f"the decoder has the input {unknown[0]}, which a second lane would lack. {OTHER}")
-    wanted = {
-        "attention_mask": inputs,
-        "input_ids or inputs_embeds": inputs,
-        "past_key_values.*": past,
-        "logits": outputs,
-    }
-    for name, there in wanted.items():
-        if not (there if there is past else there.intersection(name.split(" or "))):
-            raise TraceError(f"the decoder has no {name}. {OTHER}")
+    there = {"attention_mask": "attention_mask" in inputs, " or ".join(TEXT): inputs & set(TEXT)}
+    there |= {"past_key_values.*": past, "logits": "logits" in outputs}
+    lacking = [name for name, found in there.items() if not found]
+    if lacking:
+        raise TraceError(f"the decoder has no {lacking[0]}. {OTHER}")
 
 
 def _check_nodes(graph: ir.Graph) -> None:
@@ -194,21 +196,16 @@ class _Finder:
 
     def following(self) -> dict[ir.Node, ir.Node]:
         """Of each node the first one behind it through which all goes that it tells the logits."""
-        end, useful = self.logits.producer(), needed([self.logits])
-        assert end is not None
-        found, depth = dict[ir.Node, ir.Node](), {end: 0}
-        for node in reversed(self.nodes):
-            readers = (to for value in node.outputs for to in self.readers[value])
-            told = [to for to in readers if to in depth and to.op_type not in SHAPE]
-            if node is end or node not in useful or not told:
-                continue
-            joint = told[0]
-            for other in told[1:]:
-                while joint is not other:
-                    joint, other = (other, joint) if depth[joint] < depth[other] else (joint, other)
-                    joint = found[joint]
-            found[node], depth[node] = joint, depth[joint] + 1
-        return found
+        told = networkx.DiGraph(
+            (reader, node)
+            for node in self.nodes
+            for value in node.outputs
+            for reader in self.readers[value]
+            if reader.op_type not in SHAPE
+        )
+        end = self.logits.producer()
+        found = networkx.immediate_dominators(told, end)
+        return {node: first for node, first in found.items() if node is not end}
 
 
 def _sum(node: ir.Node) -> ir.Value:

@@ -16,7 +16,7 @@ from sasa_export.runtime.guard import Guard
 from sasa_export.runtime.lane import Recording, watch
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.writers.onnx.convert import convert
-from sasa_export.writers.onnx.decoder import Shape, Signature
+from sasa_export.writers.onnx.decoder import SIZES, Shape, Signature
 from sasa_export.writers.onnx.guard import for_export
 
 OPSET = 18  # of the guard's nodes, which mean the same in every later one
@@ -45,34 +45,38 @@ class Interface:
         layers = range(self.ledger.first, self.ledger.first + self.ledger.layers)
         return [f"{layer}.{kind}" for layer in layers for kind in ("key", "value")]
 
-    def signature(self) -> Signature:
-        """Inputs and outputs of the guard's graph; `present` holds the call's tokens alone."""
-        ledger, tokens = self.ledger, ("batch_size", "sequence_length")
-        states: Shape = (*tokens, ledger.hidden)
-        inputs: dict[str, Shape] = {"text": tokens if self.rows is None else states}
-        inputs["attention_mask"] = ("batch_size", "total_sequence_length")
+    def inputs(self) -> dict[str, tuple[Shape, torch.dtype]]:
+        """What the guard's graph reads, by name."""
+        ledger, whole, tokens = self.ledger, torch.int64, ("batch_size", "sequence_length")
+        states: tuple[Shape, torch.dtype] = ((*tokens, ledger.hidden), torch.float32)
+        found: dict[str, tuple[Shape, torch.dtype]] = {"text": (tokens, whole) if self.rows is None else states}
+        found["attention_mask"] = (("batch_size", "total_sequence_length"), whole)
         if self.axes is not None:
-            inputs["position_ids"] = tokens if self.axes == 1 else (self.axes, *tokens)
-        inputs |= {"logits": ("batch_size", "kept_length", self.vocabulary), "safety": states, "semantic": states}
-        outputs: dict[str, Shape] = {"logits": inputs["logits"]}
-        for name in self.added():
-            inputs[f"past_key_values.{name}"] = ("batch_size", ledger.heads, "past_sequence_length", ledger.size)
-            outputs[f"present.{name}"] = ("batch_size", ledger.heads, "sequence_length", ledger.size)
-        return Signature(inputs, {**outputs, "unsafe_probability": ("batch_size",), "is_due": ()})
-
-    def example(self) -> list[Any]:
-        """Arguments to trace with, those that may be missing or many in lists."""
-        states = dict.fromkeys(("safety", "semantic", *["text"] * (self.rows is not None)), torch.float32)
-        made = self.signature().example({"logits": self.logits, "past_key_values": self.cache, **states})
-        first = [made.pop(name) for name in ("text", "attention_mask")]
-        positions = [made.pop(name) for name in ("position_ids",) if name in made]
-        return [*first, positions, *(made.pop(name) for name in ("logits", "safety", "semantic")), list(made.values())]
+            found["position_ids"] = (tokens if self.axes == 1 else (self.axes, *tokens), whole)
+        found["logits"] = (("batch_size", "kept_length", self.vocabulary), self.logits)
+        found |= {"safety": states, "semantic": states}
+        held: Shape = ("batch_size", ledger.heads, "past_sequence_length", ledger.size)
+        return found | {f"past_key_values.{name}": (held, self.cache) for name in self.added()}
 
 
 def guard_graph(sasa: dict[str, Any], interface: Interface, probe: Probe) -> ir.Model:
-    """The guard's graph: logits and taps to logits, what the ledger keeps, P(unsafe), and whether a verdict is due."""
-    module = _Around(sasa, interface, probe).eval()
-    return convert(module, tuple(interface.example()), interface.signature(), opset=OPSET)
+    """The guard's graph: logits and taps to logits, what the ledger keeps of the call's tokens (`present`), P(unsafe),
+    and whether a verdict is due."""
+    ledger, inputs = interface.ledger, interface.inputs()
+    given = {
+        name: torch.ones([SIZES[size] if isinstance(size, str) else size for size in shape], dtype=kind)
+        for name, (shape, kind) in inputs.items()
+    }
+    positions, kept = ([given[name] for name in given if name.startswith(kind)] for kind in ("position", "past"))
+    arguments = (
+        given["text"], given["attention_mask"], positions, given["logits"], given["safety"], given["semantic"], kept,
+    )  # fmt: skip
+    new: Shape = ("batch_size", ledger.heads, "sequence_length", ledger.size)
+    outputs: dict[str, Shape] = {"logits": inputs["logits"][0]}
+    outputs |= {f"present.{name}": new for name in interface.added()}
+    outputs |= {"unsafe_probability": ("batch_size",), "is_due": ()}
+    signature = Signature({name: shape for name, (shape, _) in inputs.items()}, outputs)
+    return convert(_Around(sasa, interface, probe).eval(), arguments, signature, opset=OPSET)
 
 
 class _Placeholder(nn.Module):

@@ -37,12 +37,14 @@ class Builder:
         return self("Constant", value=ir.tensor(np.array(value, dtype)))
 
 
-def add_lane(blocks: Blocks, safety: int, states: ir.Value, positions: ir.Value | None, prefix: str = LANE) -> ir.Value:
+def add_lane(
+    blocks: Blocks, safety: int, states: ir.Value, positions: ir.Value | None = None, *, prefix: str = LANE
+) -> ir.Value:
     """What the final norm gives where the blocks behind block `safety` run on `states` (batch, context, hidden).
 
     It is what a first call with the whole context would do, the attention's mask being that of the call. Positions are
-    as the decoder takes them; None where it counts them itself. Raises TraceError where the clone would read what
-    belongs to the call alone.
+    as the decoder takes them; None where they are the call's own, or it counts them itself. Raises TraceError where the
+    clone would read what belongs to the call alone.
     """
     add = Builder(blocks.model.graph, prefix)
     begun = blocks.states[safety]

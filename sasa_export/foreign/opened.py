@@ -88,22 +88,27 @@ def _of_genai(directory: Path, model: dict[str, Any]) -> dict[str, str]:
 
 def _by_names(directory: Path, chosen: Sequence[str]) -> dict[str, str]:
     """The graphs by their usual names; beside a decoder, those of its type, where no other is chosen."""
+
+    def names(file: str) -> set[str]:
+        return {file, Path(file).name, variant(file) or "fp32"}
+
     files: dict[str, str] = {}
     there = {role: _candidates(directory, role) for role in ROLES}
     for role, found in there.items():
-        meant = [file for file in found if {file, Path(file).name, variant(file) or "fp32"} & set(chosen)]
-        alike = [file for file in meant or found if files and variant(file) == variant(files["decoder"])]
-        found = meant if len(meant) == 1 else alike or meant or found
-        if len(found) > 1:
-            raise OpenError(f"{directory} has {', '.join(found)}: choose one of them with --onnx-file.")
-        files |= dict.fromkeys([role] if found else [], "".join(found))
-        if "decoder" not in files:
+        meant = [file for file in found if names(file) & set(chosen)]
+        if len(meant) != 1:
+            meant = meant or found
+            meant = [file for file in meant if files and variant(file) == variant(files["decoder"])] or meant
+        if len(meant) > 1:
+            raise OpenError(f"{directory} has {', '.join(meant)}: choose one of them with --onnx-file.")
+        if meant:
+            files[role] = meant[0]
+        elif role == "decoder":
             raise OpenError(f"{directory} has no decoder ({', '.join(ROLES['decoder'])}, .onnx). Check the path.")
-    said = {name for file in files.values() for name in (file, Path(file).name, variant(file) or "fp32")}
-    unknown = sorted(set(chosen) - said)
+    unknown = sorted(set(chosen).difference(*map(names, files.values())))
     if unknown:
-        names = ", ".join(file for found in there.values() for file in found)
-        raise OpenError(f"--onnx-file {unknown[0]} is none of the graphs of {directory}, or not the only one: {names}.")
+        every = ", ".join(file for found in there.values() for file in found)
+        raise OpenError(f"--onnx-file {unknown[0]} is none of the graphs of {directory}, or not the only one: {every}.")
     return files
 
 

@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 
 from sasa_export.errors import EmitError
 from sasa_export.foreign.blocks import Blocks
-from sasa_export.foreign.decoder import Decoder, load_blocks
+from sasa_export.foreign.decoder import Decoder
 from sasa_export.foreign.guard import OPSET, PLACEHOLDERS, Interface, guard_graph
 from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane
 from sasa_export.probe.fit import Probe
@@ -29,12 +29,11 @@ Values = dict[str, ir.Value]
 
 def guarded_decoder(decoder: Decoder, sasa: dict[str, Any], probe: Probe) -> tuple[ir.Model, Ledger]:
     """The decoder's graph with the gate in it, and the shape of the ledger. EmitError where it cannot be made."""
-    graphs, sizes, blocks = decoder.graphs, decoder.sizes, load_blocks(decoder.graphs)
+    graphs, sizes, blocks = decoder.graphs, decoder.sizes, decoder.blocks()
     if blocks.model.opset_imports[""] < OPSET:
         raise EmitError(
             f"{graphs.decoder} is of an opset below {OPSET}, which the gate needs. Export it at a later one."
         )
-    keys = next(value for name, value in blocks.past.items() if name.endswith(".key"))
     positions = blocks.inputs.get("position_ids")
     shape = [] if positions is None else list(positions.shape or ())
     axes = None if positions is None else 3 if len(shape) == 3 else 1  # three with M-RoPE
@@ -43,7 +42,7 @@ def guarded_decoder(decoder: Decoder, sasa: dict[str, Any], probe: Probe) -> tup
         table = np.array([TemplateTokens.of(sasa).table])  # (1, numbers)
         embedding = session(graphs.source.directory / graphs.files["embedding"], "cpu")
         rows = torch.from_numpy(embed(embedding, table)[0]).float()  # (numbers, hidden)
-    _, heads, _, size = blocks.sizes(keys)
+    _, heads, _, size = blocks.sizes(blocks.key)
     ledger = Ledger(sizes.blocks, heads, size, sizes.hidden, axes or 1)
     cache, logits = getattr(torch, decoder.dtype), LOGITS.get(blocks.logits.dtype, torch.float32)  # type: ignore[arg-type]
     interface = Interface(ledger, sizes.vocabulary, axes, cache, logits, rows, decoder.linear)
@@ -101,8 +100,8 @@ def add_ledger(blocks: Blocks, interface: Interface, made: Values) -> Values:
     """
     graph, add, found = blocks.model.graph, Builder(blocks.model.graph, "/sasa/ledger"), Values()
     whole, new = (add("Shape", value, start=1, end=2) for value in (blocks.inputs["attention_mask"], blocks.text))
+    like = blocks.key
     zero, far, axis, seen = add.constant([0]), add.constant([FAR]), add.constant([2]), add("Sub", whole, new)
-    like = next(value for name, value in blocks.past.items() if name.endswith(".key"))
     for name in interface.added():
         past, present = ir.Value(name=f"past_key_values.{name}"), made[f"present.{name}"]
         past.type, past.shape, present.name = like.type, like.shape, f"sasa.present.{name}"

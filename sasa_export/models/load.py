@@ -1,16 +1,22 @@
-"""Load a source: its stock model and processor."""
+"""Load a source: its stock model and processor, where there is memory for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from sasa_export.errors import OpenError, reworded
 from sasa_export.models import Source
-from sasa_export.models.memory import BYTES, fits
 
+CGROUP = Path("/sys/fs/cgroup")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STATES = 1.2  # times the weights, which leaves space for what runs through them
 RESTORE = "The files do not belong together: restore them from their source."
 SPREAD = "spread"  # over all devices there are, for models larger than one
 
@@ -65,6 +71,26 @@ def running(source: Source, dtype: str, device: str) -> tuple[str, str]:
         with explained(f"--device {device} cannot be used here"):
             torch.zeros(1, device=device)
     return dtype, device
+
+
+def available_memory() -> int:
+    """Bytes that a process may still take: the machine's, or those of the container that it runs in."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        most, used = int((CGROUP / "memory.max").read_text()), int((CGROUP / "memory.current").read_text())
+        files = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, most - used + int(files["inactive_file"]) + int(files["active_file"]))
+    except (OSError, ValueError, KeyError):  # no limit, or none that is told in this way
+        return free
+
+
+def fits(source: Source, dtype: str, device: str) -> bool:
+    """Do the weights, in this type, and what runs through them go into one device's free memory?"""
+    import torch
+
+    needed = STATES * BYTES[dtype] * sum(prod(shape) for shard in source.shards for shape in shard.shapes)
+    free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else available_memory()
+    return needed <= free
 
 
 def load_model(source: Source, *, dtype: str, device: str) -> Any:

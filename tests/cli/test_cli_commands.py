@@ -45,6 +45,8 @@ def test_help_shows_the_common_options_and_help_all_the_rest() -> None:
         (["--model", "x", "verify", "y"], "--model stands before 'verify'"),
         (["--model", "x", "--out", "y", "--dtype", "int3"], "'int3' is not one of"),
         (["--model", "x", "--out", "y", "--opset", "17"], "'17' is not one of '20', '23'"),
+        (["--model", "x", "--out", "y", "--threshold", "nan"], "'--threshold': nan is no number"),
+        (["locate", "--model", "x", "--out", "y", "--limit", "0"], "0 is not in the range x>=1"),
         (["--model", "x", "--out", "y", "--no-such-option"], "No such option"),
     ],
 )

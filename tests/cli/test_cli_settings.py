@@ -101,15 +101,18 @@ GIVEN = {"probe": Path("probe.safetensors")}
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"threshold": 0.0}, "--threshold is 0.0; it must be between 0 and 1."),
-        ({"threshold": float("nan")}, "--threshold is nan;"),
-        ({"max_false_positive_rate": 1.0}, "--max-false-positive-rate is 1.0; it must be at least 0 and below 1."),
-        ({"regularization": -1.0}, "--regularization is -1.0; it must be auto or a number above 0."),
-        ({"regularization": "x"}, "--regularization is 'x'; it must be auto or a number above 0."),
-        ({"safety_layer": "x"}, "--safety-layer is 'x'; it must be auto or a whole number."),
-        ({"format": "onnx", "opset": 17}, "--opset is 17; it must be one of 20, 23."),
-        ({"refusal": " "}, "--refusal is ' '; it must be a sentence."),
-        ({"onnx_dtype": "bfloat16"}, "--onnx-dtype is 'bfloat16'; it must be one of float32, float16, int8, int4."),
+        ({"threshold": 0.0}, "--threshold cannot be 0.0: 0.0 is not in the range 0<x<1."),
+        ({"threshold": float("nan")}, "--threshold cannot be nan: nan is no number."),
+        ({"max_false_positive_rate": 1.0}, "--max-false-positive-rate cannot be 1.0: 1.0 is not in the range 0<=x<1."),
+        ({"regularization": -1.0}, "--regularization cannot be -1.0: -1.0 is not in the range 0<x"),
+        ({"regularization": "x"}, "--regularization cannot be 'x': 'x' is not a valid float"),
+        ({"safety_layer": "x"}, "--safety-layer cannot be 'x': 'x' is not a valid integer."),
+        ({"format": "onnx", "opset": 17}, "--opset cannot be 17: 17 is not one of '20', '23'."),
+        ({"refusal": " "}, "--refusal is empty"),
+        (
+            {"onnx_dtype": "bfloat16"},
+            "--onnx-dtype cannot be 'bfloat16': 'bfloat16' is not one of 'float32', 'float16',",
+        ),
         ({"calibration": ("a.jsonl",), **GIVEN}, "--probe and --calibration exclude each other"),
         ({"safety_layer": "auto", **GIVEN}, "--probe and layers left to auto exclude each other"),
         ({"projection": "none", "safety_layer": 2}, "--projection none has no safety and no semantic layer"),
@@ -151,4 +154,4 @@ def test_paths_as_text_and_text_as_paths(llava: Path, calibration: Path, place: 
 
 
 def test_the_command_line_checks_its_options(llava: Path, place: Path) -> None:
-    assert "--threshold is 1.5;" in fails(*flags(llava, place / "out", threshold=1.5))
+    assert "--projection none has no safety" in fails(*flags(llava, place, projection="none", safety_layer=1))

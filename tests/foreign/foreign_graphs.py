@@ -1,6 +1,7 @@
 """A tiny decoder as a graph of single operators, as an exporter of somebody else's might write it, and faulty ones."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from sasa_export import Options
+from sasa_export.foreign.original import GraphOriginal, read
+from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.prompts import Prompt
 
 BLOCKS, HIDDEN, HEADS, SIZE, VOCABULARY = 4, 32, 2, 16, 400
 TEMPLATE = (
@@ -172,6 +176,14 @@ def run(model: ir.Model, given: dict[str, Any], values: list[ir.Value]) -> list[
         if value.name.startswith("past"):
             feed[value.name] = np.zeros((1, HEADS, 0, SIZE), np.float32)
     return session.run([f"out{number}" for number in range(len(values))], feed)
+
+
+def probe_amid(original: GraphOriginal, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """A random probe with a threshold amid the prompts, and P(unsafe) of these, in two passes of the original graph."""
+    weight = np.random.default_rng(1).normal(size=HIDDEN).astype(np.float32)
+    states = read(original.lanes(LaneSettings(1, 2)), prompts, ["projected"])["projected"]  # (prompts, hidden)
+    bias = -float(np.median(states @ weight))
+    return {"weight": weight, "bias": bias, "expected": 1 / (1 + np.exp(-(states @ weight + bias)))}
 
 
 def options(source: Path, place: Path, weight: Any = None, bias: float = 0.0, **settings: Any) -> Options:

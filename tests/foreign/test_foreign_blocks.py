@@ -14,9 +14,9 @@ from onnx_runner import session
 import sasa_export
 from sasa_export.errors import OpenError, SasaExportError, TraceError
 from sasa_export.foreign.blocks import Blocks, find_blocks
-from sasa_export.foreign.decoder import open_decoder
-from sasa_export.foreign.features import check_lane, head_weight, lanes
+from sasa_export.foreign.lane import add_lane
 from sasa_export.foreign.opened import holds_graphs, open_graphs
+from sasa_export.foreign.original import GraphOriginal
 from sasa_export.graph.rewrite import LaneSettings
 
 PAIR = LaneSettings(1, 2)
@@ -43,40 +43,39 @@ def test_a_head_that_is_not_linear_is_seen() -> None:
 
 
 def test_the_second_lane_ends_where_the_main_lane_ends(directory: Path) -> None:
-    assert check_lane(open_decoder(open_graphs(str(directory))), PAIR) == 0.0
+    assert GraphOriginal(str(directory)).check_lane(PAIR).endswith("ends 0e+00 from it")
 
 
-def test_a_lane_that_reads_the_main_lane_is_noticed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sasa_export.foreign.features.add_lane", lambda blocks, *others: blocks.norm)
-    with pytest.raises(TraceError, match=r"state\.1: begun with what lies behind block 1, .* with another state 0\.0"):
-        check_lane(open_decoder(open_graphs(str(directory))), PAIR)
-
-
-def test_a_lane_that_begins_elsewhere_is_noticed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sasa_export.foreign import lane
-
-    def shifted(blocks: Blocks, safety: int, *others: Any) -> ir.Value:
-        return lane.add_lane(blocks, safety + 1, *others)
-
-    monkeypatch.setattr("sasa_export.foreign.features.add_lane", shifted)
-    with pytest.raises(TraceError, match=r"state\.1: begun with"):
-        check_lane(open_decoder(open_graphs(str(directory))), PAIR)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            lambda blocks, safety, states, prefix: blocks.norm,
+            "begun with what lies behind block 1, .* another state 0\\.0",
+        ),
+        (lambda blocks, safety, states, prefix: add_lane(blocks, safety + 1, states, prefix=prefix), "begun with"),
+    ],
+    ids=["reads the main lane", "begins elsewhere"],
+)
+def test_a_wrong_lane_is_noticed(wrong: Any, said: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sasa_export.foreign.original.add_lane", wrong)
+    with pytest.raises(TraceError, match=rf"state\.1: {said}"):
+        GraphOriginal(str(directory)).check_lane(PAIR)
 
 
 def test_the_heads_weights_are_what_it_multiplies_by(directory: Path) -> None:
-    decoder = open_decoder(open_graphs(str(directory)))
     (weight,) = (
         value
         for value in find_blocks(ir.load(directory / "model.onnx"), None).head.inputs
         if value and value.const_value
     )
     assert weight.const_value is not None
-    np.testing.assert_allclose(head_weight(decoder), weight.const_value.numpy().T, atol=1e-6)
+    np.testing.assert_allclose(GraphOriginal(str(directory)).head_weight(), weight.const_value.numpy().T, atol=1e-6)
 
 
 def test_features_are_those_of_two_passes(directory: Path) -> None:
     ids, pair = [5, 9, 70, 33, 8], (1, 2)
-    found = lanes(open_decoder(open_graphs(str(directory))), PAIR).prompt({"input_ids": np.array([ids])})
+    found = GraphOriginal(str(directory)).lanes(PAIR).prompt({"input_ids": np.array([ids])})
     oracle = GraphOracle(directory, pair)
     np.testing.assert_allclose(found["projected"].numpy()[0], oracle.end(ids, pair)[0], atol=1e-5)
     np.testing.assert_allclose(found["plain"].numpy()[0], oracle.plain(ids), atol=1e-5)
@@ -160,4 +159,4 @@ def test_a_missing_file_is_an_error_by_name(name: str, tmp_path: Path) -> None:
     directory = foreign_graphs.write(tmp_path / "source")
     (directory / name).unlink()
     with pytest.raises(OpenError, match=re.escape(name)):
-        open_decoder(open_graphs(str(directory)))
+        GraphOriginal(str(directory))

@@ -14,38 +14,31 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 import sasa_export
 from sasa_export.errors import OpenError
-from sasa_export.foreign.decoder import Decoder, open_decoder
-from sasa_export.foreign.features import encoded, lanes
 from sasa_export.foreign.opened import open_graphs
-from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.foreign.original import GraphOriginal
 from sasa_export.prompts import builtin
+from sasa_export.prompts.prompt import encoded
 from sasa_export.verify import verify_directory
 from sasa_export.verify.fresh.onnx_model import Model
 
-PAIR = LaneSettings(1, 2)
 PROMPTS = [prompt for prompt in builtin() if prompt.image is None and not prompt.before][::200][:12]
 pytestmark = pytest.mark.xdist_group("foreign")
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    return open_decoder(open_graphs(str(foreign_graphs.write(tmp_path_factory.mktemp("foreign")))))
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> GraphOriginal:
+    return GraphOriginal(str(foreign_graphs.write(tmp_path_factory.mktemp("foreign"))))
 
 
 @pytest.fixture(scope="module")
-def probe(decoder: Decoder) -> dict[str, Any]:
-    """A random probe, and P(unsafe) of the prompts by it, in two passes of the original graph."""
-    weight = np.random.default_rng(1).normal(size=foreign_graphs.HIDDEN).astype(np.float32)
-    reading = lanes(decoder, PAIR)
-    states = np.concatenate([reading.prompt(encoded(decoder.processor, it))["projected"].numpy() for it in PROMPTS])
-    bias = -float(np.median(states @ weight))
-    return {"weight": weight, "bias": bias, "expected": 1 / (1 + np.exp(-(states @ weight + bias)))}
+def probe(decoder: GraphOriginal) -> dict[str, Any]:
+    return foreign_graphs.probe_amid(decoder, PROMPTS)
 
 
 @pytest.fixture(scope="module")
-def patched(decoder: Decoder, probe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def patched(decoder: GraphOriginal, probe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("patched")
-    source, settings = decoder.graphs.source.directory, {"threshold": 0.5, "refusal": "I will not help."}
+    source, settings = decoder.source.directory, {"threshold": 0.5, "refusal": "I will not help."}
     return sasa_export.patch(
         foreign_graphs.options(source, folder, probe["weight"], probe["bias"], **settings)
     ).directory
@@ -57,17 +50,17 @@ def guarded(patched: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def original(decoder: Decoder) -> Model:
-    return Model(decoder.graphs.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
+def original(decoder: GraphOriginal) -> Model:
+    return Model(decoder.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
 
 
-def test_verdicts_are_those_of_two_passes(decoder: Decoder, guarded: Model, probe: dict[str, Any]) -> None:
+def test_verdicts_are_those_of_two_passes(decoder: GraphOriginal, guarded: Model, probe: dict[str, Any]) -> None:
     found = np.array([guarded.judge(encoded(decoder.processor, prompt)) for prompt in PROMPTS])
     np.testing.assert_allclose(found, probe["expected"], atol=1e-4)
     assert 0 < (found >= 0.5).sum() < len(found), "both verdicts must have been seen"
 
 
-def test_answers_are_the_refusal_or_the_originals(decoder: Decoder, guarded: Model, original: Model) -> None:
+def test_answers_are_the_refusal_or_the_originals(decoder: GraphOriginal, guarded: Model, original: Model) -> None:
     sasa = guarded.config["sasa"]
     for prompt in PROMPTS:
         inputs = encoded(decoder.processor, prompt)
@@ -79,7 +72,7 @@ def test_answers_are_the_refusal_or_the_originals(decoder: Decoder, guarded: Mod
             assert tokens == sasa["refusal_token_ids"][:20]
 
 
-def test_a_verdict_does_not_depend_on_how_a_prompt_is_fed(decoder: Decoder, guarded: Model) -> None:
+def test_a_verdict_does_not_depend_on_how_a_prompt_is_fed(decoder: GraphOriginal, guarded: Model) -> None:
     draw = np.random.default_rng(2)
     for prompt in PROMPTS:
         inputs = encoded(decoder.processor, prompt)
@@ -100,7 +93,7 @@ def of_the_ledger(asked: Runner) -> list[str]:
     return [name for name in asked.cache if int(name.split(".")[1]) >= foreign_graphs.BLOCKS]
 
 
-def test_batches_with_pads_on_the_left(decoder: Decoder, patched: Path, probe: dict[str, Any]) -> None:
+def test_batches_with_pads_on_the_left(decoder: GraphOriginal, patched: Path, probe: dict[str, Any]) -> None:
     """And a second turn on the same cache: the whole conversation is judged again."""
     rows = [encoded(decoder.processor, prompt)["input_ids"][0].tolist() for prompt in PROMPTS]
     ids, mask = padded(rows, "left", 0)
@@ -113,7 +106,7 @@ def test_batches_with_pads_on_the_left(decoder: Decoder, patched: Path, probe: d
     np.testing.assert_allclose(asked.probability, whole.probability, atol=1e-5)
 
 
-def test_buffers_longer_than_what_they_hold_come_back_as_long(decoder: Decoder, patched: Path) -> None:
+def test_buffers_longer_than_what_they_hold_come_back_as_long(decoder: GraphOriginal, patched: Path) -> None:
     """As onnxruntime-genai shares them; the decoder's own cache here grows, so that only the ledger's are long."""
     ids = encoded(decoder.processor, PROMPTS[0])["input_ids"]
     asked, whole = started(patched), started(patched)
@@ -127,7 +120,7 @@ def test_buffers_longer_than_what_they_hold_come_back_as_long(decoder: Decoder, 
     np.testing.assert_allclose(asked.probability, whole.probability, atol=1e-5)
 
 
-def test_a_cache_without_the_ledger_is_an_error(decoder: Decoder, patched: Path) -> None:
+def test_a_cache_without_the_ledger_is_an_error(decoder: GraphOriginal, patched: Path) -> None:
     ids, asked = encoded(decoder.processor, PROMPTS[0])["input_ids"], started(patched)
     asked.call(ids)
     for name in of_the_ledger(asked):
@@ -136,8 +129,8 @@ def test_a_cache_without_the_ledger_is_an_error(decoder: Decoder, patched: Path)
         asked.call(ids)
 
 
-def test_the_directory_says_what_it_is(patched: Path, decoder: Decoder) -> None:
-    source, config = decoder.graphs.source.directory, json.loads((patched / "config.json").read_text())
+def test_the_directory_says_what_it_is(patched: Path, decoder: GraphOriginal) -> None:
+    source, config = decoder.source.directory, json.loads((patched / "config.json").read_text())
     assert config["num_hidden_layers"] > foreign_graphs.BLOCKS
     assert (patched / "model.onnx_data").read_bytes() == (source / "model.onnx_data").read_bytes()
     assert (patched / "model.onnx").stat().st_size < 600_000

@@ -4,7 +4,6 @@ They are exported here by torch, from the very models that are guarded in torch,
 pictures, pads and steps. And what cannot be patched is refused in one line, and nothing is written.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -81,33 +80,24 @@ def test_prompts_and_steps(family: str, opset: int, split: Any, plain: Any, opti
 
 # -------------------------------------------------- what is refused; more of it is in test_foreign_blocks
 
-llava = pytest.mark.xdist_group("onnx-llava")
 
-
-@llava
-def test_an_unknown_attention(plain: Any, place: Path, tmp_path: Path, options: Any) -> None:
-    directory = shutil.copytree(plain("llava"), tmp_path / "changed")
+def with_unknown_attention(directory: Path) -> str:
     model = ir.load(directory / DECODER)
     for node in model.graph:
         if node.op_type == "Attention":
             node.domain, node.op_type = "vendor", "FlashAttention"
     model.opset_imports["vendor"] = 1
     ir.save(model, directory / DECODER)
-    assert "FlashAttention" in fails(*flags(directory, place / "patched", **options("llava")))
+    return "FlashAttention"
 
 
-@llava
-def test_a_missing_embedding(plain: Any, place: Path, tmp_path: Path, options: Any) -> None:
-    directory = shutil.copytree(plain("llava"), tmp_path / "incomplete")
+def without_embedding(directory: Path) -> str:
     (directory / "onnx" / "embed_tokens.onnx").unlink()
-    assert "embed_tokens" in fails(*flags(directory, place / "patched", **options("llava")))
+    return "embed_tokens"
 
 
-@llava
-def test_a_patched_directory(plain: Any, place: Path, tmp_path: Path, options: Any) -> None:
-    succeeds(*flags(plain("llava"), tmp_path / "first", **options("llava")))
-    assert "patched" in fails(*flags(tmp_path / "first", place / "patched", **options("llava")))
-    config = json.loads((tmp_path / "first" / "config.json").read_text())
-    del config["sasa"], config["quantization_config"]
-    (tmp_path / "first" / "config.json").write_text(json.dumps(config))
-    assert "guarded" in fails(*flags(tmp_path / "first", place / "patched", **options("llava")))
+@pytest.mark.parametrize("change", [with_unknown_attention, without_embedding])
+@pytest.mark.xdist_group("onnx-llava")
+def test_what_cannot_be_patched(change: Any, plain: Any, place: Path, tmp_path: Path, options: Any) -> None:
+    directory = shutil.copytree(plain("llava"), tmp_path / "changed")
+    assert change(directory) in fails(*flags(directory, place / "patched", **options("llava")))

@@ -14,15 +14,11 @@ from labelled import write_set
 import sasa_export
 from sasa_export.errors import EvaluateError, SasaExportError
 from sasa_export.foreign.blocks import find_blocks
-from sasa_export.foreign.decoder import Decoder, open_decoder
-from sasa_export.foreign.features import encoded, lanes
-from sasa_export.foreign.opened import open_graphs
-from sasa_export.foreign.patch import measure, open_and_trace
-from sasa_export.foreign.survey import survey_graphs
+from sasa_export.foreign.original import GraphOriginal
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts import load_all
-from sasa_export.prompts.prompt import Prompt
+from sasa_export.prompts.prompt import Prompt, encoded
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.run import evaluate
 from sasa_export.research.locate.run import locate
@@ -39,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def decoder(folder: Path) -> Decoder:
-    return open_decoder(open_graphs(str(foreign_graphs.write(folder / "source"))))
+def decoder(folder: Path) -> GraphOriginal:
+    return GraphOriginal(str(foreign_graphs.write(folder / "source")))
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +49,13 @@ def texts(data: str) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def expected(decoder: Decoder, sets: tuple[str, str]) -> dict[str, Any]:
-    """A random probe with a threshold amid the evaluation prompts, and P(unsafe) of these."""
-    weight = np.random.default_rng(1).normal(size=foreign_graphs.HIDDEN).astype(np.float32)
-    reading = lanes(decoder, LaneSettings(1, 2))
-    inputs = (encoded(decoder.processor, prompt) for prompt in texts(sets[0]))
-    states = np.concatenate([reading.prompt(each)["projected"].numpy() for each in inputs])
-    bias = -float(np.median(states @ weight))
-    return {"weight": weight, "bias": bias, "scores": 1 / (1 + np.exp(-(states @ weight + bias)))}
+def expected(decoder: GraphOriginal, sets: tuple[str, str]) -> dict[str, Any]:
+    return foreign_graphs.probe_amid(decoder, texts(sets[0]))
 
 
 @pytest.fixture(scope="module")
-def options(decoder: Decoder, folder: Path, expected: dict[str, Any], sets: tuple[str, str]) -> EvaluateOptions:
-    source, settings = decoder.graphs.source.directory, {"threshold": 0.5, "verify": "files"}
+def options(decoder: GraphOriginal, folder: Path, expected: dict[str, Any], sets: tuple[str, str]) -> EvaluateOptions:
+    source, settings = decoder.source.directory, {"threshold": 0.5, "verify": "files"}
     sasa_export.patch(foreign_graphs.options(source, folder, expected["weight"], expected["bias"], **settings))
     return EvaluateOptions(
         folder / "out", folder / "report", data=(sets[0],), calibration=(sets[1],), max_new_tokens=TOKENS
@@ -73,18 +63,18 @@ def options(decoder: Decoder, folder: Path, expected: dict[str, Any], sets: tupl
 
 
 def test_an_evaluation_asks_the_graphs_that_were_patched(
-    options: EvaluateOptions, decoder: Decoder, expected: dict[str, Any]
+    options: EvaluateOptions, decoder: GraphOriginal, expected: dict[str, Any]
 ) -> None:
     found = evaluate(options)
     assert found is not None
-    table, flagged = found.answers, expected["scores"] >= 0.5
+    table, flagged = found.answers, expected["expected"] >= 0.5
     assert 0 < flagged.sum() < len(flagged)
-    np.testing.assert_allclose(table.patched_unsafe_probability, expected["scores"], atol=1e-5)
+    np.testing.assert_allclose(table.patched_unsafe_probability, expected["expected"], atol=1e-5)
     assert found.arms["patched"]["attack"].count == (~flagged & (table.label == 1)).sum()
     assert found.identical is not None and found.identical.count == found.identical.total > 0
     assert found.emitted is not None and found.emitted.count == found.emitted.total == flagged.sum()
     assert {"words", "without"} <= set(found.arms)
-    original = Model(decoder.graphs.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
+    original = Model(decoder.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
     for row, prompt in enumerate(texts(options.data[0])):
         tokens = original.answer(encoded(decoder.processor, prompt), TOKENS)[2]
         assert table.plain_answer[row] == decoder.processor.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -104,10 +94,10 @@ def test_another_original_is_refused(options: EvaluateOptions, tmp_path: Path) -
             evaluate(changed)
 
 
-def test_a_survey_reads_what_the_graphs_compute(decoder: Decoder, sets: tuple[str, str], tmp_path: Path) -> None:
+def test_a_survey_reads_what_the_graphs_compute(decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     work = Work(tmp_path / "work")
-    evidence = survey_graphs(decoder, texts(sets[1]), [(1, 2)], work, Silent(), batch_size=16, regularization=1.0)
+    evidence = decoder.survey(texts(sets[1]), [(1, 2)], work, Silent(), batch_size=16, regularization=1.0)
     assert evidence is not None
     row, results = 7, Results(work, "prompts", texts(sets[1]), 16)
     inputs = encoded(decoder.processor, results.prompts[row])
@@ -117,23 +107,22 @@ def test_a_survey_reads_what_the_graphs_compute(decoder: Decoder, sets: tuple[st
     np.testing.assert_allclose(results.read("states")[row], [state[0, -1] for state in states], atol=1e-5)
     np.testing.assert_allclose(results.read("plain")[row], normed[0, -1], atol=1e-5)
     assert results.read("tokens")[row, -1].tolist() == np.argsort(-logits[0, -1])[:5].tolist()
-    second = lanes(decoder, LaneSettings(1, 2)).prompt(inputs)["projected"].numpy()[0]
+    second = decoder.lanes(LaneSettings(1, 2)).prompt(inputs)["projected"].numpy()[0]
     np.testing.assert_allclose(results.read("lane-1-2")[row], second, atol=1e-6)
 
 
-def test_layers_are_located(decoder: Decoder, sets: tuple[str, str], tmp_path: Path) -> None:
-    source = str(decoder.graphs.source.directory)
+def test_layers_are_located(decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path) -> None:
+    source = str(decoder.source.directory)
     located = locate(LocateOptions(source, tmp_path / "report", calibration=(sets[1],), pairs="0:1,1:2"))
     assert located is not None and set(located.evidence.sweep.pairs) == {(0, 1), (1, 2)}
 
 
-def test_layers_left_open_are_found_on_one_half(decoder: Decoder, sets: tuple[str, str], tmp_path: Path) -> None:
+def test_layers_left_open_are_found_on_one_half(decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path) -> None:
     options = sasa_export.Options(
-        model=str(decoder.graphs.source.directory), out=tmp_path / "out", calibration=(sets[1],), safety_layer="auto",
+        model=str(decoder.source.directory), out=tmp_path / "out", calibration=(sets[1],), safety_layer="auto",
         semantic_layer=3, max_false_positive_rate=0.2, verify="files",
     )  # fmt: skip
-    opened, plan = open_and_trace(options, Silent())
-    patch = measure(opened, plan, options, Work(tmp_path / "work"), Silent())
+    patch = sasa_export.patch(options)
     assert patch.sasa["semantic_layer"] == 3
     assert "found by a sweep over 3 pairs on one half of the calibration prompts" in patch.sasa["layers_from"]
     assert patch.calibration is not None

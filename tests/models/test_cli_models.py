@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from cli_steps import Tiny, change_tensors, copied, fails, flags, flip, message_of, script, succeeds
+from safetensors.numpy import save_file
+
+from sasa_export.models import layers_of, open_source
+from sasa_export.models.load import read_sizes
 
 
 @pytest.mark.parametrize(
@@ -56,23 +59,14 @@ def test_a_damaged_config(llava: Path, probe: Path, tmp_path: Path, place: Path,
 
 def test_a_config_that_leaves_out_what_is_usual(tmp_path: Path) -> None:
     """LLaVA-1.5-7B's config.json names neither its hidden size nor its number of blocks: both are Llama's own."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
     config: dict[str, Any] = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        tensors = LlavaForConditionalGeneration(LlavaConfig(**config)).state_dict()
-    # A file of 28 GB with nothing in it but its header: a trace reads no more of it.
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
-        end += 4 * tensor.numel()
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(tmp_path / "model.safetensors", 8 + len(text) + end)
-    printed = succeeds("trace", "--model", str(tmp_path)).stdout
-    assert "safety layer 13, semantic layer 15" in printed and "arXiv 2507.21637" in printed
-    assert "blocks 0 to 31" in printed
+    save_file({"none": np.zeros(1)}, tmp_path / "model.safetensors")
+    source = open_source(str(tmp_path))
+    sizes = read_sizes(source)
+    assert (sizes.blocks, sizes.hidden, sizes.vocabulary) == (32, 4096, 32064)
+    safety, semantic, layers_from = layers_of(source, sizes.blocks, sizes.hidden, None, None)
+    assert (safety, semantic) == (13, 15) and "arXiv 2507.21637" in layers_from
 
 
 def test_a_shape_that_no_family_file_knows(llava: Path) -> None:

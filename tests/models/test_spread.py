@@ -8,7 +8,7 @@ import pytest
 import transformers.integrations.accelerate
 from cli_steps import contents, flags, succeeds
 
-from sasa_export.models import memory, open_source
+from sasa_export.models import load, open_source
 from sasa_export.models.load import SPREAD, load_model, running
 
 
@@ -44,6 +44,6 @@ def test_what_is_written_is_the_same(llava: Path, calibration: Path, place: Path
 def test_auto_spreads_what_one_device_is_too_small_for(
     free: int, device: str, llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: free)
+    monkeypatch.setattr(load, "available_memory", lambda: free)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert running(open_source(str(llava)), "auto", "auto") == ("float32", device)

@@ -83,12 +83,12 @@ def test_the_memory_of_a_type(stored: tuple[str, ...], dtype: str, least: int) -
 
 def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 10 * GB
-    monkeypatch.setattr(models.memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    monkeypatch.setattr(models.memory, "CGROUP", tmp_path)
-    assert models.memory.available_memory() == free
+    monkeypatch.setattr(models.load.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(models.load, "CGROUP", tmp_path)
+    assert models.load.available_memory() == free
     (tmp_path / "memory.max").write_text("max\n")
-    assert models.memory.available_memory() == free
+    assert models.load.available_memory() == free
     (tmp_path / "memory.max").write_text("4000000000\n")
     (tmp_path / "memory.current").write_text("3000000000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 500000000\nactive_file 100000000\n")
-    assert models.memory.available_memory() == 1_600_000_000
+    assert models.load.available_memory() == 1_600_000_000

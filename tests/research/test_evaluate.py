@@ -221,7 +221,7 @@ def both_formats(out: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda o, tmp, tiny: {"limit": 1}, "--limit is 1"),
+        (lambda o, tmp, tiny: {"limit": 1}, "--limit cannot be 1"),
         (lambda o, tmp, tiny: {"out": o.model.parent, "force": True}, "did not write"),
         (lambda o, tmp, tiny: {"model": both_formats(tmp / "both")}, "holds two patched models"),
         (lambda o, tmp, tiny: {"model": tiny("llava")}, "has no gate"),

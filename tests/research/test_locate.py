@@ -175,7 +175,6 @@ def test_locate_from_the_command_line(planted_model: Path, tmp_path: Path, texts
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("--limit", "0"), "--limit is 0"),
         (("--limit", "3"), "raise --limit"),
         (("--pairs", "3:9"), "--pairs has '3:9'"),
         (("--calibration", "nothing.jsonl"), "nothing.jsonl"),

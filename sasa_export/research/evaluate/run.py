@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sasa_export.errors import EvaluateError
-from sasa_export.flags import check_values
-from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.models.load import load_model
-from sasa_export.probe import Fitted, calibrate
-from sasa_export.probe.features import Features, collect_on_disk
+from sasa_export.original import TorchOriginal
+from sasa_export.probe import Fitted
+from sasa_export.probe.features import Features
 from sasa_export.probe.work import Results, Work, resumable
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
@@ -35,7 +32,6 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
     there. Several processes share the work (`sasa_export.workers`); all but the first return None. Raises
     SasaExportError; then no report is written.
     """
-    check_values(options)
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
@@ -60,27 +56,18 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
 
 def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Features, Fitted, Answers]:
     """What probes read of the evaluation prompts, the probes (bundled, or fitted here), and the original's answers."""
-    fitted, size, original = subject.bundled, subject.options.batch_size, subject.original
-    read: Callable[..., Features]
-    fit: Callable[..., Fitted]
-    answering: TorchModel | OnnxModel
-    if original.decoder is None:
-        model = load_model(original.source, dtype=original.dtype, device=original.device)
-        read = partial(collect_on_disk, model, original.processor, subject.lane)
-        fit, answering = partial(calibrate, model, subject.lane), TorchModel(model, original.processor)
-    else:
-        from sasa_export.foreign import features as graphs
-
-        sasa = subject.sasa
-        lane = LaneSettings(sasa["safety_layer"], sasa["semantic_layer"], sasa["epsilon"])
-        read = partial(graphs.collect, graphs.lanes(original.decoder, lane))
-        fit = partial(graphs.fit_graphs, original.decoder)
-        answering = OnnxModel(graphs.original(original.decoder), original.source.directory)
-    if fitted is None:
-        found = read(subject.calibration, work, report, batch_size=size, kind="calibration")
-        fitted = fit(found, subject.calibration, subject.regularization)
-    features = read(subject.evaluation, work, report, batch_size=size, kind="evaluation")
-    return features, fitted, _answers(subject, answering, "plain", work, report)
+    fitted, size, original, lane = subject.bundled, subject.options.batch_size, subject.original, subject.lane
+    with original.loaded(subject.evaluation, report):
+        if fitted is None:
+            found = original.features(lane, subject.calibration, work, report, batch_size=size, kind="calibration")
+            fitted = original.fit(lane, found, subject.calibration, subject.regularization)
+        features = original.features(lane, subject.evaluation, work, report, batch_size=size, kind="evaluation")
+        answering: TorchModel | OnnxModel
+        if isinstance(original, TorchOriginal):
+            answering = TorchModel(original.model, original.processor)
+        else:
+            answering = OnnxModel(original.run(original.blocks()), original.source.directory)
+        return features, fitted, _answers(subject, answering, "plain", work, report)
 
 
 def _patched(subject: Subject, directory: Path, kind: str, work: Work, report: Silent) -> Answers:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sasa_export.errors import EvaluateError, OpenError
 from sasa_export.files import check_apart
-from sasa_export.graph import LayerGraph, blocks_again
-from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
+from sasa_export.graph import blocks_again
+from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.manifest import MANIFEST, digest
-from sasa_export.models import Source, layers_of, open_source
+from sasa_export.models import layers_of, open_source
 from sasa_export.models.contents import read_object
-from sasa_export.models.load import read_sizes
-from sasa_export.options import AUTO
+from sasa_export.options import AUTO, check_for_graphs
+from sasa_export.original import Original, TorchOriginal, running_as
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
 from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, check_labels, load_all
@@ -22,13 +22,9 @@ from sasa_export.prompts.shares import counts, share_of
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.options import EvaluateOptions
-from sasa_export.research.original import Original, open_exported, open_original
 from sasa_export.research.report import last_name, made_with
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
-
-if TYPE_CHECKING:
-    from sasa_export.foreign.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Subject:
         against: the settings of the gate of --against; None without.
         evaluation: the prompts asked; `left_out` of them, by --limit.
         calibration: what the fitted arms are fitted on, and `calibrated_on` its name.
-        lane: the second lane, from which the fitted arms read their features.
+        lane: the settings of the second lane, from which the fitted arms read their features.
         bundled: the probes that the embedded model ships with, where these are what would be fitted.
     """
 
@@ -56,7 +52,7 @@ class Subject:
     left_out: int
     calibration: list[Prompt]
     calibrated_on: str
-    lane: LayerGraph
+    lane: LaneSettings
     bundled: Fitted | None
 
     @property
@@ -84,7 +80,7 @@ class Subject:
             against=self.options.against and _digests(self.options.against),
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
-            **self.original.running,
+            **running_as(self.original),
         )
 
     def described(self) -> dict[str, Any]:
@@ -102,10 +98,10 @@ class Subject:
             "lane_blocks": len(blocks_again(self.sasa["graph"])),
             "false_positive_rate": self.rate,
             "given_threshold": self.sasa["threshold"] if given else None,
-            **self.original.running,
+            **running_as(self.original),
             **counts(self.evaluation),
             "data": ", ".join(self.options.data) or "the built-in evaluation set",
-            "texts_alone": self.original.decoder is not None and not self.original.decoder.sees,
+            "texts_alone": not self.original.sees,
             "left_out": self.left_out,
             "calibrated_on": self.calibrated_on,
             "max_new_tokens": self.options.max_new_tokens,
@@ -123,10 +119,10 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     specs = options.calibration or made.get("calibration") or ()
     calibration = calibration_prompts(specs, report)
     check_disjoint(calibration, prompts)
-    source, decoder = _open_baseline(options, sasa, manifest)
+    original = _open_baseline(options, sasa, manifest)
+    source, sizes = original.source, original.sizes
     check_apart(options.out, options.model, source.directory)
     report.step("open", f"{options.model}, made from {source.name}")
-    original = open_original(source, decoder, options)
     prompts, calibration = original.readable(prompts, report), original.readable(calibration, Silent())
     check_labels(prompts, 1, "--data", "an evaluation")
     share = 1 if options.limit is None else options.limit / len(prompts)
@@ -134,12 +130,11 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     found = counts(evaluation)
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     # Where the patched model has no second lane, what the family's layers would give, to compare it with.
-    sizes = original.sizes
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
     lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
     return Subject(
         options, original, dtype_of(options.model), sasa, against, made, evaluation, len(prompts) - len(evaluation),
-        calibration, ", ".join(specs) or "the built-in calibration set", rewrite_lane(original.graph, lane),
+        calibration, ", ".join(specs) or "the built-in calibration set", lane,
         bundled.read(source.name, lane, specs, made.get("regularization", AUTO)),
     )  # fmt: skip
 
@@ -159,37 +154,38 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return sasa, read_object(directory / MANIFEST)
 
 
-def _open_baseline(
-    options: EvaluateOptions, sasa: dict[str, Any], manifest: dict[str, Any]
-) -> tuple[Source, Decoder | None]:
-    """What the patched model was made from: --baseline, or what the manifest names. Graphs come with their decoder.
+def _open_baseline(options: EvaluateOptions, sasa: dict[str, Any], manifest: dict[str, Any]) -> Original:
+    """What the patched model was made from: --baseline, or what the manifest names.
 
     Raises EvaluateError where it is another model: of another size, or with other weights.
     """
-    name, decoder = options.baseline or (manifest.get("options") or {}).get("model"), None
+    name, graphs = options.baseline or (manifest.get("options") or {}).get("model"), None
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
     try:
         if "graphs" in sasa:
-            decoder = open_exported(name, sasa["graphs"].values(), options)
-            source = decoder.graphs.source
+            from sasa_export.foreign.original import GraphOriginal
+
+            check_for_graphs(options)
+            graphs = GraphOriginal(name, tuple(sasa["graphs"].values()))
+            source = graphs.source
         else:
             source = open_source(name, None if options.baseline else manifest.get("commit"))
     except OpenError as error:
         if options.baseline:
             raise
         raise EvaluateError(f"the original of {options.model} is not there: {error} Or give --baseline.") from None
-    weights = [shard.path for shard in source.shards if decoder is None or shard.path != decoder.graphs.decoder]
+    original = graphs or TorchOriginal(source, options.dtype, options.device)
+    weights = [shard.path for shard in source.shards if graphs is None or shard.path != graphs.graphs.decoder]
     copied = set(manifest.get("files", {}).values())  # shards are copied byte for byte, and so is what a graph reads
-    compared = copied and (decoder is not None or dtype_of(options.model) is None)
+    compared = copied and (graphs is not None or dtype_of(options.model) is None)
     other_weights = compared and not all(digest(path) in copied for path in weights)
-    blocks = (read_sizes(source) if decoder is None else decoder.sizes).blocks
-    if other_weights or blocks != sum(node["op"] == "block" for node in sasa["graph"]):
+    if other_weights or original.sizes.blocks != sum(node["op"] == "block" for node in sasa["graph"]):
         raise EvaluateError(
             f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "
             "--baseline."
         )
-    return source, decoder
+    return original
 
 
 def _digests(directory: Path) -> list[str]:

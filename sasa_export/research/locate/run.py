@@ -8,24 +8,18 @@ from typing import Any
 import numpy as np
 
 from sasa_export.files import check_apart
-from sasa_export.flags import check_values
-from sasa_export.foreign.opened import holds_graphs
-from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.layers.pairs import Pair, default_pairs, parse_pairs, possible
 from sasa_export.layers.prompts import limited
 from sasa_export.layers.propose import Proposal, propose
-from sasa_export.layers.survey import Evidence, survey
+from sasa_export.layers.survey import Evidence
 from sasa_export.layers.sweep import held_out
-from sasa_export.models import open_source
-from sasa_export.models.quantized import check_scheme
-from sasa_export.probe.features import load_as_traced
-from sasa_export.probe.work import Work, fingerprint, resumable
-from sasa_export.prompts import Prompt, calibration_prompts
+from sasa_export.original import Original, open_original, running_as
+from sasa_export.probe.work import fingerprint, resumable
+from sasa_export.prompts import calibration_prompts
 from sasa_export.prompts.shares import counts
 from sasa_export.report import Silent
 from sasa_export.research.locate.pictures import depth, sweep_map
 from sasa_export.research.options import LocateOptions
-from sasa_export.research.original import Original, open_exported, open_original
 from sasa_export.research.report import jsonable, last_name, made_with, write_report
 from sasa_export.workers import workers
 
@@ -58,19 +52,22 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     same command goes on from there. Several processes share the work (`sasa_export.workers`); all but the first return
     None. Raises SasaExportError; then no report is written.
     """
-    check_values(options)
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
     with resumable(options.out, force=options.force, report=report) as work:
-        original, prompts = _open(options, report)
+        prompts = calibration_prompts(options.calibration, report)
+        original = open_original(options)
         source, sizes = original.source, original.sizes
+        check_apart(options.out, source.directory)
+        prompts = limited(original.readable(prompts, report), options.limit)
         entry = source.family.known_layers(sizes.blocks, sizes.hidden)
         known = None if entry is None else (entry.safety, entry.semantic)
         pairs = _pairs(options, original, known)
         report.step("open", f"{source.name}: family {source.family.name}, {sizes.blocks} blocks")
-        told = fingerprint(source, prompts, batch_size=options.batch_size, **original.running)
+        told = fingerprint(source, prompts, batch_size=options.batch_size, **running_as(original))
         work.open(told, discard=options.force, report=report)
-        evidence = _survey(original, prompts, pairs, options, work, report)
+        with original.loaded(prompts, report):
+            evidence = original.survey(prompts, pairs, work, report, batch_size=options.batch_size)
         if evidence is None:
             return None
         proposal = propose(evidence)
@@ -79,7 +76,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
             "family": source.family.name,
             "blocks": sizes.blocks,
             "hidden": sizes.hidden,
-            **original.running,
+            **running_as(original),
             **counts(prompts),
             "source": ", ".join(sorted({prompt.source or "unnamed" for prompt in prompts})),
             "made_with": made_with("locate", options),
@@ -92,19 +89,6 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
     return located
 
 
-def _open(options: LocateOptions, report: Silent) -> tuple[Original, list[Prompt]]:
-    """The model, and the prompts that it is asked. No weights are loaded yet."""
-    prompts, decoder = calibration_prompts(options.calibration, report), None
-    if options.onnx_file or holds_graphs(options.model):
-        decoder = open_exported(options.model, options.onnx_file, options)
-        source = decoder.graphs.source
-    else:
-        source = open_source(options.model, options.revision, check_scheme)
-    check_apart(options.out, source.directory)
-    original = open_original(source, decoder, options)
-    return original, limited(original.readable(prompts, report), options.limit)
-
-
 def _pairs(options: LocateOptions, original: Original, known: Pair | None) -> list[Pair]:
     """The pairs that are swept."""
     if options.pairs is None:
@@ -112,22 +96,6 @@ def _pairs(options: LocateOptions, original: Original, known: Pair | None) -> li
     else:
         pairs = parse_pairs(options.pairs, original.sizes.blocks)
     return possible(pairs, original.graph.earliest_safety_layer())
-
-
-def _survey(
-    original: Original, prompts: list[Prompt], pairs: list[Pair], options: LocateOptions, work: Work, report: Silent
-) -> Evidence | None:
-    """Load the model and survey its blocks; all processes but the first get None."""
-    size = options.batch_size
-    if original.decoder is not None:
-        from sasa_export.foreign.survey import survey_graphs
-
-        return survey_graphs(original.decoder, prompts, pairs, work, report, batch_size=size)
-    source, processor, graph, dtype = original.source, original.processor, original.graph, original.dtype
-    report.step("load", f"{dtype} on {original.device}")
-    model = load_as_traced(source, processor, graph, prompts, dtype=dtype, device=original.device)
-    settings = LaneSettings(None, None, softcap=original.sizes.softcap)
-    return survey(model, processor, graph, prompts, pairs, settings, work, report, batch_size=size)
 
 
 def write(located: Located, options: LocateOptions) -> None:

@@ -6,7 +6,7 @@ from math import prod
 
 from sasa_export.errors import EmitError
 from sasa_export.models import Source
-from sasa_export.models.memory import available_memory
+from sasa_export.models.load import available_memory
 from sasa_export.options import Options
 
 # Bits of a weight in memory while the graphs are made, by type of the graphs; the quantizer starts from float32.

@@ -1,0 +1,256 @@
+"""ONNX graphs that others exported in the place of a torch model: graph in, graph out, on the graphs themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from sasa_export.errors import TraceError
+from sasa_export.foreign.blocks import OTHER
+from sasa_export.foreign.decoder import Decoder
+from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane, clone
+from sasa_export.foreign.opened import open_graphs
+from sasa_export.foreign.splice import guarded_decoder
+from sasa_export.foreign.written import write_graphs
+from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.layers.pairs import Pair
+from sasa_export.layers.prompts import controls
+from sasa_export.layers.survey import LIKELIEST, MAIN_LANE, Evidence, evidence_of
+from sasa_export.layers.sweep import second_lane
+from sasa_export.options import Options
+from sasa_export.probe import Fitted, fit_probes
+from sasa_export.probe.features import Features
+from sasa_export.probe.fit import head_metric
+from sasa_export.probe.work import Results, Work
+from sasa_export.prompts import for_model
+from sasa_export.prompts.prompt import Prompt, encoded
+from sasa_export.report import Check, Silent, all_passed
+from sasa_export.verify import check_written
+from sasa_export.verify.compare import QUANTIZED, ROUNDED
+from sasa_export.verify.fresh.onnx_model import Model
+from sasa_export.workers import workers
+from sasa_export.writers.card import write_card
+from sasa_export.writers.cases import TOKENS, Asked, Case
+from sasa_export.writers.directory import Patch
+from sasa_export.writers.onnx.directory import write_onnx_manifest
+
+SELF_TEST = Prompt("self-test", "Which of these two is larger, and why?", 0, "self-test")
+SAME, NARROW = 1e-4, 2e-2  # of the largest state, where the cache is float32, and where it is narrower
+
+Arrays = Iterator[tuple[str, np.ndarray]]
+
+
+class GraphOriginal(Decoder):
+    """Has the attributes and methods of `original.TorchOriginal`, which say what they are for."""
+
+    device = "cpu"
+
+    def __init__(self, model: str, chosen: Sequence[str] = ()) -> None:
+        super().__init__(open_graphs(model, chosen))
+        self.more = {"graphs": self.graphs.files, "lengths": self.lengths, "dtype": self.dtype}
+
+    def readable(self, prompts: Sequence[Prompt], report: Silent) -> list[Prompt]:
+        found = [prompt for prompt in prompts if self.sees or prompt.image is None]
+        if len(found) < len(prompts):
+            report.warn("pictures cannot be run through these graphs here, so only prompts of text are used.")
+        return for_model(found, self.processor)
+
+    def check_lane(self, settings: LaneSettings) -> str:
+        """TraceError where the second lane, begun with the very state behind the safety layer, ends elsewhere than the
+        main lane, or where it does not care what it begins with."""
+        blocks, inputs = self.blocks(), encoded(self.processor, SELF_TEST)
+        assert settings.pair is not None
+        first = settings.pair[0]
+        ends = {
+            name: add_lane(blocks, first, blocks.states[index], prefix=f"{LANE}/{name}")
+            for name, index in zip(("same", "other"), settings.pair, strict=True)
+        }
+        values = self.run(blocks, {"main": blocks.norm, **ends}).prompt(inputs)
+        main, same, other = (values[name].numpy() for name in ("main", *ends))  # (1, tokens, hidden) each
+        if main.shape != (*inputs["input_ids"].shape, self.sizes.hidden) or same.shape != main.shape:
+            raise TraceError(f"{blocks.norm.name} is {main.shape}, so it is no final norm of all tokens. {OTHER}")
+        apart, control = (float(np.abs(end - main).max() / np.abs(main).max()) for end in (same, other))
+        most = SAME if self.dtype == "float32" else NARROW
+        if not apart <= most < control:
+            raise TraceError(
+                f"{blocks.states[first].name}: begun with what lies behind block {first}, the second lane ends "
+                f"{apart:.1e} from the main lane, where at most {most:g} may be, and begun with another state "
+                f"{control:.1e}. {OTHER}"
+            )
+        return f"{len(blocks.states)} blocks; begun as the main lane, the second one ends {apart:.0e} from it"
+
+    def shipped(self, settings: LaneSettings, options: Options) -> None:
+        """No graphs have one: each rounds in its own way."""
+
+    @contextmanager
+    def loaded(self, prompts: Sequence[Prompt], report: Silent) -> Iterator[None]:
+        """Graphs are loaded where something is added to them."""
+        yield
+
+    def survey(
+        self,
+        prompts: Sequence[Prompt],
+        pairs: Sequence[Pair],
+        work: Work,
+        report: Silent,
+        *,
+        batch_size: int,
+        regularization: float | None = None,
+    ) -> Evidence | None:
+        """One pair after the other, since the graph of each takes memory of its own."""
+        results = Results(work, "prompts", prompts, batch_size)
+        on_controls = Results(work, "controls", controls(prompts), batch_size)
+        for number, pair in enumerate(pairs):
+            report.step(
+                "", f"second lane {number + 1} of {len(pairs)}: safety layer {pair[0]}, semantic layer {pair[1]}"
+            )
+            self._fill(results, {second_lane(pair): "projected"}, LaneSettings(*pair), report, logits=False)
+        main, head = self.behind_blocks(), self.head_weight()  # (vocabulary, hidden)
+
+        def compute(some: list[Prompt], missing: list[str]) -> Arrays:
+            found = read(main, some, ["states", "normed"])  # (rows, blocks, hidden) each
+            likeliest = (torch.from_numpy(found["normed"]) @ torch.from_numpy(head).T).topk(LIKELIEST).indices
+            yield "tokens", likeliest.numpy().astype(np.int32)
+            yield "plain", found["normed"][:, -1]
+            yield "states", found["states"]
+
+        for each in (results, on_controls):
+            each.fill(MAIN_LANE, compute, report)
+        if not workers().leads:
+            return None
+        return evidence_of(results, on_controls, pairs, head, self.processor, regularization, report)
+
+    def features(
+        self,
+        settings: LaneSettings,
+        prompts: Sequence[Prompt],
+        work: Work,
+        report: Silent,
+        *,
+        batch_size: int,
+        kind: str = "calibrate",
+    ) -> Features:
+        results = Results(work, kind, prompts, batch_size)
+        outputs = {f"{name}-{settings.safety_layer}-{settings.semantic_layer}": name for name in ("projected", "plain")}
+        self._fill(results, outputs, settings, report)
+        return Features(*map(results.read, outputs))
+
+    def fit(
+        self, settings: LaneSettings, features: Features, prompts: Sequence[Prompt], regularization: float | None
+    ) -> Fitted:
+        metric = head_metric(self.head_weight()) if self.linear else None
+        return fit_probes({"projected": features.projected, "plain": features.plain}, prompts, metric, regularization)
+
+    def asking(self, settings: LaneSettings) -> Callable[[Prompt], Asked]:
+        as_it_was, lanes = self.run(self.blocks()), self.lanes(settings)
+
+        def ask(prompt: Prompt) -> Asked:
+            inputs = encoded(self.processor, prompt)
+            _, first, tokens = as_it_was.answer(inputs, TOKENS)
+            return lanes.prompt(inputs)["projected"].numpy(), first, tokens, ()
+
+        return ask
+
+    def write(self, patch: Patch, staging: Path, options: Options, report: Silent) -> None:
+        guarded, ledger = guarded_decoder(self, patch.sasa, patch.probe)
+        with report.bar(patch.source.weight_bytes(), "write") as advance:
+            digests = write_graphs(
+                self.graphs, guarded, ledger.layers, patch, staging, link=options.link, advance=advance
+            )
+        checks = check_written(staging, only_files=not patch.cases, calibration=patch.calibration)
+        if patch.cases:
+            checks.append(self.check_pieces(staging, patch.cases, bool(patch.sasa["generation_prompt_ids"])))
+        all_passed(checks, report)
+        write_card(patch, checks, options.verify, staging, "foreign_card.md.j2")
+        write_onnx_manifest(staging, digests, options=options.to_json(), layers_from=patch.sasa["layers_from"])
+
+    def check_pieces(self, directory: Path, cases: Sequence[Case], opened: bool) -> Check:
+        """Whether P(unsafe) depends on how a prompt is cut into calls. Where the template opens an answer (`opened`),
+        the last call brings one token alone, which has to be recognised as the end of a prompt."""
+        name, model, apart = "P(unsafe) is the same in pieces", Model(directory, "", "cpu"), 0.0
+        for case in cases:
+            inputs = encoded(model.processor, case.prompt)
+            count = inputs["input_ids"].shape[1]
+            cuts = [count // 2, count - 1] if opened else [count // 2]
+            try:
+                found = model.judge(inputs, cuts)
+            except Exception as error:
+                said = f"a later call fails: {' '.join(str(error).split())[:200]}"
+                try:  # some decoders take several tokens in their first call alone
+                    self.run(self.blocks()).prompt(inputs, cuts)
+                except Exception:
+                    return Check(name, None, f"not checked, since the original fails likewise: {said}")
+                return Check(name, False, said)
+            apart = max(apart, abs(found - case.unsafe_probability)) if np.isfinite(found) else np.inf
+        most = ROUNDED["float32"] if self.exact else QUANTIZED
+        detail = f"largest difference {apart:.1e} over {len(cases)} prompts, tolerance {most:g}"
+        return Check(name, apart <= most, detail)
+
+    # ------------------------------------------------------------------------------------- graphs with other outputs
+
+    def lanes(self, settings: LaneSettings, *, logits: bool = True) -> Model:
+        """The graphs with both lanes' first-token features as outputs, "projected" and "plain", (1, features): normed
+        states, or, where a probe does not fold through the head, `logits`."""
+        blocks = self.blocks()
+        add = Builder(blocks.model.graph, "/sasa/features")
+        assert settings.pair is not None
+        safety, semantic = (add("Cast", blocks.states[index], to=ir.DataType.FLOAT) for index in settings.pair)
+        axis, least, last = add.constant([-1]), add.constant(settings.epsilon, np.float32), add.constant(-1)
+        along, square = (
+            add("ReduceSum", add("Mul", state, semantic), axis, keepdims=1) for state in (safety, semantic)
+        )
+        projection = add("Mul", add("Div", along, add("Max", square, least)), semantic)  # (1, tokens, hidden)
+        end = add_lane(blocks, settings.pair[0], projection)
+        ends = {"projected": add("Gather", end, last, axis=1), "plain": add("Gather", blocks.norm, last, axis=1)}
+        if logits and not self.linear:
+            ends = {name: add_head(blocks, value, f"/sasa/{name}") for name, value in ends.items()}
+        return self.run(blocks, ends)
+
+    def behind_blocks(self) -> Model:
+        """The graphs with what is behind each block at the last token, as it is and behind the final norm: "states" and
+        "normed", (1, blocks, hidden) each."""
+        blocks = self.blocks()
+        add = Builder(blocks.model.graph, "/sasa/behind")
+        last = add.constant([-1])
+        states = add("Concat", *(add("Gather", state, last, axis=1) for state in blocks.states), axis=1)
+        normed = add_lane(blocks, len(blocks.states) - 1, states, prefix="/sasa/normed")  # no block is behind the last
+        return self.run(blocks, {"states": states, "normed": normed})
+
+    def head_weight(self) -> np.ndarray:
+        """The head's weights, (vocabulary, hidden), float32, however they are stored: what it makes of unit vectors."""
+        blocks, hidden = self.blocks(), self.sizes.hidden
+        graph, head, add = blocks.model.graph, blocks.head, Builder(blocks.model.graph, "/sasa/units")
+        kinds = [blocks.read.dtype, *(value.dtype for value in head.inputs if value is not None)]
+        kind = next((kind for kind in kinds if kind is not None and kind.is_floating_point()), ir.DataType.FLOAT)
+        rows = np.eye(hidden + 1, hidden, dtype=np.float32)  # the last is 0: a bias is no weight
+        rows = rows if head.op_type == "Gemm" else rows[None]
+        units = ir.Value(name="units", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(rows.shape))
+        made = clone(graph, head.outputs[0], {blocks.read: add("Cast", units, to=kind)}, "/sasa/units")
+        graph.inputs.clear()
+        graph.inputs.append(units)
+        logits = self.run(blocks, {"head": made}).decoder.run(None, {"units": rows})[0].reshape(hidden + 1, -1)
+        return (logits[:-1] - logits[-1]).T
+
+    def _fill(
+        self, results: Results, outputs: dict[str, str], settings: LaneSettings, report: Silent, *, logits: bool = True
+    ) -> None:
+        """Outputs of `lanes`, by the names that they have among the results."""
+        lanes = self.lanes(settings, logits=logits)
+
+        def compute(some: list[Prompt], missing: list[str]) -> Arrays:
+            found = read(lanes, some, [outputs[name] for name in missing])
+            return ((name, found[outputs[name]]) for name in missing)
+
+        results.fill(list(outputs), compute, report)
+
+
+def read(model: Model, prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Outputs of graphs by name, (prompts, ...) each, one prompt after the other."""
+    found: list[dict[str, Any]] = [model.prompt(encoded(model.processor, prompt)) for prompt in prompts]
+    return {name: np.concatenate([values[name].numpy() for values in found]) for name in names}
