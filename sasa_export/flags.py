@@ -30,7 +30,12 @@ class WordOr(click.ParamType):
         self.word, self.other, self.name = word, other, f"{word}|{other.name}"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        return value if value == self.word else self.other.convert(value, param, ctx)
+        if value == self.word:
+            return value
+        try:
+            return self.other.convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{error.message.rstrip('.')}, nor {self.word}.", param, ctx)
 
 
 def option(
