@@ -106,7 +106,7 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ({"max_false_positive_rate": 1.0}, "--max-false-positive-rate cannot be 1.0: 1.0 is not in the range 0<=x<1."),
         ({"regularization": -1.0}, "--regularization cannot be -1.0: -1.0 is not in the range 0<x"),
         ({"regularization": "x"}, "--regularization cannot be 'x': 'x' is not a valid float"),
-        ({"safety_layer": "x"}, "--safety-layer cannot be 'x': 'x' is not a valid integer."),
+        ({"safety_layer": "x"}, "--safety-layer cannot be 'x': 'x' is not a valid integer, nor auto."),
         ({"format": "onnx", "opset": 17}, "--opset cannot be 17: 17 is not one of '20', '23'."),
         ({"refusal": " "}, "--refusal is empty"),
         (
