@@ -14,6 +14,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -21,7 +22,7 @@ import pandas as pd
 import torch
 from process import run_process
 from side_by_side import markdown, write_page, write_probe
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -29,6 +30,7 @@ import tiny
 
 WHOLE = 32  # blocks of LLaVA-1.5-7B
 HIDDEN = 4096
+SIDE, PATCH = 336, 14  # pixels of a picture and of a patch
 SAFETY = 13  # its layer; scaled down where there are fewer blocks
 MB = 1e6
 START = "import onnxscript, sasa_export.pipeline, torch.onnx, transformers"
@@ -46,6 +48,10 @@ def build(directory: Path, blocks: int, dtype: str) -> None:
     """Write a model of LLaVA-1.5-7B's shapes with `blocks` language blocks. It is never run."""
     tiny.build("llava", directory)  # a tokenizer and a processor of the right kind
     (directory / "model.safetensors").unlink()
+    processor: Any = AutoProcessor.from_pretrained(directory)
+    processor.image_processor.size = processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
+    processor.patch_size = PATCH
+    processor.save_pretrained(directory)
     small = json.loads((directory / "config.json").read_text())
     config = LlavaConfig(
         text_config=LlamaConfig(
@@ -54,8 +60,8 @@ def build(directory: Path, blocks: int, dtype: str) -> None:
             bos_token_id=1, eos_token_id=2,
         ),
         vision_config=CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-            patch_size=14, projection_dim=768,
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=SIDE,
+            patch_size=PATCH, projection_dim=768,
         ),
         image_token_index=small["image_token_index"], image_seq_length=576, vision_feature_layer=-2,
     )  # fmt: skip

@@ -110,7 +110,9 @@ def table(found: dict[tuple[str, int, int], float], cache: dict[str, float], blo
             stock, patched = speeds["stock"][index], speeds["patched"][index]
             rows.append(f"| {what} | {requests} | {stock:.0f} | {patched:.0f} | {stock / patched:.2f} |")
     ratio = cache["patched"] / cache["stock"]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("sasa-vllm", "vllm", "torch", "transformers"))
+    import vllm  # whose package has other names for some devices
+
+    versions = ", ".join(f"{name} {version(name)}" for name in ("sasa-vllm", "torch", "transformers"))
     return (
         "# What the gate costs on vLLM\n\n"
         f"smol-llava in float32 on a CPU, one thread, prompts of {PROMPT} tokens and answers of {ANSWER}, no prefix "
@@ -119,7 +121,7 @@ def table(found: dict[tuple[str, int, int], float], cache: dict[str, float], blo
         + "\n".join(rows)
         + f"\n\nBlock passes: {blocks:.2f} times the original's. Keys and values of a token: {cache['stock']:.0f} and "
         f"{cache['patched']:.0f} bytes, {ratio:.2f} times.\n\n"
-        f"Made with {versions}.\n"
+        f"Made with vllm {vllm.__version__}, {versions}.\n"
     )
 
 

@@ -82,8 +82,10 @@ def test_rows(model: Callable[[str], Model]) -> None:
     outcomes = {name: outcome(one, refusal) for name, (one,) in zip([*ROWS, *PROMPTS], found, strict=True)}
     if path := os.environ.get("SASA_VLLM_TABLE"):
         lines = "".join(f"| {name} | {said} |\n" for name, said in outcomes.items())
-        versions = ", ".join(f"{name} {version(name)}" for name in ("sasa-vllm", "vllm", "torch", "transformers"))
-        Path(path).write_text(f"{TEMPLATE}{lines}\nMade with {versions}.\n", encoding="utf-8")
+        import vllm  # whose package has other names for some devices
+
+        versions = ", ".join(f"{name} {version(name)}" for name in ("sasa-vllm", "torch", "transformers"))
+        Path(path).write_text(f"{TEMPLATE}{lines}\nMade with vllm {vllm.__version__}, {versions}.\n", encoding="utf-8")
     assert not [name for name, said in outcomes.items() if said.startswith("AN ANSWER")], outcomes
     assert outcomes["nothing"] == "the refusal"
 
