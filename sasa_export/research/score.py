@@ -76,13 +76,8 @@ def score(
     """
     report = report or Silent()
     sasa = read_gate(directory)
-    if write_threshold and refuse_at_most is None:
-        raise SasaExportError("--write-threshold has no effect without --refuse-at-most. Give both, or neither.")
-    if write_threshold and dtype_of(directory) is not None:
-        raise SasaExportError(
-            f"the threshold lies within the graphs of {directory}. Leave --write-threshold out, and export them again "
-            "with --threshold and what is proposed."
-        )
+    if write_threshold:
+        _check_writable(directory, refuse_at_most)
     if out.exists():
         raise EmitError(f"{out} is there already. Give another --out, or move it away.")
     if not out.parent.is_dir():
@@ -107,6 +102,17 @@ def score(
         write_whole(directory / "config.json", config_text(config))
         report.step("threshold", f"{proposed:.6g} stands in {directory / 'config.json'}")
     return found
+
+
+def _check_writable(directory: Path, refuse_at_most: float | None) -> None:
+    """SasaExportError where no threshold would be proposed, or config.json does not hold it."""
+    if refuse_at_most is None:
+        raise SasaExportError("--write-threshold has no effect without --refuse-at-most. Give both, or neither.")
+    if dtype_of(directory) is not None:
+        raise SasaExportError(
+            f"the threshold lies within the graphs of {directory}. Leave --write-threshold out, and export them again "
+            "with --threshold and what is proposed."
+        )
 
 
 def _propose(probabilities: np.ndarray, most: float) -> float:

@@ -38,6 +38,20 @@ def test_blocks_norm_and_head_are_found(blocks: Blocks) -> None:
     assert blocks.norm is blocks.read is blocks.head.inputs[0]
 
 
+def test_what_is_told_of_a_states_size_alone_goes_past_no_block() -> None:
+    """As in OPT, where blocks take a shape from what lies before their end."""
+    model = ir.from_proto(foreign_graphs.decoder())
+    nodes = list(model.graph)
+    end = next(node for node in nodes if any(value.name == "state.0" for value in node.outputs))
+    head = next(node for node in nodes if any(value.name == "logits" for value in node.outputs))
+    shape = ir.node("Shape", [end.inputs[1]])
+    again = ir.node("Reshape", [head.inputs[0], shape.outputs[0]])
+    model.graph.insert_before(head, [shape, again])
+    head.replace_input_with(0, again.outputs[0])
+    found = find_blocks(model, foreign_graphs.BLOCKS)
+    assert [value.name for value in found.states] == [f"state.{index}" for index in range(foreign_graphs.BLOCKS)]
+
+
 def test_a_head_that_is_not_linear_is_seen() -> None:
     assert not find_blocks(ir.from_proto(foreign_graphs.decoder("soft cap")), None).linear
 
