@@ -108,7 +108,7 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None) -> N
     from sasa_export.models import layers_of
     from sasa_export.original import open_original
 
-    original = open_original(Options(model=model, dtype="float32", device="cpu"))
+    original = open_original(Options(model=model))
     graph, sizes = original.graph, original.sizes
     safety, semantic, layers_from = layers_of(original.source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
     after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap))
