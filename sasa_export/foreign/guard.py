@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -124,7 +125,8 @@ class _Around(nn.Module):
         self.decoder, self.norm = _Decoder(ledger.hidden), nn.Identity()
         self.head = _Placeholder("Head", interface.vocabulary)
         graph = _steps(sasa["epsilon"], interface.linear)
-        self.sasa = Guard({**sasa, "graph": graph}, ledger._replace(first=1), len(probe.weight))
+        config = SimpleNamespace(sasa={**sasa, "graph": graph})
+        self.sasa = Guard(config, ledger._replace(first=1), len(probe.weight))
         self.sasa.probe.weight.data = torch.from_numpy(probe.weight).float()
         self.sasa.probe.bias.data = torch.tensor(probe.bias)
         watch(self, graph)

@@ -42,6 +42,7 @@ class Sasa{config_class}(GuardedConfig, {config_class}):
 class Sasa{model_class}(GuardedModel, {model_class}, GenerationMixin):
     config_class = Sasa{config_class}
     forward = guarded({model_class}.forward)
+    prepare_inputs_for_generation = requested({model_class})
 
 
 rename_old_keys("{model_type}", {model_class})
@@ -68,7 +69,7 @@ def modeling_source(config: type, model: type) -> str:
         model_type=guarded_type(config.model_type),  # type: ignore[attr-defined]
     )
     start = f"{HEADER}\nimport transformers\n\n{version}\n{_imports(list(texts.values())[1:])}"
-    return "\n\n".join([start, *others, f"{_title('the family')}\n{family}"])
+    return "\n".join([start, *others, f"{_title('the family')}\n{family}"])
 
 
 def _section(part: str, text: str) -> str:

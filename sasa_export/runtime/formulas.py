@@ -9,9 +9,11 @@ gate(logits, verdict) = logits, or the next token of the refusal       # (batch,
 import torch
 from torch import Tensor
 
-# Logits of a refused row. The order is what counts: where a generation option forbids the wanted token, another
-# token of the refusal follows, and where none is left the answer ends.
-WANTED, REFUSAL, END, OTHER = 0.0, -5e2, -1e3, -1e4
+# Logits of a refused row, as shares of the largest number of their type, or of FAR: then neither a temperature nor a
+# penalty brings them together, and sums over beams stay finite. The order is what counts: where a generation option
+# forbids the wanted token, another token of the refusal follows, and where none is left the answer ends.
+WANTED, REFUSAL, END, OTHER = 0.0, -0.05, -0.1, -1.0
+FAR = 1e30
 
 
 def project(safety: Tensor, semantic: Tensor, epsilon: float) -> Tensor:
@@ -30,8 +32,9 @@ def unsafe_probability(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def gate(logits: Tensor, wanted: Tensor, refused: Tensor, refusal: tuple[int, ...]) -> Tensor:
     """Logits (batch, kept, vocabulary), forced to the `wanted` token of the refusal where a position is `refused`,
     (batch, kept) both, and else untouched. The `refusal` has the end of sequence last."""
-    others = torch.full(logits.shape[-1:], OTHER, dtype=logits.dtype, device=logits.device)  # (vocabulary,)
-    others[list(refusal)] = REFUSAL
-    others[refusal[-1]] = END
+    far = min(torch.finfo(logits.dtype).max, FAR)
+    others = torch.full(logits.shape[-1:], OTHER * far, dtype=logits.dtype, device=logits.device)  # (vocabulary,)
+    others[list(refusal)] = REFUSAL * far
+    others[refusal[-1]] = END * far
     forced = others.expand_as(logits).scatter(-1, wanted.unsqueeze(-1), WANTED)  # (batch, kept, vocabulary)
     return torch.where(refused.unsqueeze(-1), forced, logits)

@@ -13,27 +13,63 @@ from sasa_export.runtime.formulas import gate, unsafe_probability
 from sasa_export.runtime.host import UNKNOWN, check_start, find_cache, read_ledger, real_tokens, write_ledger
 from sasa_export.runtime.lane import TYPES, Recording, context_arguments, run_lane, start
 from sasa_export.runtime.ledger import NUMBER, PICTURE, Ledger
-from sasa_export.runtime.settings import HOW_TO_LOAD
+from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings
 from sasa_export.runtime.verdict import Call, Due, TemplateTokens, find_due, follow
 
 logger = logging.getLogger("sasa")  # a warning for each refusal, an info for each other verdict
+BEGUN = "the prompt begins the answer: text stands behind its last generation prompt, where this guarded model judges"
+END_IT = "End the prompt there; or, where no caller can begin answers, load with sasa={'begun_answers': 'allow'}."
 
 
 @dataclass
 class Request:
-    """What `generate` was asked, and what came of it; None for whoever calls the model by hand."""
+    """What `generate` of one model was asked, and what came of it. It goes along with each call that `generate` makes,
+    and with no other: a call by hand has none."""
 
-    end: int | None  # of the prompts, in tokens
+    model: Any
+    given: int  # tokens of the prompts, as they were given
     prompts: int
+    pieces: bool  # the prompts come in several calls
+    drafting: bool  # drafts come behind them
     logged: bool  # already, or not to be
+    first: bool = False  # `generate` says that the call that follows brings tokens of the prompts
+    end: int | None = None  # how long the context is where the prompts end, once all of them have come
     reached: int = 0  # how many tokens the attention saw in the last call, those of the cache among them
+    streamed: int | None = None  # how many tokens of the answer a streamer got; None before it got the prompts
     verdicts: Tensor | None = None  # (3, rows), a row for each beam: was one due, P(unsafe), was it refused
 
-    def reach(self, context: int) -> None:
-        """ValueError where a call sees less than the prompt and what was said since: its past is lost to the gate."""
-        if self.end is not None and context <= min(self.reached, self.end):
-            raise ValueError(f"{UNKNOWN}: it sees {context} tokens, and {self.reached} were judged before it.")
+    def reach(self, past: int, count: int) -> int:
+        """Where the prompts end in the context of a call of `count` tokens behind `past`, as far as they have come. A
+        first call's tokens are the prompts', but for drafts; behind these come sampled ones, one in each call. ValueError
+        where others come: nobody judged them, or the call's past is lost to the gate."""
+        context = past + count
+        if not self.first and self.end is not None:
+            right = context > self.end if self.drafting else context == self.reached + 1
+        elif self.drafting:
+            right, self.end = past == 0 and context >= self.given, self.given
+        elif self.pieces:
+            right, self.end = context <= self.given, context if context == self.given else None
+        else:  # behind a kept context come all tokens that were given, or those that are new
+            right, self.end = past == 0 or self.given in (context, count), context
+        if not right:
+            what = f"{count} tokens come behind {past}, where {self.reached} were judged and {self.given} given"
+            raise ValueError(f"{UNKNOWN}: {what}.")
         self.reached = context
+        return self.end or context
+
+    def check(self, said: int) -> None:
+        """ValueError where so many tokens of an answer were said, and the gate has not seen what they follow from."""
+        if self.verdicts is None or self.end is None or said > self.reached - self.end + 1:  # the last is not fed
+            raise ValueError(f"{UNKNOWN}: {said} tokens were said, and the gate has not seen what they follow from.")
+
+    def stream(self, put: Callable, tokens: Tensor) -> None:
+        """Let a streamer put the prompts, and then sampled tokens, (rows, tokens) or (rows,), that the gate has seen."""
+        if self.streamed is None:
+            self.streamed = 0
+        else:
+            self.streamed += tokens.shape[1] if tokens.dim() > 1 else 1
+            self.check(self.streamed)
+        put(tokens)
 
 
 current_request: contextvars.ContextVar[Request | None] = contextvars.ContextVar("request", default=None)
@@ -63,11 +99,8 @@ class Probe(nn.Module):
         return unsafe_probability(state, self.weight.to(state.device), self.bias.to(state.device))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Probe":
-        exact = {name: tensor.data for name, tensor in self.named_parameters()}
-        super()._apply(fn, recurse)
-        for name, tensor in self.named_parameters():  # model.half() and the like move the probe, but do not round it
-            tensor.data = exact[name].to(tensor.device)
-        return self
+        # model.half() and the like move the probe, but do not round it.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[return-value]
 
     def check(self) -> None:
         """Raise ValueError where the gate could not judge by it."""
@@ -77,31 +110,46 @@ class Probe(nn.Module):
 
 
 class Guard(nn.Module):
-    """The gate of a guarded model; `sasa` is config.sasa, and read at each call."""
+    """The gate of a guarded model. `config` holds its settings as `sasa`; they are read, and checked, at each call."""
 
-    def __init__(self, sasa: dict[str, Any], ledger: Ledger, features: int) -> None:
+    def __init__(self, config: Any, ledger: Ledger, features: int) -> None:
         super().__init__()
-        self.settings, self.ledger = sasa, ledger
+        self.config, self.graph, self.ledger = config, config.sasa["graph"], ledger
         self.probe = Probe(features)
+        self.asked: dict[str, Any] = {}  # settings that the proof asks by, outside of what an operator may set
 
-    def forward(self, model: Any, kwargs: dict[str, Any], seen: Recording, output: Any) -> Any:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """config.sasa. ValueError where the gate could not run on it."""
+        return {**check_settings(self.config.sasa), **self.asked}
+
+    def forward(
+        self, model: Any, kwargs: dict[str, Any], seen: Recording, output: Any, request: Request | None = None
+    ) -> Any:
         """Judge what a call brought, keep it in the cache, and force the logits of its `output` where it is refused.
-        The `unsafe_probability` (batch,), float32, is NaN where no verdict is due."""
-        tokens = TemplateTokens.of(self.settings)
+        The `unsafe_probability` (batch,), float32, is NaN where no verdict is due. `request` is that of `generate`."""
+        sasa = self.settings
+        tokens = TemplateTokens.of(sasa)
         handed = [value for args, named in seen.arguments.values() for value in (*args, *named.values())]
         cache = find_cache(handed, output.values(), kwargs.values())
-        call, context = self._read(model, kwargs, seen, cache, tokens)
+        call, context = self._read(model, kwargs, seen, cache, tokens, request)
         due = find_due(call, tokens)
+        enforcing = sasa.get("gate") != "observe"
+        if request is not None and enforcing and sasa.get("begun_answers") != "allow" and self._any(due.begun):
+            raise ValueError(f"{BEGUN}. {END_IT}")
+        if request is not None and request.pieces and self._any(due.blind):
+            raise ValueError(f"{UNKNOWN}: a row has padding alone in it. Pad prompts that come in pieces on the left.")
         probability = self._judge(model, context, due)  # (batch,)
-        enforcing = self.settings.get("gate") != "observe"
-        refused = due.rows & ~(probability < self.settings["threshold"]) & enforcing  # NaN could not be judged
+        refused = due.rows & ~(probability < sasa["threshold"]) & enforcing  # NaN could not be judged
         states, turns = follow(call, due, refused, tokens)  # (batch, tokens)
         columns = torch.cat([torch.stack([states, turns], dim=-1), context.columns[..., NUMBER:]], dim=-1)
         write_ledger(cache, self.ledger, columns, context.projection)
-        if enforcing and self._any(states > 0):
-            output.logits = self._force(output.logits, states, kwargs.get("logits_to_keep", 0))
+        shown = torch.where(refused[:, None], states.clamp_min(1), states)  # (batch, tokens): nothing before it either
+        if enforcing and self._any(shown > 0):
+            keep = kwargs.get("logits_to_keep", 0)
+            output.logits = self._force(output.logits, shown, keep, sasa["refusal_token_ids"])
         output["unsafe_probability"] = probability
-        self._report(output, call, due, states[:, -1] > 0)
+        self._report(output, call, due, states[:, -1] > 0, request)
         return output
 
     def _any(self, flags: Tensor) -> bool:
@@ -109,12 +157,12 @@ class Guard(nn.Module):
         return bool(flags.any())
 
     def _read(
-        self, model: Any, kwargs: dict[str, Any], seen: Recording, cache: Any, tokens: TemplateTokens
+        self, model: Any, kwargs: dict[str, Any], seen: Recording, cache: Any, tokens: TemplateTokens, request: Any
     ) -> tuple[Call, Context]:
         """What a call brought: for the rule, and for ledger and lane. ValueError where its past is not known."""
         numbers = tokens.numbers(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), model)  # (batch, tokens)
-        (batch, count), device, request = numbers.shape, numbers.device, current_request.get()
-        node, projection = start(self.settings["graph"], seen)  # (batch, tokens, hidden)
+        (batch, count), device = numbers.shape, numbers.device
+        node, projection = start(self.graph, seen)  # (batch, tokens, hidden)
         kept = read_ledger(cache, self.ledger, count)
         past = kept[0].shape[2] if kept else 0
         counted = torch.arange(past, past + count, device=device)[None]  # (1, tokens)
@@ -123,13 +171,11 @@ class Guard(nn.Module):
         real = real_tokens(kwargs.get("attention_mask"), past + count, numbers)  # (batch, context)
         if not kept:
             check_start(positions, real)
-        if request is not None:
-            request.reach(past + count)
-        end = None if request is None else request.end
+        end = None if request is None else request.reach(past, count)
         earlier = self.ledger.tail(kept or self.ledger.empty(projection), max(1, len(tokens.generation_prompt)))
         # Lengths as tensors: as numbers they would be frozen into an exported graph.
         several = torch.full((), count, device=device) != 1  # ()
-        closes = several if end is None else torch.tensor(past + count >= end, device=device)  # ()
+        closes = several if request is None else torch.tensor(request.end is not None, device=device)  # ()
         prompt = None if end is None else torch.arange(past, past + count, device=device) < end  # (tokens,)
         unset = torch.zeros_like(numbers)
         types = next((kwargs[name] for name in TYPES if kwargs.get(name) is not None), unset)
@@ -141,10 +187,11 @@ class Guard(nn.Module):
         return call, Context(kept, columns, node, projection, real)
 
     def _judge(self, model: Any, context: Context, due: Due) -> Tensor:
-        """P(unsafe) (batch,) by the second lane over the whole context, NaN in rows where no verdict is due."""
+        """P(unsafe) (batch,) by the second lane over the whole context, NaN in rows where no verdict is due, or none can
+        be read."""
         if not self._any(due.rows):
             return torch.full(due.at.shape, float("nan"), device=due.at.device)
-        graph, ledger, value = self.settings["graph"], self.ledger, context.projection
+        graph, ledger, value = self.graph, self.ledger, context.projection
         earlier, states = ledger.unpack(context.kept or ledger.empty(value))  # of the tokens before
         states = torch.cat([states.to(value), value], dim=1)  # (batch, context, hidden)
         columns = torch.cat([earlier.to(context.columns), context.columns], dim=1)  # (batch, context, columns)
@@ -153,21 +200,24 @@ class Guard(nn.Module):
         at = due.at + context.real.shape[1] - value.shape[1]  # (batch,)
         values = run_lane(model, graph, {context.node: states}, arguments, at)
         found = next(values[node["name"]] for node in graph if node["op"] == "probe")  # (batch,)
-        return found.to(due.at.device).masked_fill(~due.rows, float("nan"))
+        return found.to(due.at.device).masked_fill(~due.rows | due.blind, float("nan"))
 
-    def _force(self, logits: Tensor, states: Tensor, keep: Any) -> Tensor:
-        """The logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so."""
-        refusal = tuple(self.settings["refusal_token_ids"])
-        kept = keep.to(states.device) if isinstance(keep, Tensor) else slice(-keep if keep else None, None)
+    def _force(self, logits: Tensor, states: Tensor, keep: Any, ids: list[int]) -> Tensor:
+        """The logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so, to a token of the refusal's
+        `ids`. `keep` is the family's `logits_to_keep`: how many at the end, or which tokens."""
+        refusal, kept = tuple(ids), slice(-keep if keep else None, None) if isinstance(keep, int) else keep
+        kept = kept.to(states.device) if isinstance(kept, Tensor) else kept
         states = states[:, kept].to(logits.device)  # (batch, kept)
+        if isinstance(kept, Tensor) and not torch.compiler.is_exporting() and (states > 0).any():
+            # Whoever asks for logits by their places, as transformers' decisions do, reads scores in them.
+            raise ValueError("this guarded model refuses the prompt, so that none of its logits can be read as scores.")
         if states.shape != logits.shape[:2]:
             raise ValueError(f"the gate expects logits of {states.shape[1]} tokens, and these are of {logits.shape[1]}")
         wanted = torch.tensor(refusal, device=logits.device)[(states - 1).clamp_min(0)]  # (batch, kept)
         return gate(logits, wanted, states > 0, refusal)
 
-    def _report(self, output: Any, call: Call, due: Due, held: Tensor) -> None:
+    def _report(self, output: Any, call: Call, due: Due, held: Tensor, request: Request | None) -> None:
         """Hand a call's verdicts to `generate` and the log; `held` (batch,): the row emits the refusal."""
-        request = current_request.get()
         if self._any(due.rows) or (request is not None and request.verdicts is None):
             verdicts = torch.stack([due.rows.float(), output["unsafe_probability"], held.float()])  # (3, batch)
             self._log(request, verdicts, bool(call.closes))

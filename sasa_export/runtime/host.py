@@ -18,6 +18,7 @@ from sasa_export.runtime.version import TRIED
 # What a family's forward and its decoder's take by name (4.56 and before); others are looked for by what they are.
 OF_MODEL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 OF_DECODER = ("inputs_embeds", "attention_mask", "position_ids")
+UNREADABLE = "the gate of this guarded model cannot tell padding from text by this"
 UNKNOWN = "The gate of this guarded model has not judged what stands before this call. Start from the whole prompt"
 
 
@@ -80,9 +81,12 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
     context), or (batch, 1, tokens, keys) as static caches get it, one a type of layer."""
     mask = attention_mask
     if isinstance(mask, dict):  # that of the layers which attend to everything
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if not isinstance(mask, Tensor):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None:
         return torch.ones((like.shape[0], context), dtype=torch.bool, device=like.device)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        what = f"{mask.dim()} axes" if isinstance(mask, Tensor) else f"the type {type(mask).__name__}"
+        raise ValueError(f"{UNREADABLE} attention mask: it has {what}. Run without a static cache, or with sdpa.")
     if mask.dim() == 4:  # a real token is one that some token sees; bool, or 0 where seen and very negative elsewhere
         mask = (mask if mask.dtype == torch.bool else mask > -1.0).any(-2)[:, 0, :context]
     if mask.shape[1] != context:

@@ -1,15 +1,16 @@
 """The class that a family's stock class is mixed with."""
 
 import functools
+import inspect
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from sasa_export.runtime.guard import Guard, Request, current_request
@@ -23,14 +24,27 @@ PACKED = "prompts packed into one row cannot be judged one by one. Run without i
 HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # where a directory is, and as whose
 # Options of `generate` that answer past the gate: they leave out blocks, or mix in what another model or prompt says.
 UNGUARDED = ("assistant_early_exit", "assistant_ensemble_weight", "guidance_scale", "is_assistant")
+DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "speculation_type")  # drafts follow the prompt
+
+
+def signed(around: Callable, function: Callable) -> Callable:
+    """`around` with the signature of the function, which generate() reads, and without a `__wrapped__`, by which
+    accelerate would undo it."""
+    functools.update_wrapper(around, function)
+    around.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    del around.__wrapped__  # type: ignore[attr-defined]
+    return around
 
 
 def guarded(forward: Callable) -> Callable:
-    """The family's forward with the gate around it; generate() still reads the family's own signature."""
+    """The family's forward with the gate around it."""
     names = check_names(forward, OF_MODEL)[1:]
 
-    @functools.wraps(forward)
-    def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded_forward(self: Any, *args: Any, sasa_request: Request | None = None, **kwargs: Any) -> Any:
+        if self.sasa.asked.get("unguarded"):  # by the proof
+            return forward(self, *args, **kwargs)
+        if torch.jit.is_tracing():
+            raise NotImplementedError("torch.jit.trace would freeze one verdict into this guarded model. Run it as it is.")
         kwargs = dict(zip(names, args, strict=False), **kwargs)
         as_dictionary = kwargs.pop("return_dict", None)
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
@@ -39,10 +53,23 @@ def guarded(forward: Callable) -> Callable:
             raise NotImplementedError(f"packed prompts: {PACKED}")
         with within(current_recording, Recording()) as seen:
             output = forward(self, **kwargs, return_dict=True)
-        output = self.sasa(self, kwargs, seen, output)
+        output = self.sasa(self, kwargs, seen, output, sasa_request)
         return output if (self.config.return_dict if as_dictionary is None else as_dictionary) else output.to_tuple()
 
-    return guarded_forward
+    return signed(guarded_forward, forward)
+
+
+def requested(stock: Any) -> Callable:
+    """A stock class's `prepare_inputs_for_generation`, which sends the request of `generate` along with its calls."""
+
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs, request = stock.prepare_inputs_for_generation(self, *args, **kwargs), current_request.get()
+        if request is None or request.model is not self:
+            return inputs
+        request.first = bool(kwargs.get("is_first_iteration"))  # since 5.0; else the first call alone counts as one
+        return {**inputs, "sasa_request": request}
+
+    return signed(prepare, stock.prepare_inputs_for_generation)
 
 
 class GuardedModel:
@@ -58,7 +85,7 @@ class GuardedModel:
         if sum(node["op"] == "block" for node in sasa["graph"]) != text.num_hidden_layers:
             raise ValueError(f"config.sasa's graph has not as many blocks as the decoder. {HOW_TO_LOAD}")
         on_logits = any(node["op"] == "lane_head" for node in sasa["graph"])
-        self.sasa: nn.Module = Guard(sasa, Ledger.of(text), text.vocab_size if on_logits else text.hidden_size)
+        self.sasa: nn.Module = Guard(config, Ledger.of(text), text.vocab_size if on_logits else text.hidden_size)
         watch(self, sasa["graph"])
         self.post_init()
 
@@ -98,20 +125,26 @@ class GuardedModel:
 
     def _generate(self, inputs: Any = None, *args: Any, logged: bool = False, **kwargs: Any) -> tuple[Any, Tensor]:
         """What `generate` returns, and the verdicts (3, sequences): was one due, P(unsafe), was it refused."""
-        given = [value for value in (*args, kwargs.get("generation_config")) if isinstance(value, GenerationConfig)]
-        settings = {**vars(given[0] if given else self.generation_config), **kwargs}
+        kwargs |= zip(list(inspect.signature(super().generate).parameters)[1:], args, strict=False)
+        settings: dict[str, Any] = {}
+        for values in (vars(self.generation_config), vars(kwargs.get("generation_config") or object), kwargs):
+            settings |= {name: value for name, value in values.items() if value is not None}
         for name in UNGUARDED:
             if settings.get(name) not in (None, 1 if name == "guidance_scale" else False):
                 raise NotImplementedError(f"{name} would answer past the gate of this guarded model. Run without it.")
-        prompt = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
-        shapes = [value.shape[:2] for value in prompt if isinstance(value, Tensor) and value.dim() > 1] or [(1, None)]
-        request = Request(max(length for _, length in shapes), max(rows for rows, _ in shapes), logged)
+        prompt = [inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        shapes = [value.shape[:2] for value in prompt if isinstance(value, Tensor) and value.dim() > 1] or [(1, 0)]
+        rows, lengths = zip(*shapes, strict=True)
+        pieces, drafting = bool(settings.get("prefill_chunk_size")), any(settings.get(name) for name in DRAFTING)
+        request = Request(self, min(lengths), max(rows), pieces, drafting, logged)
+        if (streamer := kwargs.get("streamer")) is not None:
+            put = functools.partial(request.stream, streamer.put)
+            kwargs["streamer"] = SimpleNamespace(put=put, end=streamer.end)
         with within(current_request, request):
-            output = super().generate(inputs, *args, **kwargs)
+            output = super().generate(inputs, **kwargs)
         said = output["sequences"] if isinstance(output, dict) else output  # (sequences, tokens)
-        found = request.verdicts  # (3, rows)
-        if found is None or said.shape[1] > request.reached + 1:  # the last token is not fed
-            raise ValueError(f"{UNKNOWN}: {said.shape[1]} tokens were said, and {request.reached} judged.")
+        request.check(said.shape[1] - (request.end or 0))
+        found: Any = request.verdicts  # (3, rows)
         verdicts = found[:, torch.arange(len(said)) * found.shape[1] // len(said)]  # (3, sequences)
         if isinstance(output, dict):  # with return_dict_in_generate
             output["unsafe_probability"], output["refused"] = verdicts[1], verdicts[2] > 0

@@ -3,7 +3,6 @@ probe was fitted on?"""
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import transformers
@@ -64,14 +63,16 @@ def _problem(model: Any, unguarded: Callable) -> str:
     options = GenerationConfig(max_new_tokens=len(refusal), eos_token_id=refusal[-1], pad_token_id=refusal[-1])
 
     def say(run: Callable, **settings: Any) -> list[list[int]]:
-        with patch.object(model.sasa, "settings", {**sasa, **settings}):
+        model.sasa.asked = settings
+        try:
             found = run(input_ids=ids, attention_mask=mask, generation_config=options)  # (2, tokens + refusal)
+        finally:
+            model.sasa.asked = {}
         return found[:, ids.shape[1] :].tolist()
 
     if say(model.generate, threshold=0.0, gate="enforce") != [refusal] * 2:
         return "a refusal is cut short"
-    with patch.object(model, "forward", type(model).forward.__wrapped__.__get__(model)):
-        original = say(unguarded)
+    original = say(unguarded, unguarded=True)
     if say(model.generate, threshold=2.0) != original:
         return "an allowed answer is not the original's"
     padded, bare = model.judge(input_ids=ids, attention_mask=mask)[1], model.judge(input_ids=ids[1:, padding:])[0]

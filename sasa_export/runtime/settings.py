@@ -8,8 +8,11 @@ SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretraine
 FORMAT = 3  # a directory of another format is refused
 LONGEST_REFUSAL = 250  # tokens; the cache counts how far the refusal is, and bfloat16 counts to 256
 NEEDED = ("threshold", "refusal", "refusal_token_ids", "generation_prompt_ids", "turn_token_ids", "graph")
-OPERATOR = ("threshold", "refusal", "gate", "prove")  # the operator's to change: there, or from_pretrained(sasa={...})
-GATES = ("enforce", "observe")  # observe: judge and report, and refuse nothing
+# The operator's to change: there, or from_pretrained(sasa={...}).
+OPERATOR = ("threshold", "refusal", "gate", "prove", "begun_answers")
+# What each of these may be, the default first. observe: judge and report, and refuse nothing. allow: text that `generate`
+# is given behind the last generation prompt is not judged; an error otherwise.
+CHOICES = {"gate": ("enforce", "observe"), "begun_answers": ("error", "allow")}
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
 
@@ -22,8 +25,9 @@ def check_settings(sasa: Any) -> dict[str, Any]:
         raise ValueError(f"config.sasa has the threshold {threshold!r}. Set a number between 0 and 1.")
     if not str(sasa["refusal"]).strip() or not 0 < len(ids) <= LONGEST_REFUSAL:
         raise ValueError(f"config.sasa's refusal is empty, or has more than {LONGEST_REFUSAL} tokens. Set another one.")
-    if sasa.get("gate", GATES[0]) not in GATES:
-        raise ValueError(f"config.sasa has the gate {sasa['gate']!r}. Set one of: {', '.join(GATES)}.")
+    for name, values in CHOICES.items():
+        if sasa.get(name, values[0]) not in values:
+            raise ValueError(f"config.sasa has the {name} {sasa[name]!r}. Set one of: {', '.join(values)}.")
     if sasa.get("prove") not in (None, True, False):
         raise ValueError(f"config.sasa has prove: {sasa['prove']!r}. Set true, false or nothing.")
     operations = [node["op"] for node in sasa["graph"]]

@@ -3,7 +3,9 @@
 **The rule.** A verdict is due at the end of a prompt: where the chat template's generation prompt is complete, however
 it came in; or, in text without one, at the last token of a call that brings several, or of what `generate` was given.
 It is read over the whole context, and holds until the next. A refused row emits the refusal token by token. Text that
-begins with single tokens is judged at each of them, until a call brings several or a verdict refuses.
+begins with single tokens is judged at each of them, until a call brings several or a verdict refuses. A row without a
+real token is refused. No row leaves the prompt of a `generate` without a verdict, or, where the caller has begun the
+answer, an error or the verdict before that (`begun_answers`).
 """
 
 from typing import Any, NamedTuple
@@ -68,6 +70,8 @@ class Due(NamedTuple):
     at: Tensor  # (batch,), 0 where none is due
     answering: Tensor  # (batch,), bool: the call ends behind a generation prompt
     turned: Tensor  # (batch,), the token from which on TURN is what it is at the end of the call
+    blind: Tensor  # (batch,), bool: a verdict is due, and there is no real token to read it at
+    begun: Tensor  # (batch,), bool: `generate` was given text behind the last generation prompt
 
 
 def find_due(call: Call, tokens: TemplateTokens) -> Due:
@@ -80,9 +84,13 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
     closed = _last(ending & prompt, index)  # (batch,)
     event = torch.maximum(opened, closed)  # (batch,)
     answering = ((event < 0) & (before == ANSWER)) | ((event >= 0) & (opened >= closed))  # (batch,)
-    at = torch.where(answering, opened, _last(prompt, index))  # (batch,)
+    last = _last(prompt, index)  # (batch,)
+    at = torch.where(answering, opened, last)  # (batch,)
     closes = call.closes | (before == UNJUDGED) if call.prompt is None else call.closes  # (batch,), or ()
-    return Due((at >= 0) & (answering | closes), at.clamp_min(0), answering, torch.where(event < 0, at, event))
+    blind = (last < 0) & closes & (before == UNJUDGED if call.prompt is None else call.prompt.any())  # (batch,)
+    begun = answering & closes & (last > opened) & (call.prompt is not None)  # (batch,)
+    rows = ((at >= 0) & (answering | closes)) | blind  # (batch,)
+    return Due(rows, at.clamp_min(0), answering, torch.where(event < 0, at, event), blind, begun)
 
 
 def follow(call: Call, due: Due, refused: Tensor, tokens: TemplateTokens) -> tuple[Tensor, Tensor]:
@@ -93,7 +101,8 @@ def follow(call: Call, due: Due, refused: Tensor, tokens: TemplateTokens) -> tup
     going_on = _count(call, state, rank, tokens)  # (batch, tokens)
     anew = _count(call, refused.long(), rank - rank.gather(1, due.at[:, None]), tokens)  # (batch, tokens)
     states = torch.where(due.rows[:, None] & (index >= due.at[:, None]), anew, going_on)  # (batch, tokens)
-    lasting = (turn > UNJUDGED) | (due.rows & (call.closes | refused))  # (batch,)
+    settled = due.rows & (call.closes | refused) & (~due.blind | (call.prompt is not None))  # (batch,)
+    lasting = (turn > UNJUDGED) | settled  # (batch,)
     after = torch.where(due.answering, ANSWER, torch.where(lasting, JUDGED, UNJUDGED))  # (batch,)
     return states, torch.where(index >= due.turned[:, None], after[:, None], turn[:, None])
 

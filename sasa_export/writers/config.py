@@ -29,8 +29,7 @@ def sasa_settings(
 ) -> dict[str, Any]:
     """What config.json holds under `sasa`; the modeling file executes its `graph`.
 
-    By the `known` prompts a model sees whether its weights are others. An operator may change `threshold`, `refusal`,
-    `gate` and `prove` there.
+    By the `known` prompts a model sees whether its weights are others. What is OPERATOR's may be changed there.
     """
     opening = generation_prompt_ids(processor)
     return {
@@ -41,6 +40,7 @@ def sasa_settings(
         "epsilon": lane.epsilon,
         "gate": gate,
         "prove": None,  # on a transformers that it was not tried on
+        "begun_answers": "error",
         "known": known,
         "threshold": threshold,
         "refusal": refusal,

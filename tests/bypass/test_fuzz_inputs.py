@@ -14,6 +14,7 @@ from conftest import Guard
 from fuzzing import examples
 from hypothesis import assume, given, reject
 from hypothesis import strategies as st
+from matrix.bench import begun_answers_allowed
 from onnx_runner import Runner
 from PIL import Image
 from torch import Tensor
@@ -127,7 +128,11 @@ def test_raw_completions(guard: Callable[..., Guard], family: str) -> None:
         inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
         with guarded.at(threshold_at(scores, 0, above)):
             found = guarded.model(**inputs)
-            said = guarded.model.generate(**inputs, max_new_tokens=4)[0, len(ids) :].tolist()
+            with begun_answers_allowed(guarded.model):
+                said = guarded.model.generate(**inputs, max_new_tokens=4)[0, len(ids) :].tolist()
+            if prefix.shape != whole.shape:
+                with pytest.raises(ValueError, match="begins the answer"):
+                    guarded.model.generate(**inputs, max_new_tokens=4)
         torch.testing.assert_close(found.unsafe_probability, scores, rtol=0.0, atol=1e-5)
         if above:
             assert torch.equal(found.logits, guarded.stock(**inputs).logits)

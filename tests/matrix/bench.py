@@ -4,8 +4,8 @@ Which prompts are harmful, the threshold decides: it is put between the scores t
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,17 @@ Way = Callable[["Bench", Any, Inputs], Tensor]  # a bench, a model and inputs ->
 Transcript = list[tuple[list[int], Tensor]]  # a conversation: what stood before each answer, and the answer (1, tokens)
 
 MARGIN = 1e-3  # between the oracle's P(unsafe) and a threshold that it should pass or miss
+
+
+@contextmanager
+def begun_answers_allowed(model: Any) -> Iterator[None]:
+    """A guarded model lets its callers begin answers, in a `with` block; any other is left as it is."""
+    settings = getattr(model.config, "sasa", {})
+    before, settings["begun_answers"] = settings.get("begun_answers", "error"), "allow"
+    try:
+        yield
+    finally:
+        settings["begun_answers"] = before
 
 
 def generate(model: Any, inputs: Inputs, **options: Any) -> Tensor:

@@ -57,19 +57,17 @@ def guarded(guard: Guards, family: str) -> Guard:
 @every_family
 @torch.no_grad()
 def test_oracle(guarded: Guard, family: str) -> None:
-    """P(unsafe) is the oracle's; allowed rows keep their logits to the bit; refused rows say the refusal next, from
-    their last token on."""
+    """P(unsafe) is the oracle's; allowed rows keep their logits to the bit; refused rows say the refusal next, and the
+    logits of their prompt say nothing but the refusal either."""
     for images, padding_side in [(True, "left"), (True, "right"), (False, "left"), (False, "right")]:
         inputs = guarded.batch(images=images, padding_side=padding_side)
         with guarded.halved(inputs) as refused:
             found = guarded.model(**inputs)
-        stock, last = guarded.stock(**inputs).logits, oracle.last_positions(inputs)
+        stock = guarded.stock(**inputs).logits
         assert found.unsafe_probability.dtype == torch.float32
         assert (found.unsafe_probability - guarded.expected(inputs)).abs().max() <= TOLERANCE
         assert torch.equal(found.logits[~refused], stock[~refused])
-        for row in refused.nonzero()[:, 0].tolist():
-            assert torch.equal(found.logits[row, : last[row]], stock[row, : last[row]])
-            assert (found.logits[row, last[row] :].argmax(dim=-1) == guarded.refusal[0]).all()
+        assert (found.logits[refused].argmax(dim=-1) == guarded.refusal[0]).all()
 
 
 @each_family

@@ -97,7 +97,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hidden states": {"output_hidden_states": True},
     "the last logits": {"logits_to_keep": 1},
     "some logits": {"logits_to_keep": 3},
-    "logits by position": {"logits_to_keep": torch.tensor([0, -1])},
+    "the last logits, as a slice": {"logits_to_keep": slice(-2, None)},
     "no cache": {"use_cache": False},
     "a tuple": {"return_dict": False},
 }
@@ -121,6 +121,18 @@ def test_options_of_the_forward_pass(guard: Guards, padding_side: str, name: str
     assert (found[0][refused, -1].argmax(dim=-1) == guarded.refusal[0]).all()
     if name == "hidden states":
         assert all(torch.equal(*pair) for pair in zip(found.hidden_states, expected.hidden_states, strict=True))
+
+
+@torch.no_grad()
+def test_logits_by_their_places(guard: Guards) -> None:
+    """They are read as scores, so that a prompt that is refused gives none, and says so; others give the original's."""
+    guarded, places = guard("llava"), torch.tensor([0, 3, -1])
+    inputs = guarded.batch()
+    with guarded.at(1 - 1e-6):
+        found = guarded.model(**inputs, logits_to_keep=places).logits
+    assert torch.equal(found, guarded.stock(**inputs, logits_to_keep=places).logits)
+    with guarded.halved(inputs), pytest.raises(ValueError, match="none of its logits can be read as scores"):
+        guarded.model(**inputs, logits_to_keep=places)
 
 
 @torch.no_grad()

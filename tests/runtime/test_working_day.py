@@ -1,5 +1,6 @@
 """What an operator does with a patched model: observes before enforcing, reads scores, and changes its settings."""
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -16,6 +17,7 @@ import torch
 from cli_steps import fails, flags, invoke, settle, succeeds
 from conftest import Guard, load, move_weights
 from labelled import write_set
+from matrix.bench import begun_answers_allowed
 from onnx_runner import Runner
 from transformers import AutoProcessor
 
@@ -116,15 +118,16 @@ def test_judge_scores_a_batch_without_answering(guard: Guards, family: str, capl
 
 
 def test_an_answer_that_goes_on_has_no_new_verdict(split: Callable[[str], Guard]) -> None:
-    """A second call of `generate` on a kept cache says nothing of P, and that refused rows are refused."""
+    """Where it may, a second call of `generate` on a kept cache says nothing of P, and that refused rows are refused."""
     guarded = split("llava")
     inputs = guarded.batch(images=False, count=6)
     first = guarded.model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
-    found = guarded.model.generate(
-        first.sequences, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2,
-        return_dict_in_generate=True,
-    )  # fmt: skip
+    given = {"attention_mask": mask, "max_new_tokens": 2, "return_dict_in_generate": True}
+    with pytest.raises(ValueError, match="begins the answer"):
+        guarded.model.generate(first.sequences, past_key_values=copy.deepcopy(first.past_key_values), **given)
+    with begun_answers_allowed(guarded.model):
+        found = guarded.model.generate(first.sequences, past_key_values=first.past_key_values, **given)
     assert found.unsafe_probability.isnan().all() and torch.equal(found.refused, first.refused)
 
 
@@ -151,9 +154,9 @@ def test_settings_at_load(guard: Guards, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"treshold": 0.3}, "only threshold, refusal, gate, prove can be changed"),
-        (0.3, "only threshold, refusal, gate, prove can be changed"),
-        ({"refusal_token_ids": [5]}, "only threshold, refusal, gate, prove can be changed"),
+        ({"treshold": 0.3}, "only threshold, refusal, gate, prove, begun_answers can be changed"),
+        (0.3, "only threshold, refusal, gate, prove, begun_answers can be changed"),
+        ({"refusal_token_ids": [5]}, "only threshold, refusal, gate, prove, begun_answers can be changed"),
         ({"threshold": 1}, "threshold 1"),
         ({"gate": None}, "gate None"),
         ({"refusal": "See <image> here."}, "special token"),

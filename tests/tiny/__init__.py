@@ -86,12 +86,16 @@ def prompts(
 
 
 def encode(
-    processor: ProcessorMixin, chats: list[list[dict[str, Any]]], *, padding_side: Literal["left", "right"] = "left"
+    processor: ProcessorMixin,
+    chats: list[list[dict[str, Any]]],
+    *,
+    padding_side: Literal["left", "right"] = "left",
+    add_generation_prompt: bool = True,
 ) -> BatchFeature:
     """The model inputs of a batch of chats, padded together."""
     inputs = processor.apply_chat_template(
         chats,
-        add_generation_prompt=True,
+        add_generation_prompt=add_generation_prompt,
         tokenize=True,
         return_dict=True,
         processor_kwargs={"padding": True, "padding_side": padding_side, "return_tensors": "pt"},

@@ -63,7 +63,7 @@ class ExportedGuard:
             context = context._replace(projection=self.witness(context.projection, kwargs["inputs_embeds"], first))
         return call, context
 
-    def _report(self, output: Any, call: Any, due: Any, held: torch.Tensor) -> None:
+    def _report(self, output: Any, call: Any, due: Any, held: torch.Tensor, request: Any) -> None:
         output["is_due"] = due.rows.any()  # () bool: the second lane's branch runs where it holds
 
 
