@@ -106,6 +106,7 @@ def context_arguments(model: Any, graph: Graph, states: Tensor, mask: Tensor, po
     whatever its family has. Mask and types (of tokens, where a family has them) are (batch, context)."""
     path = next(node["module"] for node in graph if node["op"] == "block")
     decoder = model.get_submodule(path.partition(".")[0])  # what lies between the model and its blocks, outermost
+    decoder = getattr(decoder, "_orig_mod", decoder)  # torch.compile stands in its place
     arguments = {"inputs_embeds": states, "attention_mask": mask, "position_ids": positions, "use_cache": False}
     taken = check_names(decoder.forward, OF_DECODER)
     if types is not None:
