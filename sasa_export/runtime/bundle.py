@@ -14,13 +14,12 @@ HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637), and judges every prompt with it.
 
 From top to bottom: formulas, settings, what the cache keeps for the gate, what is read of transformers, when a verdict
-is due, the second lane, the gate, its proof, the classes. `config.sasa["graph"]` lists the steps; this file knows no
-model family.
+is due, the second lane, the gate, its proof, the classes. `config.sasa["graph"]` lists the steps, of any model family.
 
 What it changes outside itself:
 - the classes of the loaded model's decoder and blocks, to some of the same names that show their calls (`watch`);
 - the stock class's `__init__`: handed a guarded configuration, it raises (`refuse_guarded_configurations`);
-- transformers' AutoConfig, its list of multimodal models and its renaming of old weights, by an entry each (at the end).
+- transformers' AutoConfig, list of multimodal models and renaming of old weights, by an entry each (at the end).
 """
 '''
 

@@ -17,8 +17,10 @@ from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings
 from sasa_export.runtime.verdict import Call, Due, TemplateTokens, find_due, follow
 
 logger = logging.getLogger("sasa")  # a warning for each refusal, an info for each other verdict
-BEGUN = "the prompt begins the answer, or leaves a turn open; this guarded model judges at the generation prompt"
-ALLOW = "End the prompt there; or, where no caller can begin answers, load with sasa={'begun_answers': 'allow'}."
+BEGUN = (
+    "the prompt begins the answer, or leaves a turn open, and this guarded model judges at the generation prompt. End it "
+    "there; or, where no caller can begin answers, load with sasa={'begun_answers': 'allow'}."
+)
 
 
 @dataclass
@@ -86,8 +88,6 @@ class Context(NamedTuple):
 class Probe(nn.Module):
     """The linear probe: weight (features,) and bias (), float32 whatever the model is cast to."""
 
-    bias: Tensor
-
     def __init__(self, features: int) -> None:
         super().__init__()
         unset = float("nan")  # a probe that was never loaded must not pass for one
@@ -96,7 +96,7 @@ class Probe(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """P(unsafe), (...), of the lane's state (..., features)."""
-        return unsafe_probability(state, self.weight.to(state.device), self.bias.to(state.device))
+        return unsafe_probability(state, self.weight.to(state.device), self.get_buffer("bias").to(state.device))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Probe":
         # model.half() and the like move the probe, but do not round it.
@@ -104,7 +104,7 @@ class Probe(nn.Module):
 
     def check(self) -> None:
         """Raise ValueError where the gate could not judge by it."""
-        usable = self.weight.isfinite().all() & self.bias.isfinite() & self.weight.any()
+        usable = self.weight.isfinite().all() & self.get_buffer("bias").isfinite() & self.weight.any()
         if not self.weight.is_meta and not usable:
             raise ValueError(f"sasa.probe is zero, NaN or infinite, so the gate cannot judge. {HOW_TO_LOAD}")
 
@@ -129,7 +129,7 @@ class Guard(nn.Module):
         due = find_due(call, tokens)
         enforcing = sasa.get("gate") != "observe"
         if request is not None and enforcing and sasa.get("begun_answers") != "allow" and self._any(due.begun):
-            raise ValueError(f"{BEGUN}. {ALLOW}")
+            raise ValueError(BEGUN)
         if request is not None and request.pieces and self._any(due.blind):
             raise ValueError(f"{UNKNOWN}: a row has padding alone in it. Pad prompts that come in pieces on the left.")
         probability = self._judge(model, context, due)  # (batch,)
@@ -198,8 +198,7 @@ class Guard(nn.Module):
         return found.to(due.at.device).masked_fill(~due.rows | due.blind, float("nan"))
 
     def _force(self, logits: Tensor, states: Tensor, keep: Any, sasa: dict[str, Any]) -> Tensor:
-        """The logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so. `keep`, the `logits_to_keep`
-        of the call, says how many at the end, or which tokens."""
+        """Logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so; `keep` is `logits_to_keep`."""
         refusal = tuple(sasa["refusal_token_ids"])
         kept = slice(-keep if keep else None, None) if isinstance(keep, int) else keep
         kept = kept.to(states.device) if isinstance(kept, Tensor) else kept
