@@ -18,8 +18,8 @@ from sasa_export.runtime.verdict import Call, Due, TemplateTokens, find_due, fol
 
 logger = logging.getLogger("sasa")  # a warning for each refusal, an info for each other verdict
 BEGUN = (
-    "the prompt begins the answer, or leaves a turn open, and this guarded model judges at the generation prompt. End it "
-    "there; or, where no caller can begin answers, load with sasa={'begun_answers': 'allow'}."
+    "the prompt begins the answer, or leaves a turn open, and this guarded model judges at the generation prompt. End "
+    "it there; or, where no caller can begin answers, load with sasa={'begun_answers': 'allow'}."
 )
 
 

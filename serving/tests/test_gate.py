@@ -134,12 +134,25 @@ def test_a_gate_that_observes_judges_and_leaves_every_row_as_it_is(gate: Gate) -
         ([9, 1, 2, 8, 3, 9, 1, 2], False),  # the answer of an earlier turn
         ([9, 1, 2, 8, 3, 9], False),  # text that ends within the next turn
         ([9, 1, 2, 8, 1, 2, 8], True),
+        ([9, 1], True),  # half a generation prompt
+        ([9, 1, 4, 2, 8], True),  # a misspelt one
+        ([1, 8, 9], True),  # a turn of the user's, left open
+        ([9, 1, 2, 8, 3, 1, 8], True),
+        ([1, 8, 9, 3], False),
+        ([9, 1, 2, 3], False),
         ([9, 9], False),
         ([], False),
     ],
 )
 def test_begun_answers(prompt: list[int], begins: bool) -> None:
     assert begins_answer(SASA, prompt) == begins
+
+
+def test_generation_prompt_that_begins_with_a_plain_word() -> None:
+    """Then it marks no other turn, and half of it is text like any other."""
+    plain = {**SASA, "turn_token_ids": [3]}
+    assert begins_answer(plain, [9, 1, 2, 8])
+    assert not begins_answer(plain, [9, 1]) and not begins_answer(plain, [9, 1, 2, 3, 1, 8])
 
 
 def test_no_generation_prompt() -> None:

@@ -11,7 +11,7 @@ import tiny
 import torch
 from cli_steps import write_probe
 from conftest import Guard, load
-from matrix import feeding, hosts, loading, options  # noqa: F401
+from matrix import feeding, hosts, loading, options, ways  # noqa: F401
 from matrix.bench import Bench
 from matrix.graphs import Graphs
 from matrix.rows import BOTH, ROWS, Row

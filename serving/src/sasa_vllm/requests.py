@@ -43,8 +43,8 @@ def check_request(sasa: dict[str, Any], request: Any) -> None:
         )
     elif begins_answer(sasa, request.prompt_token_ids):
         reason = (
-            "the prompt begins the answer (continue_final_message, or beam search), and the verdict is due before "
-            "that. End the prompt with the generation prompt"
+            "the prompt begins the answer, or leaves a turn open (continue_final_message, or beam search), and the "
+            "verdict is due before that. End the prompt with the generation prompt"
         )
     if reason is not None:
         raise VLLMValidationError(f"guarded by SASA: {reason}.")
