@@ -13,7 +13,7 @@ import click
 from sasa_export.errors import SasaExportError
 from sasa_export.flags import Number, OptionSet, WordOr, option
 
-AUTO = "auto"
+AUTO, ALL = "auto", "all"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
@@ -79,6 +79,12 @@ class Options(OptionSet):
         "semantic: the safety layer's output is projected onto the semantic layer's, and a second lane runs on it. "
         "none: the probe reads the end of the main lane, which costs nothing more.",
         click.Choice(("semantic", "none")),
+    )
+    lane_tokens: int | str = layers(
+        ALL,
+        "How many tokens the second lane runs over, back from the one where the verdict is due, those of the chat "
+        "template among them; or all. A few cost next to nothing in long prompts.",
+        WordOr(ALL, COUNT),
     )
 
     calibration: tuple[str, ...] = probing(
@@ -158,6 +164,10 @@ class Options(OptionSet):
         """The number that was given, or None for auto."""
         return None if self.regularization == AUTO else float(self.regularization)
 
+    def lane_tokens_value(self) -> int | None:
+        """The number that was given, or None for all."""
+        return None if self.lane_tokens == ALL else int(self.lane_tokens)
+
     def check(self) -> None:
         """Raise SasaExportError where options contradict each other or change nothing."""
         if not self.refusal.strip():
@@ -173,6 +183,8 @@ class Options(OptionSet):
             raise SasaExportError(
                 "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
             )
+        if self.projection == "none":
+            self.check_default("lane_tokens", why="has no effect with --projection none, which has no second lane")
         if self.format == "safetensors":
             self.check_default("opset", "onnx_dtype", why="has no effect without --format onnx or both")
         if self.probe is not None:

@@ -92,6 +92,7 @@ class Guard:
     semantic: int | None
     weight: Tensor  # (vocabulary,)
     bias: float
+    reach: int | None = None  # over how many tokens the lane runs; None: all
 
     @property
     def refusal(self) -> list[int]:
@@ -115,6 +116,8 @@ class Guard:
         """P(unsafe) of each row (batch,), by the oracle; without layers, by the stock model's own logits."""
         if self.safety is None or self.semantic is None:
             logits = oracle.plain_logits(self.stock, inputs)  # (batch, vocabulary)
+        elif self.reach is not None:
+            logits = oracle.reaching_logits(self.stock, inputs, self.safety, self.semantic, self.reach)
         else:
             logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic)  # (batch, vocabulary)
         return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
@@ -176,7 +179,8 @@ def guard(
         given: dict[str, Any] = {**where, **layers, "refusal": "I will not help.", "verify": "files", **options}
         sasa_export.patch(sasa_export.Options(**given))
         patched = load(directory / "patched")
-        return Guard(family, directory / "patched", patched, model, processor, safety, semantic, weight, bias)
+        reach = options.get("lane_tokens")
+        return Guard(family, directory / "patched", patched, model, processor, safety, semantic, weight, bias, reach)
 
     def get(family: str, safety: int | None = 2, semantic: int | None = 4, **options: Any) -> Guard:
         if options.get("projection") == "none":
