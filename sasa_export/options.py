@@ -42,6 +42,11 @@ running = partial(option, group="Running")
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1)
 LAYER = WordOr(AUTO, click.INT)
+TOKENS = WordOr(ALL, COUNT)
+LANE_TOKENS = (
+    "How many tokens the second lane runs over, back from the one where the verdict is due, those of the chat template "
+    "among them; or all. A few cost next to nothing in long prompts."
+)
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,7 @@ class Options(OptionSet):
         "none: the probe reads the end of the main lane, which costs nothing more.",
         click.Choice(("semantic", "none")),
     )
-    lane_tokens: int | str = layers(
-        ALL,
-        "How many tokens the second lane runs over, back from the one where the verdict is due, those of the chat "
-        "template among them; or all. A few cost next to nothing in long prompts.",
-        WordOr(ALL, COUNT),
-    )
+    lane_tokens: int | str = layers(ALL, LANE_TOKENS, TOKENS)
 
     calibration: tuple[str, ...] = probing(
         (),
@@ -164,10 +164,6 @@ class Options(OptionSet):
         """The number that was given, or None for auto."""
         return None if self.regularization == AUTO else float(self.regularization)
 
-    def lane_tokens_value(self) -> int | None:
-        """The number that was given, or None for all."""
-        return None if self.lane_tokens == ALL else int(self.lane_tokens)
-
     def check(self) -> None:
         """Raise SasaExportError where options contradict each other or change nothing."""
         if not self.refusal.strip():
@@ -199,6 +195,11 @@ class Options(OptionSet):
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
         values["calibration"] = list(self.calibration) or None
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def lane_tokens_of(value: int | str) -> int | None:
+    """A value of --lane-tokens as `LaneSettings` have it: None for all."""
+    return None if value == ALL else int(value)
 
 
 def check_for_graphs(options: OptionSet) -> None:

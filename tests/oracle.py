@@ -111,6 +111,15 @@ def _look_at_positions(places: list[Any], _module: nn.Module, _args: Any, kwargs
     places.append(kwargs.get("position_ids"))  # (batch or 1, tokens), or (axes, batch, tokens)
 
 
+def lane_logits(
+    model: PreTrainedModel, inputs: Mapping[str, Any], safety_layer: int, semantic_layer: int, reach: int | None
+) -> Tensor:
+    """SASA's logits (batch, vocabulary), of a lane over all tokens where there is no `reach`."""
+    if reach is None:
+        return oracle_logits(model, inputs, safety_layer, semantic_layer)
+    return reaching_logits(model, inputs, safety_layer, semantic_layer, reach)
+
+
 def plain_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """The untouched model's logits (batch, vocabulary) at each row's last prompt token."""
     return _last(_all_logits(model, inputs), inputs)

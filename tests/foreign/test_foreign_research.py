@@ -97,7 +97,8 @@ def test_another_original_is_refused(options: EvaluateOptions, tmp_path: Path) -
 def test_a_survey_reads_what_the_graphs_compute(decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     work = Work(tmp_path / "work")
-    evidence = decoder.survey(texts(sets[1]), [(1, 2)], work, Silent(), batch_size=16, regularization=1.0)
+    settings: dict[str, Any] = {"batch_size": 16, "regularization": 1.0, "tokens": 4}
+    evidence = decoder.survey(texts(sets[1]), [(1, 2)], work, Silent(), **settings)
     assert evidence is not None
     row, results = 7, Results(work, "prompts", texts(sets[1]), 16)
     inputs = encoded(decoder.processor, results.prompts[row])
@@ -107,7 +108,7 @@ def test_a_survey_reads_what_the_graphs_compute(decoder: GraphOriginal, sets: tu
     np.testing.assert_allclose(results.read("states")[row], [state[0, -1] for state in states], atol=1e-5)
     np.testing.assert_allclose(results.read("plain")[row], normed[0, -1], atol=1e-5)
     assert results.read("tokens")[row, -1].tolist() == np.argsort(-logits[0, -1])[:5].tolist()
-    second = decoder.lanes(LaneSettings(1, 2)).prompt(inputs)["projected"].numpy()[0]
+    second = decoder.lanes(LaneSettings(1, 2, tokens=4)).prompt(inputs)["projected"].numpy()[0]
     np.testing.assert_allclose(results.read("lane-1-2")[row], second, atol=1e-6)
 
 

@@ -64,3 +64,45 @@ def test_pieces(guarded: Guard, family: str, reach: int) -> None:
     for ends in chunkings(inputs["input_ids"].shape[1], first, 4):
         found = feed(guarded, inputs, ends)
         torch.testing.assert_close(found.unsafe_probability, expected, rtol=0.0, atol=tolerance)
+
+
+@families(8)
+@torch.no_grad()
+def test_second_turn(guarded: Guard, family: str, reach: int) -> None:
+    """The lane runs over the last tokens of the whole conversation, of which the last call brings one alone."""
+    inputs = guarded.batch(count=1, seed=3)
+    more = guarded.batch(images=False, count=1, seed=9)["input_ids"]  # (1, tokens)
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[70, 71, guarded.refusal[-1]]]), more], dim=1)  # (1, context)
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in oracle.TYPES:
+        if name in inputs:
+            whole[name] = torch.nn.functional.pad(inputs[name], (0, ids.shape[1] - inputs[name].shape[1]))
+    start, end = inputs["input_ids"].shape[1], ids.shape[1]
+    for ends in ([start, start + 3, end], [start, start + 1, end - 1, end]):
+        found = feed(guarded, whole, ends)
+        torch.testing.assert_close(found.unsafe_probability, guarded.expected(whole), rtol=0.0, atol=10 * TOLERANCE)
+
+
+@torch.no_grad()
+def test_answers(guard: Guards) -> None:
+    """`generate` refuses and answers by it, and `judge` says it, also where a picture's tokens are among the last."""
+    guarded = guard("llava", lane_tokens=12)
+    inputs = guarded.batch(padding_side="right")
+    assert (inputs["input_ids"][:, -12:] == guarded.model.config.image_token_id).any()
+    prompt = inputs["input_ids"].shape[1]
+    expected = guarded.stock.generate(**inputs, max_new_tokens=16)[:, prompt:]  # (batch, up to 16)
+    with guarded.halved(inputs) as refused:
+        found = guarded.model.generate(**inputs, max_new_tokens=16)[:, prompt:]
+    guarded.check_answers(found, expected, refused)
+    torch.testing.assert_close(guarded.model.judge(**inputs), guarded.expected(inputs), rtol=0.0, atol=TOLERANCE)
+
+
+def test_the_directory_says_it(guard: Guards) -> None:
+    """Configuration and card; a directory that says nothing of it has a lane over all tokens."""
+    with_reach, without = guard("llava", lane_tokens=8), guard("llava")
+    nodes = [next(node for node in each.model.config.sasa["graph"] if node["op"] == "projection")
+             for each in (with_reach, without)]  # fmt: skip
+    assert nodes[0] == {**nodes[1], "tokens": 8}
+    card = " ".join((with_reach.directory / "README.md").read_text().split())
+    for words in ("once more on the result, on the last 8 tokens alone,", "and over its last 8 tokens 3 once more"):
+        assert words in card
