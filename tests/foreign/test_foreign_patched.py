@@ -60,15 +60,17 @@ def test_verdicts_are_those_of_two_passes(decoder: GraphOriginal, guarded: Model
     assert 0 < (found >= 0.5).sum() < len(found), "both verdicts must have been seen"
 
 
-@pytest.mark.parametrize("reach", [4, 24])
+@pytest.mark.parametrize("reach", [4, 50])
 def test_a_lane_over_the_last_tokens(decoder: GraphOriginal, probe: dict[str, Any], reach: int, tmp_path: Path) -> None:
     """P(unsafe) is that of two passes, the second on these tokens alone at their own positions; whole, in pieces, and
     in batches with pads on either side, in which some rows have fewer."""
     source, weight, bias = decoder.source.directory, probe["weight"], probe["bias"]
-    options = foreign_graphs.options(source, tmp_path, weight, bias, refusal="No.", lane_tokens=reach)
+    place = tmp_path / str(reach)  # of its own, since sessions are kept by their paths
+    place.mkdir()
+    options = foreign_graphs.options(source, place, weight, bias, refusal="No.", lane_tokens=reach)
     patched, oracle = sasa_export.patch(options).directory, GraphOracle(source, (1, 2))
     rows = [encoded(decoder.processor, prompt)["input_ids"][0].tolist() for prompt in PROMPTS]
-    assert min(map(len, rows)) < 24 < max(map(len, rows))
+    assert min(map(len, rows)) < 50 < max(map(len, rows))
     ends = np.array([oracle.end(ids, (1, 2), reach)[0] for ids in rows])  # (prompts, hidden)
     expected = 1 / (1 + np.exp(-(ends @ weight + bias)))  # (prompts,)
     assert np.abs(expected - probe["expected"]).max() > 1e-2

@@ -118,13 +118,19 @@ def test_layers_are_located(decoder: GraphOriginal, sets: tuple[str, str], tmp_p
     assert located is not None and set(located.evidence.sweep.pairs) == {(0, 1), (1, 2)}
 
 
-def test_layers_left_open_are_found_on_one_half(decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path) -> None:
+def test_layers_left_open_are_found_on_one_half(
+    decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With second lanes over as many tokens as the one that is written."""
+    lanes, seen = GraphOriginal.lanes, set()
+    told = lambda self, settings, **more: (seen.add(settings.tokens), lanes(self, settings, **more))[1]  # noqa: E731
+    monkeypatch.setattr(GraphOriginal, "lanes", told)
     options = sasa_export.Options(
         model=str(decoder.source.directory), out=tmp_path / "out", calibration=(sets[1],), safety_layer="auto",
-        semantic_layer=3, max_false_positive_rate=0.2, verify="files",
+        semantic_layer=3, max_false_positive_rate=0.2, verify="files", lane_tokens=4,
     )  # fmt: skip
     patch = sasa_export.patch(options)
-    assert patch.sasa["semantic_layer"] == 3
+    assert patch.sasa["semantic_layer"] == 3 and seen == {4}
     assert "found by a sweep over 3 pairs on one half of the calibration prompts" in patch.sasa["layers_from"]
     assert patch.calibration is not None
     assert next(figure for figure in patch.calibration.figures if figure.part == "all").harmful == 20

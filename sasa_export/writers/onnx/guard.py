@@ -70,7 +70,8 @@ class ExportedGuard:
             return found
         # What the witness said of an earlier call stands where such a lane may not reach.
         _, states = self.ledger.unpack(context.kept or self.ledger.empty(context.projection))  # type: ignore[attr-defined]
-        return found.masked_fill((states != states).flatten(1).any(-1), float("nan"))  # (batch,)
+        lost = (states != states).sum((1, 2)) > 0  # (batch,); of no tokens, `any` would have no value in ONNX
+        return found.masked_fill(lost, float("nan"))
 
     def _report(self, output: Any, call: Any, due: Any, held: torch.Tensor, request: Any) -> None:
         output["is_due"] = due.rows.any()  # () bool: the second lane's branch runs where it holds
