@@ -83,12 +83,16 @@ def test_second_turn(guarded: Guard, family: str, reach: int) -> None:
         torch.testing.assert_close(found.unsafe_probability, guarded.expected(whole), rtol=0.0, atol=10 * TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
 @torch.no_grad()
-def test_answers(guard: Guards) -> None:
-    """`generate` refuses and answers by it, and `judge` says it, also where a picture's tokens are among the last."""
-    guarded = guard("llava", lane_tokens=12)
-    inputs = guarded.batch(padding_side="right")
-    assert (inputs["input_ids"][:, -12:] == guarded.model.config.image_token_id).any()
+def test_answers(guard: Guards, family: str) -> None:
+    """`generate` refuses and answers by it, and `judge` says it, also where the lane begins amid a picture."""
+    one = guard(family).batch(count=1)
+    reach = one["input_ids"].shape[1] - last_picture_token(guard(family), one) + 4
+    guarded = guard(family, lane_tokens=reach)
+    assert (one["input_ids"][0, -reach:] == guarded.model.config.image_token_id).sum() in range(1, 5)
+    torch.testing.assert_close(guarded.model.judge(**one), guarded.expected(one), rtol=0.0, atol=TOLERANCE)
+    inputs = guarded.batch()
     prompt = inputs["input_ids"].shape[1]
     expected = guarded.stock.generate(**inputs, max_new_tokens=16)[:, prompt:]  # (batch, up to 16)
     with guarded.halved(inputs) as refused:
