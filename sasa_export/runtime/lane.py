@@ -111,6 +111,7 @@ def reached(graph: Graph, at: Tensor, real: Tensor, states: Tensor, positions: T
     many as the graph says. Where there are fewer, padding follows: nothing that is causal sees that."""
     if (count := lane_tokens(graph)) is None:
         return [at, real, states, positions, types]
+    count = torch.sym_min(count, real.shape[1])  # which an exported graph computes
     index = torch.arange(real.shape[1], device=real.device)  # (context,)
     kept = real & (index <= at.to(real.device)[:, None])  # (batch, context)
     rank = kept.cumsum(-1)  # (batch, context), real tokens so far
