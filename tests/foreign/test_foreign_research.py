@@ -123,8 +123,12 @@ def test_layers_left_open_are_found_on_one_half(
 ) -> None:
     """With second lanes over as many tokens as the one that is written."""
     lanes, seen = GraphOriginal.lanes, set()
-    told = lambda self, settings, **more: (seen.add(settings.tokens), lanes(self, settings, **more))[1]  # noqa: E731
-    monkeypatch.setattr(GraphOriginal, "lanes", told)
+
+    def watched(self: GraphOriginal, settings: LaneSettings, **more: Any) -> Any:
+        seen.add(settings.tokens)
+        return lanes(self, settings, **more)
+
+    monkeypatch.setattr(GraphOriginal, "lanes", watched)
     options = sasa_export.Options(
         model=str(decoder.source.directory), out=tmp_path / "out", calibration=(sets[1],), safety_layer="auto",
         semantic_layer=3, max_false_positive_rate=0.2, verify="files", lane_tokens=4,

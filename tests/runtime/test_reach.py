@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import labelled
 import oracle
 import pytest
 import tiny
@@ -12,6 +14,8 @@ import torch
 import transformers
 from conftest import Guard
 from feeding import chunkings, feed, last_picture_token
+
+from sasa_export import Options, patch
 
 Guards = Callable[..., Guard]
 
@@ -110,3 +114,16 @@ def test_the_directory_says_it(guard: Guards) -> None:
     card = " ".join((with_reach.directory / "README.md").read_text().split())
     for words in ("once more on the result, on the last 8 tokens alone,", "and over its last 8 tokens 3 once more"):
         assert words in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "form"), [("llava", "both"), ("qwen2_5_vl", "safetensors")])
+def test_export(tiny_model: Callable[..., Path], tmp_path: Path, family: str, form: str) -> None:
+    """Layers are found, and the probe is fitted, on what the patched model judges by: it verifies, in each format."""
+    calibration = labelled.write_set(tmp_path, "calibration", 1, 60)
+    options = Options(
+        str(tiny_model(family)), tmp_path / "out", calibration=(str(calibration),), max_false_positive_rate=0.2,
+        safety_layer=2, semantic_layer="auto", batch_size=8, refusal="I will not help.", lane_tokens=6, format=form,
+    )  # fmt: skip
+    done = patch(options)
+    assert done.calibration is not None and done.cases and done.sasa["semantic_layer"] > 2
