@@ -45,7 +45,7 @@ def test_right_padding(family: str, split: Any, exported: Any) -> None:
 @pytest.mark.parametrize("reach", [8, *(pytest.param(reach, marks=pytest.mark.slow) for reach in (1, 64))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lane_over_the_last_tokens(family: str, reach: int, split: Any, exported: Any) -> None:
-    """Whole, under pads on either side, and in pieces, of which the last brings one token; 64 is more than rows have."""
+    """Whole, under pads on either side, and in pieces, of which the last brings one token; 64 is more than all."""
     guard = split(family, lane_tokens=reach)
     runner = Runner(exported(guard.directory))
     for side, images in (("left", True), ("right", True), ("left", False)):
