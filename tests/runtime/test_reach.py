@@ -40,7 +40,7 @@ def guarded(guard: Guards, family: str, reach: int) -> Guard:
     return guard(family, *layers, lane_tokens=reach)
 
 
-@families(8, slow=(1, 64))
+@families(8, 64, slow=(1,))
 @torch.no_grad()
 def test_oracle(guarded: Guard, family: str, reach: int) -> None:
     """P(unsafe) is that of two passes, the second on as many tokens, and of no more; 64 is more than some rows have."""
