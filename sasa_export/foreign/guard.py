@@ -164,5 +164,5 @@ def _steps(settings: dict[str, Any], linear: bool) -> list[dict[str, Any]]:
         {"name": "norm", "op": "lane_norm", "inputs": ["lane"], "module": "norm"},
         *([] if linear else [head]),
         {"name": "probe", "op": "probe", "inputs": ["norm" if linear else "head"], "module": "sasa.probe"},
-        {"name": "gate", "op": "gate", "inputs": ["probe"]},
+        {"name": "gate", "op": "gate", "inputs": ["probe"], "module": "sasa"},
     ]

@@ -18,12 +18,9 @@ is due, the second lane, the gate, its proof, the classes. `config.sasa["graph"]
 model family.
 
 What it changes outside itself:
-- the class of the loaded model's decoder, and of each of its blocks, to one of the same name that shows its calls
-  (`watch`);
-- the stock class's `__init__`, in the whole process: handed a guarded configuration, it raises
-  (`refuse_guarded_configurations`);
-- transformers' AutoConfig, its list of multimodal models and its renaming of old weights, each by an entry of the
-  guarded type (at the end).
+- the classes of the loaded model's decoder and blocks, to some of the same names that show their calls (`watch`);
+- the stock class's `__init__`: handed a guarded configuration, it raises (`refuse_guarded_configurations`);
+- transformers' AutoConfig, its list of multimodal models and its renaming of old weights, by an entry each (at the end).
 """
 '''
 
@@ -77,7 +74,7 @@ def _section(part: str, text: str) -> str:
     tree = ast.parse(text)
     begin = max(node.end_lineno or 0 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     said = "\n".join(f"# {line}".rstrip() for line in (ast.get_docstring(tree) or "").splitlines())
-    body = "\n".join(text.splitlines()[begin:]).strip("\n")
+    body = "\n".join(text.splitlines()[begin:]).strip("\n").replace("\n\n\n", "\n\n")
     apart = "\n" if body.startswith("#") else ""
     return f"{_title(part)}\n{said}\n{apart}{body}\n"
 

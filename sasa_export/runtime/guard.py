@@ -17,14 +17,13 @@ from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings
 from sasa_export.runtime.verdict import Call, Due, TemplateTokens, find_due, follow
 
 logger = logging.getLogger("sasa")  # a warning for each refusal, an info for each other verdict
-BEGUN = "the prompt begins the answer: text stands behind its last generation prompt, where this guarded model judges"
-END_IT = "End the prompt there; or, where no caller can begin answers, load with sasa={'begun_answers': 'allow'}."
+BEGUN = "the prompt begins the answer, or leaves a turn open; this guarded model judges at the generation prompt"
+ALLOW = "End the prompt there; or, where no caller can begin answers, load with sasa={'begun_answers': 'allow'}."
 
 
 @dataclass
 class Request:
-    """What `generate` of one model was asked, and what came of it. It goes along with each call that `generate` makes,
-    and with no other: a call by hand has none."""
+    """What `generate` of a model was asked, and what came of it; calls by hand, amid it too, have none."""
 
     model: Any
     given: int  # tokens of the prompts, as they were given
@@ -32,25 +31,24 @@ class Request:
     pieces: bool  # the prompts come in several calls
     drafting: bool  # drafts come behind them
     logged: bool  # already, or not to be
-    first: bool = False  # `generate` says that the call that follows brings tokens of the prompts
     end: int | None = None  # how long the context is where the prompts end, once all of them have come
     reached: int = 0  # how many tokens the attention saw in the last call, those of the cache among them
     streamed: int | None = None  # how many tokens of the answer a streamer got; None before it got the prompts
     verdicts: Tensor | None = None  # (3, rows), a row for each beam: was one due, P(unsafe), was it refused
 
     def reach(self, past: int, count: int) -> int:
-        """Where the prompts end in the context of a call of `count` tokens behind `past`, as far as they have come. A
-        first call's tokens are the prompts', but for drafts; behind these come sampled ones, one in each call. ValueError
-        where others come: nobody judged them, or the call's past is lost to the gate."""
+        """How long the context is where the prompts end, as far as they have come with a call of `count` tokens behind
+        `past`. Its first tokens are the prompts', but for drafts; then comes one sampled token a call. ValueError where
+        others come: nobody judged them, or the past is lost to the gate."""
         context = past + count
-        if not self.first and self.end is not None:
+        if self.end is not None:
             right = context > self.end if self.drafting else context == self.reached + 1
         elif self.drafting:
             right, self.end = past == 0 and context >= self.given, self.given
         elif self.pieces:
             right, self.end = context <= self.given, context if context == self.given else None
-        else:  # behind a kept context come all tokens that were given, or those that are new
-            right, self.end = past == 0 or self.given in (context, count), context
+        else:
+            right, self.end = True, context
         if not right:
             what = f"{count} tokens come behind {past}, where {self.reached} were judged and {self.given} given"
             raise ValueError(f"{UNKNOWN}: {what}.")
@@ -58,12 +56,12 @@ class Request:
         return self.end or context
 
     def check(self, said: int) -> None:
-        """ValueError where so many tokens of an answer were said, and the gate has not seen what they follow from."""
+        """ValueError where so many tokens of an answer were said, and the gate did not see what they follow from."""
         if self.verdicts is None or self.end is None or said > self.reached - self.end + 1:  # the last is not fed
             raise ValueError(f"{UNKNOWN}: {said} tokens were said, and the gate has not seen what they follow from.")
 
     def stream(self, put: Callable, tokens: Tensor) -> None:
-        """Let a streamer put the prompts, and then sampled tokens, (rows, tokens) or (rows,), that the gate has seen."""
+        """Let a streamer put the prompts, and then the answer's tokens, (rows, tokens) or (rows,), where it may."""
         if self.streamed is None:
             self.streamed = 0
         else:
@@ -88,11 +86,13 @@ class Context(NamedTuple):
 class Probe(nn.Module):
     """The linear probe: weight (features,) and bias (), float32 whatever the model is cast to."""
 
+    bias: Tensor
+
     def __init__(self, features: int) -> None:
         super().__init__()
         unset = float("nan")  # a probe that was never loaded must not pass for one
         self.weight = nn.Parameter(torch.full((features,), unset, dtype=torch.float32), requires_grad=False)
-        self.bias = nn.Parameter(torch.full((), unset, dtype=torch.float32), requires_grad=False)
+        self.register_buffer("bias", torch.full((), unset, dtype=torch.float32))  # FSDP takes no scalar parameter
 
     def forward(self, state: Tensor) -> Tensor:
         """P(unsafe), (...), of the lane's state (..., features)."""
@@ -100,7 +100,7 @@ class Probe(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Probe":
         # model.half() and the like move the probe, but do not round it.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[return-value]
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def check(self) -> None:
         """Raise ValueError where the gate could not judge by it."""
@@ -118,17 +118,10 @@ class Guard(nn.Module):
         self.probe = Probe(features)
         self.asked: dict[str, Any] = {}  # settings that the proof asks by, outside of what an operator may set
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """config.sasa. ValueError where the gate could not run on it."""
-        return {**check_settings(self.config.sasa), **self.asked}
-
-    def forward(
-        self, model: Any, kwargs: dict[str, Any], seen: Recording, output: Any, request: Request | None = None
-    ) -> Any:
+    def forward(self, model: Any, kwargs: dict, seen: Recording, output: Any, request: Request | None = None) -> Any:
         """Judge what a call brought, keep it in the cache, and force the logits of its `output` where it is refused.
         The `unsafe_probability` (batch,), float32, is NaN where no verdict is due. `request` is that of `generate`."""
-        sasa = self.settings
+        sasa = {**check_settings(self.config.sasa), **self.asked}
         tokens = TemplateTokens.of(sasa)
         handed = [value for args, named in seen.arguments.values() for value in (*args, *named.values())]
         cache = find_cache(handed, output.values(), kwargs.values())
@@ -136,7 +129,7 @@ class Guard(nn.Module):
         due = find_due(call, tokens)
         enforcing = sasa.get("gate") != "observe"
         if request is not None and enforcing and sasa.get("begun_answers") != "allow" and self._any(due.begun):
-            raise ValueError(f"{BEGUN}. {END_IT}")
+            raise ValueError(f"{BEGUN}. {ALLOW}")
         if request is not None and request.pieces and self._any(due.blind):
             raise ValueError(f"{UNKNOWN}: a row has padding alone in it. Pad prompts that come in pieces on the left.")
         probability = self._judge(model, context, due)  # (batch,)
@@ -146,8 +139,7 @@ class Guard(nn.Module):
         write_ledger(cache, self.ledger, columns, context.projection)
         shown = torch.where(refused[:, None], states.clamp_min(1), states)  # (batch, tokens): nothing before it either
         if enforcing and self._any(shown > 0):
-            keep = kwargs.get("logits_to_keep", 0)
-            output.logits = self._force(output.logits, shown, keep, sasa["refusal_token_ids"])
+            output.logits = self._force(output.logits, shown, kwargs.get("logits_to_keep", 0), sasa)
         output["unsafe_probability"] = probability
         self._report(output, call, due, states[:, -1] > 0, request)
         return output
@@ -156,9 +148,7 @@ class Guard(nn.Module):
         """Whether something happens in a call at all."""
         return bool(flags.any())
 
-    def _read(
-        self, model: Any, kwargs: dict[str, Any], seen: Recording, cache: Any, tokens: TemplateTokens, request: Any
-    ) -> tuple[Call, Context]:
+    def _read(self, model: Any, kwargs: dict, seen: Any, cache: Any, tokens: Any, request: Any) -> tuple[Call, Context]:
         """What a call brought: for the rule, and for ledger and lane. ValueError where its past is not known."""
         numbers = tokens.numbers(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), model)  # (batch, tokens)
         (batch, count), device = numbers.shape, numbers.device
@@ -168,9 +158,15 @@ class Guard(nn.Module):
         counted = torch.arange(past, past + count, device=device)[None]  # (1, tokens)
         positions = counted if seen.position_ids is None else seen.position_ids
         positions = (positions if positions.dim() > 2 else positions[None])[-self.ledger.axes :].to(device)
+        if positions.shape[-1] != count:
+            raise ValueError(f"{UNKNOWN}: there are positions of {positions.shape[-1]} tokens, and {count} tokens.")
         real = real_tokens(kwargs.get("attention_mask"), past + count, numbers)  # (batch, context)
         if not kept:
             check_start(positions, real)
+        elif request is not None and (count > 1 or not request.reached):
+            known = self.ledger.positions(self.ledger.unpack(kept)[0]).to(device)  # (batch, past), or with axes before
+            known = (known if known.dim() > 2 else known[None]).masked_fill(~real[:, :past], -1)
+            check_start(positions, real[:, past:], known)
         end = None if request is None else request.reach(past, count)
         earlier = self.ledger.tail(kept or self.ledger.empty(projection), max(1, len(tokens.generation_prompt)))
         # Lengths as tensors: as numbers they would be frozen into an exported graph.
@@ -187,8 +183,7 @@ class Guard(nn.Module):
         return call, Context(kept, columns, node, projection, real)
 
     def _judge(self, model: Any, context: Context, due: Due) -> Tensor:
-        """P(unsafe) (batch,) by the second lane over the context, or its last tokens, NaN in rows where no verdict is
-        due, or none can be read."""
+        """P(unsafe) (batch,) by the second lane, as far as it reaches, NaN where no verdict is due or can be read."""
         if not self._any(due.rows):
             return torch.full(due.at.shape, float("nan"), device=due.at.device)
         graph, ledger, value = self.graph, self.ledger, context.projection
@@ -203,10 +198,11 @@ class Guard(nn.Module):
         found = next(values[node["name"]] for node in graph if node["op"] == "probe")  # (batch,)
         return found.to(due.at.device).masked_fill(~due.rows | due.blind, float("nan"))
 
-    def _force(self, logits: Tensor, states: Tensor, keep: Any, ids: list[int]) -> Tensor:
-        """The logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so, to a token of the refusal's
-        `ids`. `keep` is the family's `logits_to_keep`: how many at the end, or which tokens."""
-        refusal, kept = tuple(ids), slice(-keep if keep else None, None) if isinstance(keep, int) else keep
+    def _force(self, logits: Tensor, states: Tensor, keep: Any, sasa: dict[str, Any]) -> Tensor:
+        """The logits (batch, kept, vocabulary), forced where STATE (batch, tokens) says so. `keep`, the `logits_to_keep`
+        of the call, says how many at the end, or which tokens."""
+        refusal = tuple(sasa["refusal_token_ids"])
+        kept = slice(-keep if keep else None, None) if isinstance(keep, int) else keep
         kept = kept.to(states.device) if isinstance(kept, Tensor) else kept
         states = states[:, kept].to(logits.device)  # (batch, kept)
         if isinstance(kept, Tensor) and not torch.compiler.is_exporting() and (states > 0).any():
@@ -233,7 +229,7 @@ class Guard(nn.Module):
             beams = max(1, earlier.shape[1] // request.prompts)
             verdicts = request.verdicts[:, ::beams] if last and not request.logged else verdicts[:, :0]
             request.logged |= last
-        limit, would = self.settings["threshold"], "would be " * (self.settings.get("gate") == "observe")
+        limit, would = self.config.sasa["threshold"], "would be " * (self.config.sasa.get("gate") == "observe")
         for row, found in ((row, found) for row, (due, found) in enumerate(verdicts[:2].T.tolist()) if due):
             level, what = (logging.INFO, "allowed") if found < limit else (logging.WARNING, f"{would}refused")
             said = {"probability": found, "threshold": limit, "verdict": what, "row": row}  # for formatters

@@ -69,7 +69,8 @@ def write_ledger(cache: Cache | None, ledger: Ledger, columns: Tensor, projectio
     if cache is None or not cache.layers:
         return
     if len(cache.layers) == ledger.first:
-        lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+        static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+        lengths = [layer.max_cache_len for layer in static if not layer.is_sliding]  # a window is shorter than the text
         cache.layers.extend(StaticLayer(max(lengths)) if lengths else DynamicLayer() for _ in range(ledger.layers))
     packed = ledger.pack(columns.to(projection.device), projection, projection.dtype)
     for index in range(ledger.layers):
@@ -84,9 +85,10 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if mask is None:
         return torch.ones((like.shape[0], context), dtype=torch.bool, device=like.device)
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        what = f"{mask.dim()} axes" if isinstance(mask, Tensor) else f"the type {type(mask).__name__}"
-        raise ValueError(f"{UNREADABLE} attention mask: it has {what}. Run without a static cache, or with sdpa.")
+    shape = mask.shape if isinstance(mask, Tensor) else ()
+    if len(shape) not in (2, 4) or (len(shape) == 4 and shape[2] != like.shape[1]):
+        what = f"{UNREADABLE} attention mask, a {type(mask).__name__} of the shape {tuple(shape)}"
+        raise ValueError(f"{what}. Run without a static cache, or with sdpa.")
     if mask.dim() == 4:  # a real token is one that some token sees; bool, or 0 where seen and very negative elsewhere
         mask = (mask if mask.dtype == torch.bool else mask > -1.0).any(-2)[:, 0, :context]
     if mask.shape[1] != context:
@@ -94,10 +96,14 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
     return (mask != 0).expand(like.shape[0], context)
 
 
-def check_start(positions: Tensor, real: Tensor) -> None:
-    """ValueError where the first real token of a row, by `real` (batch, tokens), has a position after its place in the
-    call, positions being (axes, batch or 1, tokens), though the ledger knows of nothing before it."""
+def check_start(positions: Tensor, real: Tensor, before: Tensor | None = None) -> None:
+    """ValueError where positions (axes, batch or 1, tokens) of a call do not go on from those `before` it (axes, batch,
+    past), -1 at padding; without any, where the first real token of a row, by `real` (batch, tokens), has a position
+    after its place in the call."""
     first = real & (real.cumsum(-1) == 1)  # (batch, tokens)
-    ahead = (positions[0] - torch.arange(real.shape[1], device=real.device)) * first  # (batch, tokens)
-    if ahead.amax() > 0:
-        raise ValueError(f"{UNKNOWN}: its positions say that {int(ahead.amax())} tokens are missing.")
+    least, most = positions[0].amin(), torch.arange(real.shape[1], device=real.device)  # (), (tokens,)
+    if before is not None:
+        least, most = before[0].amax(-1)[:, None], before.amax((0, 2))[:, None] + 1  # (batch, 1)
+    wrong = first & ((positions[0] < least) | (positions[0] > most))  # (batch, tokens)
+    if wrong.any():
+        raise ValueError(f"{UNKNOWN}: its positions say that tokens are missing.")

@@ -109,9 +109,9 @@ def lane_tokens(graph: Graph) -> int | None:
 def reached(graph: Graph, at: Tensor, real: Tensor, states: Tensor, positions: Tensor, types: Tensor) -> list[Tensor]:
     """What the lane runs over, in the place of the context: of each row the last real tokens up to `at` (batch,), as
     many as the graph says. Where there are fewer, padding follows: nothing that is causal sees that."""
-    if (count := lane_tokens(graph)) is None:
+    if (tokens := lane_tokens(graph)) is None:
         return [at, real, states, positions, types]
-    count = torch.sym_min(count, real.shape[1])  # which an exported graph computes
+    count = torch.sym_min(tokens, real.shape[1])  # which an exported graph computes
     index = torch.arange(real.shape[1], device=real.device)  # (context,)
     kept = real & (index <= at.to(real.device)[:, None])  # (batch, context)
     rank = kept.cumsum(-1)  # (batch, context), real tokens so far
@@ -130,6 +130,7 @@ def context_arguments(model: Any, graph: Graph, states: Tensor, mask: Tensor, po
     whatever its family has. Mask and types (of tokens, where a family has them) are (batch, context)."""
     path = next(node["module"] for node in graph if node["op"] == "block")
     decoder = model.get_submodule(path.partition(".")[0])  # what lies between the model and its blocks, outermost
+    decoder = getattr(decoder, "_orig_mod", decoder)  # torch.compile stands in its place
     arguments = {"inputs_embeds": states, "attention_mask": mask, "position_ids": positions, "use_cache": False}
     taken = check_names(decoder.forward, OF_DECODER)
     if types is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from sasa_export.runtime.guard import Guard, Request, current_request
-from sasa_export.runtime.host import OF_MODEL, UNKNOWN, check_names
+from sasa_export.runtime.host import OF_MODEL, check_names
 from sasa_export.runtime.lane import Recording, current_recording, watch, within
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.proof import prove, recognise
@@ -27,12 +27,11 @@ UNGUARDED = ("assistant_early_exit", "assistant_ensemble_weight", "guidance_scal
 DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "speculation_type")  # drafts follow the prompt
 
 
-def signed(around: Callable, function: Callable) -> Callable:
-    """`around` with the signature of the function, which generate() reads, and without a `__wrapped__`, by which
-    accelerate would undo it."""
+def signed(around: Any, function: Callable) -> Any:
+    """`around`, with the function's signature, which generate() reads; without a `__wrapped__`, where others look."""
     functools.update_wrapper(around, function)
-    around.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    del around.__wrapped__  # type: ignore[attr-defined]
+    around.__signature__ = inspect.signature(function)
+    del around.__wrapped__
     return around
 
 
@@ -44,7 +43,7 @@ def guarded(forward: Callable) -> Callable:
         if self.sasa.asked.get("unguarded"):  # by the proof
             return forward(self, *args, **kwargs)
         if torch.jit.is_tracing():
-            raise NotImplementedError("torch.jit.trace would freeze one verdict into this guarded model. Run it as it is.")
+            raise NotImplementedError("torch.jit.trace would freeze a verdict. Run this guarded model as it is.")
         kwargs = dict(zip(names, args, strict=False), **kwargs)
         as_dictionary = kwargs.pop("return_dict", None)
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
@@ -64,10 +63,7 @@ def requested(stock: Any) -> Callable:
 
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs, request = stock.prepare_inputs_for_generation(self, *args, **kwargs), current_request.get()
-        if request is None or request.model is not self:
-            return inputs
-        request.first = bool(kwargs.get("is_first_iteration"))  # since 5.0; else the first call alone counts as one
-        return {**inputs, "sasa_request": request}
+        return inputs if request is None or request.model is not self else {**inputs, "sasa_request": request}
 
     return signed(prepare, stock.prepare_inputs_for_generation)
 
@@ -134,8 +130,8 @@ class GuardedModel:
                 raise NotImplementedError(f"{name} would answer past the gate of this guarded model. Run without it.")
         prompt = [inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         shapes = [value.shape[:2] for value in prompt if isinstance(value, Tensor) and value.dim() > 1] or [(1, 0)]
-        rows, lengths = zip(*shapes, strict=True)
         pieces, drafting = bool(settings.get("prefill_chunk_size")), any(settings.get(name) for name in DRAFTING)
+        rows, lengths = zip(*shapes, strict=True)
         request = Request(self, min(lengths), max(rows), pieces, drafting, logged)
         if (streamer := kwargs.get("streamer")) is not None:
             put = functools.partial(request.stream, streamer.put)

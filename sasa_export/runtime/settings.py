@@ -10,8 +10,8 @@ LONGEST_REFUSAL = 250  # tokens; the cache counts how far the refusal is, and bf
 NEEDED = ("threshold", "refusal", "refusal_token_ids", "generation_prompt_ids", "turn_token_ids", "graph")
 # The operator's to change: there, or from_pretrained(sasa={...}).
 OPERATOR = ("threshold", "refusal", "gate", "prove", "begun_answers")
-# What each of these may be, the default first. observe: judge and report, and refuse nothing. allow: text that `generate`
-# is given behind the last generation prompt is not judged; an error otherwise.
+# What these may be, the default first. observe: judge and report, and refuse nothing. allow: text that `generate` gets
+# behind the last generation prompt is not judged, and else an error.
 CHOICES = {"gate": ("enforce", "observe"), "begun_answers": ("error", "allow")}
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 

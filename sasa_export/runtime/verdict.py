@@ -71,7 +71,7 @@ class Due(NamedTuple):
     answering: Tensor  # (batch,), bool: the call ends behind a generation prompt
     turned: Tensor  # (batch,), the token from which on TURN is what it is at the end of the call
     blind: Tensor  # (batch,), bool: a verdict is due, and there is no real token to read it at
-    begun: Tensor  # (batch,), bool: `generate` was given text behind the last generation prompt
+    begun: Tensor  # (batch,), bool: `generate` was given text in a turn that the model would go on with
 
 
 def find_due(call: Call, tokens: TemplateTokens) -> Due:
@@ -88,9 +88,16 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
     at = torch.where(answering, opened, last)  # (batch,)
     closes = call.closes | (before == UNJUDGED) if call.prompt is None else call.closes  # (batch,), or ()
     blind = (last < 0) & closes & (before == UNJUDGED if call.prompt is None else call.prompt.any())  # (batch,)
-    begun = answering & closes & (last > opened) & (call.prompt is not None)  # (batch,)
+    begun = (answering & (last > opened)) | _in_open_turn(call, tokens, closed, opened)  # (batch,)
+    begun = begun & closes & (call.prompt is not None)  # (batch,)
     rows = ((at >= 0) & (answering | closes)) | blind  # (batch,)
     return Due(rows, at.clamp_min(0), answering, torch.where(event < 0, at, event), blind, begun)
+
+
+def _in_open_turn(call: Call, tokens: TemplateTokens, closed: Tensor, opened: Tensor) -> Tensor:
+    """(batch,), bool: does the text end in a turn that the generation prompt's first token opens, and not all of it?"""
+    first = tokens.generation_prompt[0] if set(tokens.generation_prompt[:1]) & set(tokens.turns) else -1
+    return (closed > opened) & (call.numbers.gather(1, closed.clamp_min(0)[:, None])[:, 0] == first)
 
 
 def follow(call: Call, due: Due, refused: Tensor, tokens: TemplateTokens) -> tuple[Tensor, Tensor]:

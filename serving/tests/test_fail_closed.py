@@ -108,6 +108,7 @@ def test_options(model: Callable[[str], Model]) -> None:
     "edit, said",
     [
         (lambda sasa: sasa.update(gate="off"), "the gate 'off'"),
+        (lambda sasa: sasa.update(begun_answers="now"), "the begun_answers 'now'"),
         (lambda sasa: sasa.update(format=99), "format"),
         (lambda sasa: sasa.pop("graph"), "no complete"),
         (lambda sasa: sasa.update(threshold=2.0), "threshold"),

@@ -108,6 +108,13 @@ def judged(ids: list[int], sasa: dict[str, Any]) -> int:
     return opened if opened and not set(ids[opened:]) & set(ends) else len(ids)
 
 
+def left_open(ids: list[int], sasa: dict[str, Any]) -> bool:
+    """Whether a prompt ends in a turn that a part of the generation prompt opens."""
+    opening, ends = sasa["generation_prompt_ids"], set(sasa["turn_token_ids"])
+    last = max((place for place, token in enumerate(ids) if token in ends), default=-1)
+    return last >= 0 and ids[last] == opening[0] and ids[last : last + len(opening)] != opening
+
+
 @each_reach
 @every_family
 def test_raw_completions(guard: Callable[..., Guard], family: str, options: dict[str, Any]) -> None:
@@ -133,7 +140,7 @@ def test_raw_completions(guard: Callable[..., Guard], family: str, options: dict
             found = guarded.model(**inputs)
             with begun_answers_allowed(guarded.model):
                 said = guarded.model.generate(**inputs, max_new_tokens=4)[0, len(ids) :].tolist()
-            if prefix.shape != whole.shape:
+            if prefix.shape != whole.shape or left_open(ids, sasa):
                 with pytest.raises(ValueError, match="begins the answer"):
                     guarded.model.generate(**inputs, max_new_tokens=4)
         torch.testing.assert_close(found.unsafe_probability, scores, rtol=0.0, atol=1e-5)

@@ -10,7 +10,15 @@ from feeding import TOKENS, Loop
 from torch import Tensor
 
 from matrix.bench import (
-    MARGIN, Bench, Inputs, Transcript, Way, begun_answers_allowed, generate, mixed_text, single,
+    MARGIN,
+    Bench,
+    Inputs,
+    Transcript,
+    Way,
+    begun_answers_allowed,
+    generate,
+    mixed_text,
+    single,
 )  # fmt: skip
 from matrix.rows import BOTH, GRAPHS, OTHERS, REST, SMOL, THREE, TOKENS_OF_IT, Check, enter, enter_checks
 

@@ -32,9 +32,11 @@ def named(arguments: dict[str, Any]) -> str:
 
 def hosted(model: Any, forward: Callable[[Forward], Forward] | None = None, **methods: Any) -> Any:
     """A copy of a model, guarded or not, on a transformers in which the family's forward or other methods differ."""
-    twin, cls = copy.deepcopy(model), type(model)
+    twin = copy.deepcopy(model)
+    cls: Any = type(model)
+    family: Any = cls.__mro__[2]
     if forward is not None and hasattr(model, "sasa"):
-        methods["forward"] = sys.modules[cls.__module__].guarded(forward(cls.__mro__[2].forward))
+        methods["forward"] = sys.modules[cls.__module__].guarded(forward(family.forward))
     elif forward is not None:
         methods["forward"] = forward(cls.forward)
     twin.__class__ = type(cls.__name__, (cls,), methods)
@@ -208,9 +210,10 @@ def cut(forward: Forward) -> Forward:
 def unseen(self: Any, **kwargs: Any) -> Any:
     """`generate` runs the family's forward by itself, behind the first call."""
     gated: Any = type(self).forward
+    family: Any = type(self).__mro__[3]
     first = not getattr(self, "called", False)
     self.called = True
-    return (gated if first else type(self).__mro__[3].forward)(self, **kwargs)
+    return (gated if first else family.forward)(self, **kwargs)
 
 
 class NoCache:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import labelled
-import oracle
 import pytest
 import tiny
 import torch

@@ -118,7 +118,7 @@ def test_judge_scores_a_batch_without_answering(guard: Guards, family: str, capl
 
 
 def test_an_answer_that_goes_on_has_no_new_verdict(split: Callable[[str], Guard]) -> None:
-    """Where it may, a second call of `generate` on a kept cache says nothing of P, and that refused rows are refused."""
+    """Where it may go on, a second call of `generate` says nothing of P, and that refused rows are refused."""
     guarded = split("llava")
     inputs = guarded.batch(images=False, count=6)
     first = guarded.model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)

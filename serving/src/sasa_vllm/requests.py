@@ -51,11 +51,12 @@ def check_request(sasa: dict[str, Any], request: Any) -> None:
 
 
 def begins_answer(sasa: dict[str, Any], prompt: list[int]) -> bool:
-    """Whether a prompt goes on behind its last generation prompt without a token that ends a turn."""
+    """Whether a prompt goes on behind its last generation prompt without a token that ends a turn, or leaves a turn
+    open that begins with the first token of a generation prompt."""
     opening, turns = sasa["generation_prompt_ids"], set(sasa["turn_token_ids"])
     for end in range(len(prompt), 0, -1):
         if opening and prompt[max(0, end - len(opening)) : end] == opening:
             return end < len(prompt)
         if prompt[end - 1] in turns:
-            return False
+            return opening[:1] == [prompt[end - 1]]
     return False
