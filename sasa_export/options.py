@@ -13,7 +13,7 @@ import click
 from sasa_export.errors import SasaExportError
 from sasa_export.flags import Number, OptionSet, WordOr, option
 
-AUTO = "auto"
+AUTO, ALL = "auto", "all"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
@@ -42,6 +42,11 @@ running = partial(option, group="Running")
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1)
 LAYER = WordOr(AUTO, click.INT)
+TOKENS = WordOr(ALL, COUNT)
+LANE_TOKENS = (
+    "How many tokens the second lane runs over, back from the one where the verdict is due, those of the chat template "
+    "among them; or all. A few cost next to nothing in long prompts."
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Options(OptionSet):
         "none: the probe reads the end of the main lane, which costs nothing more.",
         click.Choice(("semantic", "none")),
     )
+    lane_tokens: int | str = layers(ALL, LANE_TOKENS, TOKENS)
 
     calibration: tuple[str, ...] = probing(
         (),
@@ -173,6 +179,8 @@ class Options(OptionSet):
             raise SasaExportError(
                 "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
             )
+        if self.projection == "none":
+            self.check_default("lane_tokens", why="has no effect with --projection none, which has no second lane")
         if self.format == "safetensors":
             self.check_default("opset", "onnx_dtype", why="has no effect without --format onnx or both")
         if self.probe is not None:
@@ -187,6 +195,11 @@ class Options(OptionSet):
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
         values["calibration"] = list(self.calibration) or None
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def lane_tokens_of(value: int | str) -> int | None:
+    """A value of --lane-tokens as `LaneSettings` have it: None for all."""
+    return None if value == ALL else int(value)
 
 
 def check_for_graphs(options: OptionSet) -> None:

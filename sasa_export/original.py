@@ -113,10 +113,11 @@ class TorchOriginal:
         self.model = None
 
     def survey(
-        self, prompts: Sequence[Prompt], pairs: Sequence[Pair], work: Work, report: Silent, **settings: Any
-    ) -> Evidence | None:
-        """`layers.survey.survey`."""
-        lane = LaneSettings(None, None, softcap=self.sizes.softcap)
+        self, prompts: Sequence[Prompt], pairs: Sequence[Pair], work: Work, report: Silent,
+        tokens: int | None = None, **settings: Any,
+    ) -> Evidence | None:  # fmt: skip
+        """`layers.survey.survey`, of second lanes over so many `tokens`."""
+        lane = LaneSettings(None, None, softcap=self.sizes.softcap, tokens=tokens)
         return survey(self.model, self.processor, self.graph, prompts, pairs, lane, work, report, **settings)
 
     def features(

@@ -15,7 +15,7 @@ from sasa_export.layers.pairs import default_pairs, possible
 from sasa_export.manifest import check_ours
 from sasa_export.models import Source, layers_of
 from sasa_export.models.load import SPREAD
-from sasa_export.options import Options
+from sasa_export.options import Options, lane_tokens_of
 from sasa_export.original import Original, are_graphs, open_original, running_as
 from sasa_export.probe import Calibration, Fitted, with_threshold
 from sasa_export.probe.figures import verdict_on_projection
@@ -88,13 +88,18 @@ def measure(
     check_probe(given, sizes.vocabulary if rewrite(original.graph, settings).of("lane_head") else sizes.hidden)
     report.step("trace", original.check_lane(settings))
     if given is None and (options.finds_layers() or original.shipped(settings, options) is None):
-        told = fingerprint(source, prompts, batch_size=options.batch_size, **running_as(original))
+        told = fingerprint(
+            source, prompts, batch_size=options.batch_size, lane_tokens=settings.tokens, **running_as(original)
+        )
         work.open(told, discard=options.force, report=report)  # before the weights are loaded
     size, regularization, judged, calibration = options.batch_size, options.regularization_value(), None, None
     cases: tuple[Case, ...] = ()
     with original.loaded(prompts, report) if prompts else nullcontext():
         if options.finds_layers():
-            look = partial(original.survey, work=work, report=report, batch_size=size, regularization=regularization)
+            look = partial(
+                original.survey, work=work, report=report, batch_size=size, regularization=regularization,
+                tokens=settings.tokens,
+            )  # fmt: skip
             settings, layers_from, judged = choose_layers(look, original.graph, prompts, settings, options, report)
         if given is None:
             fitted = original.shipped(settings, options)
@@ -141,7 +146,8 @@ def lane_of(original: Original, options: Options, report: Silent) -> tuple[LaneS
         safety, semantic = possible(default_pairs(sizes.blocks, *given), original.graph.earliest_safety_layer())[0]
     elif None in given and source.family.known_layers(sizes.blocks, sizes.hidden) is None:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
-    return LaneSettings(safety, semantic, softcap=sizes.softcap), layers_from
+    tokens = lane_tokens_of(options.lane_tokens)
+    return LaneSettings(safety, semantic, softcap=sizes.softcap, tokens=tokens), layers_from
 
 
 def choose_threshold(

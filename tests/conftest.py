@@ -92,6 +92,7 @@ class Guard:
     semantic: int | None
     weight: Tensor  # (vocabulary,)
     bias: float
+    reach: int | None = None  # over how many tokens the lane runs; None: all
 
     @property
     def refusal(self) -> list[int]:
@@ -116,7 +117,7 @@ class Guard:
         if self.safety is None or self.semantic is None:
             logits = oracle.plain_logits(self.stock, inputs)  # (batch, vocabulary)
         else:
-            logits = oracle.oracle_logits(self.stock, inputs, self.safety, self.semantic)  # (batch, vocabulary)
+            logits = oracle.lane_logits(self.stock, inputs, self.safety, self.semantic, self.reach)
         return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
 
     def check_answers(self, found: Tensor, expected: Tensor, refused: Tensor) -> None:
@@ -176,7 +177,8 @@ def guard(
         given: dict[str, Any] = {**where, **layers, "refusal": "I will not help.", "verify": "files", **options}
         sasa_export.patch(sasa_export.Options(**given))
         patched = load(directory / "patched")
-        return Guard(family, directory / "patched", patched, model, processor, safety, semantic, weight, bias)
+        more = {"reach": options.get("lane_tokens")}
+        return Guard(family, directory / "patched", patched, model, processor, safety, semantic, weight, bias, **more)
 
     def get(family: str, safety: int | None = 2, semantic: int | None = 4, **options: Any) -> Guard:
         if options.get("projection") == "none":
@@ -203,15 +205,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def split(guard: Callable[..., Any]) -> Callable[[str], Any]:
-    """`split(family)`: a guard whose threshold lies amid the scores of its prompts, so that batches are mixed."""
+def split(guard: Callable[..., Any]) -> Callable[..., Any]:
+    """`split(family, **options)`: a guard whose threshold lies amid its prompts' scores, so that batches are mixed."""
 
     @cache
-    def get(family: str) -> Any:
-        first = guard(family)
+    def get(family: str, **options: Any) -> Any:
+        first = guard(family, **options)
         prompts = tiny.prompts(first.processor, images=True, count=6, seed=1, padding_side="left")
         scores = first.expected(prompts).sort().values  # (batch,)
-        return guard(family, threshold=float(scores[2:4].mean()))
+        return guard(family, threshold=float(scores[2:4].mean()), **options)
 
     return get
 

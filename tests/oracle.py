@@ -24,6 +24,8 @@ BLOCKS: dict[str, str] = defaultdict(
 )
 # Where logits are divided by `logits_scaling` behind the head; others have the field and do not.
 SCALED = ("granite4_vision",)
+# By which families tell the tokens of pictures from those of text.
+TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 def project(safety: Tensor, semantic: Tensor, eps: float = EPS) -> Tensor:
@@ -73,6 +75,49 @@ def oracle_logits(model: PreTrainedModel, inputs: Mapping[str, Any], safety_laye
     seen = block_outputs(model, inputs, (safety_layer, semantic_layer))
     projected = project(seen[safety_layer], seen[semantic_layer])  # (batch, tokens, hidden)
     return logits_with_state(model, inputs, safety_layer, projected)
+
+
+def reaching_logits(
+    model: PreTrainedModel, inputs: Mapping[str, Any], safety_layer: int, semantic_layer: int, reach: int
+) -> Tensor:
+    """SASA's logits (batch, vocabulary) where the second pass is on the last `reach` real tokens of each row alone.
+
+    Row by row, so that it needs no padding: the states of these tokens, at the positions that pass 1 gave them.
+    """
+    places: list[Any] = []  # of the decoder first, then of a block, None where they are not told
+    look = partial(_look_at_positions, places)
+    decoder = model.get_submodule(BLOCKS[model.config.model_type].removesuffix(".layers"))
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in (decoder, blocks(model)[0])]
+    try:
+        seen = block_outputs(model, inputs, (safety_layer, semantic_layer))
+    finally:
+        for handle in handles:
+            handle.remove()
+    projected = project(seen[safety_layer], seen[semantic_layer])  # (batch, tokens, hidden)
+    told = next((found for found in places if found is not None), torch.arange(projected.shape[1])[None])
+    rows = []
+    for row, mask in enumerate(inputs["attention_mask"]):
+        columns = mask.nonzero()[:, 0][-reach:]  # (reached,)
+        # Whatever embeddings come in, block `safety_layer` puts out the states.
+        alone: dict[str, Any] = {"inputs_embeds": torch.zeros_like(projected[:1, columns])}  # (1, reached, hidden)
+        alone["attention_mask"] = torch.ones(1, len(columns), dtype=torch.long)
+        alone["position_ids"] = told[..., min(row, told.shape[-2] - 1), :][..., columns].unsqueeze(-2)
+        alone |= {name: inputs[name][row, columns][None] for name in TYPES if name in inputs}
+        rows.append(logits_with_state(model, alone, safety_layer, projected[row, columns][None]))
+    return torch.cat(rows)  # (batch, vocabulary)
+
+
+def _look_at_positions(places: list[Any], _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    places.append(kwargs.get("position_ids"))  # (batch or 1, tokens), or (axes, batch, tokens)
+
+
+def lane_logits(
+    model: PreTrainedModel, inputs: Mapping[str, Any], safety_layer: int, semantic_layer: int, reach: int | None
+) -> Tensor:
+    """SASA's logits (batch, vocabulary), of a lane over all tokens where there is no `reach`."""
+    if reach is None:
+        return oracle_logits(model, inputs, safety_layer, semantic_layer)
+    return reaching_logits(model, inputs, safety_layer, semantic_layer, reach)
 
 
 def plain_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sasa_export.probe.fit import Probe
 from sasa_export.runtime.guard import Guard
-from sasa_export.runtime.lane import Recording, watch
+from sasa_export.runtime.lane import Recording, lane_tokens, watch
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.writers.onnx.convert import convert
 from sasa_export.writers.onnx.decoder import SIZES, Shape, Signature
@@ -93,14 +93,15 @@ class _Placeholder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Hands to its one block what the second lane needs of a context."""
+    """Hands to its one block what the second lane needs of a context; the mask too, where it is not the call's."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, masked: bool) -> None:
         super().__init__()
-        self.lane = _Placeholder("Lane", hidden)
+        self.lane, self.masked = _Placeholder("Lane", hidden), masked
 
     def forward(self, inputs_embeds: Any, attention_mask: Any, position_ids: Any, use_cache: bool) -> Any:
-        return self.lane(inputs_embeds, position_ids=position_ids)
+        more = {"attention_mask": attention_mask} if self.masked else {}
+        return self.lane(inputs_embeds, position_ids=position_ids, **more)
 
 
 class _Kept(DynamicLayer):
@@ -122,9 +123,10 @@ class _Around(nn.Module):
     def __init__(self, sasa: dict[str, Any], interface: Interface, probe: Probe) -> None:
         super().__init__()
         ledger, self.interface = interface.ledger, interface
-        self.decoder, self.norm = _Decoder(ledger.hidden), nn.Identity()
+        tokens = lane_tokens(sasa["graph"])
+        self.decoder, self.norm = _Decoder(ledger.hidden, tokens is not None), nn.Identity()
         self.head = _Placeholder("Head", interface.vocabulary)
-        graph = _steps(sasa["epsilon"], interface.linear)
+        graph = _steps({"epsilon": sasa["epsilon"], "tokens": tokens}, interface.linear)
         config = SimpleNamespace(sasa={**sasa, "graph": graph})
         self.sasa = Guard(config, ledger._replace(first=1), len(probe.weight))
         self.sasa.probe.weight.data = torch.from_numpy(probe.weight).float()
@@ -151,13 +153,13 @@ class _Around(nn.Module):
         return output["logits"], present, output["unsafe_probability"], output["is_due"]
 
 
-def _steps(epsilon: float, linear: bool) -> list[dict[str, Any]]:
+def _steps(settings: dict[str, Any], linear: bool) -> list[dict[str, Any]]:
     """The guard's own steps, with one block in place of all."""
     head = {"name": "head", "op": "lane_head", "inputs": ["norm"], "module": "head"}
     return [
         *({"name": name, "op": "tap", "inputs": [], "module": name} for name in ("safety", "semantic")),
         {"name": "block", "op": "block", "inputs": [], "module": "decoder.lane"},
-        {"name": "projection", "op": "projection", "inputs": ["safety", "semantic"], "epsilon": epsilon},
+        {"name": "projection", "op": "projection", "inputs": ["safety", "semantic"], **settings},
         {"name": "lane", "op": "lane_block", "inputs": ["projection"], "module": "decoder.lane"},
         {"name": "norm", "op": "lane_norm", "inputs": ["lane"], "module": "norm"},
         *([] if linear else [head]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,18 +39,18 @@ class Builder:
 
 
 def add_lane(
-    blocks: Blocks, safety: int, states: ir.Value, positions: ir.Value | None = None, *, prefix: str = LANE
+    blocks: Blocks, safety: int, states: ir.Value, given: Mapping[str, ir.Value] | None = None, *, prefix: str = LANE
 ) -> ir.Value:
     """What the final norm gives where the blocks behind block `safety` run on `states` (batch, context, hidden).
 
-    It is what a first call with the whole context would do, the attention's mask being that of the call. Positions are
-    as the decoder takes them; None where they are the call's own, or it counts them itself. Raises TraceError where the
-    clone would read what belongs to the call alone.
+    It is what a first call with these tokens alone would do. `given` are inputs of the decoder in that call, such as
+    its attention_mask and position_ids; others are those of the call itself. Raises TraceError where the clone would
+    read what belongs to the call alone.
     """
     add = Builder(blocks.model.graph, prefix)
     begun = blocks.states[safety]
     states = add("CastLike", states, begun)
-    replaced = {begun: states, **_of_a_first_call(blocks, states, positions, add)}
+    replaced = {begun: states, **_of_a_first_call(blocks, states, given or {}, add)}
     node = begun.producer()
     assert node is not None
     if node.op_type in WITH_SUM:
@@ -70,9 +71,9 @@ def add_head(blocks: Blocks, state: ir.Value, prefix: str = LANE) -> ir.Value:
 
 
 def _of_a_first_call(
-    blocks: Blocks, states: ir.Value, positions: ir.Value | None, add: Builder
+    blocks: Blocks, states: ir.Value, given: Mapping[str, ir.Value], add: Builder
 ) -> dict[ir.Value, ir.Value]:
-    """What stands for the decoder's inputs in a first call on states: an empty cache, positions, the text's shape."""
+    """What stands for the decoder's inputs in a first call on states: an empty cache, what is given, a text's shape."""
     rows, replaced, empty = add("Shape", states, start=0, end=1), {}, dict[Any, ir.Value]()
     for value in blocks.past.values():
         sizes = blocks.sizes(value)[1:]
@@ -81,8 +82,9 @@ def _of_a_first_call(
             shape = add("Concat", rows, add.constant(sizes), axis=0)
             empty[key] = add("ConstantOfShape", shape, value=ir.tensor([0], dtype=value.dtype))
         replaced[value] = empty[key]
-    if positions is not None and "position_ids" in blocks.inputs:
-        replaced[blocks.inputs["position_ids"]] = add("CastLike", positions, blocks.inputs["position_ids"])
+    for name, value in given.items():
+        if name in blocks.inputs:
+            replaced[blocks.inputs[name]] = add("CastLike", value, blocks.inputs[name])
     text = blocks.text
     if text.name == "input_ids":
         like = add("Shape", states, start=0, end=2)

@@ -16,7 +16,7 @@ from sasa_export.foreign.blocks import OTHER
 from sasa_export.foreign.decoder import Decoder
 from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane, clone
 from sasa_export.foreign.opened import open_graphs
-from sasa_export.foreign.splice import guarded_decoder
+from sasa_export.foreign.splice import FAR, guarded_decoder
 from sasa_export.foreign.written import write_graphs
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.layers.pairs import Pair
@@ -102,6 +102,7 @@ class GraphOriginal(Decoder):
         *,
         batch_size: int,
         regularization: float | None = None,
+        tokens: int | None = None,
     ) -> Evidence | None:
         """One pair after the other, since the graph of each takes memory of its own."""
         results = Results(work, "prompts", prompts, batch_size)
@@ -110,7 +111,8 @@ class GraphOriginal(Decoder):
             report.step(
                 "", f"second lane {number + 1} of {len(pairs)}: safety layer {pair[0]}, semantic layer {pair[1]}"
             )
-            self._fill(results, {second_lane(pair): "projected"}, LaneSettings(*pair), report, logits=False)
+            lane = LaneSettings(*pair, tokens=tokens)
+            self._fill(results, {second_lane(pair): "projected"}, lane, report, logits=False)
         main, head = self.behind_blocks(), self.head_weight()  # (vocabulary, hidden)
 
         def compute(some: list[Prompt], missing: list[str]) -> Arrays:
@@ -206,7 +208,13 @@ class GraphOriginal(Decoder):
             add("ReduceSum", add("Mul", state, semantic), axis, keepdims=1) for state in (safety, semantic)
         )
         projection = add("Mul", add("Div", along, add("Max", square, least)), semantic)  # (1, tokens, hidden)
-        end = add_lane(blocks, settings.pair[0], projection)
+        given: dict[str, ir.Value] = {}
+        if settings.tokens is not None:  # of the one row, which has no padding
+            reach, end = add.constant([-settings.tokens]), add.constant([FAR])
+            whole = {name: value for name, value in blocks.inputs.items() if name in ("attention_mask", "position_ids")}
+            given = {name: add("Slice", value, reach, end, axis) for name, value in whole.items()}
+            projection = add("Slice", projection, reach, end, add.constant([1]))  # (1, reached, hidden)
+        end = add_lane(blocks, settings.pair[0], projection, given)
         ends = {"projected": add("Gather", end, last, axis=1), "plain": add("Gather", blocks.norm, last, axis=1)}
         if logits and not self.linear:
             ends = {name: add_head(blocks, value, f"/sasa/{name}") for name, value in ends.items()}

@@ -65,7 +65,9 @@ def splice(blocks: Blocks, guard: ir.Model, interface: Interface, pair: tuple[in
     for node in [node for node in nodes if node.domain == PLACEHOLDERS]:
         states = node.inputs[0]
         assert states is not None
-        end = add_lane(blocks, pair[0], states, node.inputs[1]) if node.op_type == "Lane" else add_head(blocks, states)
+        names = ("position_ids", "attention_mask")  # of what the placeholder was given behind the states
+        more = {name: value for name, value in zip(names, node.inputs[1:], strict=False) if value is not None}
+        end = add_lane(blocks, pair[0], states, more) if node.op_type == "Lane" else add_head(blocks, states)
         node.outputs[0].replace_all_uses_with(add("Cast", end, to=ir.DataType.FLOAT))
         graph.remove(node, safe=True)
     graph.outputs[place] = made["logits"]

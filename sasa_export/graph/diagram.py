@@ -52,4 +52,5 @@ def _label(run: list[Node]) -> str:
         return span if first.op == "block" else f"second lane: {span}"
     if first.attributes.get("of") == "last":
         return f"last block, {first.attributes['index']}"
-    return LABELS[first.op].format(name=first.name, **first.attributes)
+    tokens = f", last {first.attributes['tokens']} tokens" if "tokens" in first.attributes else ""
+    return LABELS[first.op].format(name=first.name, **first.attributes) + tokens

@@ -8,6 +8,7 @@ RewriteError names the node where settings do not fit the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sasa_export.errors import RewriteError
 from sasa_export.graph import LayerGraph
@@ -15,7 +16,8 @@ from sasa_export.graph import LayerGraph
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """Zero-based safety and semantic layer, the projection's epsilon, and the head's logit soft cap if any.
+    """Zero-based safety and semantic layer, the projection's epsilon, the head's logit soft cap if any, and how many
+    tokens the second lane runs over, back from the judged one: all by default.
 
     Without layers there is no projection and no second lane: the probe reads the end of the main lane.
     """
@@ -24,6 +26,7 @@ class LaneSettings:
     semantic_layer: int | None
     epsilon: float = 1e-6
     softcap: float | None = None
+    tokens: int | None = None
 
     @property
     def pair(self) -> tuple[int, int] | None:
@@ -46,7 +49,7 @@ def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
         graph = _with_end_of_main_lane(graph)
     else:
         _check_layers(graph, *settings.pair)
-        graph = _with_second_lane(graph, *settings.pair, settings.epsilon)
+        graph = _with_second_lane(graph, *settings.pair, settings)
     graph = graph.add("sasa.lane.norm", "lane_norm", graph["norm"].module)
     if not graph.of("after_head"):
         # z = W_head h, so w . z = (W_head^T w) . h: the probe folds exactly into the hidden dimension, and the lane
@@ -90,13 +93,15 @@ def _check_layers(graph: LayerGraph, safety: int, semantic: int) -> None:
         )
 
 
-def _with_second_lane(graph: LayerGraph, safety: int, semantic: int, epsilon: float) -> LayerGraph:
+def _with_second_lane(graph: LayerGraph, safety: int, semantic: int, settings: LaneSettings) -> LayerGraph:
     """Keep the output of both layers for every token, project the safety state onto the semantic state (the paper's
     Eq. 8), and run blocks safety + 1 .. L-1 once more on that, with the main lane's weights."""
     blocks = graph.of("block")
     for of, block in (("safety", blocks[safety]), ("semantic", blocks[semantic])):
         graph = graph.add(f"sasa.{of}", "tap", block.module, (block.name,), of=of, index=block.attributes["index"])
-    graph = graph.add("sasa.projection", "projection", None, ("sasa.safety", "sasa.semantic"), epsilon=epsilon)
+    said: dict[str, Any] = {"epsilon": settings.epsilon}
+    said |= {} if settings.tokens is None else {"tokens": settings.tokens}
+    graph = graph.add("sasa.projection", "projection", None, ("sasa.safety", "sasa.semantic"), **said)
     for block in blocks[safety + 1 :]:
         graph = graph.add(f"sasa.lane.{block.name}", "lane_block", block.module, index=block.attributes["index"])
     return graph

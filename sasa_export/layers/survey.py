@@ -24,13 +24,13 @@ from sasa_export.layers.prompts import controls
 from sasa_export.layers.sweep import Sweep, second_lane, sweep
 from sasa_export.layers.understanding import understanding
 from sasa_export.models.load import head_weight, place
-from sasa_export.probe.features import last_real, watching
+from sasa_export.probe.features import end_of_lane, last_real, watching
 from sasa_export.probe.fit import head_metric
 from sasa_export.probe.intervals import Comparable
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts.prompt import Prompt, encode
 from sasa_export.report import Silent
-from sasa_export.runtime.lane import Recording, current_recording, run_lane, start, within
+from sasa_export.runtime.lane import Recording, current_recording, within
 from sasa_export.workers import workers
 
 LIKELIEST = 5  # tokens that the logit lens looks at
@@ -112,9 +112,7 @@ def reading(
         at = last_real(inputs)  # (rows,)
         for name in [name for name in names if name in lanes]:
             nodes = [node.to_json() for node in lanes[name] if node.op != "lane_head"]
-            begin, entered = start(nodes, seen)  # (rows, tokens, hidden)
-            second = run_lane(model, nodes, {begin: entered}, seen.arguments, at)["sasa.lane.norm"]  # (rows, hidden)
-            yield name, second.float().cpu().numpy()
+            yield name, end_of_lane(model, nodes, seen, inputs).float().cpu().numpy()  # (rows, hidden)
         if not set(MAIN_LANE) & set(names):
             return
         states = [_picked(seen.outputs[path], at) for path in blocks]  # (rows, hidden) each

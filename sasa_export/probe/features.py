@@ -42,7 +42,7 @@ def reading(model: Any, processor: Any, graph: LayerGraph) -> Iterator[Callable[
     """
     import torch
 
-    from sasa_export.runtime.lane import Recording, current_recording, run_lane, start, within
+    from sasa_export.runtime.lane import Recording, current_recording, run_lane, within
 
     nodes = graph.to_json()
     end = next(node for node in nodes if node["op"] == "lane_norm")
@@ -56,11 +56,9 @@ def reading(model: Any, processor: Any, graph: LayerGraph) -> Iterator[Callable[
         seen_norm.clear()
         with torch.no_grad(), within(current_recording, Recording()) as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
-        at = last_real(inputs)  # (batch,)
         with torch.no_grad():
-            node, states = start(nodes, seen)  # (batch, tokens, hidden)
-            lane = run_lane(model, nodes, {node: states}, seen.arguments, at)[nodes[-1]["name"]]  # (batch, features)
-            main = run_lane(model, plain, {MAIN: seen_norm[0]}, {}, at)[plain[-1]["name"]]  # (batch, features)
+            lane = end_of_lane(model, nodes, seen, inputs)  # (batch, features)
+            main = run_lane(model, plain, {MAIN: seen_norm[0]}, {}, last_real(inputs))[plain[-1]["name"]]
         return Features(lane.float().cpu().numpy(), main.float().cpu().numpy())
 
     handle = norm.register_forward_hook(lambda module, args, output: seen_norm.append(args[0]))
@@ -85,15 +83,40 @@ def watching(model: Any, nodes: Sequence[dict[str, Any]]) -> Iterator[None]:
             del module._sasa_watched
 
 
+def end_of_lane(model: Any, nodes: Sequence[dict[str, Any]], seen: Any, inputs: dict[str, Any]) -> Any:
+    """What the second lane's last node gives at the last tokens of prompts, (batch, features), once the main lane has
+    run on them whole, and showed the Recording `seen` of it."""
+    import torch
+
+    from sasa_export.runtime.lane import TYPES, context_arguments, lane_tokens, reached, run_lane, start
+    from sasa_export.runtime.ledger import Ledger
+
+    graph, at, arguments = list(nodes), last_real(inputs), seen.arguments
+    node, states = start(graph, seen)  # (batch, tokens, hidden)
+    if lane_tokens(graph) is not None:
+        real, axes = _real(inputs), Ledger.of(model.config.get_text_config(decoder=True)).axes
+        positions = torch.arange(real.shape[1], device=real.device) if seen.position_ids is None else seen.position_ids
+        positions = (positions if positions.dim() > 2 else positions[None])[-axes:].expand(axes, *real.shape)
+        positions = positions if axes > 1 else positions[0]  # (axes, batch, tokens), or (batch, tokens)
+        types = next((inputs[name] for name in TYPES if name in inputs), torch.zeros_like(real.long()))
+        at, real, states, *others = reached(graph, at, real, states, positions, types)
+        arguments = context_arguments(model, graph, states, real.long(), *others)
+    return run_lane(model, graph, {node: states}, arguments, at)[graph[-1]["name"]]
+
+
 def last_real(inputs: dict[str, Any]) -> Any:
     """The position of each row's last real token, (batch,), under any padding."""
     import torch
 
+    real = _real(inputs)  # (batch, tokens)
+    return torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(-1)
+
+
+def _real(inputs: dict[str, Any]) -> Any:
     from sasa_export.runtime.host import real_tokens
 
     ids = inputs["input_ids"]  # (batch, tokens)
-    real = real_tokens(inputs.get("attention_mask"), ids.shape[1], ids)  # (batch, tokens)
-    return torch.where(real, torch.arange(real.shape[1], device=real.device), 0).amax(-1)
+    return real_tokens(inputs.get("attention_mask"), ids.shape[1], ids)  # (batch, tokens)
 
 
 def collect(

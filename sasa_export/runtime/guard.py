@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sasa_export.runtime.formulas import gate, unsafe_probability
 from sasa_export.runtime.host import UNKNOWN, check_start, find_cache, read_ledger, real_tokens, write_ledger
-from sasa_export.runtime.lane import TYPES, Recording, context_arguments, run_lane, start
+from sasa_export.runtime.lane import TYPES, Recording, context_arguments, reached, run_lane, start
 from sasa_export.runtime.ledger import NUMBER, PICTURE, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings
 from sasa_export.runtime.verdict import Call, Due, TemplateTokens, find_due, follow
@@ -183,7 +183,7 @@ class Guard(nn.Module):
         return call, Context(kept, columns, node, projection, real)
 
     def _judge(self, model: Any, context: Context, due: Due) -> Tensor:
-        """P(unsafe) (batch,) by the second lane over the whole context, NaN where no verdict is due or can be read."""
+        """P(unsafe) (batch,) by the second lane, as far as it reaches, NaN where no verdict is due or can be read."""
         if not self._any(due.rows):
             return torch.full(due.at.shape, float("nan"), device=due.at.device)
         graph, ledger, value = self.graph, self.ledger, context.projection
@@ -191,8 +191,9 @@ class Guard(nn.Module):
         states = torch.cat([states.to(value), value], dim=1)  # (batch, context, hidden)
         columns = torch.cat([earlier.to(context.columns), context.columns], dim=1)  # (batch, context, columns)
         positions = ledger.positions(columns)  # (batch, context), or (axes, batch, context)
-        arguments = context_arguments(model, graph, states, context.real.long(), positions, columns[..., PICTURE])
         at = due.at + context.real.shape[1] - value.shape[1]  # (batch,)
+        at, real, states, *others = reached(graph, at, context.real, states, positions, columns[..., PICTURE])
+        arguments = context_arguments(model, graph, states, real.long(), *others)
         values = run_lane(model, graph, {context.node: states}, arguments, at)
         found = next(values[node["name"]] for node in graph if node["op"] == "probe")  # (batch,)
         return found.to(due.at.device).masked_fill(~due.rows | due.blind, float("nan"))

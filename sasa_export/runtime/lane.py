@@ -101,6 +101,30 @@ def start(graph: Graph, seen: Recording) -> tuple[str, Tensor]:
     return next(iter(outputs.items()))
 
 
+def lane_tokens(graph: Graph) -> int | None:
+    """Over how many tokens the second lane runs, back from the judged one; None: all."""
+    return next((node.get("tokens") for node in graph if node["op"] == "projection"), None)
+
+
+def reached(graph: Graph, at: Tensor, real: Tensor, states: Tensor, positions: Tensor, types: Tensor) -> list[Tensor]:
+    """What the lane runs over, in the place of the context: of each row the last real tokens up to `at` (batch,), as
+    many as the graph says. Where there are fewer, padding follows: nothing that is causal sees that."""
+    if (tokens := lane_tokens(graph)) is None:
+        return [at, real, states, positions, types]
+    count = torch.sym_min(tokens, real.shape[1])  # which an exported graph computes
+    index = torch.arange(real.shape[1], device=real.device)  # (context,)
+    kept = real & (index <= at.to(real.device)[:, None])  # (batch, context)
+    rank = kept.cumsum(-1)  # (batch, context), real tokens so far
+    last = rank[:, -1:]  # (batch, 1), how many there are
+    wanted = (last - count).clamp_min(0) + torch.arange(1, count + 1, device=real.device)  # (batch, reached)
+    found = kept[:, None] & (rank[:, None] == torch.minimum(wanted, last)[..., None])  # (batch, reached, context)
+    index = (found * index).sum(-1)  # (batch, reached); padding repeats the last token
+    rows = index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])  # (batch, reached, hidden)
+    places = index.to(positions.device).expand(*positions.shape[:-1], count)  # like positions
+    at, real, types = last[:, 0].clamp(1, count) - 1, wanted <= last, types.gather(1, index.to(types.device))
+    return [at, real, states.gather(1, rows), positions.gather(-1, places), types]
+
+
 def context_arguments(model: Any, graph: Graph, states: Tensor, mask: Tensor, positions: Any, types: Any) -> Arguments:
     """What a model hands to its blocks over a context of states (batch, context, hidden): masks, rotary tables, and
     whatever its family has. Mask and types (of tokens, where a family has them) are (batch, context)."""

@@ -26,6 +26,7 @@ def write_card(
         directory: where it was written.
         template: of the card, and `values` what it needs besides.
     """
+    from sasa_export.runtime.lane import lane_tokens
     from sasa_export.runtime.version import TRIED
 
     name = patch.source.name
@@ -39,6 +40,7 @@ def write_card(
         sasa=patch.sasa,
         blocks=len(patch.graph.of("block")),
         again=blocks_again(patch.sasa["graph"]),
+        tokens=lane_tokens(patch.sasa["graph"]),
         diagram=mermaid(patch.graph),
         calibration=patch.calibration,
         projection=None if patch.calibration is None else verdict_on_projection(patch.calibration.figures),

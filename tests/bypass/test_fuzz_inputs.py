@@ -23,6 +23,7 @@ Chats = list[list[dict[str, Any]]]
 
 OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "qwen2_5_vl")]
 every_family = pytest.mark.parametrize("family", ["llava", *OTHERS])
+each_reach = pytest.mark.parametrize("options", [{}, {"lane_tokens": 8}], ids=["all", "8"])
 
 # Parts of any template, placeholders of pictures and ends of answers, as a sender may write them.
 MARKUP = (
@@ -75,10 +76,11 @@ def encoded(guarded: Guard, batch: Chats) -> dict[str, Any]:
     return inputs
 
 
+@each_reach
 @every_family
-def test_conversations(guard: Callable[..., Guard], family: str) -> None:
+def test_conversations(guard: Callable[..., Guard], family: str, options: dict[str, Any]) -> None:
     """Any text, roles, markup and pictures, in any company."""
-    guarded = guard(family)
+    guarded = guard(family, **options)
 
     @examples(15)
     @given(batches, st.integers(0, 2), st.booleans())
@@ -113,10 +115,11 @@ def left_open(ids: list[int], sasa: dict[str, Any]) -> bool:
     return last >= 0 and ids[last] == opening[0] and ids[last : last + len(opening)] != opening
 
 
+@each_reach
 @every_family
-def test_raw_completions(guard: Callable[..., Guard], family: str) -> None:
+def test_raw_completions(guard: Callable[..., Guard], family: str, options: dict[str, Any]) -> None:
     """Tokens in any order, with generation prompts, ends of turns and answers that are given in part."""
-    guarded = guard(family)
+    guarded = guard(family, **options)
     sasa = guarded.model.config.sasa
     opening, refusal = sasa["generation_prompt_ids"], sasa["refusal_token_ids"]
     special = [*opening, *sasa["turn_token_ids"], *refusal]

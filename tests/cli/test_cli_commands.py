@@ -61,13 +61,15 @@ def test_usage_errors(arguments: list[str], said: str) -> None:
 
 def test_trace(llava: Path) -> None:
     """Every node on a line with its module and inputs, and the decoder drawn before and after."""
-    printed = succeeds("trace", "--model", str(llava), "--safety-layer", "1", "--semantic-layer", "3").stdout
+    said = ("--safety-layer", "1", "--semantic-layer", "3", "--lane-tokens", "8")
+    printed = succeeds("trace", "--model", str(llava), *said).stdout
     listed, before, after = printed.split("```mermaid")
     assert len([line for line in listed.splitlines() if "<-" in line]) == tiny.LAYERS + 5
     row = next(line.split() for line in listed.splitlines() if line.split()[:1] == ["layers.3"])
     assert row[1:3] == ["block", "model.language_model.layers.3"] and row[-1] == "layers.2"
     assert "safety layer 1, semantic layer 3 (given by the user)" in listed
     assert '["blocks 0 to 5"]' in before and '["second lane: blocks 2 to 5"]' in after
+    assert '["projection, last 8 tokens"]' in after
 
 
 GOOD = 'model_types = ["x"]\nfiles = []\n[modules]\n' + "\n".join(f'{role} = "m"' for role in families.MODULES)

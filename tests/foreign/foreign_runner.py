@@ -72,7 +72,7 @@ class Decoder:
         """Feed tokens (batch, tokens), of which those are padding where `mask` is 0."""
         self.mask = np.concatenate([self.mask, np.ones_like(ids) if mask is None else mask], axis=1)
         positions = np.clip(self.mask.cumsum(-1) - 1, 0, None)[:, -ids.shape[1] :]  # (batch, tokens)
-        feed: dict[str, Array] = {**self.cache, **more, "attention_mask": self.mask}
+        feed: dict[str, Array] = {**self.cache, "attention_mask": self.mask}
         if "inputs_embeds" in self.inputs:
             feed["inputs_embeds"] = self.embed(ids).astype(KINDS[self.inputs["inputs_embeds"].type])
         if "input_ids" in self.inputs:
@@ -80,7 +80,7 @@ class Decoder:
         if "position_ids" in self.inputs:
             axes = len(self.inputs["position_ids"].shape)
             feed["position_ids"] = positions if axes == 2 else np.stack([positions] * 3)
-        values = dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
+        values = dict(zip(self.outputs, self.session.run(self.outputs, feed | more), strict=True))
         self.values = values
         self.logits: Any = values.get("logits")
         self.probability: Any = values.get("unsafe_probability")
@@ -178,8 +178,8 @@ class GraphOracle:
         stock.call(np.array([ids]))
         return stock.values[self.head][0, -1].astype(np.float32)
 
-    def end(self, ids: Sequence[int], pair: Pair) -> tuple[Array, Array]:
-        """Where the second lane ends, as TorchOracle says it."""
+    def end(self, ids: Sequence[int], pair: Pair, reach: int | None = None) -> tuple[Array, Array]:
+        """Where the second lane ends, as TorchOracle says it; one over the last `reach` tokens, where that is given."""
         assert pair == self.pair
         self.first.start(1)
         self.first.call(np.array([ids]))
@@ -187,7 +187,9 @@ class GraphOracle:
         projected = project(safety, semantic)
         self.second.start(1)
         given = projected.astype(KINDS[self.second.inputs["state"].type])
-        self.second.call(np.array([ids]), state=given)
+        last = slice(0 if reach is None else max(len(ids) - reach, 0), None)
+        places = {"position_ids": np.arange(len(ids))[None, last]} if "position_ids" in self.second.inputs else {}
+        self.second.call(np.array([ids[last]]), state=given[:, last], **places)
         ends = (self.second.values[name][0, -1].astype(np.float32) for name in (self.head, "logits"))
         return next(ends), next(ends)
 

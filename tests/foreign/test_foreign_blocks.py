@@ -1,6 +1,7 @@
 """Graphs that others exported: blocks are found for certain, or an error names the node, and nothing is written."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,12 @@ def test_the_heads_weights_are_what_it_multiplies_by(directory: Path) -> None:
     np.testing.assert_allclose(GraphOriginal(str(directory)).head_weight(), weight.const_value.numpy().T, atol=1e-6)
 
 
-def test_features_are_those_of_two_passes(directory: Path) -> None:
+@pytest.mark.parametrize("reach", [None, 3, 5, 8])
+def test_features_are_those_of_two_passes(directory: Path, reach: int | None) -> None:
     ids, pair = [5, 9, 70, 33, 8], (1, 2)
-    found = GraphOriginal(str(directory)).lanes(PAIR).prompt({"input_ids": np.array([ids])})
+    found = GraphOriginal(str(directory)).lanes(replace(PAIR, tokens=reach)).prompt({"input_ids": np.array([ids])})
     oracle = GraphOracle(directory, pair)
-    np.testing.assert_allclose(found["projected"].numpy()[0], oracle.end(ids, pair)[0], atol=1e-5)
+    np.testing.assert_allclose(found["projected"].numpy()[0], oracle.end(ids, pair, reach)[0], atol=1e-5)
     np.testing.assert_allclose(found["plain"].numpy()[0], oracle.plain(ids), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import foreign_graphs
 import numpy as np
 import pytest
 from foreign_runner import Decoder as Runner
-from foreign_runner import padded
+from foreign_runner import GraphOracle, padded
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 import sasa_export
@@ -58,6 +58,32 @@ def test_verdicts_are_those_of_two_passes(decoder: GraphOriginal, guarded: Model
     found = np.array([guarded.judge(encoded(decoder.processor, prompt)) for prompt in PROMPTS])
     np.testing.assert_allclose(found, probe["expected"], atol=1e-4)
     assert 0 < (found >= 0.5).sum() < len(found), "both verdicts must have been seen"
+
+
+@pytest.mark.parametrize("reach", [4, 50])
+def test_a_lane_over_the_last_tokens(decoder: GraphOriginal, probe: dict[str, Any], reach: int, tmp_path: Path) -> None:
+    """P(unsafe) is that of two passes, the second on these tokens alone at their own positions; whole, in pieces, and
+    in batches with pads on either side, in which some rows have fewer."""
+    source, weight, bias = decoder.source.directory, probe["weight"], probe["bias"]
+    place = tmp_path / str(reach)  # of its own, since sessions are kept by their paths
+    place.mkdir()
+    options = foreign_graphs.options(source, place, weight, bias, refusal="No.", lane_tokens=reach)
+    patched, oracle = sasa_export.patch(options).directory, GraphOracle(source, (1, 2))
+    rows = [encoded(decoder.processor, prompt)["input_ids"][0].tolist() for prompt in PROMPTS]
+    assert min(map(len, rows)) < 50 < max(map(len, rows))
+    ends = np.array([oracle.end(ids, (1, 2), reach)[0] for ids in rows])  # (prompts, hidden)
+    expected = 1 / (1 + np.exp(-(ends @ weight + bias)))  # (prompts,)
+    assert np.abs(expected - probe["expected"]).max() > 1e-2
+    for side in ("left", "right"):
+        asked = started(patched, len(rows))
+        asked.call(*padded(rows, side, 0))
+        np.testing.assert_allclose(asked.probability, expected, atol=1e-4)
+    guarded = Model(patched, "", "cpu")
+    for prompt, wanted in zip(PROMPTS, expected, strict=True):
+        inputs = encoded(decoder.processor, prompt)
+        count = inputs["input_ids"].shape[1]
+        for cuts in ([], [count // 2, count - 1], range(1, count)):
+            assert guarded.judge(inputs, list(cuts)) == pytest.approx(wanted, abs=1e-4)
 
 
 def test_answers_are_the_refusal_or_the_originals(decoder: GraphOriginal, guarded: Model, original: Model) -> None:

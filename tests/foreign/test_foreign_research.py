@@ -97,7 +97,8 @@ def test_another_original_is_refused(options: EvaluateOptions, tmp_path: Path) -
 def test_a_survey_reads_what_the_graphs_compute(decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     work = Work(tmp_path / "work")
-    evidence = decoder.survey(texts(sets[1]), [(1, 2)], work, Silent(), batch_size=16, regularization=1.0)
+    settings: dict[str, Any] = {"batch_size": 16, "regularization": 1.0, "tokens": 4}
+    evidence = decoder.survey(texts(sets[1]), [(1, 2)], work, Silent(), **settings)
     assert evidence is not None
     row, results = 7, Results(work, "prompts", texts(sets[1]), 16)
     inputs = encoded(decoder.processor, results.prompts[row])
@@ -107,7 +108,7 @@ def test_a_survey_reads_what_the_graphs_compute(decoder: GraphOriginal, sets: tu
     np.testing.assert_allclose(results.read("states")[row], [state[0, -1] for state in states], atol=1e-5)
     np.testing.assert_allclose(results.read("plain")[row], normed[0, -1], atol=1e-5)
     assert results.read("tokens")[row, -1].tolist() == np.argsort(-logits[0, -1])[:5].tolist()
-    second = decoder.lanes(LaneSettings(1, 2)).prompt(inputs)["projected"].numpy()[0]
+    second = decoder.lanes(LaneSettings(1, 2, tokens=4)).prompt(inputs)["projected"].numpy()[0]
     np.testing.assert_allclose(results.read("lane-1-2")[row], second, atol=1e-6)
 
 
@@ -117,13 +118,23 @@ def test_layers_are_located(decoder: GraphOriginal, sets: tuple[str, str], tmp_p
     assert located is not None and set(located.evidence.sweep.pairs) == {(0, 1), (1, 2)}
 
 
-def test_layers_left_open_are_found_on_one_half(decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path) -> None:
+def test_layers_left_open_are_found_on_one_half(
+    decoder: GraphOriginal, sets: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With second lanes over as many tokens as the one that is written."""
+    lanes, seen = GraphOriginal.lanes, set()
+
+    def watched(self: GraphOriginal, settings: LaneSettings, **more: Any) -> Any:
+        seen.add(settings.tokens)
+        return lanes(self, settings, **more)
+
+    monkeypatch.setattr(GraphOriginal, "lanes", watched)
     options = sasa_export.Options(
         model=str(decoder.source.directory), out=tmp_path / "out", calibration=(sets[1],), safety_layer="auto",
-        semantic_layer=3, max_false_positive_rate=0.2, verify="files",
+        semantic_layer=3, max_false_positive_rate=0.2, verify="files", lane_tokens=4,
     )  # fmt: skip
     patch = sasa_export.patch(options)
-    assert patch.sasa["semantic_layer"] == 3
+    assert patch.sasa["semantic_layer"] == 3 and seen == {4}
     assert "found by a sweep over 3 pairs on one half of the calibration prompts" in patch.sasa["layers_from"]
     assert patch.calibration is not None
     assert next(figure for figure in patch.calibration.figures if figure.part == "all").harmful == 20

@@ -10,6 +10,7 @@ from sasa_export.errors import RewriteError
 from sasa_export.graph import LayerGraph, Node
 from sasa_export.graph.diagram import LABELS, mermaid
 from sasa_export.graph.rewrite import LaneSettings, rewrite
+from sasa_export.runtime.lane import lane_tokens
 
 SETTINGS = LaneSettings(1, 2, epsilon=1e-5)
 
@@ -40,6 +41,14 @@ def test_the_rewritten_graph() -> None:
         Node("sasa.probe", "probe", ("sasa.lane.norm",), "sasa.probe"),
         Node("sasa.gate", "gate", ("head", "sasa.probe")),
     ]
+
+
+def test_a_lane_over_the_last_tokens_alone() -> None:
+    """The projection says how many; without a number nothing of it stands in the graph."""
+    graph = rewrite(decoder(), LaneSettings(1, 2, tokens=8))
+    assert graph["sasa.projection"].attributes == {"epsilon": 1e-6, "tokens": 8}
+    assert (lane_tokens(graph.to_json()), lane_tokens(rewrite(decoder(), SETTINGS).to_json())) == (8, None)
+    assert "projection, last 8 tokens" in boxes(mermaid(graph)).values()
 
 
 def test_no_projection_where_something_is_added_behind_the_last_block() -> None:

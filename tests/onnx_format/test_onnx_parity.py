@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
-from onnx_runner import STEPS, TOLERANCE, Runner, follow
+from onnx_runner import STEPS, TOLERANCE, Runner, follow, positions
 
 from sasa_export.writers.onnx.recipes import RECIPES
 
@@ -40,6 +40,26 @@ def test_right_padding(family: str, split: Any, exported: Any) -> None:
     guard = split(family)
     _, differences = follow(guard, Runner(exported(guard.directory)), guard.batch(count=3, padding_side="right"), 0)
     assert max(differences) < TOLERANCE
+
+
+@pytest.mark.parametrize("reach", [8, *(pytest.param(reach, marks=pytest.mark.slow) for reach in (1, 64))])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lane_over_the_last_tokens(family: str, reach: int, split: Any, exported: Any) -> None:
+    """Whole, under pads on either side, and in pieces, of which the last brings one token; 64 is more than all."""
+    guard = split(family, lane_tokens=reach)
+    runner = Runner(exported(guard.directory))
+    for side, images in (("left", True), ("right", True), ("left", False)):
+        inputs = guard.batch(count=6, images=images, padding_side=side)
+        _, differences = follow(guard, runner, inputs, 1 if side == "left" else 0)
+        assert max(differences) < TOLERANCE
+    runner.ask(guard, inputs)
+    np.testing.assert_allclose(runner.probability, guard.expected(inputs).numpy(), rtol=0, atol=TOLERANCE)
+    alone = guard.batch(count=1, images=False)
+    tokens, mask = alone["input_ids"].numpy(), alone["attention_mask"].numpy()  # (1, tokens)
+    count = tokens.shape[1]
+    for ends in ([count - 1, count], [count // 2, count - 3, count]):
+        runner.pieces(runner.embed(tokens), mask, positions(guard, alone)[0].numpy(), ends)
+        np.testing.assert_allclose(runner.probability, guard.expected(alone).numpy(), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -210,13 +210,15 @@ def hooks_of_the_decoder(model: Any) -> int:
     return sum(len(module._forward_hooks) for module in (*decoder.layers, decoder.norm))
 
 
+@pytest.mark.parametrize("reach", [None, 8])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
-def test_features_are_those_of_the_oracle(stock: Stock, family: str) -> None:
+def test_features_are_those_of_the_oracle(stock: Stock, family: str, reach: int | None) -> None:
     """Both lanes, through the head, are the logits of two full passes with hooks, whatever the batches."""
     model, processor = stock(family)
     before = hooks_of_the_decoder(model)
     prompts = chats(5, pictures=True)
-    lane = rewrite_lane(trace(model, family_of(family), encode(processor, prompts[:1])), LaneSettings(1, 3))
+    settings = LaneSettings(1, 3, tokens=reach)
+    lane = rewrite_lane(trace(model, family_of(family), encode(processor, prompts[:1])), settings)
     head = model.get_output_embeddings().weight.detach()  # (vocabulary, hidden)
     seen: list[int] = []
     for batch_size in (1, 3, 16):
@@ -224,7 +226,8 @@ def test_features_are_those_of_the_oracle(stock: Stock, family: str) -> None:
         assert features.projected.dtype == np.float32 and features.projected.shape == (5, tiny.HIDDEN)
         for row, prompt in enumerate(prompts):
             inputs = encode(processor, [prompt])
-            projected, plain = oracle.oracle_logits(model, inputs, 1, 3), oracle.plain_logits(model, inputs)
+            projected = oracle.lane_logits(model, inputs, 1, 3, reach)  # (1, vocabulary)
+            plain = oracle.plain_logits(model, inputs)  # (1, vocabulary)
             for state, expected in ((features.projected, projected), (features.plain, plain)):
                 found = head @ torch.from_numpy(state[row])  # (vocabulary,)
                 torch.testing.assert_close(found, expected[0], rtol=0, atol=2e-4)

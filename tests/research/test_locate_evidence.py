@@ -38,12 +38,13 @@ def test_the_second_lane_is_the_oracles(stock: Stock, family: str) -> None:
     model, processor = stock(family)
     inputs = tiny.prompts(processor, images=True, count=2, seed=0, padding_side="left")
     graph = trace(model, families.family_of(model.config.model_type), dict(inputs))
-    lanes = {str(pair): rewrite_lane(graph, LaneSettings(*pair)) for pair in ((0, 1), (4, 5))}
+    cases = [(0, 1, None), (4, 5, None), (0, 1, 8)]  # safety layer, semantic layer, and over how many tokens
+    lanes = {str(case): rewrite_lane(graph, LaneSettings(*case[:2], tokens=case[2])) for case in cases}
     with reading(model, processor, graph, lanes) as read:
         seconds = dict(read(ASKED, list(lanes)))  # (rows, hidden) each
-    for pair in ((0, 1), (4, 5)):
-        found = model.get_output_embeddings()(torch.from_numpy(seconds[str(pair)]))  # (rows, vocabulary)
-        expected = oracle.oracle_logits(model, encode(processor, ASKED), *pair)
+    for case in cases:
+        found = model.get_output_embeddings()(torch.from_numpy(seconds[str(case)]))  # (rows, vocabulary)
+        expected = oracle.lane_logits(model, encode(processor, ASKED), *case)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

@@ -23,6 +23,7 @@ from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import last_name, made_with
+from sasa_export.runtime.lane import lane_tokens
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
 
@@ -131,7 +132,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     # Where the patched model has no second lane, what the family's layers would give, to compare it with.
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap)
+    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, lane_tokens(sasa["graph"]))
     return Subject(
         options, original, dtype_of(options.model), sasa, against, made, evaluation, len(prompts) - len(evaluation),
         calibration, ", ".join(specs) or "the built-in calibration set", lane,

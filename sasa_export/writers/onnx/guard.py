@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sasa_export.runtime.host import find_cache, read_ledger
+from sasa_export.runtime.lane import lane_tokens
 
 # Of the state's length. On smol-llava float16 is 0.001 away, weights in blocks of 8 bits 0.012, of 4 bits 0.19.
 TOLERANCE = 0.005
@@ -62,6 +63,15 @@ class ExportedGuard:
             first = first[:, -call.numbers.shape[1] :]  # (batch, tokens)
             context = context._replace(projection=self.witness(context.projection, kwargs["inputs_embeds"], first))
         return call, context
+
+    def _judge(self, model: Any, context: Any, due: Any) -> torch.Tensor:
+        found = super()._judge(model, context, due)  # type: ignore[misc]
+        if self.witness is None or lane_tokens(self.graph) is None:  # type: ignore[attr-defined]
+            return found
+        # What the witness said of an earlier call stands where such a lane may not reach.
+        _, states = self.ledger.unpack(context.kept or self.ledger.empty(context.projection))  # type: ignore[attr-defined]
+        lost = (states != states).sum((1, 2)) > 0  # (batch,); of no tokens, `any` would have no value in ONNX
+        return found.masked_fill(lost, float("nan"))
 
     def _report(self, output: Any, call: Any, due: Any, held: torch.Tensor, request: Any) -> None:
         output["is_due"] = due.rows.any()  # () bool: the second lane's branch runs where it holds

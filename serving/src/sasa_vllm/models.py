@@ -135,6 +135,8 @@ def guard_decoder(language_model: Any, graph: list[dict[str, Any]]) -> Any:
             "the probe of this model reads logits (lane_head), which sasa-vllm does not. Use transformers."
         )
     projections = [node for node in graph if node["op"] == "projection"]
+    if any(node.get("tokens") for node in projections):
+        raise ValueError("sasa-vllm runs the lane over all tokens. Export this model with --lane-tokens all.")
     decoder.lanes = 1 + len(projections)
     decoder.tapped = tuple(indices["tap"]) if projections else ()  # the safety layer, then the semantic one
     decoder.epsilon = projections[0]["epsilon"] if projections else 0.0
