@@ -12,7 +12,7 @@ from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import Source
 from sasa_export.models.contents import read_object
 from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
-from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL, refusal_tokens
+from sasa_export.runtime.settings import FORMATS, LONGEST_REFUSAL, refusal_tokens
 
 
 def sasa_settings(
@@ -33,7 +33,7 @@ def sasa_settings(
     """
     opening = generation_prompt_ids(processor)
     return {
-        "format": FORMAT,
+        "format": FORMATS[lane.tokens is not None],
         "safety_layer": lane.safety_layer,
         "semantic_layer": lane.semantic_layer,
         "layers_from": layers_from,
