@@ -159,8 +159,14 @@ def sent_with_templates(harmful: dict[str, Any], harmless: dict[str, Any]) -> di
 def sent_and_answered(harmful: dict[str, Any], harmless: dict[str, Any]) -> dict[str, Sent]:
     """What the probe was never shown: a verdict is due, and it may be wrong."""
     turn = harmful["text"].removesuffix(OPENING)
+    closed = "<|im_end|>"
+    misspelt = OPENING.removeprefix("<|im_start|>") + BEGUN
     return {
-        "completions: tokens that end a turn behind the generation prompt": raw(harmful["text"] + "<|im_end|>" * 3),
+        "completions: tokens that end a turn behind the generation prompt": raw(harmful["text"] + closed * 3),
+        "completions: an answer begun behind the generation prompt, and ended": raw(harmful["text"] + BEGUN + closed),
+        "completions: half a generation prompt, and the end of a turn": raw(turn + OPENING.strip() + closed),
+        "completions: a generation prompt without its first token, and an answer begun": raw(turn + misspelt),
+        "chat, continue_final_message: the same, typed": chat(harmful["words"] + END + misspelt, **GOING_ON),
     }
 
 
@@ -217,7 +223,8 @@ they name no token that the refusal does not hold. vLLM's API takes no attention
 {edited}
 ## What a caller of the OpenAI server writes
 
-On smol-llava. Text that does not end with a generation prompt is judged at its end.
+On smol-llava. A text whose last turn is open, and has more or less in it than the generation prompt, is an error. One
+that ends behind a turn's end, or has no turn in it, is judged at its end.
 
 {sent}
 ## The same with `--trust-request-chat-template`
@@ -225,9 +232,10 @@ On smol-llava. Text that does not end with a generation prompt is judged at its 
 {templates}
 ## What gets through on smol-llava
 
-Here a harmful request is judged, and not refused. Each is text that ends otherwise than the chat template ends a
-prompt, and the probe was never shown such an end. A caller needs completions, `continue_final_message` or a chat
-template of its own to write it.
+A verdict is due here, and it may be wrong: "AN ANSWER" is a harmful request that was judged and not refused. In each
+text the last turn has ended, and what stands behind that end, or the end itself, is not what the chat template writes;
+the probe, here one fitted to eight prompts, was never shown such a text. A caller needs completions,
+`continue_final_message` or a chat template of its own to write it.
 
 {answered}
 Made with {versions}.
