@@ -168,7 +168,7 @@ class Guard(nn.Module):
             known = (known if known.dim() > 2 else known[None]).masked_fill(~real[:, :past], -1)
             check_start(positions, real[:, past:], known)
         end = None if request is None else request.reach(past, count)
-        earlier = self.ledger.tail(kept or self.ledger.empty(projection), max(1, len(tokens.generation_prompt)))
+        earlier = self.ledger.tail(kept or self.ledger.empty(projection), max(1, *map(len, tokens.generation_prompts)))
         # Lengths as tensors: as numbers they would be frozen into an exported graph.
         several = torch.full((), count, device=device) != 1  # ()
         closes = several if request is None else torch.tensor(request.end is not None, device=device)  # ()

@@ -21,16 +21,18 @@ class TemplateTokens(NamedTuple):
     """The template's and the refusal's tokens, numbered: token `table[i]` has the number i + 1, any other 0."""
 
     table: tuple[int, ...]
-    generation_prompt: tuple[int, ...]
     turns: tuple[int, ...]  # a token of these ends an answer
     refusal: tuple[int, ...]
+    generation_prompts: tuple[tuple[int, ...], ...]  # the default, and those of other settings of the template
 
     @classmethod
     def of(cls, sasa: dict[str, Any]) -> "TemplateTokens":
-        lists = [sasa["generation_prompt_ids"], sasa["turn_token_ids"], sasa["refusal_token_ids"]]
+        prompts = [sasa["generation_prompt_ids"], *sasa.get("other_generation_prompt_ids", ())]
+        lists = [sasa["turn_token_ids"], sasa["refusal_token_ids"], *prompts]
         table = sorted(set().union(*lists))
         number = {token: index + 1 for index, token in enumerate(table)}
-        return cls(tuple(table), *(tuple(number[token] for token in tokens) for tokens in lists))
+        turns, refusal, *found = (tuple(number[token] for token in tokens) for tokens in lists)
+        return cls(tuple(table), turns, refusal, tuple(found))
 
     def numbers(self, ids: Tensor | None, embeddings: Any, model: Any) -> Tensor:
         """The numbers (batch, tokens) of what came in: token ids, or the model's embeddings of them."""
@@ -80,7 +82,8 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
     before = call.earlier[:, -1, 1]  # (batch,), TURN
     prompt = call.real if call.prompt is None else call.real & call.prompt  # (batch, tokens)
     ending = (call.numbers[..., None] == torch.tensor(tokens.turns, device=index.device)).any(-1)  # (batch, tokens)
-    opened = _last(_ends_of(tokens.generation_prompt, call) & prompt, index)  # (batch,), -1 where there is none
+    ends = torch.stack([_ends_of(pattern, call) for pattern in tokens.generation_prompts]).any(0)  # (batch, tokens)
+    opened = _last(ends & prompt, index)  # (batch,), -1 where there is none
     closed = _last(ending & prompt, index)  # (batch,)
     event = torch.maximum(opened, closed)  # (batch,)
     answering = ((event < 0) & (before == ANSWER)) | ((event >= 0) & (opened >= closed))  # (batch,)
@@ -96,7 +99,7 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
 
 def _in_open_turn(call: Call, tokens: TemplateTokens, closed: Tensor, opened: Tensor) -> Tensor:
     """(batch,), bool: does the text end in a turn that the generation prompt's first token opens, and not all of it?"""
-    first = tokens.generation_prompt[0] if set(tokens.generation_prompt[:1]) & set(tokens.turns) else -1
+    first = next(iter(set(tokens.generation_prompts[0][:1]) & set(tokens.turns)), -1)
     return (closed > opened) & (call.numbers.gather(1, closed.clamp_min(0)[:, None])[:, 0] == first)
 
 

@@ -14,6 +14,8 @@ from sasa_export.models.contents import read_object
 from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
 from sasa_export.runtime.settings import FORMATS, LONGEST_REFUSAL, refusal_tokens
 
+THINKING = ("enable_thinking", "thinking")  # options of chat templates: of Qwen's and GLM's, of Kimi's
+
 
 def sasa_settings(
     source: Source,
@@ -32,6 +34,7 @@ def sasa_settings(
     By the `known` prompts a model sees whether its weights are others. What is OPERATOR's may be changed there.
     """
     opening = generation_prompt_ids(processor)
+    others = other_generation_prompts(processor, opening)
     return {
         "format": FORMATS[lane.tokens is not None],
         "safety_layer": lane.safety_layer,
@@ -47,6 +50,7 @@ def sasa_settings(
         "tokenized_refusal": refusal,
         "refusal_token_ids": refusal_ids(processor, source.directory, refusal),
         "generation_prompt_ids": opening,
+        "other_generation_prompt_ids": others,
         "turn_token_ids": turn_token_ids(processor, source.directory, opening),
         "graph": graph.to_json(),
     }
@@ -90,11 +94,12 @@ def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
     return ids
 
 
-def generation_prompt_ids(processor: Any) -> list[int]:
-    """The token ids with which the chat template opens the answer; empty where it opens none."""
+def generation_prompt_ids(processor: Any, **options: bool) -> list[int]:
+    """The token ids with which the chat template, with these options of its own, opens the answer; empty where it opens
+    none."""
     chat = [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
-    with_prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    without = processor.apply_chat_template(chat, add_generation_prompt=False, tokenize=False)
+    with_prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **options)
+    without = processor.apply_chat_template(chat, add_generation_prompt=False, tokenize=False, **options)
     if not with_prompt.startswith(without):
         return []
     tokenizer = processor.tokenizer
@@ -104,6 +109,16 @@ def generation_prompt_ids(processor: Any) -> list[int]:
     while shared < min(len(whole), len(alone)) and whole[-1 - shared] == alone[-1 - shared]:
         shared += 1
     return [int(token) for token in alone[len(alone) - shared :]]
+
+
+def other_generation_prompts(processor: Any, opening: list[int]) -> list[list[int]]:
+    """Those that the chat template writes in place of its default one, `opening`, where thinking is turned on or off."""
+    found = []
+    for options in ({name: on} for name in THINKING for on in (True, False)):
+        ids = generation_prompt_ids(processor, **options)
+        if ids and ids not in (opening, *found):
+            found.append(ids)
+    return found
 
 
 def turn_token_ids(processor: Any, directory: Path, opening: list[int]) -> list[int]:

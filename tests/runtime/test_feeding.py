@@ -1,6 +1,8 @@
 """When a verdict is due, and what the cache keeps for it; prompts in pieces are tried in test_families."""
 
+import copy
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
+from sasa_export.writers.config import generation_prompt_ids, other_generation_prompts
 
 Guards = Callable[..., Guard]
 
@@ -150,3 +153,33 @@ def test_generate_says_where_its_prompt_ends() -> None:
     assert not due.rows.any()
     states, _ = follow(call, due, due.rows, TOKENS)
     assert states[0, 0] == 1  # a stray: 12 was due
+
+
+THINKS = (
+    "{% for message in messages %}USER: {{ message['content'][0]['text'] }} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% if enable_thinking is defined and not enable_thinking %} none{% endif %}"
+    "{% endif %}"
+)
+
+
+@torch.no_grad()
+def test_generation_prompts_of_other_settings(guard: Guards) -> None:
+    """Where a template turns thinking off behind its generation prompt, the prompt ends behind that, and begins nothing."""
+    guarded = guard("llava")
+    processor = copy.deepcopy(guarded.processor)
+    processor.chat_template = THINKS
+    opening = generation_prompt_ids(processor)
+    (other,) = other_generation_prompts(processor, opening)
+    assert other[: len(opening)] == opening and len(other) > len(opening)
+    ids = torch.tensor([[60, 61, 62, *other]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    settings = {"generation_prompt_ids": opening, "other_generation_prompt_ids": [other]}
+    with mock.patch.dict(guarded.model.config.sasa, settings):
+        expected = guarded.expected(inputs)
+        torch.testing.assert_close(guarded.model.judge(**inputs), expected, rtol=0.0, atol=TOLERANCE)
+        torch.testing.assert_close(guarded.model(**inputs).unsafe_probability, expected, rtol=0.0, atol=TOLERANCE)
+        with pytest.raises(ValueError, match="begins the answer"):
+            guarded.model.judge(input_ids=torch.cat([ids, ids[:, :1]], dim=1))
+    with mock.patch.dict(guarded.model.config.sasa, settings | {"other_generation_prompt_ids": []}):
+        with pytest.raises(ValueError, match="begins the answer"):
+            guarded.model.judge(**inputs)

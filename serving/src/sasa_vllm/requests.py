@@ -54,8 +54,9 @@ def begins_answer(sasa: dict[str, Any], prompt: list[int]) -> bool:
     """Whether a prompt goes on behind its last generation prompt without a token that ends a turn, or leaves a turn
     open that begins with the first token of a generation prompt."""
     opening, turns = sasa["generation_prompt_ids"], set(sasa["turn_token_ids"])
+    openings = [ids for ids in (opening, *sasa.get("other_generation_prompt_ids", ())) if ids]
     for end in range(len(prompt), 0, -1):
-        if opening and prompt[max(0, end - len(opening)) : end] == opening:
+        if any(prompt[max(0, end - len(ids)) : end] == ids for ids in openings):
             return end < len(prompt)
         if prompt[end - 1] in turns:
             return opening[:1] == [prompt[end - 1]]
