@@ -165,8 +165,7 @@ class Guard(nn.Module):
             check_start(positions, real)
         elif request is not None and (count > 1 or not request.reached):
             known = self.ledger.positions(self.ledger.unpack(kept)[0]).to(device)  # (batch, past), or with axes before
-            known = (known if known.dim() > 2 else known[None]).masked_fill(~real[:, :past], -1)
-            check_start(positions, real[:, past:], known)
+            check_start(positions, real, known if known.dim() > 2 else known[None])
         end = None if request is None else request.reach(past, count)
         earlier = self.ledger.tail(kept or self.ledger.empty(projection), max(1, *map(len, tokens.generation_prompts)))
         # Lengths as tensors: as numbers they would be frozen into an exported graph.

@@ -97,13 +97,13 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
 
 
 def check_start(positions: Tensor, real: Tensor, before: Tensor | None = None) -> None:
-    """ValueError where positions (axes, batch or 1, tokens) of a call do not go on from those `before` it (axes, batch,
-    past), -1 at padding; without any, where the first real token of a row, by `real` (batch, tokens), has a position
-    after its place in the call."""
-    first = real & (real.cumsum(-1) == 1)  # (batch, tokens)
-    least, most = positions[0].amin(), torch.arange(real.shape[1], device=real.device)  # (), (tokens,)
+    """ValueError where the positions (axes, batch or 1, tokens) of a call, at a row's first real token by `real` (batch,
+    context), do not go on from those `before` it, (axes, batch, past), or from 0. Padding may be counted or not."""
+    past = real.shape[1] - positions.shape[-1]
+    first = real[:, past:] & (real[:, past:].cumsum(-1) == 1)  # (batch, tokens)
+    least, most = positions[0].amin(), torch.arange(positions.shape[-1], device=real.device)  # (), (tokens,)
     if before is not None:
-        least, most = before[0].amax(-1)[:, None], before.amax((0, 2))[:, None] + 1  # (batch, 1)
-    wrong = first & ((positions[0] < least) | (positions[0] > most))  # (batch, tokens)
-    if wrong.any():
+        least = before[0].masked_fill(~real[:, :past], -1).amax(-1)[:, None]  # (batch, 1)
+        most = most + before.amax((0, 2))[:, None] + 1  # (batch, tokens)
+    if (first & ((positions[0] < least) | (positions[0] > most))).any():
         raise ValueError(f"{UNKNOWN}: its positions say that tokens are missing.")

@@ -290,7 +290,7 @@ KINDS = {
     "a long system prompt before a short question": lambda bench: [bench.chat(("system", LONG), ("user", "why"))],
     "the generation prompt in the user's text": with_generation_prompts,
     "text behind an ended answer": ended_answer,
-    "the beginning of sequence alone": lambda bench: [bench.of_ids([bench.tokenizer.bos_token_id or 1])],
+    "the beginning of sequence alone": lambda bench: [bench.of_ids([bench.tokenizer.bos_token_id or 60])],
 }
 for name, prompts in KINDS.items():
     enter(PROMPTS, {name: {}}, prompts=prompts, on=THREE)

@@ -157,14 +157,14 @@ def test_generate_says_where_its_prompt_ends() -> None:
 
 THINKS = (
     "{% for message in messages %}USER: {{ message['content'][0]['text'] }} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% if enable_thinking is defined and not enable_thinking %} none{% endif %}"
-    "{% endif %}"
+    "{% if add_generation_prompt %}ASSISTANT:"
+    "{% if enable_thinking is defined and not enable_thinking %} none{% endif %}{% endif %}"
 )
 
 
 @torch.no_grad()
 def test_generation_prompts_of_other_settings(guard: Guards) -> None:
-    """Where a template turns thinking off behind its generation prompt, the prompt ends behind that, and begins nothing."""
+    """Where a template turns thinking off behind its generation prompt, the prompt ends behind that."""
     guarded = guard("llava")
     processor = copy.deepcopy(guarded.processor)
     processor.chat_template = THINKS
