@@ -97,8 +97,8 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
 
 
 def check_start(positions: Tensor, real: Tensor, before: Tensor | None = None) -> None:
-    """ValueError where the positions (axes, batch or 1, tokens) of a call, at a row's first real token by `real` (batch,
-    context), do not go on from those `before` it, (axes, batch, past), or from 0. Padding may be counted or not."""
+    """ValueError where the positions (axes, batch or 1, tokens) of a call do not go on, at a row's first real token by
+    `real` (batch, context), from those `before` it, (axes, batch, past), or from 0. Padding may be counted or not."""
     past = real.shape[1] - positions.shape[-1]
     first = real[:, past:] & (real[:, past:].cumsum(-1) == 1)  # (batch, tokens)
     least, most = positions[0].amin(), torch.arange(positions.shape[-1], device=real.device)  # (), (tokens,)

@@ -95,7 +95,7 @@ def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
 
 
 def generation_prompt_ids(processor: Any, **options: bool) -> list[int]:
-    """The token ids with which the chat template opens the answer, under options of its own; empty where it does not."""
+    """The token ids with which the chat template, given its options, opens the answer; empty where it opens none."""
     chat = [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
     with_prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **options)
     without = processor.apply_chat_template(chat, add_generation_prompt=False, tokenize=False, **options)
@@ -112,7 +112,7 @@ def generation_prompt_ids(processor: Any, **options: bool) -> list[int]:
 
 def other_generation_prompts(processor: Any, opening: list[int]) -> list[list[int]]:
     """What the chat template writes in place of its default one, `opening`, where thinking is turned on or off."""
-    found = []
+    found: list[list[int]] = []
     for options in ({name: on} for name in THINKING for on in (True, False)):
         ids = generation_prompt_ids(processor, **options)
         if ids and ids not in (opening, *found):
