@@ -174,7 +174,7 @@ def _fits(alias: str, name: str) -> bool:
 
 def matrix_page(marks: Marks, rows: Sequence[Any] = ()) -> tuple[str, list[str]]:
     """A row for each way of running, under the heading of its section."""
-    from matrix import feeding, hosts, loading, options  # noqa: F401
+    from matrix import feeding, hosts, loading, options, ways  # noqa: F401
     from matrix.rows import ROWS
 
     sections: dict[str, list[list[str]]] = {}

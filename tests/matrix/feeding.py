@@ -344,7 +344,8 @@ def prefilled_with_the_refusal(bench: Bench, model: Any, inputs: Inputs) -> Tens
 enter(PROMPTS, {SURE: prefilled()}, prompts=single, on=THREE, remark=BEGUN)
 PIECES = {f"{SURE}, no cache": prefilled(use_cache=False), f"{SURE}, in chunks of 2": prefilled(prefill_chunk_size=2)}
 enter(PROMPTS, PIECES, prompts=single, harmful=TOKENS_OF_IT, remark=BEGUN)
-enter(PROMPTS, {f"{SURE}, by hand": prefilled_by_hand}, prompts=single, on=BOTH, remark=BEGUN)
+NOT_READ = "judged at the generation prompt; the caller's tokens are not judged"
+enter(PROMPTS, {f"{SURE}, by hand": prefilled_by_hand}, prompts=single, on=BOTH, remark=NOT_READ)
 WITH_IT = {"an answer that the caller begins with the refusal": prefilled_with_the_refusal}
 enter(PROMPTS, WITH_IT, prompts=single, remark=BEGUN)
 
