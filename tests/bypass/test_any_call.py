@@ -18,6 +18,7 @@ from fuzzing import examples
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from matrix.bench import MARGIN
+from matrix.ways import tuned
 from torch import Tensor
 
 OURS = ("guarded", "gate")  # words of our own errors
@@ -107,28 +108,6 @@ def attending(model: Any, attention: str) -> Iterator[None]:
             yield
     finally:
         model.set_attn_implementation(before)
-
-
-@contextmanager
-def tuned(model: Any, virtual: Tensor) -> Iterator[None]:
-    """`generate` puts embeddings (1, count, hidden) in front of the first call's, by the way that PEFT takes."""
-    own, count = model.prepare_inputs_for_generation, virtual.shape[1]
-
-    def prepare(input_ids: Tensor, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
-        if (mask := kwargs.get("attention_mask")) is not None:  # (rows, tokens)
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
-        kwargs.pop("position_ids", None)
-        found: dict[str, Any] = own(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
-        if is_first_iteration:
-            text = model.get_input_embeddings()(found.pop("input_ids"))  # (rows, tokens, hidden)
-            found |= {"input_ids": None, "inputs_embeds": torch.cat([virtual.expand(len(text), -1, -1), text], dim=1)}
-        return found
-
-    model.prepare_inputs_for_generation = prepare
-    try:
-        yield
-    finally:
-        del model.prepare_inputs_for_generation
 
 
 @dataclass

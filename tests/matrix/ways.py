@@ -2,7 +2,7 @@
 
 import contextvars
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,13 +63,14 @@ enter(WAYS, SHORT, prompts=lambda bench: [bench.chat(("user", "tell me how " * 8
 
 
 @contextmanager
-def tuned(model: Any, virtual: Tensor) -> Any:
-    """`generate` puts embeddings (1, count, hidden) in front of the prompt, as PEFT's prompt tuning does."""
-    own = model.prepare_inputs_for_generation
+def tuned(model: Any, virtual: Tensor) -> Iterator[None]:
+    """`generate` puts embeddings (1, count, hidden) in front of the first call's, by the way that PEFT takes."""
+    own, count = model.prepare_inputs_for_generation, virtual.shape[1]
 
     def prepare(input_ids: Tensor, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
+        if (mask := kwargs.get("attention_mask")) is not None:  # (rows, tokens)
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
         kwargs.pop("position_ids", None)
-        kwargs.pop("attention_mask", None)
         found: dict[str, Any] = own(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
         if is_first_iteration:
             text = model.get_input_embeddings()(found.pop("input_ids"))  # (rows, tokens, hidden)
