@@ -63,7 +63,7 @@ class Request:
             raise ValueError(f"{UNKNOWN}: {said} tokens were said, and the gate has not seen what they follow from.")
 
     def stream(self, put: Callable, tokens: Tensor) -> None:
-        """Let a streamer put the prompts, and then the answer's tokens, (rows, tokens) or (rows,), where it may."""
+        """Hand a streamer the prompts, and then tokens of the answer, (rows, tokens) or (rows,). Raises as `check`."""
         if self.streamed is None:
             self.streamed = 0
         else:

@@ -82,7 +82,7 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
     context), or (batch, 1, tokens, keys) as static caches get it, one a type of layer."""
     mask = attention_mask
     if isinstance(mask, dict):  # that of the layers which attend to everything
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+        mask = mask.get("full_attention", next(iter(mask.values()), mask))
     if mask is None:
         return torch.ones((like.shape[0], context), dtype=torch.bool, device=like.device)
     shape = mask.shape if isinstance(mask, Tensor) else ()

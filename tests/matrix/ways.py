@@ -140,7 +140,7 @@ enter_checks(WAYS, {"logits by their places, of a refused prompt": scores_of_pla
 
 
 def with_settings(change: Callable[[Any], None], error: str) -> Callable[[Bench], None]:
-    """Settings that are changed behind loading."""
+    """Settings that are changed after loading."""
 
     def check(bench: Bench) -> None:
         twin = copy.deepcopy(bench.model)
@@ -152,7 +152,7 @@ def with_settings(change: Callable[[Any], None], error: str) -> Callable[[Bench]
 
 
 SETTINGS = {
-    "a threshold of 50, behind loading": with_settings(
+    "a threshold of 50, after loading": with_settings(
         lambda model: model.config.sasa.update(threshold=50), "threshold"
     ),
     "other settings in place of config.sasa": with_settings(lambda model: setattr(model.config, "sasa", {}), "no gate"),
