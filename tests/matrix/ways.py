@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from feeding import Loop
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -41,7 +42,8 @@ enter(WAYS, {"flex_attention, static cache, padded": flexible_static}, prompts=m
 
 def unwrapped(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     """Accelerate takes off what it knows of, down to the function that is behind all."""
-    accelerator = Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # else what another test asked for holds
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")  # whose wrapper is what it takes off
     twin = accelerator.prepare(copy.deepcopy(model))
     return generate(accelerator.unwrap_model(twin, keep_fp32_wrapper=False), inputs)
 
