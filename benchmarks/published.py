@@ -32,7 +32,7 @@ from sasa_export.probe.features import collect
 from sasa_export.probe.fit import probability
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe
 from sasa_export.probe.intervals import auc_of, mean_of, share
-from sasa_export.prompts import Prompt, check_disjoint, for_model, load
+from sasa_export.prompts import Prompt, check_disjoint, for_model, load, long_texts
 from sasa_export.prompts.prompt import batches
 from sasa_export.prompts.read import open_picture
 from sasa_export.report import Console, quiet
@@ -78,6 +78,7 @@ SETTINGS = {  # the turns before a request
     "behind two harmless turns": (*NORWAY, *EGG),
     "under a system prompt": (("system", "You answer questions in a friendly and concise way."),),
 }
+LENGTHS, LONG = (80, 240, 800), 120  # words around a request; requests of each set that are asked in long text
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
     "hubble_deep_field.jpg", "moon.png", "motorcycle_left.png", "page.png", "retina.jpg", "rocket.jpg", "text.png",
@@ -109,8 +110,10 @@ def asked_prompts(subject: Subject, folder: Path, limit: int | None) -> list[Pro
         prompts += [replace(prompt, source=name) for prompt in draw(found, limit or count)]
     pictures = photographs(folder)
     beside = [beside_a_photograph(prompt, pictures) for prompt in prompts if prompt.channel == "text"]
-    prompts = [asked for prompt in prompts for asked in in_settings(prompt)] + beside + pictures[:limit]
-    borderline = [prompt for prompt in subject.evaluation if prompt.attack == "borderline"]
+    once, prompts = prompts, [asked for prompt in prompts for asked in in_settings(prompt)] + beside + pictures[:limit]
+    borderline = [it for it in subject.evaluation if it.attack == "borderline" and it.setting == "alone"]
+    drawn = [prompt for name in SETS for prompt in draw([it for it in once if it.source == name], limit or LONG)]
+    prompts += [asked for prompt in drawn for asked in in_long_text(prompt)]
     return prompts + [replace(prompt, source="borderline") for prompt in draw(borderline, limit)]
 
 
@@ -127,6 +130,22 @@ def in_settings(prompt: Prompt) -> list[Prompt]:
     """A text behind each kind of turns, a picture alone."""
     settings = SETTINGS if prompt.channel == "text" else {"alone": ()}
     return [replace(prompt, before=before, setting=setting) for setting, before in settings.items()]
+
+
+def in_long_text(prompt: Prompt) -> list[Prompt]:
+    """A text in every form and length, a picture with a paragraph or two around what is said beside it."""
+    rng = Random(f"{SEED}/{prompt.source}/{prompt.group}")
+    forms = [(form, words) for form in long_texts.FORMS[:3] for words in LENGTHS]
+    forms += [(long_texts.FORMS[3], 240), *((form, 0) for form in long_texts.SETTINGS[4:])]
+    if prompt.channel == "picture":
+        forms = [(form, 240) for form in long_texts.FORMS[:3]]
+    return [
+        replace(
+            long_texts.lengthened(prompt, form, words, "evaluation", rng),
+            setting=f"{form}, {words} words" if words else form,
+        )
+        for form, words in forms
+    ]
 
 
 def beside_a_photograph(prompt: Prompt, photographs: Sequence[Prompt]) -> Prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def measure(
     prompts = original.readable(prompts, report)
     refusal_ids(original.processor, source.directory, options.refusal)
     settings, layers_from = lane_of(original, options, report)  # stand-ins where the layers are still to be found
-    check_probe(given, sizes.vocabulary if rewrite(original.graph, settings).of("lane_head") else sizes.hidden)
+    settings = replace(settings, states=check_probe(given, rewrite(original.graph, settings), sizes))
     report.step("trace", original.check_lane(settings))
     if given is None and (options.finds_layers() or original.shipped(settings, options) is None):
         told = fingerprint(
@@ -147,7 +148,7 @@ def lane_of(original: Original, options: Options, report: Silent) -> tuple[LaneS
     elif None in given and source.family.known_layers(sizes.blocks, sizes.hidden) is None:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
     tokens = lane_tokens_of(options.lane_tokens)
-    return LaneSettings(safety, semantic, softcap=sizes.softcap, tokens=tokens), layers_from
+    return LaneSettings(safety, semantic, softcap=sizes.softcap, tokens=tokens, states=True), layers_from
 
 
 def choose_threshold(

@@ -27,6 +27,7 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin  # noqa: E402
 
 import sasa_export  # noqa: E402
+from sasa_export.options import ALL, REACH  # noqa: E402
 
 pytest_plugins = ["shared_fixtures"]
 
@@ -93,6 +94,7 @@ class Guard:
     weight: Tensor  # (vocabulary,)
     bias: float
     reach: int | None = None  # over how many tokens the lane runs; None: all
+    states: Tensor | None = None  # (2 * hidden,), the probe's weights on the normed states of both layers
 
     @property
     def refusal(self) -> list[int]:
@@ -112,13 +114,21 @@ class Guard:
         """Prompts of different lengths; with `images`, each third row still has none."""
         return dict(tiny.prompts(self.processor, images=images, count=count, seed=seed, padding_side=padding_side))
 
-    def expected(self, inputs: Mapping[str, Any]) -> Tensor:
-        """P(unsafe) of each row (batch,), by the oracle; without layers, by the stock model's own logits."""
+    def expected(self, inputs: Mapping[str, Any], stock: Any = None) -> Tensor:
+        """P(unsafe) of each row (batch,), by the oracle; without layers, by the stock model's own logits.
+
+        Args: stock: in place of its own, one that was treated as a guarded model was.
+        """
+        stock = stock or self.stock
         if self.safety is None or self.semantic is None:
-            logits = oracle.plain_logits(self.stock, inputs)  # (batch, vocabulary)
+            logits = oracle.plain_logits(stock, inputs)  # (batch, vocabulary)
         else:
-            logits = oracle.lane_logits(self.stock, inputs, self.safety, self.semantic, self.reach)
-        return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
+            logits = oracle.lane_logits(stock, inputs, self.safety, self.semantic, self.reach)
+        if self.states is None or self.safety is None or self.semantic is None:
+            return oracle.unsafe_probability(logits, self.weight, self.bias)  # (batch,)
+        read = oracle.normed_states(stock, inputs, (self.safety, self.semantic))  # (batch, 2 * hidden)
+        both, weight = torch.cat([logits.float(), read.float()], -1), torch.cat([self.weight, self.states])
+        return oracle.unsafe_probability(both, weight, self.bias)  # (batch,)
 
     def check_answers(self, found: Tensor, expected: Tensor, refused: Tensor) -> None:
         """Fail where a refused row does not say the refusal, or another one not what the stock model says.
@@ -171,14 +181,21 @@ def guard(
         weight = torch.randn(text.vocab_size, generator=torch.Generator().manual_seed(7)) / 20  # (vocabulary,)
         bias = 0.1
         capped = getattr(text, "final_logit_softcapping", None)  # then the probe reads the logits themselves
-        probe = write_probe(directory / "probe.safetensors", weight if capped else oracle.folded(model, weight), bias)
+        lane = weight if capped else oracle.folded(model, weight)
+        drawn = torch.randn(2 * text.hidden_size, generator=torch.Generator().manual_seed(9)) / 20
+        states = drawn if options.get("projection") != "none" else None
+        whole = lane if states is None else torch.cat([lane, states])
+        probe = write_probe(directory / "probe.safetensors", whole, bias)
         where = {"model": str(tiny_model(family)), "out": directory / "patched", "probe": probe}
         layers = {"safety_layer": safety, "semantic_layer": semantic}
         given: dict[str, Any] = {**where, **layers, "refusal": "I will not help.", "verify": "files", **options}
         sasa_export.patch(sasa_export.Options(**given))
         patched = load(directory / "patched")
-        more = {"reach": options.get("lane_tokens")}
-        return Guard(family, directory / "patched", patched, model, processor, safety, semantic, weight, bias, **more)
+        reach = options.get("lane_tokens", REACH)
+        return Guard(
+            family, directory / "patched", patched, model, processor, safety, semantic, weight, bias,
+            None if reach == ALL else reach, states,
+        )  # fmt: skip
 
     def get(family: str, safety: int | None = 2, semantic: int | None = 4, **options: Any) -> Guard:
         if options.get("projection") == "none":

@@ -120,6 +120,19 @@ def lane_logits(
     return reaching_logits(model, inputs, safety_layer, semantic_layer, reach)
 
 
+def normed_states(model: PreTrainedModel, inputs: Mapping[str, Any], layers: tuple[int, ...]) -> Tensor:
+    """What the head reads (batch, layers * hidden) at each row's last prompt token where the last block is made to put
+    out the state of one of the `layers`, side by side."""
+    head, seen, found = model.get_output_embeddings(), block_outputs(model, inputs, layers), []
+    handle = head.register_forward_pre_hook(lambda _module, args: found.append(args[0]))  # (batch, tokens, hidden)
+    try:
+        for layer in layers:
+            logits_with_state(model, inputs, len(blocks(model)) - 1, seen[layer])
+    finally:
+        handle.remove()
+    return torch.cat([_last(states, inputs) for states in found], dim=-1)
+
+
 def plain_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """The untouched model's logits (batch, vocabulary) at each row's last prompt token."""
     return _last(_all_logits(model, inputs), inputs)

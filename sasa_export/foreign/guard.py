@@ -21,7 +21,7 @@ from sasa_export.writers.onnx.decoder import SIZES, Shape, Signature
 from sasa_export.writers.onnx.guard import for_export
 
 OPSET = 18  # of the guard's nodes, which mean the same in every later one
-PLACEHOLDERS = "sasa"  # the domain of the nodes that the decoder's own take the place of: Lane and Head
+PLACEHOLDERS = "sasa"  # the domain of the nodes that the decoder's own take the place of: Lane, Norm and Head
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class _Around(nn.Module):
         tokens = lane_tokens(sasa["graph"])
         self.decoder, self.norm = _Decoder(ledger.hidden, tokens is not None), nn.Identity()
         self.head = _Placeholder("Head", interface.vocabulary)
-        graph = _steps({"epsilon": sasa["epsilon"], "tokens": tokens}, interface.linear)
+        states = any(node["op"] == "state_norm" for node in sasa["graph"])
+        self.state = _Placeholder("Norm", ledger.hidden)
+        graph = _steps({"epsilon": sasa["epsilon"], "tokens": tokens}, interface.linear, states)
         config = SimpleNamespace(sasa={**sasa, "graph": graph})
         self.sasa = Guard(config, ledger._replace(first=1), len(probe.weight))
         self.sasa.probe.weight.data = torch.from_numpy(probe.weight).float()
@@ -153,16 +155,22 @@ class _Around(nn.Module):
         return output["logits"], present, output["unsafe_probability"], output["is_due"]
 
 
-def _steps(settings: dict[str, Any], linear: bool) -> list[dict[str, Any]]:
+def _steps(settings: dict[str, Any], linear: bool, states: bool) -> list[dict[str, Any]]:
     """The guard's own steps, with one block in place of all."""
     head = {"name": "head", "op": "lane_head", "inputs": ["norm"], "module": "head"}
+    end, pair = "norm" if linear else "head", ("safety", "semantic")
+    normed: list[dict[str, Any]] = [
+        {"name": f"{of}.norm", "op": "state_norm", "inputs": [of], "module": "state"} for of in pair
+    ]
+    read: dict[str, Any] = {"name": "read", "op": "join", "inputs": [end, *(node["name"] for node in normed)]}
     return [
-        *({"name": name, "op": "tap", "inputs": [], "module": name} for name in ("safety", "semantic")),
+        *({"name": name, "op": "tap", "inputs": [], "module": name} for name in pair),
         {"name": "block", "op": "block", "inputs": [], "module": "decoder.lane"},
         {"name": "projection", "op": "projection", "inputs": ["safety", "semantic"], **settings},
         {"name": "lane", "op": "lane_block", "inputs": ["projection"], "module": "decoder.lane"},
         {"name": "norm", "op": "lane_norm", "inputs": ["lane"], "module": "norm"},
         *([] if linear else [head]),
-        {"name": "probe", "op": "probe", "inputs": ["norm" if linear else "head"], "module": "sasa.probe"},
+        *([*normed, read] if states else []),
+        {"name": "probe", "op": "probe", "inputs": ["read" if states else end], "module": "sasa.probe"},
         {"name": "gate", "op": "gate", "inputs": ["probe"], "module": "sasa"},
     ]

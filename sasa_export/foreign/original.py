@@ -14,7 +14,7 @@ import torch
 from sasa_export.errors import TraceError
 from sasa_export.foreign.blocks import OTHER
 from sasa_export.foreign.decoder import Decoder
-from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane, clone
+from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane, add_norm, clone
 from sasa_export.foreign.opened import open_graphs
 from sasa_export.foreign.splice import FAR, guarded_decoder
 from sasa_export.foreign.written import write_graphs
@@ -218,6 +218,11 @@ class GraphOriginal(Decoder):
         ends = {"projected": add("Gather", end, last, axis=1), "plain": add("Gather", blocks.norm, last, axis=1)}
         if logits and not self.linear:
             ends = {name: add_head(blocks, value, f"/sasa/{name}") for name, value in ends.items()}
+        if settings.states:
+            states = (add("Gather", blocks.states[index], add.constant([-1]), axis=1) for index in settings.pair)
+            normed = [add_norm(blocks, state, f"/sasa/state_{number}") for number, state in enumerate(states)]
+            parts = (add("Cast", part, to=ir.DataType.FLOAT) for part in (ends["projected"], *normed))
+            ends["projected"] = add("Concat", *parts, axis=-1)
         return self.run(blocks, ends)
 
     def behind_blocks(self) -> Model:

@@ -18,6 +18,8 @@ LABELS = {
     "projection": "projection",
     "lane_norm": "final norm, judged position",
     "lane_head": "head",
+    "state_norm": "final norm, judged position",
+    "join": "side by side",
     "probe": "probe",
     "gate": "gate",
 }

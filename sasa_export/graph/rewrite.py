@@ -16,8 +16,9 @@ from sasa_export.graph import LayerGraph
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """Zero-based safety and semantic layer, the projection's epsilon, the head's logit soft cap if any, and how many
-    tokens the second lane runs over, back from the judged one: all by default.
+    """Zero-based safety and semantic layer, the projection's epsilon, the head's logit soft cap if any, how many
+    tokens the second lane runs over, back from the judged one, all by default, and whether the probe reads the normed
+    states of both layers too, as well as the lane's.
 
     Without layers there is no projection and no second lane: the probe reads the end of the main lane.
     """
@@ -27,6 +28,7 @@ class LaneSettings:
     epsilon: float = 1e-6
     softcap: float | None = None
     tokens: int | None = None
+    states: bool = False
 
     @property
     def pair(self) -> tuple[int, int] | None:
@@ -51,10 +53,22 @@ def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
         _check_layers(graph, *settings.pair)
         graph = _with_second_lane(graph, *settings.pair, settings)
     graph = graph.add("sasa.lane.norm", "lane_norm", graph["norm"].module)
-    if not graph.of("after_head"):
-        # z = W_head h, so w . z = (W_head^T w) . h: the probe folds exactly into the hidden dimension, and the lane
-        # needs no head. Where something non-linear follows the head, the probe reads logits.
-        return graph
+    # z = W_head h, so w . z = (W_head^T w) . h: the probe folds exactly into the hidden dimension, and the lane needs
+    # no head. Where something non-linear follows the head, the probe reads logits.
+    graph = _with_head(graph, settings) if graph.of("after_head") else graph
+    return _with_states(graph) if settings.pair and settings.states else graph
+
+
+def _with_states(graph: LayerGraph) -> LayerGraph:
+    """Beside the lane, the probe reads the states of both layers at the judged position, behind the final norm."""
+    ends = [graph.nodes[-1].name]
+    for of in ("safety", "semantic"):
+        ends.append(f"sasa.{of}.norm")
+        graph = graph.add(ends[-1], "state_norm", graph["norm"].module, (f"sasa.{of}",))
+    return graph.add("sasa.read", "join", None, tuple(ends))
+
+
+def _with_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     if settings.softcap is None:
         raise RewriteError(
             "after_head: the model changes its logits behind the head in a way that its configuration does not "

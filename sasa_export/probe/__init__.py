@@ -136,7 +136,10 @@ def fit_probes(
 
 
 def metric_of(states: np.ndarray, prompts: Sequence[Prompt], metric: np.ndarray | None) -> np.ndarray | None:
-    """The head's metric and that of `steady_metric` in one, (features, features); None where there is neither."""
+    """The head's metric, for each of the normed states that lie side by side, and that of `steady_metric` in one,
+    (features, features); None where there is neither."""
+    if metric is not None:
+        metric = np.kron(np.eye(states.shape[1] // len(metric)), metric)
     steady = steady_metric(in_metric(states, metric), prompts)
     return metric if steady is None else steady if metric is None else steady @ metric
 

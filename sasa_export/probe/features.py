@@ -88,11 +88,12 @@ def end_of_lane(model: Any, nodes: Sequence[dict[str, Any]], seen: Any, inputs: 
     run on them whole, and showed the Recording `seen` of it."""
     import torch
 
-    from sasa_export.runtime.lane import TYPES, context_arguments, lane_tokens, reached, run_lane, start
+    from sasa_export.runtime.lane import TYPES, at_judged, context_arguments, lane_tokens, reached, run_lane, start
     from sasa_export.runtime.ledger import Ledger
 
     graph, at, arguments = list(nodes), last_real(inputs), seen.arguments
-    node, states = start(graph, seen)  # (batch, tokens, hidden)
+    node, states, outputs = start(graph, seen)  # (batch, tokens, hidden)
+    judged = at_judged(outputs, at)  # (batch, 1, hidden) each
     if lane_tokens(graph) is not None:
         real, axes = _real(inputs), Ledger.of(model.config.get_text_config(decoder=True)).axes
         positions = torch.arange(real.shape[1], device=real.device) if seen.position_ids is None else seen.position_ids
@@ -101,7 +102,7 @@ def end_of_lane(model: Any, nodes: Sequence[dict[str, Any]], seen: Any, inputs: 
         types = next((inputs[name] for name in TYPES if name in inputs), torch.zeros_like(real.long()))
         at, real, states, *others = reached(graph, at, real, states, positions, types)
         arguments = context_arguments(model, graph, states, real.long(), *others)
-    return run_lane(model, graph, {node: states}, arguments, at)[graph[-1]["name"]]
+    return run_lane(model, graph, {**judged, node: states}, arguments, at)[graph[-1]["name"]]
 
 
 def last_real(inputs: dict[str, Any]) -> Any:

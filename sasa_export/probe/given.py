@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from sasa_export.errors import CalibrationError, reworded
+from sasa_export.graph import LayerGraph
+from sasa_export.models.load import Sizes
 from sasa_export.probe.fit import Probe
 
 PROBE_WEIGHT, PROBE_BIAS = "sasa.probe.weight", "sasa.probe.bias"
@@ -33,10 +35,14 @@ def read_probe(path: Path, threshold: float | None) -> Probe:
     return Probe(weight, float(bias.item()), 0.5 if threshold is None else threshold)
 
 
-def check_probe(probe: Probe | None, features: int) -> None:
-    """Raise CalibrationError where a given probe does not fit a model of that many features."""
-    if probe is not None and probe.weight.shape != (features,):
+def check_probe(probe: Probe | None, graph: LayerGraph, sizes: Sizes) -> bool:
+    """Whether the probe of a rewritten `graph` reads the states of both layers beside the lane: one that is given may
+    read the lane alone. CalibrationError where it fits neither."""
+    end = sizes.vocabulary if graph.of("lane_head") else sizes.hidden
+    whole = end + len(graph.of("state_norm")) * sizes.hidden
+    if probe is not None and probe.weight.shape not in ((end,), (whole,)):
         raise CalibrationError(
-            f"the probe has {probe.weight.shape[0]} weights and the model needs {features}. "
-            "It was made for another model."
+            f"the probe has {probe.weight.shape[0]} weights and the model needs {whole}, or {end} to read the lane "
+            "alone. It was made for another model."
         )
+    return probe is None or probe.weight.shape == (whole,)

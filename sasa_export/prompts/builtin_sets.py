@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from math import exp, log
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 from PIL import Image
 
 from sasa_export.models.smol_llava import pieces
+from sasa_export.prompts import long_texts
 from sasa_export.prompts.photographs import photograph
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.render import fits, render
@@ -50,12 +52,15 @@ ATTACKS = {"harmful": "everyday", "harmless": "everyday", "borderline": "borderl
 ALONE = ("blunt", "figurative", "contrast", "sensitive")  # kinds that are asked as text alone
 BORDERLINE = ("twin", "borderline", *ALONE[1:])  # kinds whose harmless requests are not ordinary ones
 ITEMS = 3  # empty points of a list
+IN_LONG_TEXT = {"text": 0.25, "picture": 0.06}  # the shares of prompts that are asked in long text too
+WORDS = (40, 500)  # of long text, short ones as often as long ones
+LENGTHS = (80, 240, 800)  # words of long text in the evaluation set
 IN_SETTING = 0.5  # the share of prompts with a picture that have something before or around them
 SETTINGS = ("greeting", "one turn", "several turns", "refused turn", "system prompt", "small talk", "mixed")
 
 Turns = tuple[tuple[str, str], ...]  # a role and a text each
 
-DATA = tuple(Path(__file__).with_name(name) for name in ("builtin.jsonl", "settings.toml"))
+DATA = tuple(Path(__file__).with_name(name) for name in ("builtin.jsonl", "settings.toml", "long_texts.toml"))
 
 
 def builtin() -> list[Prompt]:
@@ -71,12 +76,23 @@ def builtin() -> list[Prompt]:
         if line["kind"] in ("photo", "text-in-picture"):
             prompts += _about_pictures(base, line.get("picture"), rng)
             continue
-        text = replace(base, name=f"{name}/text", attack="text")
-        if line["kind"] in ALONE:
-            prompts.append(text)
-            continue
-        prompts += [text, in_setting(replace(text, name=f"{name}/setting"), rng), _pictured(base, rng)]
+        asked = [replace(base, name=f"{name}/text", attack="text")]
+        if line["kind"] not in ALONE:
+            asked += [in_setting(replace(asked[0], name=f"{name}/setting"), rng), _pictured(base, rng)]
+        prompts += asked
+        if line["kind"] not in ALONE[1:]:
+            prompts += [it for prompt in asked if prompt.setting == "alone" for it in _in_long_text(prompt)]
     return prompts
+
+
+def _in_long_text(prompt: Prompt) -> Iterator[Prompt]:
+    """Some prompts once more, in long text: by group, so that twins stand in the same."""
+    rng, texts_alone = Random(f"builtin/long/{prompt.channel}/{prompt.group}"), prompt.channel == "text"
+    if rng.random() < IN_LONG_TEXT[prompt.channel]:
+        setting = rng.choice(long_texts.SETTINGS if texts_alone else long_texts.FORMS[:3])
+        words = round(exp(rng.uniform(*map(log, WORDS))))
+        named = replace(prompt, name=f"{prompt.name}/long")
+        yield long_texts.lengthened(named, setting, words, "calibration", rng)
 
 
 def _about_pictures(base: Prompt, words: str | None, rng: Random) -> Iterator[Prompt]:
@@ -149,7 +165,8 @@ def _texts() -> dict[str, Any]:
 
 
 def builtin_evaluation() -> list[Prompt]:
-    """The evaluation set: each request as plain text and as a picture, a split one as its text beside its picture.
+    """The evaluation set: each request as plain text, in long text and as a picture, a split one as its text beside its
+    picture.
 
     `attack` is "everyday" (harmful and harmless twins), "borderline" or "split".
     """
@@ -167,7 +184,10 @@ def builtin_evaluation() -> list[Prompt]:
             prompts.append(replace(base, channel="picture", image=image, question=f"{base.prompt}: {words}"))
             continue
         seed = _seed(line["group"])  # twins share their picture's look and what accompanies it
-        prompts.append(replace(base, name=f"{base.name}/text"))
+        rng = Random(seed)
+        setting, words = rng.choice(long_texts.SETTINGS), rng.choice(LENGTHS)
+        longer = long_texts.lengthened(base, setting, words, "evaluation", rng)
+        prompts += [replace(base, name=f"{base.name}/text"), replace(longer, name=f"{base.name}/long")]
         prompts.append(under_a_carrier(base, seed))
     return prompts
 

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from sasa_export.runtime.formulas import gate, unsafe_probability
 from sasa_export.runtime.host import UNKNOWN, check_start, find_cache, read_ledger, real_tokens, write_ledger
-from sasa_export.runtime.lane import TYPES, Recording, context_arguments, reached, run_lane, start
+from sasa_export.runtime.lane import (
+    TYPES,
+    Recording,
+    Values,
+    at_judged,
+    context_arguments,
+    reached,
+    run_lane,
+    start,
+)
 from sasa_export.runtime.ledger import NUMBER, PICTURE, Ledger
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings
 from sasa_export.runtime.verdict import Call, Due, TemplateTokens, find_due, follow
@@ -82,6 +91,7 @@ class Context(NamedTuple):
     columns: Tensor  # (batch, tokens, columns), int64, of the call's tokens; STATE and TURN are still 0
     node: str  # that the second lane starts from
     projection: Tensor  # (batch, tokens, hidden), its value for the call's tokens
+    outputs: Values  # of the tapped blocks, (batch, tokens, hidden)
     real: Tensor  # (batch, context), bool: no padding
 
 
@@ -152,7 +162,7 @@ class Guard(nn.Module):
         """What a call brought: for the rule, and for ledger and lane. ValueError where its past is not known."""
         numbers = tokens.numbers(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), model)  # (batch, tokens)
         (batch, count), device = numbers.shape, numbers.device
-        node, projection = start(self.graph, seen)  # (batch, tokens, hidden)
+        node, projection, outputs = start(self.graph, seen)  # (batch, tokens, hidden)
         kept = read_ledger(cache, self.ledger, count)
         past = kept[0].shape[2] if kept else 0
         counted = torch.arange(past, past + count, device=device)[None]  # (1, tokens)
@@ -179,7 +189,7 @@ class Guard(nn.Module):
         digits = self.ledger.digits(positions.expand(self.ledger.axes, batch, count)).to(numbers)
         columns = torch.cat([torch.stack([unset, unset, numbers, types.to(numbers)], dim=-1), digits], dim=-1)
         call = Call(numbers, real[:, past:], earlier.to(device), several, closes, prompt)
-        return call, Context(kept, columns, node, projection, real)
+        return call, Context(kept, columns, node, projection, outputs, real)
 
     def _judge(self, model: Any, context: Context, due: Due) -> Tensor:
         """P(unsafe) (batch,) by the second lane, as far as it reaches, NaN where no verdict is due or can be read."""
@@ -193,7 +203,7 @@ class Guard(nn.Module):
         at = due.at + context.real.shape[1] - value.shape[1]  # (batch,)
         at, real, states, *others = reached(graph, at, context.real, states, positions, columns[..., PICTURE])
         arguments = context_arguments(model, graph, states, real.long(), *others)
-        values = run_lane(model, graph, {context.node: states}, arguments, at)
+        values = run_lane(model, graph, {**at_judged(context.outputs, due.at), context.node: states}, arguments, at)
         found = next(values[node["name"]] for node in graph if node["op"] == "probe")  # (batch,)
         return found.to(due.at.device).masked_fill(~due.rows | due.blind, float("nan"))
 

@@ -90,15 +90,23 @@ def within(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
         variable.reset(token)
 
 
-def start(graph: Graph, seen: Recording) -> tuple[str, Tensor]:
+def start(graph: Graph, seen: Recording) -> tuple[str, Tensor, Values]:
     """The node that the second lane starts from, and its value (batch, tokens, hidden): the projection of the tokens
-    that the main lane just ran on, or, without one, what its last block put out."""
+    that the main lane just ran on, or, without one, what its last block put out. And what the tapped blocks put out."""
     outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
     for node in graph:
         if node["op"] == "projection":
             safety, semantic = (outputs[name] for name in node["inputs"])
-            return node["name"], project(safety.to(semantic.device), semantic, node["epsilon"])
-    return next(iter(outputs.items()))
+            return node["name"], project(safety.to(semantic.device), semantic, node["epsilon"]), outputs
+    return *next(iter(outputs.items())), outputs
+
+
+def at_judged(outputs: Values, at: Tensor) -> Values:
+    """What the tapped blocks put out (batch, tokens, hidden), at one token a row, (batch,): (batch, 1, hidden)."""
+    return {
+        name: value.gather(1, at.to(value.device)[:, None, None].expand(-1, 1, value.shape[-1]))
+        for name, value in outputs.items()
+    }
 
 
 def lane_tokens(graph: Graph) -> int | None:
@@ -145,14 +153,20 @@ def context_arguments(model: Any, graph: Graph, states: Tensor, mask: Tensor, po
 def run_lane(model: nn.Module, graph: Graph, values: Values, arguments: Arguments, at: Tensor) -> Values:
     """Execute the second lane's nodes: blocks over the context, with their `arguments`; norm, head and probe at one
     position a row, (batch,). Returns the values that it starts from and all others: (batch, context, hidden) of blocks,
-    (batch, features) behind them, P(unsafe) (batch,)."""
+    (batch, features) behind them, P(unsafe) (batch,). `values` are of `start`, and of `at_judged`."""
     values = dict(values)
     for node in graph:
         operation, before = node["op"], values.get(node["inputs"][0]) if node["inputs"] else None
-        if before is None or operation not in ("lane_block", "lane_norm", "lane_head", "probe"):
+        if before is None or operation not in ("lane_block", "lane_norm", "state_norm", "join", "lane_head", "probe"):
+            continue
+        if operation == "join":
+            parts = [values[name] for name in node["inputs"]]
+            values[node["name"]] = torch.cat([part.to(before.device, before.dtype) for part in parts], dim=-1)
             continue
         module = model.get_submodule(node["module"])
-        if operation == "lane_block":
+        if operation == "state_norm":
+            value = module(before)[:, 0]  # (batch, hidden)
+        elif operation == "lane_block":
             value = replay(module, before, arguments[node["module"]])  # (batch, context, hidden)
         elif operation == "lane_norm":
             rows = torch.arange(before.shape[0], device=before.device)  # (batch,)

@@ -80,8 +80,10 @@ class GuardedModel:
         sasa = check_settings(getattr(config, "sasa", None))
         if sum(node["op"] == "block" for node in sasa["graph"]) != text.num_hidden_layers:
             raise ValueError(f"config.sasa's graph has not as many blocks as the decoder. {HOW_TO_LOAD}")
-        on_logits = any(node["op"] == "lane_head" for node in sasa["graph"])
-        self.sasa: nn.Module = Guard(config, Ledger.of(text), text.vocab_size if on_logits else text.hidden_size)
+        operations = [node["op"] for node in sasa["graph"]]
+        ends = text.vocab_size if "lane_head" in operations else text.hidden_size
+        features = ends + operations.count("state_norm") * text.hidden_size
+        self.sasa: nn.Module = Guard(config, Ledger.of(text), features)
         watch(self, sasa["graph"])
         self.post_init()
 

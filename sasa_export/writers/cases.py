@@ -50,12 +50,19 @@ def known(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Prompt]:
-    """A few prompts of one turn of each label and channel: spread over the scores where there are some, or the set."""
+    """A few prompts of one turn of each label and channel: spread over the scores where there are some, or the set.
+
+    They are asked at each load, so that the longest tenth of them is left out.
+    """
     chosen: list[Prompt] = []
+    longest = sorted(len(prompt.prompt) for prompt in prompts)[len(prompts) * 9 // 10] if prompts else 0
     for label in (1, 0):
         for channel in ("text", "picture"):
-            kind = (label, channel, ())
-            rows = [row for row, it in enumerate(prompts) if (it.label, it.channel, it.before) == kind]
+            kind = (label, channel, (), True)
+            rows = [
+                row for row, it in enumerate(prompts)
+                if (it.label, it.channel, it.before, len(it.prompt) <= longest) == kind
+            ]  # fmt: skip
             if scores is not None:
                 rows.sort(key=lambda row: (scores[row], row))
             step = max(1, (len(rows) - 1) // max(1, per_kind - 1))

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import sasa_export
 from sasa_export.models import EMBEDDED, open_source
 from sasa_export.models.smol_llava import pieces
+from sasa_export.options import REACH
 from sasa_export.prompts.render import render
 
 # What `make demo` asks, under the same innocuous text.
@@ -64,7 +65,8 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
         source = open_source(EMBEDDED).directory
         stock: Any = AutoModelForImageTextToText.from_pretrained(source).eval()
         processor = AutoProcessor.from_pretrained(source)
-        unsafe, safe = oracle.oracle_logits(stock, in_pictures(processor, *REQUESTS), SAFETY, SEMANTIC)  # (vocabulary,)
+        asked = in_pictures(processor, *REQUESTS)
+        unsafe, safe = oracle.lane_logits(stock, asked, SAFETY, SEMANTIC, REACH)  # (vocabulary,) each
         weight = 2 * CERTAIN * (unsafe - safe) / (unsafe - safe).square().sum()  # (vocabulary,)
         bias = float(CERTAIN - unsafe @ weight)
         probe = write_probe(directory / "probe.safetensors", oracle.folded(stock, weight), bias)
@@ -75,7 +77,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
                 safety_layer=SAFETY, semantic_layer=SEMANTIC,
             )
         )  # fmt: skip
-        return Guard("llava", out, load(out), stock, processor, SAFETY, SEMANTIC, weight, bias)
+        return Guard("llava", out, load(out), stock, processor, SAFETY, SEMANTIC, weight, bias, REACH)
 
     return made
 

@@ -21,7 +21,7 @@ from sasa_export.prompts.prompt import encoded
 from sasa_export.verify import verify_directory
 from sasa_export.verify.fresh.onnx_model import Model
 
-PROMPTS = [prompt for prompt in builtin() if prompt.image is None and not prompt.before][::200][:12]
+PROMPTS = [prompt for prompt in builtin() if prompt.image is None and prompt.setting == "alone"][::200][:12]
 pytestmark = pytest.mark.xdist_group("foreign")
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import oracle
 import pytest
 import tiny
 import torch
@@ -121,12 +120,9 @@ class Bench:
             models: a guarded model and its original that were treated alike, in place of the bench's.
         """
         model, stock = models or (self.model, self.stock)
-        safety, semantic = self.guarded.safety, self.guarded.semantic
-        assert safety is not None and semantic is not None
         verdicts: set[bool] = set()
         for inputs in prompts:
-            logits = oracle.oracle_logits(stock, inputs, safety, semantic)
-            scores = oracle.unsafe_probability(logits, self.guarded.weight, self.guarded.bias)  # (rows,)
+            scores = self.guarded.expected(inputs, stock)  # (rows,)
             expected = way(self, stock, copy.copy(inputs))
             for threshold in self.thresholds(scores):
                 assert (scores - threshold).abs().min() > MARGIN / 2, "a score is too close to the threshold"

@@ -96,12 +96,13 @@ def changes(asked: pd.DataFrame, before: float, after: float) -> list[dict[str, 
 
 
 def parts(asked: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
-    """The rows by channel, attack type, category and data set; a kind with one value alone is left out.
+    """The rows by channel, setting, attack type, category and data set; a kind with one value alone is left out.
 
     A request that is split between text and picture is a channel of its own.
     """
     kinds = {
         "channel": asked.channel.mask(asked.attack == SPLIT, SPLIT),
+        "setting": asked.setting,
         "attack type": asked.attack,
         "category": asked.category,
         "data set": asked.source.replace("", "unnamed"),

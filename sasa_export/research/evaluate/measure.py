@@ -24,7 +24,9 @@ from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.research.evaluate.arms import Answers, changes, figures, parts
 from sasa_export.research.evaluate.subject import Subject
 
-ASKED = ("name", "label", "channel", "attack", "category", "prompt", "question", "source", "group")  # of each prompt
+ASKED = (  # of each prompt
+    "name", "label", "channel", "setting", "attack", "category", "prompt", "question", "source", "group",
+)  # fmt: skip
 
 Judged = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
 

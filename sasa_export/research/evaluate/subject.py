@@ -13,7 +13,7 @@ from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import layers_of, open_source
 from sasa_export.models.contents import read_object
-from sasa_export.options import AUTO, check_for_graphs
+from sasa_export.options import AUTO, REACH, check_for_graphs
 from sasa_export.original import Original, TorchOriginal, running_as
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
@@ -132,7 +132,9 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     # Where the patched model has no second lane, what the family's layers would give, to compare it with.
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, lane_tokens(sasa["graph"]))
+    reads = (lane_tokens(sasa["graph"]), any(node["op"] == "state_norm" for node in sasa["graph"]))
+    reads = (REACH, True) if sasa["safety_layer"] is None else reads
+    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, *reads)
     return Subject(
         options, original, dtype_of(options.model), sasa, against, made, evaluation, len(prompts) - len(evaluation),
         calibration, ", ".join(specs) or "the built-in calibration set", lane,

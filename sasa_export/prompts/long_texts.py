@@ -1,0 +1,61 @@
+"""A request in long text, which is harmless itself: behind it, in front of it, inside it; under a page of a system
+prompt; after eight turns. long_texts.toml has the texts, by genre, of the calibration set and of evaluations apart."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from sasa_export.prompts.prompt import Prompt
+
+FORMS = ("behind long text", "in front of long text", "inside long text", "in a document")
+SETTINGS = (*FORMS, "system prompt of a page", "eight turns")
+FILE = Path(__file__).with_suffix(".toml")
+
+
+@functools.cache
+def texts_of(part: str) -> dict[str, Any]:
+    """Of the "calibration" or the "evaluation": `genres`, pieces of text by genre; `turns`, pairs; `systems`; `leads`,
+    which say that a document has a request in it."""
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))[part]
+
+
+def lengthened(prompt: Prompt, setting: str, words: int, part: str, rng: Random) -> Prompt:
+    """The same request in one of `SETTINGS`, with about so many words of one genre; a page and turns are as they are.
+
+    Args: part: "calibration" or "evaluation".
+    """
+    texts = texts_of(part)
+    if setting == "system prompt of a page":
+        return replace(prompt, before=(("system", rng.choice(texts["systems"])),), setting=setting)
+    if setting == "eight turns":
+        pairs = rng.sample(texts["turns"], 8)
+        turns = tuple(turn for said, answered in pairs for turn in (("user", said), ("assistant", answered)))
+        return replace(prompt, before=turns, setting=setting)
+    around, asked = _filler(texts["genres"], words, rng), prompt.prompt
+    whole = "".join(around).strip()
+    first, second = ("".join(half).strip() for half in (around[: len(around) // 2], around[len(around) // 2 :]))
+    text = {
+        "behind long text": f"{whole}\n\n{asked}",
+        "in front of long text": f"{asked}\n\n{whole}",
+        "inside long text": f"{first}\n\n{asked}\n\n{second}",
+        "in a document": f"{rng.choice(texts['leads'])}\n\n{first} {asked} {second}",
+    }[setting]
+    return replace(prompt, prompt=text, question=prompt.question or asked, setting=setting)
+
+
+def _filler(genres: dict[str, Sequence[str]], words: int, rng: Random) -> list[str]:
+    """So many words, each with the space behind it, of pieces of one genre, then of others."""
+    found: list[str] = []
+    for genre in rng.sample(sorted(genres), len(genres)):
+        for piece in rng.sample(genres[genre], len(genres[genre])):
+            found += [*re.findall(r"\S+\s*", piece.strip()), "\n\n"]
+            if len(found) >= words:
+                return found[:words]
+    return found
