@@ -104,6 +104,10 @@ def test_options(model: Callable[[str], Model]) -> None:
         assert said and option in said, (option, said)
 
 
+def projection(sasa: dict[str, Any]) -> dict[str, Any]:
+    return next(node for node in sasa["graph"] if node["op"] == "projection")
+
+
 @pytest.mark.parametrize(
     "edit, said",
     [
@@ -112,6 +116,8 @@ def test_options(model: Callable[[str], Model]) -> None:
         (lambda sasa: sasa.update(format=99), "format"),
         (lambda sasa: sasa.pop("graph"), "no complete"),
         (lambda sasa: sasa.update(threshold=2.0), "threshold"),
+        (lambda sasa: projection(sasa).pop("tokens"), "--lane-tokens 8"),
+        (lambda sasa: projection(sasa).update(tokens=0), "--lane-tokens 8"),
     ],
 )
 def test_settings(model: Callable[[str], Model], tmp_path: Path, edit: Callable[[Any], Any], said: str) -> None:

@@ -75,10 +75,7 @@ def lane_tokens(sasa: dict[str, Any]) -> int:
     """Over how many tokens the lane runs, back from the end of a prompt; 0 where there is none."""
     tokens = [node.get("tokens") for node in sasa["graph"] if node["op"] == "projection"]
     if not all(tokens):
-        raise ValueError(
-            "the second lane of this model runs over all tokens, and on vLLM it runs over the last ones alone. Export "
-            "the model again: sasa-export ... --lane-tokens 8"
-        )
+        raise ValueError("on vLLM no lane runs over all tokens. Export this model again, with --lane-tokens 8.")
     return tokens[0] if tokens else 0
 
 
@@ -95,7 +92,9 @@ def cap_hits(init: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> None:
 
 def check_engine(vllm_config: Any) -> None:
     """Raise ValueError where an option lets the engine answer past the gate, or was never tried with it."""
-    lane_tokens(vllm_config.model_config.hf_config.sasa)
+    if lane_tokens(vllm_config.model_config.hf_config.sasa) > 8 and vllm_config.model_config.is_mm_prefix_lm:
+        # Tokens of a picture may be among more than those of the template, and the lane reads in one direction alone.
+        raise ValueError("this model reads pictures both ways. Export it again, with --lane-tokens 8.")
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     refused = {
         "--speculative-config": vllm_config.speculative_config,

@@ -42,7 +42,7 @@ class Gate:
         self.said: set[str] = set()  # the requests to which the last step said the refusal
         self.lane: Lane | None = None
         self.counts: dict[str, int] = {}  # of tokens by request, in the step that runs
-        self.probability: torch.Tensor | None = None  # (rows,), of the step that runs; None where nothing is due
+        self.probability: torch.Tensor | None = None  # (rows,), of the step that runs
 
     def schedule(self, step: Any) -> None:
         """Follow the requests of a step (vLLM's SchedulerOutput)."""

@@ -26,7 +26,7 @@ class Tail(NamedTuple):
 class Lane:
     """The lane of a decoder, over `tokens` tokens, with the probe (weight and bias) behind it."""
 
-    def __init__(self, decoder: Any, indices: list[int], tokens: int, probe: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, decoder: Any, indices: list[int], tokens: int, probe: tuple[Tensor, ...]) -> None:
         self.tokens, self.norm, self.probe = tokens, decoder.norm, probe
         self.blocks = [lane_block(decoder.layers[index], tokens) for index in indices]
 

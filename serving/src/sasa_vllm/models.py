@@ -41,17 +41,15 @@ class GuardedModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         follow_refusal(config, vllm_config.model_config.model)
         self.sasa = config.sasa
-        self.probe: tuple[torch.Tensor, torch.Tensor] | None = None  # weight (features,) and bias (), float32
+        self.probe: tuple[torch.Tensor, ...] | None = None  # weight (features,) and bias (), float32
         self.gate: Any = None
 
     def guard(self, gate: Any) -> None:
         """Give a gate the lane. The worker calls this when all weights are loaded."""
         if self.probe is None:
             raise RuntimeError(f"no weights were loaded, and no probe, so this model must not answer. {HOW_TO_LOAD}")
-        device = next(self.parameters()).device
-        self.probe = self.probe[0].to(device), self.probe[1].to(device)
-        gate.lane = guard_decoder(self.get_language_model(), self.sasa, self.probe)
-        self.gate = gate
+        self.probe = tuple(tensor.to(next(self.parameters()).device) for tensor in self.probe)
+        self.gate, gate.lane = gate, guard_decoder(self.get_language_model(), self.sasa, self.probe)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         probe = {}
