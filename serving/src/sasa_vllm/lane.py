@@ -73,8 +73,8 @@ class LaneAttention(nn.Module):
         query, key, value = (
             each.reshape(-1, self.tokens, each.shape[-1] // self.size, self.size).transpose(1, 2) for each in projected
         )  # (rows, heads, tokens, size)
-        mask = self.seen.to(query.device)  # (tokens, tokens)
-        out = scaled_dot_product_attention(query, key, value, mask, scale=self.scale, enable_gqa=True)
+        seen = self.seen.to(query.device)  # (tokens, tokens)
+        out = scaled_dot_product_attention(query, key, value, seen, scale=self.scale, enable_gqa=True)
         return out.transpose(1, 2).reshape(projected[0].shape)  # (rows * tokens, heads * size)
 
 

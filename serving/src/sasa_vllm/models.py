@@ -5,15 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm import ModelRegistry
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.logger import init_logger
-from vllm.model_executor.models.gemma3 import Gemma3Model
-from vllm.model_executor.models.glm4 import Glm4Model
-from vllm.model_executor.models.llama import LlamaModel
-from vllm.model_executor.models.mistral import MistralModel
-from vllm.model_executor.models.qwen2 import Qwen2Model
-from vllm.model_executor.models.qwen3_vl import Qwen3LLMModel
 from vllm.platforms import current_platform
 
 from sasa_vllm.config import FAMILIES, GENERATES, WORKER, check_engine, check_version, lane_tokens
@@ -23,8 +18,11 @@ from sasa_vllm.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 logger = init_logger("vllm.sasa")
 
-# Decoders whose forward is the loop over blocks that `GuardedDecoder.forward` writes out.
-DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3LLMModel, Gemma3Model, Glm4Model)
+# Decoders in vLLM's models whose forward is the loop over blocks that `GuardedDecoder.forward` writes out.
+DECODERS = (
+    "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3_vl.Qwen3LLMModel", "gemma3.Gemma3Model",
+    "glm4.Glm4Model",
+)  # fmt: skip
 
 
 class GuardedModel:
@@ -41,7 +39,7 @@ class GuardedModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         follow_refusal(config, vllm_config.model_config.model)
         self.sasa = config.sasa
-        self.probe: tuple[torch.Tensor, ...] | None = None  # weight (features,) and bias (), float32
+        self.probe: tuple[Tensor, ...] | None = None  # weight (features,) and bias (), float32
         self.gate: Any = None
 
     def guard(self, gate: Any) -> None:
@@ -51,10 +49,10 @@ class GuardedModel:
         self.probe = tuple(tensor.to(next(self.parameters()).device) for tensor in self.probe)
         self.gate, gate.lane = gate, guard_decoder(self.get_language_model(), self.sasa, self.probe)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         probe = {}
 
-        def others() -> Iterable[tuple[str, torch.Tensor]]:
+        def others() -> Iterable[tuple[str, Tensor]]:
             for name, tensor in weights:
                 if name.startswith("sasa.probe."):
                     probe[name.rsplit(".", 1)[-1]] = tensor.float()
@@ -68,7 +66,7 @@ class GuardedModel:
         self.probe = weight, bias
         return loaded
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The logits (rows, vocabulary) of what the decoder returns. Where that is the main lane alone, it is what the
         gate judges by."""
         if self.probe is None or self.gate is None:
@@ -86,33 +84,46 @@ class GuardedDecoder:
     def forward(
         self,
         input_ids: Any,
-        positions: torch.Tensor,
+        positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Any = None,
         deepstack_input_embeds: Any = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The end of the main lane, and the projection, (tokens, 2 * hidden).
 
         Args: deepstack_input_embeds: what Qwen3-VL adds of a picture behind its first blocks, (tokens, hidden) each.
         """
         added = [] if deepstack_input_embeds is None else list(deepstack_input_embeds.tensors.values())
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (tokens, hidden)
-        residual, taps = None, []
+        residual = state = None
         for index, block in enumerate(self.layers):
             hidden, residual = block(positions, hidden, residual)
             hidden = hidden + added[index] if index < len(added) else hidden
             if index in self.tapped:
-                taps.append(hidden + residual)  # (tokens, hidden)
+                hidden, state = tap(hidden, residual, state, self.epsilon)  # (tokens, hidden) each
         main, _ = self.norm(hidden, residual)  # (tokens, hidden)
-        return torch.cat([main, project(*taps, self.epsilon)], dim=-1)
+        return torch.cat([main, state], dim=-1)
+
+
+# An operator of our own: torch's compiler reorders what it sees through, and ran the last norm before the last block.
+@torch.library.custom_op("sasa::tap", mutates_args=())
+def tap(hidden: Tensor, residual: Tensor, safety: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    """What goes on to the next block, and a block's output, or the projection of the safety layer's onto that; all are
+    (tokens, hidden)."""
+    state = hidden + residual  # (tokens, hidden)
+    return hidden.clone(), state if safety is None else project(safety, state, epsilon)
+
+
+tap.register_fake(lambda hidden, *_: (torch.empty_like(hidden), torch.empty_like(hidden)))
 
 
 def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any) -> Lane | None:
     """Let the decoder of a language model return the projection, if there is one, and give the lane for it."""
     graph = sasa["graph"]
     decoder = getattr(language_model, "model", language_model)
-    if type(decoder) not in DECODERS:
-        raise ValueError(f"{type(decoder).__name__}: sasa-vllm does not know this decoder, so it cannot guard it.")
+    name = f"{type(decoder).__module__}.{type(decoder).__name__}".removeprefix("vllm.model_executor.models.")
+    if name not in DECODERS:
+        raise ValueError(f"{name}: sasa-vllm does not know this decoder, so it cannot guard it.")
     # The path of a block's module ends in its number.
     indices: dict[str, list[int]] = {"block": [], "tap": [], "lane_block": []}
     for node in (node for node in graph if node["op"] in indices):
