@@ -66,11 +66,8 @@ class Gate:
         return Request(new.prompt_len, refused=True if unfit else None)
 
     def follow(self, ends: torch.Tensor, names: list[str], positions: torch.Tensor) -> None:
-        """Keep the last tokens of each prompt, and run the lane over them where it ends.
-
-        Args: ends: what the decoder returns of a step's tokens, (tokens, 2 * hidden); names: of its requests, in their
-        order; positions: (tokens,), or (axes, tokens).
-        """
+        """Keep the last tokens of each prompt, and run the lane over them where it ends. The decoder returned `ends`
+        (tokens, 2 * hidden) for these requests, in this order, at positions (tokens,) or (axes, tokens)."""
         if self.lane is None:
             return
         projected, begin, whole = ends[:, ends.shape[-1] // 2 :], 0, {}  # (tokens, hidden)

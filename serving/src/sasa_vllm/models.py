@@ -67,8 +67,7 @@ class GuardedModel:
         return loaded
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The logits (rows, vocabulary) of what the decoder returns. Where that is the main lane alone, it is what the
-        gate judges by."""
+        """The logits (rows, vocabulary) of what the decoder returns. The gate judges by it where there is no lane."""
         if self.probe is None or self.gate is None:
             raise RuntimeError("this model has no gate, so it must not answer. Serve it as docs/serving.md says.")
         if self.gate.lane is None:
@@ -82,17 +81,11 @@ class GuardedDecoder:
     """Mixed into a decoder's class: it returns the projection beside the main lane."""
 
     def forward(
-        self,
-        input_ids: Any,
-        positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Any = None,
+        self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None,
         deepstack_input_embeds: Any = None,
-    ) -> Tensor:
-        """The end of the main lane, and the projection, (tokens, 2 * hidden).
-
-        Args: deepstack_input_embeds: what Qwen3-VL adds of a picture behind its first blocks, (tokens, hidden) each.
-        """
+    ) -> Tensor:  # fmt: skip
+        """The end of the main lane, and the projection, (tokens, 2 * hidden)."""
+        # What Qwen3-VL adds of a picture behind its first blocks, (tokens, hidden) each.
         added = [] if deepstack_input_embeds is None else list(deepstack_input_embeds.tensors.values())
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (tokens, hidden)
         residual = state = None
@@ -108,8 +101,7 @@ class GuardedDecoder:
 # An operator of our own: torch's compiler reorders what it sees through, and ran the last norm before the last block.
 @torch.library.custom_op("sasa::tap", mutates_args=())
 def tap(hidden: Tensor, residual: Tensor, safety: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-    """What goes on to the next block, and a block's output, or the projection of the safety layer's onto that; all are
-    (tokens, hidden)."""
+    """What the next block gets, and a block's output, or the safety layer's projected onto it, (tokens, hidden)."""
     state = hidden + residual  # (tokens, hidden)
     return hidden.clone(), state if safety is None else project(safety, state, epsilon)
 
