@@ -101,7 +101,7 @@ def small(folder: Path, family: str | None = None, **options: Any) -> tuple[Load
         tokenizer.add_tokens(["\n" * count for count in range(1, 5)])
         tokenizer.save_pretrained(folder / "stock")
     stock = AutoModelForImageTextToText.from_pretrained(folder / "stock").eval()
-    weight = torch.randn(stock.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(7)) / 20
+    weight = torch.randn(stock.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(35)) / 20
     save_probe(folder, oracle.folded(stock, weight), 0.1)
     layers = {} if "projection" in options else {"safety_layer": 2, "semantic_layer": 4, "lane_tokens": REACH}
     loaded = patch(folder, stock, refusal="I will not help.", **layers, **options)

@@ -68,7 +68,7 @@ def test_last_chunk(model: Callable[[str], Model], name: str, last: int, v2: boo
 @BOTH
 def test_turns(model: Callable[[str], Model], name: str, v2: bool) -> None:
     """Later turns, whose beginning, the answers in it too, comes out of the prefix cache, are judged as without it."""
-    guarded, block, longest = model(name), 16, {"max_tokens": 40, "ignore_eos": True}
+    guarded, block, longest = model(name), 32, {"max_tokens": 40, "ignore_eos": True}
     texts = [prompt for prompt in guarded.prompts if prompt["text"] and not prompt["picture"]]
     seconds = [prompt for prompt in guarded.prompts if not prompt["text"]]
     # What stands in a second turn behind the first answer.

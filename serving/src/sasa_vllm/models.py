@@ -120,11 +120,11 @@ def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any) -> Lane
     indices: dict[str, list[int]] = {"block": [], "tap": [], "lane_block": []}
     for node in (node for node in graph if node["op"] in indices):
         indices[node["op"]].append(int(node["module"].rsplit(".", 1)[-1]))
-    if indices["block"] != list(range(len(decoder.layers))):
-        raise ValueError(f"config.sasa's graph has not the blocks of the decoder. {HOW_TO_LOAD}")
+    tokens = lane_tokens(sasa)
+    if indices["block"] != list(range(len(decoder.layers))) or len(set(indices["tap"])) != (2 if tokens else 1):
+        raise ValueError(f"config.sasa's graph has not the blocks of the decoder, or not its taps. {HOW_TO_LOAD}")
     if any(node["op"] == "lane_head" for node in graph):
         raise ValueError("this model's probe reads logits (lane_head), and sasa-vllm does not. Use transformers.")
-    tokens = lane_tokens(sasa)
     if not tokens:
         return None
     decoder.tapped = tuple(indices["tap"])  # the safety layer, then the semantic one
