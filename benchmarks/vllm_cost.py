@@ -38,7 +38,7 @@ def main() -> None:
                 for kind in kinds:  # in turn, so that whatever else the machine does meets both
                     seconds.setdefault((kind, requests, tokens), []).append(engines[kind].ask(requests, tokens))
     found = {key: statistics.median(values) for key, values in seconds.items()}
-    text = table(found, {kind: engine.cache for kind, engine in engines.items()}, floor(given.folder / "patched"))
+    text = table(found, {kind: engine.cache for kind, engine in engines.items()}, lane(given.folder / "patched"))
     print(text)
     if given.out:
         given.out.write_text(text, encoding="utf-8")
@@ -92,14 +92,19 @@ def engine(model: str) -> None:
         print("SAID", time.perf_counter() - begin, flush=True)
 
 
-def floor(patched: Path) -> float:
-    """The block passes of the guarded model, times the original's."""
+def lane(patched: Path) -> str:
+    """What the second lane is, and its block passes over a prompt."""
     graph = json.loads((patched / "config.json").read_text())["sasa"]["graph"]
-    blocks, lane = (sum(node["op"] == op for node in graph) for op in ("block", "lane_block"))
-    return (blocks + lane) / blocks
+    blocks, again = (sum(node["op"] == op for node in graph) for op in ("block", "lane_block"))
+    tokens = next(node["tokens"] for node in graph if node["op"] == "projection")
+    times = 1 + again * tokens / (blocks * PROMPT)
+    return (
+        f"{again} of {blocks} blocks run once more, over the last {tokens} tokens of a prompt: {times:.3f} times the "
+        "original's block passes\nover the prompt, and as many over decoded tokens."
+    )
 
 
-def table(found: dict[tuple[str, int, int], float], cache: dict[str, float], blocks: float) -> str:
+def table(found: dict[tuple[str, int, int], float], cache: dict[str, float], passes: str) -> str:
     rows = []
     for requests in AT_ONCE:
         speeds = {}
@@ -119,8 +124,8 @@ def table(found: dict[tuple[str, int, int], float], cache: dict[str, float], blo
         f"cache;\nmedians of {REPEATS}, both engines in turn. Written by `make bench-vllm`.\n\n"
         "| tokens | requests at once | stock, a second | guarded, a second | ratio |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
-        + f"\n\nBlock passes: {blocks:.2f} times the original's. Keys and values of a token: {cache['stock']:.0f} and "
-        f"{cache['patched']:.0f} bytes, {ratio:.2f} times.\n\n"
+        + f"\n\n{passes}\nKeys and values of a token: {cache['stock']:.0f} and {cache['patched']:.0f} bytes, "
+        f"{ratio:.2f} times.\n\n"
         f"Made with vllm {vllm.__version__}, {versions}.\n"
     )
 

@@ -23,19 +23,21 @@ VERDICT = re.compile(r"(refused|allowed) (\S+): P\(unsafe\) = (\S+),")
 
 
 def serve(
-    model: Path, *batches: list[dict[str, Any]], before: str = "", **options: Any
+    model: Path, *batches: list[dict[str, Any]], before: str = "", v2: bool = False, **options: Any
 ) -> tuple[list[Any], dict[str, float]]:
     """The outcomes of batches of prompts, each with its `probability`; and the engine's counters.
 
-    Args: before: Python code that runs before the engine is made, with sasa-vllm registered.
+    Args: before: Python code that runs before the engine is made, with sasa-vllm registered; v2: by Model Runner V2,
+    which vLLM picks on GPUs.
     """
     with tempfile.TemporaryDirectory() as scratch:
         job, out = Path(scratch, "job.json"), Path(scratch, "out.json")
         job.write_text(json.dumps({"model": str(model), "batches": batches, "before": before, "options": options}))
-        done = subprocess.run(
-            [sys.executable, __file__, job, out], capture_output=True, text=True, env=environment(), timeout=1500
-        )
+        settings = environment(**({"VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {}))
+        command = [sys.executable, __file__, job, out]
+        done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=1500)
         assert out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+        assert ("Using V2 Model Runner" in done.stdout + done.stderr) == v2
         found = json.loads(out.read_text())
     verdicts: dict[str, list[float]] = {}
     for _, name, probability in VERDICT.findall(done.stdout + done.stderr):
@@ -54,9 +56,13 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        import v2_on_cpu  # noqa: F401
     from vllm import LLM
     from vllm.plugins import load_general_plugins
+    from vllm.v1.sample.ops import topk_topp_sampler
 
+    topk_topp_sampler.HAS_TRITON = False  # Triton's interpreter cannot run its kernel
     load_general_plugins()
     exec(job["before"], {})
     llm = LLM(job["model"], **{**ENGINE, **job["options"]})

@@ -214,6 +214,8 @@ they name no token that the refusal does not hold. vLLM's API takes no attention
 
 ## Options and token ids
 
+Each by Model Runner V1 and by V2, with the same outcome. What follows below was run by V1.
+
 {options}
 ## Other settings
 
@@ -243,7 +245,8 @@ Made with {versions}.
 
 
 def test_rows(model: Callable[[str], Model], tmp_path: Path) -> None:
-    tables = {"options": with_options(model("llava")), "edited": with_settings(model("llava"), tmp_path)}
+    tables = {"options": with_options(model("llava"), v2=False), "edited": with_settings(model("llava"), tmp_path)}
+    others = with_options(model("llava"), v2=True)
     smol = model("smol")
     harmful, harmless = (first(smol, refused=refused) for refused in (True, False))
     with serving(smol.directory, tmp_path / "log") as server:
@@ -257,6 +260,7 @@ def test_rows(model: Callable[[str], Model], tmp_path: Path) -> None:
     assert all(said.startswith(("the refusal", "an error: ", "AN ANSWER, judged")) for said in known.values()), known
     outcomes = {name: said for table in tables.values() for name, said in table.items()}
     assert len(outcomes) == sum(map(len, tables.values()))
+    assert others == tables["options"], "the model runners differ"
     assert {name: said for name, said in outcomes.items() if not fits(name, said)} == {}
 
 
@@ -270,12 +274,12 @@ def first(guarded: Model, *, refused: bool) -> dict[str, Any]:
     return next(prompt for prompt in guarded.some(refused=refused) if prompt["text"] and not prompt["picture"])
 
 
-def with_options(guarded: Model) -> dict[str, str]:
+def with_options(guarded: Model, *, v2: bool) -> dict[str, str]:
     refusal = guarded.sasa["refusal_token_ids"]
     harmful, harmless = (first(guarded, refused=refused) for refused in (True, False))
     batches = [[{**harmful, "params": given(options, refusal)}] for options in ROWS.values()]
     batches += [[{**harmful, "ids": made(harmful, harmless)}] for made in PROMPTS.values()]
-    found, _ = serve(guarded.directory, *batches, max_logprobs=8, reasoning_config=THINKING)
+    found, _ = serve(guarded.directory, *batches, v2=v2, max_logprobs=8, reasoning_config=THINKING)
     return {name: outcome(one, refusal) for name, (one,) in zip([*ROWS, *PROMPTS], found, strict=True)}
 
 

@@ -93,6 +93,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--kv-transfer-config": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
     "--logits-processors": {"logits_processors": ["somebody:Processor"]},
     "--enable-trace-replay": {"enable_trace_replay": True},
+    "--watermark-config": {"watermark_config": {"key": 1}},
+    "--diffusion-config": {"diffusion_config": {"canvas_length": 8}},
+    "--enable-batch-sharded-sampling": {"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2},
 }
 
 
@@ -104,6 +107,10 @@ def test_options(model: Callable[[str], Model]) -> None:
         assert said and option in said, (option, said)
 
 
+def projection(sasa: dict[str, Any]) -> dict[str, Any]:
+    return next(node for node in sasa["graph"] if node["op"] == "projection")
+
+
 @pytest.mark.parametrize(
     "edit, said",
     [
@@ -112,6 +119,8 @@ def test_options(model: Callable[[str], Model]) -> None:
         (lambda sasa: sasa.update(format=99), "format"),
         (lambda sasa: sasa.pop("graph"), "no complete"),
         (lambda sasa: sasa.update(threshold=2.0), "threshold"),
+        (lambda sasa: projection(sasa).pop("tokens"), "--lane-tokens 8"),
+        (lambda sasa: projection(sasa).update(tokens=0), "--lane-tokens 8"),
     ],
 )
 def test_settings(model: Callable[[str], Model], tmp_path: Path, edit: Callable[[Any], Any], said: str) -> None:
@@ -122,6 +131,14 @@ def test_settings(model: Callable[[str], Model], tmp_path: Path, edit: Callable[
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert said in configured(tmp_path, {"": {}})[""]
+
+
+def test_a_lane_into_pictures_that_are_read_both_ways(model: Callable[[str], Model], tmp_path: Path) -> None:
+    for tokens, said in (8, None), (9, "--lane-tokens 8"):
+        graph = model("gemma3").sasa["graph"]
+        projection({"graph": graph})["tokens"] = tokens
+        found = configured(model("gemma3").edited(tmp_path / str(tokens), graph=graph), {"": {}})[""]
+        assert found is None if said is None else said in found
 
 
 @pytest.mark.parametrize("value", ["nan", "0"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sasa_vllm import gate as module
 from sasa_vllm.gate import Gate, GatedSampler
+from sasa_vllm.lane import Lane, LaneAttention, Tail
 from sasa_vllm.metrics import Metrics
 from sasa_vllm.requests import begins_answer
 
@@ -79,6 +80,78 @@ def test_a_request_that_comes_back_keeps_its_verdict(gate: Gate) -> None:
     assert refused(gate, ["a", "b"], 0.9, 0.1) == {1: 7}
     step(gate, {"a": 6}, new("a", [9, 9, 1, 2, 8, 8]))  # a session that goes on with a longer prompt
     assert refused(gate, ["a"], 0.9) == {0: 5}
+
+
+class FourTokens(Lane):
+    """A lane over four tokens, whose P(unsafe) is always 0.25."""
+
+    def __init__(self) -> None:
+        self.tokens, self.judged = 4, []
+
+    def judge(self, tails: list[Tail]) -> torch.Tensor:
+        self.judged += [(tail.states[:, 0].tolist(), tail.positions.tolist()) for tail in tails]
+        return torch.full((len(tails),), 0.25)
+
+
+def follow(gate: Gate, *pieces: tuple[str, int, int]) -> dict[int, int]:
+    """The refused rows of a step that runs (name, first token, count); a token's projection is its number."""
+    numbers = torch.tensor([first + place for _, first, count in pieces for place in range(count)])  # (tokens,)
+    ends = torch.stack([torch.zeros_like(numbers), numbers], dim=-1).float()  # (tokens, 2 * hidden)
+    names = [name for name, *_ in pieces]
+    gate.follow(ends, names, numbers + 100)
+    return gate.refused(names)
+
+
+TEN = [9, 9, 9, 9, 9, 9, 9, 9, 1, 2]
+
+
+def test_the_lane_runs_over_the_last_tokens_however_they_come(gate: Gate) -> None:
+    gate.lane = FourTokens()
+    step(gate, {"a": 6, "b": 10, "c": 3}, new("a", TEN), new("b", TEN), new("c", [9, 1, 2]))
+    assert follow(gate, ("c", 0, 3), ("a", 0, 6), ("b", 0, 10)) == {}
+    step(gate, {"a": 3, "b": 1}, computed={"a": 6, "b": 10})
+    assert follow(gate, ("a", 6, 3), ("b", 10, 1)) == {}
+    step(gate, {"a": 1}, computed={"a": 9})
+    assert follow(gate, ("a", 9, 1)) == {}
+    last = ([6, 7, 8, 9], [106, 107, 108, 109])
+    assert gate.lane.judged == [([0, 1, 2], [100, 101, 102]), last, last]
+    assert all(request.tail is None for request in gate.requests.values())
+
+
+def test_a_prompt_without_all_of_its_last_tokens_is_refused(gate: Gate) -> None:
+    gate.lane = FourTokens()
+    step(gate, {"a": 3, "b": 4, "c": 2}, new("a", TEN, 7), new("b", TEN, 6), new("c", [9, 1, 2], 1))
+    assert follow(gate, ("a", 7, 3), ("b", 6, 4), ("c", 1, 2)) == {0: 5, 2: 5}
+    assert gate.lane.judged == [([6, 7, 8, 9], [106, 107, 108, 109])]
+
+
+def test_a_prompt_with_a_hole_before_its_last_tokens(gate: Gate) -> None:
+    """What lies before a hole is not taken for what lies before the tokens behind it."""
+    gate.lane = FourTokens()
+    step(gate, {"a": 6, "b": 6, "c": 6}, *(new(name, TEN) for name in "abc"))
+    follow(gate, *((name, 0, 6) for name in "abc"))
+    step(gate, {"a": 2, "b": 5, "c": 4}, computed={"a": 8, "b": 5, "c": 6})  # b and c: preempted, with cached tokens
+    assert follow(gate, ("a", 8, 2), ("b", 5, 5), ("c", 6, 4)) == {0: 5}
+    assert [states for states, _ in gate.lane.judged] == [[6, 7, 8, 9]] * 2
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_attention_of_the_lane(window: int | None) -> None:
+    """Each row apart, causal, in a window where the block has one, with two query heads to one of keys."""
+    from vllm.model_executor.layers.attention import Attention
+
+    attention = object.__new__(Attention)
+    torch.nn.Module.__init__(attention)
+    attention.layer_name, attention.kv_sharing_target_layer_name, attention.has_sink = "0", None, False
+    attention.head_size, attention.sliding_window, attention.impl = 4, window, SimpleNamespace(scale=0.5)
+    query, key, value = torch.randn(6, 8), torch.randn(6, 4), torch.randn(6, 4)  # two rows of three tokens
+    found = LaneAttention(attention, 3)(query, key, value)  # (6, 8)
+    for token in range(6):
+        first = max(token - token % 3, token - (window or 3) + 1)
+        for head in range(2):
+            scores = key[first : token + 1] @ query[token, 4 * head : 4 * head + 4] * 0.5  # (seen,)
+            expected = scores.softmax(0) @ value[first : token + 1]  # (4,)
+            torch.testing.assert_close(found[token, 4 * head : 4 * head + 4], expected)
 
 
 def test_no_logits_without_a_probability(gate: Gate) -> None:

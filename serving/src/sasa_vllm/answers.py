@@ -25,8 +25,9 @@ def register() -> None:
 
 def note_refused(output: Any, names: set[str]) -> Any:
     """Leave the names of a step's refused requests at its output in the worker."""
-    # What is still on its way from a GPU holds all but the tokens inside.
-    getattr(output, "_model_runner_output", output).refused_by_sasa = names
+    # What is still on its way from a GPU holds all but the tokens inside: by the first name in V1, the second in V2.
+    held = getattr(output, "_model_runner_output", None) or getattr(output, "model_runner_output", output)
+    held.refused_by_sasa = names
     return output
 
 

@@ -1,5 +1,6 @@
 """What vLLM may load: patched directories as sasa-export wrote them, in an engine that the gate can guard."""
 
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -7,38 +8,32 @@ import vllm
 from transformers import AutoConfig
 from vllm import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from sasa_vllm import metrics
+from sasa_vllm.requests import wrap
 from sasa_vllm.settings import GuardedConfig
 
 TESTED = ("0.32.0",)  # versions of vLLM on which the tests of this package pass
 WORKER = "sasa_vllm.worker.GuardedWorker"
 
-# The transformers configuration of each family that is supported, and vLLM's class for it.
-FAMILIES = {
-    "LlavaConfig": "LlavaForConditionalGeneration",
-    "LlavaNextConfig": "LlavaNextForConditionalGeneration",
-    "Qwen2_5_VLConfig": "Qwen2_5_VLForConditionalGeneration",
-    "SmolVLMConfig": "SmolVLMForConditionalGeneration",
-    "Idefics3Config": "Idefics3ForConditionalGeneration",
-    "Gemma3Config": "Gemma3ForConditionalGeneration",
-    "Qwen2VLConfig": "Qwen2VLForConditionalGeneration",
-    "Qwen3VLConfig": "Qwen3VLForConditionalGeneration",
-    "LlavaOnevisionConfig": "LlavaOnevisionForConditionalGeneration",
-    "Mistral3Config": "Mistral3ForConditionalGeneration",
-    "Glm4vConfig": "Glm4vForConditionalGeneration",
-    "InternVLConfig": "InternVLForConditionalGeneration",
-}
+# The families that are supported: transformers calls their configurations ...Config, vLLM its classes ...GENERATES.
+GENERATES = "ForConditionalGeneration"
+FAMILIES = (
+    "Llava", "LlavaNext", "Qwen2_5_VL", "SmolVLM", "Idefics3", "Gemma3", "Qwen2VL", "Qwen3VL", "LlavaOnevision",
+    "Mistral3", "Glm4v", "InternVL",
+)  # fmt: skip
 
 
 def register() -> None:
     """Make patched directories known to transformers and vLLM, by the names that stand in their config.json."""
-    for config_name, model_name in FAMILIES.items():
-        config = guarded_config(getattr(transformers, config_name))
+    for family in FAMILIES:
+        config = guarded_config(getattr(transformers, f"{family}Config"))
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        name = f"Sasa{model_name}"
+        name = f"Sasa{family}{GENERATES}"
         ModelRegistry.register_model(name, f"sasa_vllm.models:{name}")
         MODELS_CONFIG_MAP[name] = GuardedEngine
+    wrap(Scheduler, "__init__", cap_hits)
 
 
 def guarded_config(stock: Any) -> Any:
@@ -76,8 +71,30 @@ class GuardedEngine(VerifyAndUpdateConfig):
         metrics.collect()
 
 
+def lane_tokens(sasa: dict[str, Any]) -> int:
+    """Over how many tokens the lane runs, back from the end of a prompt; 0 where there is none."""
+    tokens = [node.get("tokens") for node in sasa["graph"] if node["op"] == "projection"]
+    if not all(tokens):
+        raise ValueError("on vLLM no lane runs over all tokens. Export this model again, with --lane-tokens 8.")
+    return tokens[0] if tokens else 0
+
+
+def cap_hits(init: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Let the prefix cache, which holds no projection, leave the last tokens of each prompt to be computed. Where it
+    does not, the gate misses them, and refuses the request."""
+    init(scheduler, *args, **kwargs)
+    sasa = getattr(scheduler.vllm_config.model_config.hf_config, "sasa", None)
+    left = max(1, lane_tokens(sasa)) if sasa is not None else 1  # vLLM itself leaves one
+    coordinator = scheduler.kv_cache_manager.coordinator
+    find = coordinator.find_longest_cache_hit
+    coordinator.find_longest_cache_hit = lambda hashes, longest: find(hashes, max(0, longest + 1 - left))
+
+
 def check_engine(vllm_config: Any) -> None:
     """Raise ValueError where an option lets the engine answer past the gate, or was never tried with it."""
+    if lane_tokens(vllm_config.model_config.hf_config.sasa) > 8 and vllm_config.model_config.is_mm_prefix_lm:
+        # Tokens of a picture may be among more than those of the template, and the lane reads in one direction alone.
+        raise ValueError("this model reads pictures both ways. Export it again, with --lane-tokens 8.")
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     refused = {
         "--speculative-config": vllm_config.speculative_config,
@@ -96,7 +113,10 @@ def check_engine(vllm_config: Any) -> None:
         "--return-sampling-mask": model.return_sampling_mask,
         "--logits-processors": model.logits_processors,
         f"--load-format {vllm_config.load_config.load_format}": vllm_config.load_config.load_format == "dummy",
-        "VLLM_USE_V2_MODEL_RUNNER=1 (the default on GPUs; set it to 0)": vllm_config.use_v2_model_runner,
+        # What Model Runner V2 alone has.
+        "--watermark-config": vllm_config.watermark_config,
+        "--diffusion-config": vllm_config.diffusion_config,
+        "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
     }
     for option, is_set in refused.items():
         if is_set:

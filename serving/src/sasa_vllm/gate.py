@@ -8,6 +8,7 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
 from sasa_vllm.formulas import gate
+from sasa_vllm.lane import Lane, Tail
 from sasa_vllm.metrics import Metrics
 from sasa_vllm.requests import begins_answer
 
@@ -21,11 +22,12 @@ class Request:
     prompt: int  # tokens
     seen: int = 0  # tokens, at the end of the step that runs
     refused: bool | None = None  # None before the verdict
+    tail: Tail | None = None  # what the lane will run over, as far as it was computed
 
 
 class Gate:
-    """The gate of one worker. The scheduler says what runs in a step, the model what P(unsafe) is, and the sampler asks
-    for the rows that are refused.
+    """The gate of one worker. The scheduler says what runs in a step, the lane what P(unsafe) is, or, without one, the
+    model, and the sampler asks for the rows that are refused.
 
     A verdict is due where a step ends with a request's prompt. It stays until the request is finished: over preemption,
     and whatever comes between.
@@ -38,6 +40,8 @@ class Gate:
             logger.warning("the gate of this model only observes: prompts are judged, and none is refused.")
         self.requests: dict[str, Request] = {}
         self.said: set[str] = set()  # the requests to which the last step said the refusal
+        self.lane: Lane | None = None
+        self.counts: dict[str, int] = {}  # of tokens by request, in the step that runs
         self.probability: torch.Tensor | None = None  # (rows,), of the step that runs
 
     def schedule(self, step: Any) -> None:
@@ -51,7 +55,8 @@ class Gate:
             known = self.requests.get(new.req_id)
             if known is None or known.prompt != new.prompt_len:  # else it comes back with its verdict
                 self.requests[new.req_id] = self._first_seen(new)
-        for name, count in step.num_scheduled_tokens.items():
+        self.counts = step.num_scheduled_tokens
+        for name, count in self.counts.items():
             self.requests[name].seen = computed[name] + count
 
     def _first_seen(self, new: Any) -> Request:
@@ -60,15 +65,34 @@ class Gate:
         unfit = new.prompt_token_ids is None or begins_answer(self.sasa, new.prompt_token_ids)
         return Request(new.prompt_len, refused=True if unfit else None)
 
+    def follow(self, ends: torch.Tensor, names: list[str], positions: torch.Tensor) -> None:
+        """Keep the last tokens of each prompt, and run the lane over them where it ends. The decoder returned `ends`
+        (tokens, 2 * hidden) for these requests, in this order, at positions (tokens,) or (axes, tokens)."""
+        if self.lane is None:
+            return
+        projected, begin, whole = ends[:, ends.shape[-1] // 2 :], 0, {}  # (tokens, hidden)
+        for row, name in enumerate(names):
+            known, count = self.requests[name], self.counts[name]
+            if known.refused is None and known.seen - count < known.prompt:
+                step = slice(begin, begin + count)
+                known.tail = self.lane.follow(known.tail, projected[step], positions[..., step], known.seen)
+                if self.lane.is_whole(known.tail, known.prompt):
+                    whole[row] = known.tail
+            begin += count
+        # A prompt that ends without all of its last tokens cannot be judged.
+        self.probability = torch.full((len(names),), float("nan"), device=ends.device)  # (rows,)
+        if whole:
+            self.probability[list(whole)] = self.lane.judge(list(whole.values()))
+
     def refused(self, names: list[str]) -> dict[int, int]:
         """The rows of the requests `names` that are refused, and the token of the refusal that each has to say. None,
         where the gate observes."""
         probability, self.probability = self.probability, None
-        if probability is None or len(probability) != len(names):
-            raise RuntimeError("the gate did not see P(unsafe) of the tokens that are sampled, so nothing is.")
         rows = [self.requests.get(name) for name in names]
         due = [row for row, known in enumerate(rows) if known and known.refused is None and known.seen == known.prompt]
         if due:
+            if probability is None or len(probability) != len(names):
+                raise RuntimeError("the gate did not see P(unsafe) of the tokens that are sampled, so nothing is.")
             # From the first worker, so that all of them say the same where rounding differs.
             probability = get_tp_group().broadcast(probability.contiguous(), src=0)
             for row, value in zip(due, probability[due].tolist(), strict=True):
@@ -84,7 +108,7 @@ class Gate:
         return wanted
 
     def _judge(self, name: str, request: Any, probability: float) -> None:
-        request.refused = not probability < self.sasa["threshold"]  # NaN could not be judged
+        request.refused, request.tail = not probability < self.sasa["threshold"], None  # NaN could not be judged
         self.metrics.count(probability, request.refused, enforced=self.enforcing)
         verdict = "allowed" if not request.refused else "refused" if self.enforcing else "would be refused"
         logger.debug("%s %s: P(unsafe) = %.6f, threshold %.4f", verdict, name, probability, self.sasa["threshold"])
@@ -101,10 +125,9 @@ class GatedSampler:
         return getattr(self.sampler, name)
 
     def __call__(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        names = self.runner.input_batch.req_ids
-        if not names:  # a run on made up inputs, while the engine starts
-            return self.sampler(logits, *args, **kwargs)
-        wanted = self.gate.refused(names)
+        # Model Runner V2 hands its batch over, V1 has one, which is empty in a run on made up inputs.
+        batch = args[0] if args and hasattr(args[0], "req_ids") else self.runner.input_batch
+        wanted = self.gate.refused(batch.req_ids)
         if not wanted:
             return self.sampler(logits, *args, **kwargs)
         output = self.sampler(self.forced(logits, wanted), *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 
@@ -18,20 +19,36 @@ else:
 
 
 class GuardedWorker(Worker):
-    """`sasa_vllm.config` picks it for guarded models."""
+    """`sasa_vllm.config` picks it for guarded models. Its steps are those of Model Runner V1 or V2, as vLLM picks."""
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
         runner = self.model_runner
         model = runner.get_model()
-        self.gate = Gate(model.sasa, Metrics(reporting=self.rank == 0))
+        self.gate = Gate(model.sasa, Metrics(reporting=False))
         with set_current_vllm_config(self.vllm_config):
             model.guard(self.gate)
         runner.sampler = GatedSampler(runner.sampler, self.gate, runner)
+
+    def compile_or_warm_up_model(self) -> Any:
+        done = super().compile_or_warm_up_model()
+        self.gate.metrics = Metrics(reporting=self.rank == 0)  # not before: V2 warms up by requests that it makes up
+        return done
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self.gate.schedule(scheduler_output)
         return super().execute_model(scheduler_output)
 
+    @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
+        runner, state = self.model_runner, self.model_runner.execute_model_state
+        if state is None:  # nothing was computed
+            return super().sample_tokens(grammar_output)
+        count = len(state.hidden_states)
+        if self.use_v2_model_runner:
+            batch, axes = state.input_batch, runner.model_state.rope_state
+            positions = axes.get_positions(count) if axes else batch.positions  # (axes, tokens) or (tokens,)
+        else:
+            batch, positions = runner.input_batch, runner._get_positions(count)
+        self.gate.follow(state.hidden_states, batch.req_ids, positions)
         return note_refused(super().sample_tokens(grammar_output), self.gate.said)
