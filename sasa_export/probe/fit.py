@@ -15,7 +15,7 @@ from sasa_export.prompts.prompt import Prompt, asked
 
 ROWS = 4096  # of the head at a time
 PAPER = 1.0  # the reproduction's C
-CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 1e-5)  # hundreds of prompts against hundreds of features: less is often more
+CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 3e-5, 1e-5)  # few prompts against many features: less is often more
 LEAST_SPREAD = 1e-3  # of p (1 - p): where a start is certain, the curvature says nothing of the way from there
 EXACT, CLOSE = 1e-13, 1e-6  # the relative gain of the loss at which a fit ends; close is enough to choose by
 STRENGTHS_OF_WORDS = (0.1, 1.0, 10.0)  # C, of features of length 1

@@ -2,7 +2,8 @@
 
 project(h_s, h_f)     = <h_s, h_f> / max(|h_f|^2, epsilon) * h_f       # (batch, tokens, hidden), float32
 second_lane(p)        = norm(block_{L-1}(... block_{s+1}(p)))[judged]  # (batch, hidden), the main lane's weights
-unsafe_probability(x) = sigmoid(w . x + b)                             # (batch,)
+states(h_s, h_f)      = norm(h_s)[judged], norm(h_f)[judged]           # (batch, hidden) each
+unsafe_probability(x) = sigmoid(w . x + b)                             # (batch,), x: lane and states, side by side
 gate(logits, verdict) = logits, or the next token of the refusal       # (batch, kept, vocabulary)
 """
 
@@ -25,7 +26,7 @@ def project(safety: Tensor, semantic: Tensor, epsilon: float) -> Tensor:
 
 
 def unsafe_probability(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Logistic regression on the second lane's state (..., features): P(unsafe), (...), float32."""
+    """Logistic regression on what the probe reads, (..., features): P(unsafe), (...), float32."""
     return torch.sigmoid((state.float() * weight.float()).sum(-1) + bias.float())
 
 

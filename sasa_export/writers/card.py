@@ -41,6 +41,7 @@ def write_card(
         blocks=len(patch.graph.of("block")),
         again=blocks_again(patch.sasa["graph"]),
         tokens=lane_tokens(patch.sasa["graph"]),
+        states=any(node["op"] == "state_norm" for node in patch.sasa["graph"]),
         diagram=mermaid(patch.graph),
         calibration=patch.calibration,
         projection=None if patch.calibration is None else verdict_on_projection(patch.calibration.figures),

@@ -102,7 +102,9 @@ def small(folder: Path, family: str | None = None, **options: Any) -> tuple[Load
         tokenizer.save_pretrained(folder / "stock")
     stock = AutoModelForImageTextToText.from_pretrained(folder / "stock").eval()
     weight = torch.randn(stock.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(35)) / 20
-    save_probe(folder, oracle.folded(stock, weight), 0.1)
+    read = 0 if "projection" in options else 2 * stock.config.get_text_config().hidden_size
+    states = torch.randn(read, generator=torch.Generator().manual_seed(9)) / 20
+    save_probe(folder, torch.cat([oracle.folded(stock, weight), states]), 0.1)
     layers = {} if "projection" in options else {"safety_layer": 2, "semantic_layer": 4, "lane_tokens": REACH}
     loaded = patch(folder, stock, refusal="I will not help.", **layers, **options)
     chats = tiny.conversations(images=True, count=8, seed=1)

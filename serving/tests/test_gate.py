@@ -96,7 +96,7 @@ class FourTokens(Lane):
 def follow(gate: Gate, *pieces: tuple[str, int, int]) -> dict[int, int]:
     """The refused rows of a step that runs (name, first token, count); a token's projection is its number."""
     numbers = torch.tensor([first + place for _, first, count in pieces for place in range(count)])  # (tokens,)
-    ends = torch.stack([torch.zeros_like(numbers), numbers], dim=-1).float()  # (tokens, 2 * hidden)
+    ends = torch.stack([numbers * 0, numbers, numbers * 0, numbers * 0], dim=-1).float()  # (tokens, 4 * hidden)
     names = [name for name, *_ in pieces]
     gate.follow(ends, names, numbers + 100)
     return gate.refused(names)

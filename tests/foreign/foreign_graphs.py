@@ -189,5 +189,5 @@ def probe_amid(original: GraphOriginal, prompts: Sequence[Prompt]) -> dict[str, 
 def options(source: Path, place: Path, weight: Any = None, bias: float = 0.0, **settings: Any) -> Options:
     """Of a patch of such a directory to place/out, by a probe of `weight` (hidden,) on a lane over all tokens."""
     probe = write_probe(place / "probe", np.ones(HIDDEN) if weight is None else weight, bias)
-    layers = {"safety_layer": 1, "semantic_layer": 2, "lane_tokens": "all"}
+    layers: dict[str, Any] = {"safety_layer": 1, "semantic_layer": 2, "lane_tokens": "all"}
     return Options(model=str(source), out=place / "out", probe=probe, **(layers | settings))

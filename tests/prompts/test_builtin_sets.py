@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
@@ -17,7 +18,16 @@ import pandas as pd
 import pytest
 
 import sasa_export.prompts
-from sasa_export.prompts import Prompt, asked, builtin, builtin_evaluation, check_disjoint, for_model, grouped
+from sasa_export.prompts import (
+    Prompt,
+    asked,
+    builtin,
+    builtin_evaluation,
+    check_disjoint,
+    for_model,
+    grouped,
+    long_texts,
+)
 from sasa_export.prompts.builtin_sets import ALONE, CARRIERS, drawn
 from sasa_export.prompts.leak import normalised
 from sasa_export.prompts.render import render
@@ -218,7 +228,8 @@ def asked_in(lines: pd.DataFrame) -> pd.Series:
 
 def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> None:
     prompts = builtin()
-    by_kind = Counter((prompt.kind, prompt.channel) for prompt in prompts)
+    short = [prompt for prompt in prompts if prompt.setting not in long_texts.SETTINGS]
+    by_kind = Counter((prompt.kind, prompt.channel) for prompt in short)
     assert all(by_kind[style, "text"] == 2 * by_kind[style, "picture"] for style in {*STYLES, "twin", "borderline"})
     assert by_kind["photo", "picture"] == 320 and by_kind["text-in-picture", "picture"] == 140
     assert {prompt.attack for prompt in prompts} == {"text", "typographic", "list", "split", "photo", "text-in-picture"}
@@ -236,11 +247,28 @@ def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> No
         assert all(0.42 < np.mean(found) < 0.64 for found in labels.values()), labels
 
 
+def test_requests_stand_in_long_text_whole() -> None:
+    """In every form, of both labels; the calibration set and the evaluation set share no text."""
+    ours, others = ([it for it in of() if it.setting in long_texts.SETTINGS] for of in (builtin, builtin_evaluation))
+    for prompts in (ours, others):
+        assert {prompt.setting for prompt in prompts} == set(long_texts.SETTINGS)
+        for prompt in prompts:
+            told = prompt.prompt if prompt.channel == "text" else prompt.conversation()[-1]["content"][-1]["text"]
+            assert prompt.channel == "picture" or asked(prompt) in told
+            assert prompt.before or len(prompt.prompt.split()) >= 40
+        assert 0.4 < np.mean([prompt.label for prompt in prompts if not prompt.borderline]) < 0.65
+    calibration, evaluation = (long_texts.texts_of(part) for part in ("calibration", "evaluation"))
+    assert len(calibration["genres"]) >= 18 and len(evaluation["genres"]) >= 9
+    assert not set(calibration["genres"]) & set(evaluation["genres"])
+    pieces = [[*texts["systems"], *chain(*texts["genres"].values())] for texts in (calibration, evaluation)]
+    assert similarities(*pieces).max() < NEAR
+
+
 def test_twins_stand_in_the_same_setting() -> None:
     groups = defaultdict(set)
     for prompt in builtin():
         if prompt.kind == "twin":
-            groups[prompt.group, prompt.name.rsplit("/")[-1]].add((prompt.setting, prompt.before, prompt.attack))
+            groups[prompt.group, prompt.name.split("/", 2)[2]].add((prompt.setting, prompt.before, prompt.attack))
     assert {len(found) for found in groups.values()} == {1}
 
 
@@ -264,11 +292,12 @@ def test_a_template_without_a_place_for_system_prompts_leaves_those_out() -> Non
 def test_evaluation_prompts_carry_each_request_in_both_channels() -> None:
     prompts = builtin_evaluation()
     assert Counter((prompt.attack, prompt.channel, prompt.label) for prompt in prompts) == {
-        **{("everyday", channel, label): 150 for channel in ("text", "picture") for label in (0, 1)},
-        **{("borderline", channel, 0): 120 for channel in ("text", "picture")},
+        **{("everyday", "text", label): 300 for label in (0, 1)},
+        **{("everyday", "picture", label): 150 for label in (0, 1)},
+        **{("borderline", channel, 0): times for channel, times in (("text", 240), ("picture", 120))},
         **{("split", "picture", label): 60 for label in (0, 1)},
     }
-    rows = EVALUATION.loc[EVALUATION.index.repeat(1 + (EVALUATION.kind != "split"))]
+    rows = EVALUATION.loc[EVALUATION.index.repeat(1 + 2 * (EVALUATION.kind != "split"))]
     for prompt, row in zip(prompts, rows.itertuples(), strict=True):
         split = row.kind == "split"
         assert (prompt.label, prompt.category, prompt.group) == (row.label, row.category, row.group)

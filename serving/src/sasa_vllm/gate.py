@@ -67,15 +67,15 @@ class Gate:
 
     def follow(self, ends: torch.Tensor, names: list[str], positions: torch.Tensor) -> None:
         """Keep the last tokens of each prompt, and run the lane over them where it ends. The decoder returned `ends`
-        (tokens, 2 * hidden) for these requests, in this order, at positions (tokens,) or (axes, tokens)."""
+        (tokens, 4 * hidden) for these requests, in this order, at positions (tokens,) or (axes, tokens)."""
         if self.lane is None:
             return
-        projected, begin, whole = ends[:, ends.shape[-1] // 2 :], 0, {}  # (tokens, hidden)
+        states, begin, whole = ends[:, ends.shape[-1] // 4 :], 0, {}  # (tokens, 3 * hidden)
         for row, name in enumerate(names):
             known, count = self.requests[name], self.counts[name]
             if known.refused is None and known.seen - count < known.prompt:
                 step = slice(begin, begin + count)
-                known.tail = self.lane.follow(known.tail, projected[step], positions[..., step], known.seen)
+                known.tail = self.lane.follow(known.tail, states[step], positions[..., step], known.seen)
                 if self.lane.is_whole(known.tail, known.prompt):
                     whole[row] = known.tail
             begin += count

@@ -18,25 +18,26 @@ from sasa_vllm.formulas import unsafe_probability
 class Tail(NamedTuple):
     """The last tokens of a prompt, as far as it was computed."""
 
-    states: Tensor  # (tokens, hidden), projected
+    states: Tensor  # (tokens, 3 * hidden): projected, and those of the safety and the semantic layer
     positions: Tensor  # (tokens,), or (axes, tokens)
     end: int  # how many tokens of the prompt were computed
 
 
 class Lane:
-    """The lane of a decoder, over `tokens` tokens, with the probe (weight and bias) behind it."""
+    """The lane of a decoder, over `tokens` tokens, with the probe (weight and bias) behind it, which may read the
+    `states` of both layers too."""
 
-    def __init__(self, decoder: Any, indices: list[int], tokens: int, probe: tuple[Tensor, ...]) -> None:
-        self.tokens, self.norm, self.probe = tokens, decoder.norm, probe
+    def __init__(self, decoder: Any, indices: list[int], tokens: int, probe: tuple[Tensor, ...], states: bool) -> None:
+        self.tokens, self.norm, self.probe, self.states = tokens, decoder.norm, probe, states
         self.blocks = [lane_block(decoder.layers[index], tokens) for index in indices]
 
     def follow(self, tail: Tail | None, states: Tensor, positions: Tensor, end: int) -> Tail:
-        """The tail of a prompt that was computed up to `end`, the last of it with these states (tokens, hidden) and
-        positions. What was kept of it before is left behind where it does not end where these begin."""
+        """The tail of a prompt that was computed up to `end`, the last of it with these states (tokens, 3 * hidden)
+        and positions. What was kept of it before is left behind where it does not end where these begin."""
         begin = end - len(states)
-        states, positions = states[-self.tokens :], positions[..., -self.tokens :]  # (up to self.tokens, hidden)
+        states, positions = states[-self.tokens :], positions[..., -self.tokens :]  # (up to self.tokens, 3 * hidden)
         if tail is not None and tail.end == begin and len(states) < self.tokens:
-            states = torch.cat([tail.states, states])[-self.tokens :]  # (up to self.tokens, hidden)
+            states = torch.cat([tail.states, states])[-self.tokens :]  # (up to self.tokens, 3 * hidden)
             positions = torch.cat([tail.positions, positions], dim=-1)[..., -self.tokens :]
         return Tail(states.clone(), positions.clone(), end)  # their memory is the next step's
 
@@ -47,14 +48,16 @@ class Lane:
     def judge(self, tails: list[Tail]) -> Tensor:
         """P(unsafe) of prompts, (rows,)."""
         rows = [(tail, self.tokens - len(tail.states)) for tail in tails]  # and padding behind, which none of it sees
-        state = torch.cat([pad(tail.states, (0, 0, 0, more)) for tail, more in rows])  # (rows * tokens, hidden)
+        whole = torch.cat([pad(tail.states, (0, 0, 0, more)) for tail, more in rows])  # (rows * tokens, 3 * hidden)
+        state, *layers = (part.contiguous() for part in whole.chunk(3, dim=-1))  # (rows * tokens, hidden) each
         positions = torch.cat([pad(tail.positions, (0, more)) for tail, more in rows], dim=-1)  # (..., rows * tokens)
         residual = None
         for block in self.blocks:
             state, residual = block(positions, state, residual)
         last = [(row + 1) * self.tokens - 1 - more for row, (_, more) in enumerate(rows)]
-        ends, _ = self.norm(state[last], residual[last])  # (rows, hidden)
-        return unsafe_probability(ends, *self.probe)
+        ends = [self.norm(state[last], residual[last])[0]]  # (rows, hidden)
+        ends += [self.norm(layer[last]) for layer in layers if self.states]  # (rows, hidden) each
+        return unsafe_probability(torch.cat(ends, dim=-1), *self.probe)
 
 
 class LaneAttention(nn.Module):

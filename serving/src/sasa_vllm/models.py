@@ -73,40 +73,42 @@ class GuardedModel:
         if self.gate.lane is None:
             self.gate.probability = unsafe_probability(hidden_states, *self.probe)  # (rows,)
         else:
-            hidden_states = hidden_states.chunk(2, dim=-1)[0].contiguous()  # (rows, hidden)
+            hidden_states = hidden_states.chunk(4, dim=-1)[0].contiguous()  # (rows, hidden)
         return super().compute_logits(hidden_states)
 
 
 class GuardedDecoder:
-    """Mixed into a decoder's class: it returns the projection beside the main lane."""
+    """Mixed into a decoder's class: it returns projection and tapped states beside the main lane."""
 
     def forward(
         self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None,
         deepstack_input_embeds: Any = None,
     ) -> Tensor:  # fmt: skip
-        """The end of the main lane, and the projection, (tokens, 2 * hidden)."""
+        """The end of the main lane, the projection, safety and semantic state, (tokens, 4 * hidden)."""
         # What Qwen3-VL adds of a picture behind its first blocks, (tokens, hidden) each.
         added = [] if deepstack_input_embeds is None else list(deepstack_input_embeds.tensors.values())
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (tokens, hidden)
-        residual = state = None
+        residual, taps, state = None, [], None
         for index, block in enumerate(self.layers):
             hidden, residual = block(positions, hidden, residual)
             hidden = hidden + added[index] if index < len(added) else hidden
             if index in self.tapped:
-                hidden, state = tap(hidden, residual, state, self.epsilon)  # (tokens, hidden) each
+                hidden, layer, state = tap(hidden, residual, state, self.epsilon)  # (tokens, hidden) each
+                taps.append(layer)
         main, _ = self.norm(hidden, residual)  # (tokens, hidden)
-        return torch.cat([main, state], dim=-1)
+        return torch.cat([main, state, *taps], dim=-1)
 
 
 # An operator of our own: torch's compiler reorders what it sees through, and ran the last norm before the last block.
 @torch.library.custom_op("sasa::tap", mutates_args=())
-def tap(hidden: Tensor, residual: Tensor, safety: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-    """What the next block gets, and a block's output, or the safety layer's projected onto it, (tokens, hidden)."""
+def tap(hidden: Tensor, residual: Tensor, safety: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What the next block gets, a block's output, and that again, or the safety layer's projected onto it, (tokens,
+    hidden) each."""
     state = hidden + residual  # (tokens, hidden)
-    return hidden.clone(), state if safety is None else project(safety, state, epsilon)
+    return hidden.clone(), state, state.clone() if safety is None else project(safety, state, epsilon)
 
 
-tap.register_fake(lambda hidden, *_: (torch.empty_like(hidden), torch.empty_like(hidden)))
+tap.register_fake(lambda hidden, *_: tuple(torch.empty_like(hidden) for _ in range(3)))
 
 
 def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any) -> Lane | None:
@@ -133,7 +135,7 @@ def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any) -> Lane
     if not decoder.do_not_compile:  # what is compiled was chosen when the decoder was made: choose anew
         decoder.cleanup()
         TorchCompileWithNoGuardsWrapper.__init__(decoder)
-    return Lane(decoder, indices["lane_block"], tokens, probe)
+    return Lane(decoder, indices["lane_block"], tokens, probe, any(node["op"] == "state_norm" for node in graph))
 
 
 def warn_of_causal_pictures(vllm_config: Any) -> None:
