@@ -95,6 +95,7 @@ def measure(
         work.open(told, discard=options.force, report=report)  # before the weights are loaded
     size, regularization, judged, calibration = options.batch_size, options.regularization_value(), None, None
     cases: tuple[Case, ...] = ()
+    shipped: Fitted | None = None
     with original.loaded(prompts, report) if prompts else nullcontext():
         if options.finds_layers():
             look = partial(
@@ -103,7 +104,7 @@ def measure(
             )  # fmt: skip
             settings, layers_from, judged = choose_layers(look, original.graph, prompts, settings, options, report)
         if given is None:
-            fitted = original.shipped(settings, options)
+            fitted = shipped = original.shipped(settings, options)
             if fitted is None:
                 found = original.features(settings, prompts, work, report, batch_size=size)
                 fitted = original.fit(settings, found, prompts, regularization)
@@ -113,6 +114,8 @@ def measure(
         if options.verify == "full":
             scores = None if calibration is None else calibration.final
             cases = tuple(expect(original.asking(settings), probe, prompts, scores))
+            if shipped is not None:  # its scores are of bfloat16
+                cases = tuple(replace(case, calibrated=None) for case in cases)
     graph, pair = rewrite(original.graph, settings), settings.pair
     lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
     report.step("rewrite", f"{lane}, threshold {probe.threshold:.4f}")

@@ -92,9 +92,17 @@ def fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER)
 
 
 def fit_path(
-    features: np.ndarray, labels: np.ndarray, candidates: Sequence[float], precision: float = EXACT
+    features: np.ndarray,
+    labels: np.ndarray,
+    candidates: Sequence[float],
+    precision: float = EXACT,
+    factors: dict[float, np.ndarray] | None = None,
 ) -> dict[float, tuple[np.ndarray, float]]:
-    """`fit` at each of the candidates, from the strongest penalty on, each from where the one before ended."""
+    """`fit` at each of the candidates, from the strongest penalty on, each from where the one before ended.
+
+    Args: factors: of the curvature (`_factor`) by candidate, which fits on much the same prompts share: they shape the
+    way to the minimum, and not where it lies. What is missing is added.
+    """
     padded = np.pad(features, ((0, 0), (0, 1)), constant_values=1.0)  # (prompts, features + 1)
     basis = None
     if padded.shape[1] > len(padded):  # the weights lie in the span of the prompts
@@ -103,10 +111,25 @@ def fit_path(
     balance = len(labels) / (2 * np.bincount(labels, minlength=2))[labels]  # (prompts,)
     weight, found = np.zeros(padded.shape[1]), {}
     for value in sorted(candidates):
-        weight = _descend(padded, labels, balance, value, weight, precision)
+        factor = _factor(padded, balance, value, weight) if factors is None or basis is not None else factors.get(value)
+        if factor is None and factors is not None:
+            factor = factors[value] = _factor(padded, balance, value, weight)
+        weight = _descend(padded, labels, balance, value, weight, precision, factor)
         whole = weight if basis is None else basis @ weight  # (features + 1,)
         found[value] = (whole[:-1], float(whole[-1]))
     return found
+
+
+def _factor(features: np.ndarray, balance: np.ndarray, regularization: float, start: np.ndarray) -> np.ndarray:
+    """The triangular factor of the loss's curvature at `start`, (features, features)."""
+    from scipy.linalg import cholesky
+    from scipy.special import expit
+
+    spread = expit(features @ start)  # (prompts,)
+    spread = regularization * balance * np.maximum(spread * (1 - spread), LEAST_SPREAD)
+    curvature = (features.T * spread) @ features  # (features, features)
+    curvature[np.diag_indices_from(curvature)] += 1.0
+    return np.asarray(cholesky(curvature, lower=True))
 
 
 def _descend(
@@ -116,21 +139,17 @@ def _descend(
     regularization: float,
     start: np.ndarray,
     precision: float,
+    factor: Any,
 ) -> np.ndarray:
     """The weight (features,) of least |weight|^2 / 2 + C * weighted log loss, found from `start`.
 
-    The curvature at the start makes the problem round, which takes L-BFGS straight to the minimum. Newton's method
+    The curvature, by its `factor`, makes the problem round, which takes L-BFGS straight to the minimum. Newton's method
     would compute it anew at each of its steps, and a solver without it takes thousands.
     """
-    from scipy.linalg import cholesky, solve_triangular
+    from scipy.linalg import solve_triangular
     from scipy.optimize import minimize
     from scipy.special import expit
 
-    spread = expit(features @ start)  # (prompts,)
-    spread = regularization * balance * np.maximum(spread * (1 - spread), LEAST_SPREAD)
-    curvature = (features.T * spread) @ features  # (features, features)
-    curvature[np.diag_indices_from(curvature)] += 1.0
-    factor = cholesky(curvature, lower=True)
     signs = np.where(labels == 1, 1.0, -1.0)  # (prompts,)
 
     def loss(rounded: np.ndarray) -> tuple[float, np.ndarray]:
@@ -158,8 +177,9 @@ def best_regularization(
 ) -> tuple[float, np.ndarray]:
     """The candidate of least cross-validated log loss, and P(unsafe) of every prompt by fits without its fold."""
     scores = {value: np.zeros(len(labels)) for value in candidates}
+    factors: dict[float, np.ndarray] = {}
     for train, test in folds:
-        for value, (weight, bias) in fit_path(features[train], labels[train], candidates, CLOSE).items():
+        for value, (weight, bias) in fit_path(features[train], labels[train], candidates, CLOSE, factors).items():
             scores[value][test] = probability(features[test], weight, bias)
     return _of_least_loss(scores, labels)
 

@@ -97,6 +97,7 @@ class Subject:
             "semantic_layer": self.sasa["semantic_layer"],
             "blocks": self.original.sizes.blocks,
             "lane_blocks": len(blocks_again(self.sasa["graph"])),
+            "lane_tokens": lane_tokens(self.sasa["graph"]),
             "false_positive_rate": self.rate,
             "given_threshold": self.sasa["threshold"] if given else None,
             **running_as(self.original),
