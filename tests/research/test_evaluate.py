@@ -36,7 +36,7 @@ Guards = Callable[..., Any]
 def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """An evaluation set and a calibration set, as specs."""
     folder = tmp_path_factory.mktemp("sets")
-    return str(write_set(folder, "evaluation", 1, 12)), str(write_set(folder, "calibration", 2, 20))
+    return str(write_set(folder, "evaluation", 3, 12)), str(write_set(folder, "calibration", 2, 20))
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_pairs_that_users_give() -> None:
 
 
 def test_the_controls_of_a_picture() -> None:
-    prompts = builtin()[:120]
+    prompts = [prompt for prompt in builtin() if not prompt.name.endswith("/long")][:120]
     texts = {prompt.name: prompt.prompt for prompt in prompts}
     found = controls(prompts)
     assert len(found) == 3 * 40
