@@ -183,7 +183,8 @@ def guard(
         capped = getattr(text, "final_logit_softcapping", None)  # then the probe reads the logits themselves
         lane = weight if capped else oracle.folded(model, weight)
         drawn = torch.randn(2 * text.hidden_size, generator=torch.Generator().manual_seed(9)) / 20
-        states = drawn if options.get("projection") != "none" else None
+        alone = options.get("projection") == "none" or options.get("lane_tokens") == ALL  # as the paper's probe
+        states = None if alone else drawn
         whole = lane if states is None else torch.cat([lane, states])
         probe = write_probe(directory / "probe.safetensors", whole, bias)
         where = {"model": str(tiny_model(family)), "out": directory / "patched", "probe": probe}

@@ -86,7 +86,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
 @torch.no_grad()
 def test_row(
     guard: Callable[..., Guard],
-    split: Callable[[str], Guard],
+    split: Callable[..., Guard],
     smol: Callable[[], Guard],
     exported: Callable[..., Path],
     row: Row,
@@ -97,6 +97,6 @@ def test_row(
     if family == "smol-llava":
         guarded = smol()
     else:
-        guarded = split(family) if onnx else guard(family)
+        guarded = split(family, lane_tokens="all") if onnx else guard(family)
     graphs = Graphs(exported(guarded.directory), image_token(guarded)) if onnx else None
     row.check((Smol if family == "smol-llava" else Bench)(guarded, graphs))

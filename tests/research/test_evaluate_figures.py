@@ -51,7 +51,8 @@ def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
 
 def test_a_split_request_is_a_channel() -> None:
     channels, attacks = ["text", "picture", "picture"], ["none", "none", "split"]
-    found = parts(pd.DataFrame({"channel": channels, "setting": "alone", "attack": attacks, "category": "none", "source": ""}))
+    same = {"setting": "alone", "category": "none", "source": ""}
+    found = parts(pd.DataFrame({"channel": channels, "attack": attacks, **same}))
     rows = {name: rows.index.tolist() for name, rows in found["channel"].items()}
     assert rows == {"picture": [1], "split": [2], "text": [0]} and "category" not in found
 
