@@ -11,7 +11,7 @@ import numpy as np
 from sasa_export.errors import CalibrationError
 from sasa_export.graph import LayerGraph
 from sasa_export.models.load import head_weight
-from sasa_export.probe.channels import CHANNELS, Linear, lower_pictures, picture_detector, picture_offset
+from sasa_export.probe.channels import CHANNELS, MARKS, Detector, Linear, detector, lowered, offsets
 from sasa_export.probe.features import Features
 from sasa_export.probe.figures import Figure, KindFigure, figures, kind_figures
 from sasa_export.probe.fit import (
@@ -39,12 +39,12 @@ class Fitted:
     """Probes before a threshold is chosen: of the "projected" lane, where there is one, and of the "plain" main lane.
 
     The first is the one that is made. `scores` holds cross-validated P(unsafe) of each, (prompts,), and of "words",
-    where kinds were left out; `final` (prompts,) is that of the first probe itself. `detectors` tell pictures from text
-    on the same features, and `detected` holds what they put out for the prompts, (prompts,) each (`channels`).
+    where kinds were left out; `final` (prompts,) is that of the first probe itself. `detectors` tell pictures and
+    long text on the same features, and `detected` holds what they put out, (prompts, marks) each (`channels`).
     """
 
     probes: dict[str, Linear]
-    detectors: dict[str, Linear]
+    detectors: dict[str, Detector]
     detected: dict[str, np.ndarray]
     regularization: float
     scores: dict[str, np.ndarray]
@@ -117,18 +117,18 @@ def fit_probes(
     if kinds_of(prompts) is not None:
         scores["words"] = best_words(prompts, folds)[1]
 
-    def folded(name: str, found: Linear) -> Linear:
+    def folded(name: str, found: Any) -> Any:
         # The fitted weight v reads features in the metric R, the probe reads them as they are: w . h = (R^T v) . h.
         used = metrics[name]
         return found[0] if used is None else found[0] @ used, found[1]
 
     probes = {name: fit(states, labels, chosen[name][0]) for name, states in lanes.items()}
-    marks = {name: picture_detector(states, prompts) for name, states in lanes.items()}
+    marks = {name: detector(states, prompts) for name, states in lanes.items()}
     read = next(iter(lanes))
     return Fitted(
         {name: folded(name, found) for name, found in probes.items()},
         {name: folded(name, found) for name, found in marks.items()},
-        {name: lanes[name] @ weight + bias for name, (weight, bias) in marks.items()},
+        {name: lanes[name] @ weight.T + bias for name, (weight, bias) in marks.items()},
         chosen[read][0],
         scores,
         probability(lanes[read], *probes[read]),
@@ -146,18 +146,19 @@ def metric_of(states: np.ndarray, prompts: Sequence[Prompt], metric: np.ndarray 
 
 def choose_threshold(
     fitted: Fitted, lane: str, prompts: Sequence[Prompt], rate: float, at: float | None
-) -> tuple[Probe, np.ndarray, float]:
-    """The probe of a lane with its threshold, its cross-validated scores (prompts,), and what pictures were lowered by.
+) -> tuple[Probe, np.ndarray, np.ndarray]:
+    """The probe of a lane with its threshold, its cross-validated scores (prompts,), and what pictures and long text
+    were lowered by, (marks,).
 
     Args: as of `with_threshold`; at: the threshold, where it is given.
     """
-    scores, by = fitted.scores[lane], 0.0
+    scores, by = fitted.scores[lane], np.zeros(MARKS)
     if at is None:
-        by = picture_offset(scores, prompts, rate)
-        scores = lower_pictures(scores, fitted.detected[lane], by)
+        by = offsets(scores, prompts, rate)
+        scores = lowered(scores, fitted.detected[lane], by)
     limit = threshold_of(scores, prompts, rate) if at is None else at
     (weight, bias), (mark, offset) = fitted.probes[lane], fitted.detectors[lane]
-    return Probe((weight - by * mark).astype(np.float32), bias - by * offset, limit), scores, by
+    return Probe((weight - by @ mark).astype(np.float32), float(bias - by @ offset), limit), scores, by
 
 
 def with_threshold(
@@ -192,7 +193,7 @@ def with_threshold(
         by_kind = kind_figures([prompts[row] for row in text], kinds[text], scores_of)
     return Calibration(
         probe, tuple(found), tuple(by_kind), tuple(prompts), judged_scores,
-        lower_pictures(fitted.final, fitted.detected[read], by),
+        lowered(fitted.final, fitted.detected[read], by),
         max_false_positive_rate if threshold is None else None, fitted.regularization,
     )  # fmt: skip
 

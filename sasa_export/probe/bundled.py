@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import EMBEDDED
 from sasa_export.models.smol_llava import VISION
@@ -36,7 +38,7 @@ def write(fitted: Fitted, layers: tuple[int, int] | None, file: Path = FILE) -> 
     for kind in ("probes", "detectors"):
         found = getattr(fitted, kind)
         arrays |= {f"{kind}.{name}": weight.astype("float32") for name, (weight, _) in found.items()}
-        said[kind] = {name: bias for name, (_, bias) in found.items()}
+        said[kind] = {name: np.asarray(bias).tolist() for name, (_, bias) in found.items()}
     save_file(arrays, file, metadata={"sasa": json.dumps(said)})
 
 
@@ -57,9 +59,8 @@ def read(model: str, settings: LaneSettings, calibration: Sequence[str] | None, 
     if said["made_from"] != made_from(layers):
         return None
     wide = {name: values.astype("float64") for name, values in arrays.items()}
-    probes, detectors = (
-        {name: (wide[f"{kind}.{name}"], bias) for name, bias in said[kind].items()} for kind in ("probes", "detectors")
-    )
+    probes = {name: (wide[f"probes.{name}"], bias) for name, bias in said["probes"].items()}
+    detectors = {name: (wide[f"detectors.{name}"], np.array(bias)) for name, bias in said["detectors"].items()}
     detected = {name: wide[f"detected.{name}"] for name in probes}
     scores = {name: wide[f"scores.{name}"] for name in (*probes, "words")}
     return Fitted(probes, detectors, detected, said["regularization"], scores, wide["final"])

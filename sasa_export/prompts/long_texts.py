@@ -29,16 +29,18 @@ def texts_of(part: str) -> dict[str, Any]:
 def lengthened(prompt: Prompt, setting: str, words: int, part: str, rng: Random) -> Prompt:
     """The same request in one of `SETTINGS`, with about so many words of one genre; a page and turns are as they are.
 
+    Its `kind` is the genre, so that a choice is judged on genres that were left out.
+
     Args: part: "calibration" or "evaluation".
     """
     texts = texts_of(part)
     if setting == "system prompt of a page":
-        return replace(prompt, before=(("system", rng.choice(texts["systems"])),), setting=setting)
+        return replace(prompt, before=(("system", rng.choice(texts["systems"])),), setting=setting, kind=setting)
     if setting == "eight turns":
         pairs = rng.sample(texts["turns"], 8)
         turns = tuple(turn for said, answered in pairs for turn in (("user", said), ("assistant", answered)))
-        return replace(prompt, before=turns, setting=setting)
-    around, asked = _filler(texts["genres"], words, rng), prompt.prompt
+        return replace(prompt, before=turns, setting=setting, kind=setting)
+    (genre, around), asked = _filler(texts["genres"], words, rng), prompt.prompt
     whole = "".join(around).strip()
     first, second = ("".join(half).strip() for half in (around[: len(around) // 2], around[len(around) // 2 :]))
     text = {
@@ -47,15 +49,16 @@ def lengthened(prompt: Prompt, setting: str, words: int, part: str, rng: Random)
         "inside long text": f"{first}\n\n{asked}\n\n{second}",
         "in a document": f"{rng.choice(texts['leads'])}\n\n{first} {asked} {second}",
     }[setting]
-    return replace(prompt, prompt=text, question=prompt.question or asked, setting=setting)
+    return replace(prompt, prompt=text, question=prompt.question or asked, setting=setting, kind=f"in a {genre}")
 
 
-def _filler(genres: dict[str, Sequence[str]], words: int, rng: Random) -> list[str]:
-    """So many words, each with the space behind it, of pieces of one genre, then of others."""
+def _filler(genres: dict[str, Sequence[str]], words: int, rng: Random) -> tuple[str, list[str]]:
+    """A genre, and so many words, each with the space behind it, of pieces of it, then of others."""
     found: list[str] = []
-    for genre in rng.sample(sorted(genres), len(genres)):
+    order = rng.sample(sorted(genres), len(genres))
+    for genre in order:
         for piece in rng.sample(genres[genre], len(genres[genre])):
             found += [*re.findall(r"\S+\s*", piece.strip()), "\n\n"]
             if len(found) >= words:
-                return found[:words]
-    return found
+                return order[0], found[:words]
+    return order[0], found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sasa_export.graph import LayerGraph, Node
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
-from sasa_export.probe import Calibration, calibrate, with_threshold
+from sasa_export.probe import Calibration, calibrate, channels, with_threshold
 from sasa_export.probe.features import Features, collect
 from sasa_export.probe.fit import probability, threshold_for
 from sasa_export.prompts.prompt import Prompt, batches, encode
@@ -92,6 +93,22 @@ def test_figures_are_of_the_threshold_that_is_given(calibrated: Callable[..., Ca
         if figure.part == "all":
             assert figure.recall == (found.cross_validated[labels == 1] >= 0.3).mean()
             assert figure.false_positive_rate == (found.cross_validated[labels == 0] >= 0.3).mean() > 0.05
+
+
+def test_over_refusal_is_limited_in_long_text_alike() -> None:
+    """Long text has higher scores than short text, whatever is asked, and a feature that tells it."""
+    rng, labels = np.random.default_rng(5), np.arange(2000) % 2
+    long = np.arange(2000) % 4 > 1
+    prompts = [replace(prompt, prompt="word " * (200 if it else 9)) for prompt, it in
+               zip(prompts_of(labels, "t" * 2000), long, strict=True)]  # fmt: skip
+    scores = 1 / (1 + np.exp(-(rng.normal(size=2000) + 3.0 * labels + 2.0 * long - 2.0)))  # (prompts,)
+    detected = np.stack([np.zeros(2000), long + rng.normal(size=2000) / 50], axis=1)  # (prompts, marks)
+    by = channels.offsets(scores, prompts, 0.05)
+    assert by[0] == 0.0 and by[1] == pytest.approx(2.0, abs=0.5)
+    lower = channels.lowered(scores, detected, by)
+    threshold = threshold_for(lower, labels, 0.05)
+    for some in (long, ~long):
+        assert abs((lower >= threshold)[some & (labels == 0)].mean() - 0.05) < 0.03
 
 
 def test_over_refusal_is_limited_in_text_and_in_pictures_alike(calibrated: Callable[..., Calibration]) -> None:
