@@ -49,7 +49,7 @@ def lengthened(prompt: Prompt, setting: str, words: int, part: str, rng: Random)
         "inside long text": f"{first}\n\n{asked}\n\n{second}",
         "in a document": f"{rng.choice(texts['leads'])}\n\n{first} {asked} {second}",
     }[setting]
-    return replace(prompt, prompt=text, question=prompt.question or asked, setting=setting, kind=f"in a {genre}")
+    return replace(prompt, prompt=text, question=prompt.question or asked, setting=setting, kind=f"long text: {genre}")
 
 
 def _filler(genres: dict[str, Sequence[str]], words: int, rng: Random) -> tuple[str, list[str]]:
