@@ -234,7 +234,7 @@ def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> No
     assert by_kind["photo", "picture"] == 320 and by_kind["text-in-picture", "picture"] == 140
     assert {prompt.attack for prompt in prompts} == {"text", "typographic", "list", "split", "photo", "text-in-picture"}
     assert all(by_kind[kind, "picture"] == 0 < by_kind[kind, "text"] for kind in ALONE)
-    assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in BORDERLINE_KINDS) for prompt in prompts)
+    assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in BORDERLINE_KINDS) for prompt in short)
     assert {asked(prompt) for prompt in prompts if prompt.channel == "text"} == {
         *LINES.text[~LINES.kind.isin(["photo", "text-in-picture"])]
     }
