@@ -13,7 +13,7 @@ from sasa_export.errors import EmitError
 from sasa_export.foreign.blocks import Blocks
 from sasa_export.foreign.decoder import Decoder
 from sasa_export.foreign.guard import OPSET, PLACEHOLDERS, Interface, guard_graph
-from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane, add_norm
+from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane
 from sasa_export.probe.fit import Probe
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.verdict import TemplateTokens
@@ -68,7 +68,7 @@ def splice(blocks: Blocks, guard: ir.Model, interface: Interface, pair: tuple[in
         names = ("position_ids", "attention_mask")  # of what the placeholder was given behind the states
         more = {name: value for name, value in zip(names, node.inputs[1:], strict=False) if value is not None}
         if node.op_type == "Norm":
-            end = add_norm(blocks, states, f"{LANE}/{node.name}")
+            end = add_lane(blocks, len(blocks.states) - 1, states, prefix=f"{LANE}/{node.name}")  # the norm alone
         else:
             end = add_lane(blocks, pair[0], states, more) if node.op_type == "Lane" else add_head(blocks, states)
         node.outputs[0].replace_all_uses_with(add("Cast", end, to=ir.DataType.FLOAT))
