@@ -117,9 +117,8 @@ def lane_tokens(graph: Graph) -> int | None:
 def reached(graph: Graph, at: Tensor, real: Tensor, states: Tensor, positions: Tensor, types: Tensor) -> list[Tensor]:
     """What the lane runs over, in the place of the context: of each row the last real tokens up to `at` (batch,), as
     many as the graph says. Where there are fewer, padding follows: nothing that is causal sees that."""
-    if (tokens := lane_tokens(graph)) is None:
+    if (count := lane_tokens(graph)) is None:
         return [at, real, states, positions, types]
-    count = torch.sym_min(tokens, real.shape[1])  # which an exported graph computes
     index = torch.arange(real.shape[1], device=real.device)  # (context,)
     kept = real & (index <= at.to(real.device)[:, None])  # (batch, context)
     rank = kept.cumsum(-1)  # (batch, context), real tokens so far
