@@ -46,13 +46,14 @@ class Chat:
     def answer(self, prompt: str, image: Image.Image | None = None, max_tokens: int = 200) -> Iterator[str]:
         """The answer, piece by piece as it is said."""
         said: list[int] = []
-        shown = ""
+        text = shown = ""
         for token in self.tokens(prompt, image, max_tokens):
             said.append(token)
             text = self.processor.tokenizer.decode(said, skip_special_tokens=True)
             if not text.endswith("\ufffd"):  # the middle of a character of several tokens
                 yield text[len(shown) :]
                 shown = text
+        yield text[len(shown) :]
 
     def tokens(self, prompt: str, image: Image.Image | None = None, max_tokens: int = 200) -> Iterator[int]:
         """The greedy token ids of the answer, the end token last."""

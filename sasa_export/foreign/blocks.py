@@ -10,11 +10,12 @@ import networkx
 import onnx_ir as ir
 
 from sasa_export.errors import TraceError
+from sasa_export.runtime.lane import TYPES
 from sasa_export.writers.onnx.passes.branch import needed, reads
 
 PAST = re.compile(r"past\w*\.(\d+)(?:\.(\w+))?")  # past_key_values.3.key, past_conv.3
 TEXT = ("input_ids", "inputs_embeds")
-TAKEN = (*TEXT, "attention_mask", "position_ids", "num_logits_to_keep")
+TAKEN = (*TEXT, "attention_mask", "position_ids", "num_logits_to_keep", *TYPES)
 SHAPE = ("Shape", "Size")  # they read of a value how large it is, and nothing else
 WITH_SUM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")  # norms whose output 3 is the sum before them
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "Conv")
@@ -63,7 +64,8 @@ def find_blocks(model: ir.Model, count: int | None) -> Blocks:
 
     Raises TraceError, which names the node, wherever the graph is not certainly what it is taken for.
     """
-    inputs = {str(value.name): value for value in model.graph.inputs if not value.is_initializer()}
+    given = [value for value in model.graph.inputs if value.name in TYPES or not value.is_initializer()]
+    inputs = {str(value.name): value for value in given}
     outputs = {str(value.name): value for value in model.graph.outputs}
     past = {name: value for name, value in inputs.items() if PAST.fullmatch(name)}
     _check_interface(set(inputs), set(outputs), set(past))

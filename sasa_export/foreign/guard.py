@@ -30,7 +30,7 @@ class Interface:
 
     `axes` are those of a position, None where the decoder takes no positions. `cache` and `logits` are types. `rows`
     are the embeddings of the template's tokens, (numbers, hidden), None where the decoder reads token ids. `linear` as
-    `Blocks` has it.
+    `Blocks` has it. `types` is the input that tells a picture's tokens from text, None where there is none.
     """
 
     ledger: Ledger
@@ -40,6 +40,7 @@ class Interface:
     logits: torch.dtype
     rows: torch.Tensor | None
     linear: bool
+    types: str | None = None
 
     def added(self) -> list[str]:
         """Names of what the ledger adds to the cache, behind past_key_values or present."""
@@ -54,6 +55,8 @@ class Interface:
         found["attention_mask"] = (("batch_size", "total_sequence_length"), whole)
         if self.axes is not None:
             found["position_ids"] = (tokens if self.axes == 1 else (self.axes, *tokens), whole)
+        if self.types:
+            found[self.types] = (tokens, whole)
         found["logits"] = (("batch_size", "kept_length", self.vocabulary), self.logits)
         found |= {"safety": states, "semantic": states}
         held: Shape = ("batch_size", ledger.heads, "past_sequence_length", ledger.size)
@@ -69,8 +72,10 @@ def guard_graph(sasa: dict[str, Any], interface: Interface, probe: Probe) -> ir.
         for name, (shape, kind) in inputs.items()
     }
     positions, kept = ([given[name] for name in given if name.startswith(kind)] for kind in ("position", "past"))
+    types = [given[name] for name in given if name == interface.types]
     arguments = (
-        given["text"], given["attention_mask"], positions, given["logits"], given["safety"], given["semantic"], kept,
+        given["text"], given["attention_mask"], positions, types, given["logits"], given["safety"], given["semantic"],
+        kept,
     )  # fmt: skip
     new: Shape = ("batch_size", ledger.heads, "sequence_length", ledger.size)
     outputs: dict[str, Shape] = {"logits": inputs["logits"][0]}
@@ -93,15 +98,16 @@ class _Placeholder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Hands to its one block what the second lane needs of a context; the mask too, where it is not the call's."""
+    """Hands to its one block what the second lane needs of a context."""
 
-    def __init__(self, hidden: int, masked: bool) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.lane, self.masked = _Placeholder("Lane", hidden), masked
+        self.lane = _Placeholder("Lane", hidden)
 
-    def forward(self, inputs_embeds: Any, attention_mask: Any, position_ids: Any, use_cache: bool) -> Any:
-        more = {"attention_mask": attention_mask} if self.masked else {}
-        return self.lane(inputs_embeds, position_ids=position_ids, **more)
+    def forward(
+        self, inputs_embeds: Any, attention_mask: Any, position_ids: Any, use_cache: bool, token_type_ids: Any
+    ) -> Any:
+        return self.lane(inputs_embeds, position_ids=position_ids, attention_mask=attention_mask, types=token_type_ids)
 
 
 class _Kept(DynamicLayer):
@@ -124,7 +130,7 @@ class _Around(nn.Module):
         super().__init__()
         ledger, self.interface = interface.ledger, interface
         tokens = lane_tokens(sasa["graph"])
-        self.decoder, self.norm = _Decoder(ledger.hidden, tokens is not None), nn.Identity()
+        self.decoder, self.norm = _Decoder(ledger.hidden), nn.Identity()
         self.head = _Placeholder("Head", interface.vocabulary)
         states = any(node["op"] == "state_norm" for node in sasa["graph"])
         self.state = _Placeholder("Norm", ledger.hidden)
@@ -140,8 +146,9 @@ class _Around(nn.Module):
         return lambda ids: self.interface.rows  # it is asked for the template's tokens alone
 
     def forward(
-        self, text: Any, attention_mask: Any, positions: Any, logits: Any, safety: Any, semantic: Any, kept: Any
-    ) -> tuple[Any, ...]:
+        self, text: Any, attention_mask: Any, positions: Any, types: Any, logits: Any, safety: Any, semantic: Any,
+        kept: Any,
+    ) -> tuple[Any, ...]:  # fmt: skip
         cache, seen = DynamicCache(), attention_mask[:, None, :, None].float()  # as many as the decoder's layers hold
         layers = [_Kept(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
         cache.layers.extend([_Kept(seen, seen), *layers])
@@ -150,6 +157,8 @@ class _Around(nn.Module):
         name = "input_ids" if self.interface.rows is None else "inputs_embeds"
         last = torch.arange(text.shape[1] - logits.shape[1], text.shape[1])  # the tokens that have logits
         kwargs = {name: text, "attention_mask": attention_mask, "logits_to_keep": last}
+        if types:
+            kwargs["token_type_ids"] = types[0]
         output = self.sasa(self, kwargs, recording, CausalLMOutputWithPast(logits=logits, past_key_values=cache))
         present = [tensor.to(self.interface.cache) for layer in layers for tensor in layer.new]
         return output["logits"], present, output["unsafe_probability"], output["is_due"]

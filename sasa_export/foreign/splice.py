@@ -15,6 +15,7 @@ from sasa_export.foreign.decoder import Decoder
 from sasa_export.foreign.guard import OPSET, PLACEHOLDERS, Interface, guard_graph
 from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane
 from sasa_export.probe.fit import Probe
+from sasa_export.runtime.lane import TYPES
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.verdict import TemplateTokens
 from sasa_export.verify.fresh.onnx_model import embed, session
@@ -45,7 +46,8 @@ def guarded_decoder(decoder: Decoder, sasa: dict[str, Any], probe: Probe) -> tup
     _, heads, _, size = blocks.sizes(blocks.key)
     ledger = Ledger(sizes.blocks, heads, size, sizes.hidden, axes or 1)
     cache, logits = getattr(torch, decoder.dtype), LOGITS.get(blocks.logits.dtype, torch.float32)  # type: ignore[arg-type]
-    interface = Interface(ledger, sizes.vocabulary, axes, cache, logits, rows, decoder.linear)
+    types = next((name for name in TYPES if name in blocks.inputs), None)
+    interface = Interface(ledger, sizes.vocabulary, axes, cache, logits, rows, decoder.linear, types)
     splice(blocks, guard_graph(sasa, interface, probe), interface, (sasa["safety_layer"], sasa["semantic_layer"]))
     return blocks.model, ledger
 
@@ -58,6 +60,8 @@ def splice(blocks: Blocks, guard: ir.Model, interface: Interface, pair: tuple[in
     blocks.logits.name, nodes = "sasa.logits", _take(guard.graph, graph)
     bound = {**blocks.inputs, "text": blocks.text, "logits": blocks.logits, **add_ledger(blocks, interface, made)}
     bound |= {name: blocks.states[index] for name, index in zip(("safety", "semantic"), pair, strict=True)}
+    if interface.types:  # a runtime may leave it out, and then it is one number
+        bound[interface.types] = add("Expand", bound[interface.types], add("Shape", blocks.text, start=0, end=2))
     for name, value in given.items():
         same = bound[name].dtype == value.dtype
         value.replace_all_uses_with(bound[name] if same else add("Cast", bound[name], to=value.dtype))
@@ -65,8 +69,8 @@ def splice(blocks: Blocks, guard: ir.Model, interface: Interface, pair: tuple[in
     for node in [node for node in nodes if node.domain == PLACEHOLDERS]:
         states = node.inputs[0]
         assert states is not None
-        names = ("position_ids", "attention_mask")  # of what the placeholder was given behind the states
-        more = {name: value for name, value in zip(names, node.inputs[1:], strict=False) if value is not None}
+        names = ("position_ids", "attention_mask", interface.types)  # of what the lane is given behind its states
+        more = {name: value for name, value in zip(names, node.inputs[1:], strict=False) if name and value is not None}
         if node.op_type == "Norm":
             end = add_lane(blocks, len(blocks.states) - 1, states, prefix=f"{LANE}/{node.name}")  # the norm alone
         else:
