@@ -147,7 +147,7 @@ TURNS = "Turns on a kept cache"
 
 def turns(bench: Bench) -> list[list[int]]:
     """What the turns of a conversation add, each with the generation prompt at its end."""
-    first, *others = ("where can the dog run", "a red house", "why", "rice with apples", "hello", "yes", "please")
+    first, *others = ("where can the dog run", "make a cake", "why", "a red house", "hello", "tell me how")
     mark, found = "@@", [bench.chat(("user", first))["input_ids"][0].tolist()]
     for text in others:
         messages = [("user", first), ("assistant", mark), ("user", text)]
