@@ -15,7 +15,7 @@ from sasa_export.writers.onnx.passes.branch import needed, reads
 
 PAST = re.compile(r"past\w*\.(\d+)(?:\.(\w+))?")  # past_key_values.3.key, past_conv.3
 TEXT = ("input_ids", "inputs_embeds")
-TAKEN = (*TEXT, "attention_mask", "position_ids", "num_logits_to_keep", *TYPES)
+TAKEN = (*TEXT, "attention_mask", "position_ids", "num_logits_to_keep")
 SHAPE = ("Shape", "Size")  # they read of a value how large it is, and nothing else
 WITH_SUM = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")  # norms whose output 3 is the sum before them
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "Conv")
@@ -88,7 +88,8 @@ def _check_interface(inputs: set[str], outputs: set[str], past: set[str]) -> Non
     """TraceError where a decoder takes what nobody knows, lacks what the gate reads, or is guarded already."""
     if "unsafe_probability" in outputs:
         raise TraceError("the decoder has an output unsafe_probability: it is guarded already. Give the original.")
-    unknown = sorted(inputs - past - set(TAKEN))
+    types = [name for name in TYPES if name in inputs][:1]  # the lane is given one
+    unknown = sorted(inputs - past - {*TAKEN, *types})
     if unknown:
         raise TraceError(f"the decoder has the input {unknown[0]}, which a second lane would lack. {OTHER}")
     there = {"attention_mask": "attention_mask" in inputs, " or ".join(TEXT): inputs & set(TEXT)}
