@@ -1,8 +1,8 @@
-"""What the gate costs in torch, beside the plain model.
+"""What the gate costs in torch, beside the plain model, at the default layers and at an early safety layer.
 
-- prefill: a prompt as a whole, against the floor that the number of blocks sets too; and in pieces, by hand.
+- prefill: a prompt as a whole, and in pieces, by hand.
 - decoding: one token after another on a warm cache.
-- second turn: a short prompt on the cache of a long first one, over all of which the second lane runs.
+- second turn: a short prompt on the cache of a first one, of about 500 to 32,000 tokens.
 - cache: bytes per token.
 
     python benchmarks/gate_cost.py [--out docs/gate-cost.md]
@@ -10,13 +10,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import Pair, Row, Settings, Work, benchmark, compare, compare_sizes, decoding, in_turn, prefill
+from side_by_side import (
+    Pair,
+    Row,
+    Settings,
+    Work,
+    benchmark,
+    compare,
+    compare_sizes,
+    decoding,
+    in_turn,
+    make_pair,
+    prefill,
+)
 
 PIECE = 64  # tokens
 TURN = 24  # tokens
+SHARE = 13 / 32  # of the blocks that lie up to the safety layer: the paper's, of LLaVA-1.5-7B
+TIMES = (1, 4, 16, 64)  # how often the first turn is repeated in the cache
 
 
 def in_pieces(model: Any, inputs: dict[str, Any]) -> Work:
@@ -32,14 +48,22 @@ def in_pieces(model: Any, inputs: dict[str, Any]) -> Work:
     return work
 
 
-def second_turn(model: Any, inputs: dict[str, Any]) -> Work:
-    """The end of the prompt again, behind the whole prompt: it ends in the generation prompt, as a turn does."""
+def second_turn(model: Any, inputs: dict[str, Any], times: int) -> Work:
+    """The end of the prompt again, behind the whole prompt: it ends in the generation prompt, as a turn does.
+
+    The cache has the prompt `times` over, each as the model left it: a long first turn, without the hours it takes.
+    """
     cache = prefill(model, inputs)().past_key_values
-    ids = inputs["input_ids"][:, -TURN:]  # (1, TURN)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1)  # (1, tokens + TURN)
+    for layer in cache.layers:
+        layer.keys, layer.values = (held.repeat(1, 1, times, 1) for held in (layer.keys, layer.values))
+    tokens, ids = inputs["input_ids"].shape[1], inputs["input_ids"][:, -TURN:]  # (1, TURN)
+    asked = {
+        "input_ids": ids, "attention_mask": torch.ones(1, tokens * times + TURN, dtype=torch.long),
+        "position_ids": torch.arange(tokens, tokens + TURN)[None],  # (1, TURN), behind the last in the cache
+    }  # fmt: skip
 
     def work() -> None:
-        prefill(model, {"input_ids": ids, "attention_mask": mask, "past_key_values": cache})()
+        prefill(model, {**asked, "past_key_values": cache})()
         cache.crop(-TURN)
 
     return work
@@ -50,26 +74,33 @@ def bytes_per_token(model: Any, inputs: dict[str, Any]) -> float:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / inputs["input_ids"].shape[1]
 
 
-@benchmark("What the gate costs")
-def main(pair: Pair, settings: Settings, work: Any) -> dict[str, list[Row]]:
-    """What the gate costs in torch, beside the plain model."""
+def costs(pair: Pair, settings: Settings) -> list[Row]:
+    """The rows on one pair."""
     tokens = pair.text["input_ids"].shape[1]
 
-    def timed(kind: Any, rounds: int = settings.rounds) -> Any:
-        work = {"plain": kind(pair.plain, pair.text), "guarded": kind(pair.guarded, pair.text)}
+    def timed(kind: Any, *more: Any, rounds: int = settings.rounds) -> Any:
+        work = {"plain": kind(pair.plain, pair.text, *more), "guarded": kind(pair.guarded, pair.text, *more)}
         return in_turn(work, rounds, settings.seconds)
 
-    whole, pieces, second = timed(prefill), timed(in_pieces), timed(second_turn)
-    steps = timed(decoding, settings.new_tokens)
+    whole, pieces = timed(prefill), timed(in_pieces)
     rows = [
         compare(f"prefill of {tokens} tokens", whole.guarded, whole.plain),
-        compare("the same, against the floor", whole.guarded, whole.plain * pair.floor),
         compare(f"the same in pieces of {PIECE} tokens, by hand", pieces.guarded, pieces.plain),
-        compare(f"a second turn of {TURN} tokens behind {tokens}", second.guarded, second.plain),
-        compare(f"decoding behind {tokens} tokens, per token", steps.guarded, steps.plain),
-        compare_sizes("cache, per token", *(bytes_per_token(model, pair.text) for model in (pair.guarded, pair.plain))),
     ]
-    return {"Against the plain model": rows}
+    for times in TIMES:
+        second = timed(second_turn, times)
+        rows.append(compare(f"a second turn of {TURN} tokens behind {tokens * times:,}", second.guarded, second.plain))
+    steps = timed(decoding, rounds=settings.new_tokens)
+    return [*rows, compare(f"decoding behind {tokens} tokens, per token", steps.guarded, steps.plain)]
+
+
+@benchmark("What the gate costs")
+def main(pair: Pair, settings: Settings, work: Path) -> dict[str, list[Row]]:
+    """What the gate costs in torch, beside the plain model, at the default layers and at an early safety layer."""
+    sizes = compare_sizes("cache, per token", *(bytes_per_token(m, pair.text) for m in (pair.guarded, pair.plain)))
+    tables = {"Against the plain model": [*costs(pair, settings), sizes]}
+    early = make_pair(replace(settings, safety_layer=round(SHARE * pair.blocks)), work / "early")
+    return {**tables, f"Against the plain model, {early.settings}": costs(early, settings)}
 
 
 if __name__ == "__main__":

@@ -140,7 +140,6 @@ def main(pair: Pair, settings: Settings, work: Path) -> dict[str, list[Row]]:
     tokens = f"{embeds.shape[1]} tokens"
     rows = [
         compare(f"prefill of {tokens} against the plain graph", whole.guarded, whole.plain),
-        compare("the same, against the floor", whole.guarded, whole.plain * pair.floor),
         compare("the same, against the guarded model in torch", whole.guarded, whole.torch),
         compare(f"decoding behind {tokens}, per token, against the plain graph", steps.guarded, steps.plain),
         compare("the same, against the guarded model in torch", steps.guarded, steps.torch),

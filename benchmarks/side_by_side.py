@@ -78,9 +78,11 @@ class Pair:
         return sum(node["op"] == "block" for node in self.guarded.config.sasa["graph"])
 
     @property
-    def floor(self) -> float:
-        """The block runs over a prompt that the guarded model cannot go below, over the plain model's."""
-        return (2 * self.blocks - 1 - self.guarded.config.sasa["safety_layer"]) / self.blocks
+    def settings(self) -> str:
+        """Where the gate is, in words."""
+        sasa = self.guarded.config.sasa
+        tokens = next(node["tokens"] for node in sasa["graph"] if node["op"] == "projection")
+        return f"safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']}, lane over {tokens} tokens"
 
 
 def make_pair(settings: Settings, work: Path) -> Pair:
@@ -90,7 +92,8 @@ def make_pair(settings: Settings, work: Path) -> Pair:
     torch.set_num_threads(settings.threads)
     torch.set_grad_enabled(False)
     source = open_source(settings.model)
-    probe = write_probe(work / "probe.safetensors", read_sizes(source).hidden)
+    work.mkdir(exist_ok=True)
+    probe = write_probe(work / "probe.safetensors", 3 * read_sizes(source).hidden)  # of the lane and of two states
     patch(
         Options(
             model=settings.model, out=work / "patched", probe=probe, verify="files", link=True,
@@ -109,9 +112,9 @@ def make_pair(settings: Settings, work: Path) -> Pair:
     return Pair(plain, guarded, text, picture)
 
 
-def write_probe(path: Path, hidden: int) -> Path:
+def write_probe(path: Path, features: int) -> Path:
     """A probe that lets every prompt of the benchmarks pass."""
-    weight = np.random.default_rng(0).normal(size=hidden).astype(np.float32) * 1e-3  # (hidden,)
+    weight = np.random.default_rng(0).normal(size=features).astype(np.float32) * 1e-3  # (features,)
     save_probe(Probe(weight, REFUSES_NOBODY, 0.5), path)
     return path
 
@@ -194,11 +197,9 @@ def benchmark(title: str) -> Callable[[Callable[[Pair, Settings, Path], dict[str
 
 def describe(pair: Pair, settings: Settings) -> str:
     """The model and the machine, in a line."""
-    sasa = pair.guarded.config.sasa
     return (
-        f"{settings.model}: {pair.blocks} blocks, s = {sasa['safety_layer']}, f = {sasa['semantic_layer']}, floor "
-        f"(L + L-1-s) / L = {pair.floor:.3f}; float32, CPU ({platform.machine()}), threads: {settings.threads}; rounds "
-        f"in turn, after one to warm up: {settings.rounds}."
+        f"{settings.model}: {pair.blocks} blocks, {pair.settings}, unless a heading says otherwise; float32, CPU "
+        f"({platform.machine()}), threads: {settings.threads}; rounds in turn, after one to warm up: {settings.rounds}."
     )
 
 

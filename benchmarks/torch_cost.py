@@ -1,7 +1,6 @@
 """What a guarded model costs in torch, beside other ways to the same: its first token, and patching itself.
 
-- prefill: the forward pass over a prompt, with a picture and without, against the plain model and the floor that
-  the number of blocks sets.
+- prefill: the forward pass over a prompt, with a picture and without, against the plain model.
 - first token: `generate` for one token, against the way of a reproduction without a patched model: one full pass
   with hooks that keep h_s and h_f, one that puts the projection in, then `generate` from scratch.
 - decoding: one token after another on a warm cache.
@@ -77,7 +76,6 @@ def cost_of_running(pair: Pair, settings: Settings) -> list[Row]:
         prompt = f"{name} prompt, {inputs['input_ids'].shape[1]} tokens"
         for what, measured, against in (
             ("prefill against the plain model", found.guarded, found.plain),
-            ("prefill against the floor", found.guarded, found.plain * pair.floor),
             ("first token against the plain model", found.guarded_first, found.plain_first),
             ("first token against two passes, then generate", found.guarded_first, found.two_passes),
         ):
