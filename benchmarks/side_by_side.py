@@ -82,7 +82,9 @@ class Pair:
         """Where the gate is, in words."""
         sasa = self.guarded.config.sasa
         tokens = next(node["tokens"] for node in sasa["graph"] if node["op"] == "projection")
-        return f"safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']}, lane over {tokens} tokens"
+        return (
+            f"safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']}, lane over {tokens} tokens"
+        )
 
 
 def make_pair(settings: Settings, work: Path) -> Pair:
