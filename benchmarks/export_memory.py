@@ -80,7 +80,7 @@ def measure(blocks: int, dtype: str, onnx_dtype: str, place: Path) -> dict[str, 
     build(source, blocks, dtype)
     safety = min(SAFETY, max(0, blocks - 2) * SAFETY // (WHOLE - 2))
     options = {
-        "model": source, "out": out, "probe": write_probe(place / "probe.safetensors", HIDDEN), "format": "onnx",
+        "model": source, "out": out, "probe": write_probe(place / "probe.safetensors", 3 * HIDDEN), "format": "onnx",
         "onnx-dtype": onnx_dtype, "verify": "files", "safety-layer": safety, "semantic-layer": safety + 1,
         "device": "cpu",
     }  # fmt: skip

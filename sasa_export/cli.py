@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from sasa_export.errors import SasaExportError
 from sasa_export.flags import flags
-from sasa_export.options import LANE_TOKENS, REACH, TOKENS, Options, lane_tokens_of
+from sasa_export.options import COUNT, LANE_TOKENS, REACH, Options
 from sasa_export.report import Console, quiet
 from sasa_export.research.options import EvaluateOptions, LocateOptions
 
@@ -100,8 +100,8 @@ def main(context: click.Context, /, **values: Any) -> None:
 @click.option("--model", required=True, help="Alias, hub id or local directory.")
 @click.option("--safety-layer", type=int, help="Zero-based. Default: what the family's file says.")
 @click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
-@click.option("--lane-tokens", type=TOKENS, default=REACH, show_default=True, help=LANE_TOKENS)
-def trace(model: str, safety_layer: int | None, semantic_layer: int | None, lane_tokens: int | str) -> None:
+@click.option("--lane-tokens", type=COUNT, default=REACH, show_default=True, help=LANE_TOKENS)
+def trace(model: str, safety_layer: int | None, semantic_layer: int | None, lane_tokens: int) -> None:
     """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
     quiet()
     from sasa_export.graph.diagram import mermaid
@@ -112,9 +112,7 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, lane
     original = open_original(Options(model=model))
     graph, sizes = original.graph, original.sizes
     safety, semantic, layers_from = layers_of(original.source, sizes.blocks, sizes.hidden, safety_layer, semantic_layer)
-    after = rewrite(
-        graph, LaneSettings(safety, semantic, softcap=sizes.softcap, tokens=lane_tokens_of(lane_tokens), states=True)
-    )
+    after = rewrite(graph, LaneSettings(safety, semantic, softcap=sizes.softcap, tokens=lane_tokens))
     for node in graph:
         click.echo(f"{node.name:<14} {node.op:<8} {node.module or '':<40} <- {', '.join(node.inputs)}")
     click.echo(f"\nsafety layer {safety}, semantic layer {semantic} ({layers_from})")

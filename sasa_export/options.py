@@ -13,7 +13,7 @@ import click
 from sasa_export.errors import SasaExportError
 from sasa_export.flags import Number, OptionSet, WordOr, option
 
-AUTO, ALL, REACH = "auto", "all", 8  # REACH: the default of --lane-tokens
+AUTO, REACH = "auto", 8  # REACH: the default of --lane-tokens
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
@@ -42,10 +42,9 @@ running = partial(option, group="Running")
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1)
 LAYER = WordOr(AUTO, click.INT)
-TOKENS = WordOr(ALL, COUNT)
 LANE_TOKENS = (
     "How many tokens the second lane runs over, back from the one where the verdict is due, those of the chat template "
-    "among them; or all, as in the paper, which costs more in long prompts and detects no better on smol-llava."
+    "among them."
 )
 
 
@@ -85,7 +84,7 @@ class Options(OptionSet):
         "none: the probe reads the end of the main lane, which costs nothing more.",
         click.Choice(("semantic", "none")),
     )
-    lane_tokens: int | str = layers(REACH, LANE_TOKENS, TOKENS)
+    lane_tokens: int = layers(REACH, LANE_TOKENS, COUNT)
 
     calibration: tuple[str, ...] = probing(
         (),
@@ -195,11 +194,6 @@ class Options(OptionSet):
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
         values["calibration"] = list(self.calibration) or None
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def lane_tokens_of(value: int | str) -> int | None:
-    """A value of --lane-tokens as `LaneSettings` have it: None for all."""
-    return None if value == ALL else int(value)
 
 
 def check_for_graphs(options: OptionSet) -> None:

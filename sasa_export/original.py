@@ -21,7 +21,7 @@ from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.load import load_processor, read_sizes, running
 from sasa_export.models.quantized import check_scheme
-from sasa_export.options import Options, check_for_graphs
+from sasa_export.options import REACH, Options, check_for_graphs
 from sasa_export.probe import Fitted, bundled, calibrate
 from sasa_export.probe.features import Features, collect_on_disk, load_as_traced
 from sasa_export.probe.work import Work
@@ -114,7 +114,7 @@ class TorchOriginal:
 
     def survey(
         self, prompts: Sequence[Prompt], pairs: Sequence[Pair], work: Work, report: Silent,
-        tokens: int | None = None, **settings: Any,
+        tokens: int = REACH, **settings: Any,
     ) -> Evidence | None:  # fmt: skip
         """`layers.survey.survey`, of second lanes over so many `tokens`."""
         lane = LaneSettings(None, None, softcap=self.sizes.softcap, tokens=tokens)

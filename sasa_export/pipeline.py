@@ -16,7 +16,7 @@ from sasa_export.layers.pairs import default_pairs, possible
 from sasa_export.manifest import check_ours
 from sasa_export.models import Source, layers_of
 from sasa_export.models.load import SPREAD
-from sasa_export.options import Options, lane_tokens_of
+from sasa_export.options import Options
 from sasa_export.original import Original, are_graphs, open_original, running_as
 from sasa_export.probe import Calibration, Fitted, with_threshold
 from sasa_export.probe.figures import verdict_on_projection
@@ -86,7 +86,7 @@ def measure(
     prompts = original.readable(prompts, report)
     refusal_ids(original.processor, source.directory, options.refusal)
     settings, layers_from = lane_of(original, options, report)  # stand-ins where the layers are still to be found
-    settings = replace(settings, states=check_probe(given, rewrite(original.graph, settings), sizes))
+    check_probe(given, rewrite(original.graph, settings), sizes)
     report.step("trace", original.check_lane(settings))
     if given is None and (options.finds_layers() or original.shipped(settings, options) is None):
         told = fingerprint(
@@ -150,8 +150,7 @@ def lane_of(original: Original, options: Options, report: Silent) -> tuple[LaneS
         safety, semantic = possible(default_pairs(sizes.blocks, *given), original.graph.earliest_safety_layer())[0]
     elif None in given and source.family.known_layers(sizes.blocks, sizes.hidden) is None:
         report.warn(f"safety layer {safety} and semantic layer {semantic} are {layers_from}.")
-    tokens = lane_tokens_of(options.lane_tokens)
-    return LaneSettings(safety, semantic, softcap=sizes.softcap, tokens=tokens, states=True), layers_from
+    return LaneSettings(safety, semantic, softcap=sizes.softcap, tokens=options.lane_tokens), layers_from
 
 
 def choose_threshold(

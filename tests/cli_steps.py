@@ -47,6 +47,11 @@ def write_probe(path: Path, weight: Any, bias: float = 0.0) -> Path:
     return path
 
 
+def write_lane_probe(path: Path, weight: Any, hidden: int, bias: float = 0.0) -> Path:
+    """A probe that reads the second lane's end alone: with `weight` (features,), and nothing of the two states."""
+    return write_probe(path, np.concatenate([np.asarray(weight), np.zeros(2 * hidden)]), bias)
+
+
 def flags(model: Path | str, out: Path, *switches: str, **options: Any) -> list[str]:
     """`--model`, `--out` and other options as arguments; switches such as `--force` stand for themselves."""
     arguments = ["--model", str(model), "--out", str(out), *switches]

@@ -27,7 +27,7 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin  # noqa: E402
 
 import sasa_export  # noqa: E402
-from sasa_export.options import ALL, REACH  # noqa: E402
+from sasa_export.options import REACH  # noqa: E402
 
 pytest_plugins = ["shared_fixtures"]
 
@@ -183,8 +183,7 @@ def guard(
         capped = getattr(text, "final_logit_softcapping", None)  # then the probe reads the logits themselves
         lane = weight if capped else oracle.folded(model, weight)
         drawn = torch.randn(2 * text.hidden_size, generator=torch.Generator().manual_seed(9)) / 20
-        alone = options.get("projection") == "none" or options.get("lane_tokens") == ALL  # as the paper's probe
-        states = None if alone else drawn
+        states = None if options.get("projection") == "none" else drawn
         whole = lane if states is None else torch.cat([lane, states])
         probe = write_probe(directory / "probe.safetensors", whole, bias)
         where = {"model": str(tiny_model(family)), "out": directory / "patched", "probe": probe}
@@ -192,10 +191,9 @@ def guard(
         given: dict[str, Any] = {**where, **layers, "refusal": "I will not help.", "verify": "files", **options}
         sasa_export.patch(sasa_export.Options(**given))
         patched = load(directory / "patched")
-        reach = options.get("lane_tokens", REACH)
         return Guard(
             family, directory / "patched", patched, model, processor, safety, semantic, weight, bias,
-            None if reach == ALL else reach, states,
+            options.get("lane_tokens", REACH), states,
         )  # fmt: skip
 
     def get(family: str, safety: int | None = 2, semantic: int | None = 4, **options: Any) -> Guard:

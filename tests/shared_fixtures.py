@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random probe for a tiny model."""
     path = tmp_path_factory.mktemp("probe") / "probe.safetensors"
-    return write_probe(path, np.random.default_rng(0).normal(size=tiny.HIDDEN) * 0.2)
+    return write_probe(path, np.random.default_rng(0).normal(size=3 * tiny.HIDDEN) * 0.2)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import EMBEDDED, layers_of, open_source
 from sasa_export.models.load import head_weight, load_model, load_processor, read_sizes
-from sasa_export.options import REACH
 from sasa_export.probe import bundled, fit_probes, metric_of
 from sasa_export.probe.features import collect
 from sasa_export.probe.figures import figures
@@ -58,7 +57,7 @@ def main() -> None:
     source, report = open_source(EMBEDDED), Console()
     sizes, processor = read_sizes(source), load_processor(source)
     pair = layers_of(source, sizes.blocks, sizes.hidden, None, None)[:2]
-    settings = LaneSettings(*pair, tokens=REACH, states=True)
+    settings = LaneSettings(*pair)
     lane = rewrite_lane(trace_source(source, processor), settings)
     prompts = for_model(builtin(), processor)
     model = load_model(source, dtype="bfloat16", device="cpu")

@@ -12,9 +12,10 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from sasa_export.graph import lane_tokens
 from sasa_export.probe.fit import Probe
 from sasa_export.runtime.guard import Guard
-from sasa_export.runtime.lane import Recording, lane_tokens, watch
+from sasa_export.runtime.lane import Recording, watch
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.writers.onnx.convert import convert
 from sasa_export.writers.onnx.decoder import SIZES, Shape, Signature
@@ -71,18 +72,13 @@ def guard_graph(sasa: dict[str, Any], interface: Interface, probe: Probe) -> ir.
         name: torch.ones([SIZES[size] if isinstance(size, str) else size for size in shape], dtype=kind)
         for name, (shape, kind) in inputs.items()
     }
-    positions, kept = ([given[name] for name in given if name.startswith(kind)] for kind in ("position", "past"))
-    types = [given[name] for name in given if name == interface.types]
-    arguments = (
-        given["text"], given["attention_mask"], positions, types, given["logits"], given["safety"], given["semantic"],
-        kept,
-    )  # fmt: skip
+    kept = [given.pop(name) for name in list(given) if name.startswith("past")]
     new: Shape = ("batch_size", ledger.heads, "sequence_length", ledger.size)
     outputs: dict[str, Shape] = {"logits": inputs["logits"][0]}
     outputs |= {f"present.{name}": new for name in interface.added()}
     outputs |= {"unsafe_probability": ("batch_size",), "is_due": ()}
     signature = Signature({name: shape for name, (shape, _) in inputs.items()}, outputs)
-    return convert(_Around(sasa, interface, probe).eval(), arguments, signature, opset=OPSET)
+    return convert(_Around(sasa, interface, probe).eval(), (given, kept), signature, opset=OPSET)
 
 
 class _Placeholder(nn.Module):
@@ -129,12 +125,10 @@ class _Around(nn.Module):
     def __init__(self, sasa: dict[str, Any], interface: Interface, probe: Probe) -> None:
         super().__init__()
         ledger, self.interface = interface.ledger, interface
-        tokens = lane_tokens(sasa["graph"])
         self.decoder, self.norm = _Decoder(ledger.hidden), nn.Identity()
         self.head = _Placeholder("Head", interface.vocabulary)
-        states = any(node["op"] == "state_norm" for node in sasa["graph"])
         self.state = _Placeholder("Norm", ledger.hidden)
-        graph = _steps({"epsilon": sasa["epsilon"], "tokens": tokens}, interface.linear, states)
+        graph = _steps({"epsilon": sasa["epsilon"], "tokens": lane_tokens(sasa["graph"])}, interface.linear)
         config = SimpleNamespace(sasa={**sasa, "graph": graph})
         self.sasa = Guard(config, ledger._replace(first=1), len(probe.weight))
         self.sasa.probe.weight.data = torch.from_numpy(probe.weight).float()
@@ -145,33 +139,30 @@ class _Around(nn.Module):
     def get_input_embeddings(self) -> Any:
         return lambda ids: self.interface.rows  # it is asked for the template's tokens alone
 
-    def forward(
-        self, text: Any, attention_mask: Any, positions: Any, types: Any, logits: Any, safety: Any, semantic: Any,
-        kept: Any,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    def forward(self, given: dict[str, torch.Tensor], kept: list[torch.Tensor]) -> tuple[Any, ...]:
+        text, attention_mask, logits = (given[name] for name in ("text", "attention_mask", "logits"))
         cache, seen = DynamicCache(), attention_mask[:, None, :, None].float()  # as many as the decoder's layers hold
         layers = [_Kept(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
         cache.layers.extend([_Kept(seen, seen), *layers])
-        recording = Recording(outputs={"safety": safety, "semantic": semantic})
-        recording.position_ids = positions[0] if positions else None
+        recording = Recording(outputs={name: given[name] for name in ("safety", "semantic")})
+        recording.position_ids = given.get("position_ids")
         name = "input_ids" if self.interface.rows is None else "inputs_embeds"
         last = torch.arange(text.shape[1] - logits.shape[1], text.shape[1])  # the tokens that have logits
         kwargs = {name: text, "attention_mask": attention_mask, "logits_to_keep": last}
-        if types:
-            kwargs["token_type_ids"] = types[0]
+        if self.interface.types:
+            kwargs["token_type_ids"] = given[self.interface.types]
         output = self.sasa(self, kwargs, recording, CausalLMOutputWithPast(logits=logits, past_key_values=cache))
         present = [tensor.to(self.interface.cache) for layer in layers for tensor in layer.new]
         return output["logits"], present, output["unsafe_probability"], output["is_due"]
 
 
-def _steps(settings: dict[str, Any], linear: bool, states: bool) -> list[dict[str, Any]]:
+def _steps(settings: dict[str, Any], linear: bool) -> list[dict[str, Any]]:
     """The guard's own steps, with one block in place of all."""
     head = {"name": "head", "op": "lane_head", "inputs": ["norm"], "module": "head"}
     end, pair = "norm" if linear else "head", ("safety", "semantic")
     normed: list[dict[str, Any]] = [
         {"name": f"{of}.norm", "op": "state_norm", "inputs": [of], "module": "state"} for of in pair
     ]
-    read: dict[str, Any] = {"name": "read", "op": "join", "inputs": [end, *(node["name"] for node in normed)]}
     return [
         *({"name": name, "op": "tap", "inputs": [], "module": name} for name in pair),
         {"name": "block", "op": "block", "inputs": [], "module": "decoder.lane"},
@@ -179,7 +170,8 @@ def _steps(settings: dict[str, Any], linear: bool, states: bool) -> list[dict[st
         {"name": "lane", "op": "lane_block", "inputs": ["projection"], "module": "decoder.lane"},
         {"name": "norm", "op": "lane_norm", "inputs": ["lane"], "module": "norm"},
         *([] if linear else [head]),
-        *([*normed, read] if states else []),
-        {"name": "probe", "op": "probe", "inputs": ["read" if states else end], "module": "sasa.probe"},
+        *normed,
+        {"name": "read", "op": "join", "inputs": [end, *(node["name"] for node in normed)]},
+        {"name": "probe", "op": "probe", "inputs": ["read"], "module": "sasa.probe"},
         {"name": "gate", "op": "gate", "inputs": ["probe"], "module": "sasa"},
     ]

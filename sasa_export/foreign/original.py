@@ -23,7 +23,7 @@ from sasa_export.layers.pairs import Pair
 from sasa_export.layers.prompts import controls
 from sasa_export.layers.survey import LIKELIEST, MAIN_LANE, Evidence, evidence_of
 from sasa_export.layers.sweep import second_lane
-from sasa_export.options import Options
+from sasa_export.options import REACH, Options
 from sasa_export.probe import Fitted, fit_probes
 from sasa_export.probe.features import Features
 from sasa_export.probe.fit import head_metric
@@ -102,7 +102,7 @@ class GraphOriginal(Decoder):
         *,
         batch_size: int,
         regularization: float | None = None,
-        tokens: int | None = None,
+        tokens: int = REACH,
     ) -> Evidence | None:
         """One pair after the other, since the graph of each takes memory of its own."""
         results = Results(work, "prompts", prompts, batch_size)
@@ -112,7 +112,7 @@ class GraphOriginal(Decoder):
                 "", f"second lane {number + 1} of {len(pairs)}: safety layer {pair[0]}, semantic layer {pair[1]}"
             )
             lane = LaneSettings(*pair, tokens=tokens)
-            self._fill(results, {second_lane(pair): "projected"}, lane, report, logits=False)
+            self._fill(results, {second_lane(pair): "projected"}, lane, report, alone=True)
         main, head = self.behind_blocks(), self.head_weight()  # (vocabulary, hidden)
 
         def compute(some: list[Prompt], missing: list[str]) -> Arrays:
@@ -196,9 +196,9 @@ class GraphOriginal(Decoder):
 
     # ------------------------------------------------------------------------------------- graphs with other outputs
 
-    def lanes(self, settings: LaneSettings, *, logits: bool = True) -> Model:
-        """The graphs with both lanes' first-token features as outputs, "projected" and "plain", (1, features): normed
-        states, or, where a probe does not fold through the head, `logits`."""
+    def lanes(self, settings: LaneSettings, *, alone: bool = False) -> Model:
+        """The graphs with what probes read as outputs, "projected" and "plain", (1, features); or the normed ends of
+        both lanes `alone`."""
         blocks = self.blocks()
         add = Builder(blocks.model.graph, "/sasa/features")
         assert settings.pair is not None
@@ -208,17 +208,15 @@ class GraphOriginal(Decoder):
             add("ReduceSum", add("Mul", state, semantic), axis, keepdims=1) for state in (safety, semantic)
         )
         projection = add("Mul", add("Div", along, add("Max", square, least)), semantic)  # (1, tokens, hidden)
-        given: dict[str, ir.Value] = {}
-        if settings.tokens is not None:  # of the one row, which has no padding
-            reach, end = add.constant([-settings.tokens]), add.constant([FAR])
-            whole = {name: value for name, value in blocks.inputs.items() if name in ("attention_mask", "position_ids")}
-            given = {name: add("Slice", value, reach, end, axis) for name, value in whole.items()}
-            projection = add("Slice", projection, reach, end, add.constant([1]))  # (1, reached, hidden)
+        reach, far = add.constant([-settings.tokens]), add.constant([FAR])  # of the one row, which has no padding
+        whole = {name: value for name, value in blocks.inputs.items() if name in ("attention_mask", "position_ids")}
+        given = {name: add("Slice", value, reach, far, axis) for name, value in whole.items()}
+        projection = add("Slice", projection, reach, far, add.constant([1]))  # (1, reached, hidden)
         end = add_lane(blocks, settings.pair[0], projection, given)
         ends = {"projected": add("Gather", end, last, axis=1), "plain": add("Gather", blocks.norm, last, axis=1)}
-        if logits and not self.linear:
+        if not alone and not self.linear:
             ends = {name: add_head(blocks, value, f"/sasa/{name}") for name, value in ends.items()}
-        if settings.states:
+        if not alone:
             states = (add("Gather", blocks.states[index], add.constant([-1]), axis=1) for index in settings.pair)
             normed = [add_norm(blocks, state, f"/sasa/state_{number}") for number, state in enumerate(states)]
             parts = (add("Cast", part, to=ir.DataType.FLOAT) for part in (ends["projected"], *normed))
@@ -251,10 +249,10 @@ class GraphOriginal(Decoder):
         return (logits[:-1] - logits[-1]).T
 
     def _fill(
-        self, results: Results, outputs: dict[str, str], settings: LaneSettings, report: Silent, *, logits: bool = True
+        self, results: Results, outputs: dict[str, str], settings: LaneSettings, report: Silent, *, alone: bool = False
     ) -> None:
         """Outputs of `lanes`, by the names that they have among the results."""
-        lanes = self.lanes(settings, logits=logits)
+        lanes = self.lanes(settings, alone=alone)
 
         def compute(some: list[Prompt], missing: list[str]) -> Arrays:
             found = read(lanes, some, [outputs[name] for name in missing])

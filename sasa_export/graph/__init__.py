@@ -63,6 +63,11 @@ class LayerGraph:
         return [node.to_json() for node in self.nodes]
 
 
+def lane_tokens(nodes: Sequence[dict[str, Any]]) -> int | None:
+    """Over how many tokens the second lane of such a graph runs; None where there is none."""
+    return next((node["tokens"] for node in nodes if node["op"] == "projection"), None)
+
+
 def blocks_again(nodes: Sequence[dict[str, Any]]) -> list[int]:
     """The numbers of the blocks that run once more, lane by lane, in a graph as `LayerGraph.to_json` gives it."""
     return [node["index"] for node in nodes if node["op"] == "lane_block"]

@@ -12,13 +12,13 @@ from typing import Any
 
 from sasa_export.errors import RewriteError
 from sasa_export.graph import LayerGraph
+from sasa_export.options import REACH
 
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """Zero-based safety and semantic layer, the projection's epsilon, the head's logit soft cap if any, how many
-    tokens the second lane runs over, back from the judged one, all by default, and whether the probe reads the normed
-    states of both layers too, as well as the lane's.
+    """Zero-based safety and semantic layer, the projection's epsilon, the head's logit soft cap if any, and how many
+    tokens the second lane runs over, back from the judged one.
 
     Without layers there is no projection and no second lane: the probe reads the end of the main lane.
     """
@@ -27,8 +27,7 @@ class LaneSettings:
     semantic_layer: int | None
     epsilon: float = 1e-6
     softcap: float | None = None
-    tokens: int | None = None
-    states: bool = False
+    tokens: int = REACH
 
     @property
     def pair(self) -> tuple[int, int] | None:
@@ -56,7 +55,7 @@ def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
     # z = W_head h, so w . z = (W_head^T w) . h: the probe folds exactly into the hidden dimension, and the lane needs
     # no head. Where something non-linear follows the head, the probe reads logits.
     graph = _with_head(graph, settings) if graph.of("after_head") else graph
-    return _with_states(graph) if settings.pair and settings.states else graph
+    return _with_states(graph) if settings.pair else graph
 
 
 def _with_states(graph: LayerGraph) -> LayerGraph:
@@ -113,8 +112,7 @@ def _with_second_lane(graph: LayerGraph, safety: int, semantic: int, settings: L
     blocks = graph.of("block")
     for of, block in (("safety", blocks[safety]), ("semantic", blocks[semantic])):
         graph = graph.add(f"sasa.{of}", "tap", block.module, (block.name,), of=of, index=block.attributes["index"])
-    said: dict[str, Any] = {"epsilon": settings.epsilon}
-    said |= {} if settings.tokens is None else {"tokens": settings.tokens}
+    said: dict[str, Any] = {"epsilon": settings.epsilon, "tokens": settings.tokens}
     graph = graph.add("sasa.projection", "projection", None, ("sasa.safety", "sasa.semantic"), **said)
     for block in blocks[safety + 1 :]:
         graph = graph.add(f"sasa.lane.{block.name}", "lane_block", block.module, index=block.attributes["index"])

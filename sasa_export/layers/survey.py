@@ -111,7 +111,7 @@ def reading(
             model(**inputs, use_cache=False, logits_to_keep=1)
         at = last_real(inputs)  # (rows,)
         for name in [name for name in names if name in lanes]:
-            nodes = [node.to_json() for node in lanes[name] if node.op != "lane_head"]
+            nodes = [node.to_json() for node in lanes[name] if node.op not in ("lane_head", "state_norm", "join")]
             yield name, end_of_lane(model, nodes, seen, inputs).float().cpu().numpy()  # (rows, hidden)
         if not set(MAIN_LANE) & set(names):
             return

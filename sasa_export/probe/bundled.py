@@ -14,7 +14,7 @@ import numpy as np
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import EMBEDDED
 from sasa_export.models.smol_llava import VISION
-from sasa_export.options import AUTO, REACH
+from sasa_export.options import AUTO
 from sasa_export.probe import Fitted
 from sasa_export.prompts.builtin_sets import DATA
 
@@ -50,7 +50,7 @@ def read(model: str, settings: LaneSettings, calibration: Sequence[str] | None, 
     from safetensors import safe_open
 
     layers = settings.pair
-    usual = layers is not None and replace(settings, softcap=None) == LaneSettings(*layers, tokens=REACH, states=True)
+    usual = layers is not None and replace(settings, softcap=None) == LaneSettings(*layers)
     if model != EMBEDDED or not usual or calibration or regularization != AUTO or not FILE.exists():
         return None
     with safe_open(FILE, framework="np") as file:

@@ -88,20 +88,19 @@ def end_of_lane(model: Any, nodes: Sequence[dict[str, Any]], seen: Any, inputs: 
     run on them whole, and showed the Recording `seen` of it."""
     import torch
 
-    from sasa_export.runtime.lane import TYPES, at_judged, context_arguments, lane_tokens, reached, run_lane, start
+    from sasa_export.runtime.lane import TYPES, at_judged, context_arguments, reached, run_lane, start
     from sasa_export.runtime.ledger import Ledger
 
-    graph, at, arguments = list(nodes), last_real(inputs), seen.arguments
+    graph, at = list(nodes), last_real(inputs)
     node, states, outputs = start(graph, seen)  # (batch, tokens, hidden)
     judged = at_judged(outputs, at)  # (batch, 1, hidden) each
-    if lane_tokens(graph) is not None:
-        real, axes = _real(inputs), Ledger.of(model.config.get_text_config(decoder=True)).axes
-        positions = torch.arange(real.shape[1], device=real.device) if seen.position_ids is None else seen.position_ids
-        positions = (positions if positions.dim() > 2 else positions[None])[-axes:].expand(axes, *real.shape)
-        positions = positions if axes > 1 else positions[0]  # (axes, batch, tokens), or (batch, tokens)
-        types = next((inputs[name] for name in TYPES if name in inputs), torch.zeros_like(real.long()))
-        at, real, states, *others = reached(graph, at, real, states, positions, types)
-        arguments = context_arguments(model, graph, states, real.long(), *others)
+    real, axes = _real(inputs), Ledger.of(model.config.get_text_config(decoder=True)).axes
+    positions = torch.arange(real.shape[1], device=real.device) if seen.position_ids is None else seen.position_ids
+    positions = (positions if positions.dim() > 2 else positions[None])[-axes:].expand(axes, *real.shape)
+    positions = positions if axes > 1 else positions[0]  # (axes, batch, tokens), or (batch, tokens)
+    types = next((inputs[name] for name in TYPES if name in inputs), torch.zeros_like(real.long()))
+    at, real, states, *others = reached(graph, at, real, states, positions, types)
+    arguments = context_arguments(model, graph, states, real.long(), *others)
     return run_lane(model, graph, {**judged, node: states}, arguments, at)[graph[-1]["name"]]
 
 

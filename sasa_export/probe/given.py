@@ -35,14 +35,11 @@ def read_probe(path: Path, threshold: float | None) -> Probe:
     return Probe(weight, float(bias.item()), 0.5 if threshold is None else threshold)
 
 
-def check_probe(probe: Probe | None, graph: LayerGraph, sizes: Sizes) -> bool:
-    """Whether the probe of a rewritten `graph` reads the states of both layers beside the lane: one that is given may
-    read the lane alone. CalibrationError where it fits neither."""
+def check_probe(probe: Probe | None, graph: LayerGraph, sizes: Sizes) -> None:
+    """CalibrationError where a probe that is given does not fit the rewritten `graph`."""
     end = sizes.vocabulary if graph.of("lane_head") else sizes.hidden
     whole = end + len(graph.of("state_norm")) * sizes.hidden
-    if probe is not None and probe.weight.shape not in ((end,), (whole,)):
+    if probe is not None and probe.weight.shape != (whole,):
         raise CalibrationError(
-            f"the probe has {probe.weight.shape[0]} weights and the model needs {whole}, or {end} to read the lane "
-            "alone. It was made for another model."
+            f"the probe has {probe.weight.shape[0]} weights and the model needs {whole}. It was made for another model."
         )
-    return probe is None or probe.weight.shape == (whole,)

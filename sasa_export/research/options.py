@@ -9,7 +9,7 @@ import click
 
 from sasa_export.flags import OptionSet, option
 from sasa_export.layers import LIMIT
-from sasa_export.options import COUNT, DEVICE, DTYPES, LANE_TOKENS, ONNX_FILE, PATH, REACH, REVISION, TOKENS
+from sasa_export.options import COUNT, DEVICE, DTYPES, LANE_TOKENS, ONNX_FILE, PATH, REACH, REVISION
 
 # Help that both have in common.
 FORCE = "Replace the report that is there, and discard other unfinished work."
@@ -32,7 +32,7 @@ class LocateOptions(OptionSet):
         "Pairs to sweep: 13:15, or ranges, 10-16:14-20, several behind commas. Default: all pairs of seven layers "
         "over the depth, each with one close behind it, and what the family's file says.",
     )
-    lane_tokens: int | str = option(REACH, LANE_TOKENS, TOKENS)
+    lane_tokens: int = option(REACH, LANE_TOKENS, COUNT)
     batch_size: int = option(16, "Prompts at a time.", COUNT)
     device: str = option("auto", f"Where the model runs: {DEVICE}")
     dtype: str = option("auto", "Type the model runs in.", click.Choice(DTYPES))

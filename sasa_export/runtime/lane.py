@@ -109,16 +109,10 @@ def at_judged(outputs: Values, at: Tensor) -> Values:
     }
 
 
-def lane_tokens(graph: Graph) -> int | None:
-    """Over how many tokens the second lane runs, back from the judged one; None: all."""
-    return next((node.get("tokens") for node in graph if node["op"] == "projection"), None)
-
-
 def reached(graph: Graph, at: Tensor, real: Tensor, states: Tensor, positions: Tensor, types: Tensor) -> list[Tensor]:
     """What the lane runs over, in the place of the context: of each row the last real tokens up to `at` (batch,), as
     many as the graph says. Where there are fewer, padding follows: nothing that is causal sees that."""
-    if (count := lane_tokens(graph)) is None:
-        return [at, real, states, positions, types]
+    count = next((node["tokens"] for node in graph if node["op"] == "projection"), 1)  # without a lane, the judged one
     index = torch.arange(real.shape[1], device=real.device)  # (context,)
     kept = real & (index <= at.to(real.device)[:, None])  # (batch, context)
     rank = kept.cumsum(-1)  # (batch, context), real tokens so far

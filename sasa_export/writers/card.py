@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sasa_export.graph import blocks_again
+from sasa_export.graph import blocks_again, lane_tokens
 from sasa_export.graph.diagram import mermaid
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.report import Check
@@ -26,7 +26,6 @@ def write_card(
         directory: where it was written.
         template: of the card, and `values` what it needs besides.
     """
-    from sasa_export.runtime.lane import lane_tokens
     from sasa_export.runtime.version import TRIED
 
     name = patch.source.name
@@ -41,7 +40,6 @@ def write_card(
         blocks=len(patch.graph.of("block")),
         again=blocks_again(patch.sasa["graph"]),
         tokens=lane_tokens(patch.sasa["graph"]),
-        states=any(node["op"] == "state_norm" for node in patch.sasa["graph"]),
         diagram=mermaid(patch.graph),
         calibration=patch.calibration,
         projection=None if patch.calibration is None else verdict_on_projection(patch.calibration.figures),

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from cli_steps import write_probe
+from cli_steps import write_lane_probe
 from conftest import Guard, load
 from matrix import feeding, hosts, loading, options, ways  # noqa: F401
 from matrix.bench import Bench
@@ -69,7 +69,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Guard]:
         unsafe, safe = oracle.lane_logits(stock, asked, SAFETY, SEMANTIC, REACH)  # (vocabulary,) each
         weight = 2 * CERTAIN * (unsafe - safe) / (unsafe - safe).square().sum()  # (vocabulary,)
         bias = float(CERTAIN - unsafe @ weight)
-        probe = write_probe(directory / "probe.safetensors", oracle.folded(stock, weight), bias)
+        probe = write_lane_probe(directory / "probe.safetensors", oracle.folded(stock, weight), 576, bias)
         out = directory / "patched"
         sasa_export.patch(
             sasa_export.Options(
@@ -97,6 +97,6 @@ def test_row(
     if family == "smol-llava":
         guarded = smol()
     else:
-        guarded = split(family, lane_tokens="all") if onnx else guard(family)
+        guarded = split(family, lane_tokens=64) if onnx else guard(family)
     graphs = Graphs(exported(guarded.directory), image_token(guarded)) if onnx else None
     row.check((Smol if family == "smol-llava" else Bench)(guarded, graphs))

@@ -68,7 +68,10 @@ def of_other_tensors(path: Path) -> None:
         (partial(write_probe, weight=np.full(64, np.nan)), "is zero, NaN or infinite"),
         (partial(write_probe, weight=np.ones(64), bias=np.inf), "is zero, NaN or infinite"),
         (partial(write_probe, weight=np.zeros(64)), "is zero, NaN or infinite"),
-        (partial(write_probe, weight=np.ones(63)), "the probe has 63 weights and the model needs 192, or 64 to read"),
+        (
+            partial(write_probe, weight=np.ones(63)),
+            "the probe has 63 weights and the model needs 192. It was made for another model.",
+        ),
         (lambda path: None, "there is no probe file"),
         (of_other_tensors, "has no tensor sasa.probe.weight"),
         (lambda path: path.write_text("no tensors"), "is not valid safetensors"),
@@ -85,7 +88,7 @@ def test_a_probe_for_logits_that_are_capped_behind_the_head(tiny_model: Tiny, pr
     model = tiny_model("gemma4")
     vocabulary = json.loads((model / "config.json").read_text())["text_config"]["vocab_size"]
     message = fails(*flags(model, place / "out", probe=probe, safety_layer=2, semantic_layer=3))
-    assert f"the probe has 64 weights and the model needs {vocabulary + 2 * 32}, or {vocabulary} to read" in message
+    assert f"the probe has 192 weights and the model needs {vocabulary + 2 * 32}." in message
 
 
 @pytest.mark.parametrize("device", ["no-such-device", "cuda:99"])
@@ -117,7 +120,7 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ({"safety_layer": "auto", **GIVEN}, "--probe and layers left to auto exclude each other"),
         ({"projection": "none", "safety_layer": 2}, "--projection none has no safety and no semantic layer"),
         ({"projection": "none", "lane_tokens": 4}, "--lane-tokens has no effect with --projection none"),
-        ({"lane_tokens": 0}, "--lane-tokens cannot be 0: 0 is not in the range x>=1, nor all."),
+        ({"lane_tokens": 0}, "--lane-tokens cannot be 0: 0 is not in the range x>=1."),
         ({"onnx_dtype": "int8"}, "--onnx-dtype has no effect without --format onnx or both. Leave it out."),
         ({"regularization": 1.0, **GIVEN}, "--regularization has no effect with --probe, since nothing is calibrated"),
         ({"max_false_positive_rate": 0.1, **GIVEN}, "--max-false-positive-rate has no effect with --probe"),

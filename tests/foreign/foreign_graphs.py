@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import tiny
-from cli_steps import write_probe
+from cli_steps import write_lane_probe
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -181,13 +181,15 @@ def run(model: ir.Model, given: dict[str, Any], values: list[ir.Value]) -> list[
 def probe_amid(original: GraphOriginal, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """A random probe with a threshold amid the prompts, and P(unsafe) of these, in two passes of the original graph."""
     weight = np.random.default_rng(1).normal(size=HIDDEN).astype(np.float32)
-    states = read(original.lanes(LaneSettings(1, 2)), prompts, ["projected"])["projected"]  # (prompts, hidden)
+    states = read(original.lanes(LaneSettings(1, 2, tokens=64), alone=True), prompts, ["projected"])[
+        "projected"
+    ]  # (prompts, hidden)
     bias = -float(np.median(states @ weight))
     return {"weight": weight, "bias": bias, "expected": 1 / (1 + np.exp(-(states @ weight + bias)))}
 
 
 def options(source: Path, place: Path, weight: Any = None, bias: float = 0.0, **settings: Any) -> Options:
-    """Of a patch of such a directory to place/out, by a probe of `weight` (hidden,) on a lane over all tokens."""
-    probe = write_probe(place / "probe", np.ones(HIDDEN) if weight is None else weight, bias)
-    layers: dict[str, Any] = {"safety_layer": 1, "semantic_layer": 2, "lane_tokens": "all"}
+    """Of a patch of such a directory to place/out, by a probe of `weight` (hidden,) on the end of the lane alone."""
+    probe = write_lane_probe(place / "probe", np.ones(HIDDEN) if weight is None else weight, HIDDEN, bias)
+    layers: dict[str, Any] = {"safety_layer": 1, "semantic_layer": 2, "lane_tokens": 64}
     return Options(model=str(source), out=place / "out", probe=probe, **(layers | settings))

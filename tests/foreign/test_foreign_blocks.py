@@ -88,10 +88,14 @@ def test_the_heads_weights_are_what_it_multiplies_by(directory: Path) -> None:
     np.testing.assert_allclose(GraphOriginal(str(directory)).head_weight(), weight.const_value.numpy().T, atol=1e-6)
 
 
-@pytest.mark.parametrize("reach", [None, 3, 5, 8])
-def test_features_are_those_of_two_passes(directory: Path, reach: int | None) -> None:
+@pytest.mark.parametrize("reach", [3, 5, 8])
+def test_features_are_those_of_two_passes(directory: Path, reach: int) -> None:
     ids, pair = [5, 9, 70, 33, 8], (1, 2)
-    found = GraphOriginal(str(directory)).lanes(replace(PAIR, tokens=reach)).prompt({"input_ids": np.array([ids])})
+    found = (
+        GraphOriginal(str(directory))
+        .lanes(replace(PAIR, tokens=reach), alone=True)
+        .prompt({"input_ids": np.array([ids])})
+    )
     oracle = GraphOracle(directory, pair)
     np.testing.assert_allclose(found["projected"].numpy()[0], oracle.end(ids, pair, reach)[0], atol=1e-5)
     np.testing.assert_allclose(found["plain"].numpy()[0], oracle.plain(ids), atol=1e-5)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cli_steps import fails, flags, succeeds, write_probe
+from cli_steps import fails, flags, succeeds, write_lane_probe
 from foreign_runner import Array, Decoder, GraphOracle, Pair, TorchOracle, padded
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
@@ -136,8 +136,9 @@ def _case(where: str, place: Path) -> Case:
     ordered = sorted(expected)
     middle = max(range(1, len(ordered)), key=lambda index: ordered[index] - ordered[index - 1])
     threshold = (ordered[middle] + ordered[middle - 1]) / 2
-    probe = write_probe(place / "probe.safetensors", weight, bias)
-    options = {"safety_layer": pair[0], "semantic_layer": pair[1], "threshold": threshold, "refusal": REFUSAL}
+    probe = write_lane_probe(place / "probe.safetensors", weight, len(oracle.end(rows[0], pair)[0]), bias)
+    layers = {"safety_layer": pair[0], "semantic_layer": pair[1], "lane_tokens": 512}  # more than any prompt has
+    options = {**layers, "threshold": threshold, "refusal": REFUSAL}
     chosen = ("--onnx-file", "fp32") if "transformers_js" in where and name == REAL else ()
     succeeds(*flags(original, place / "patched", *chosen, probe=probe, verify="files", **options))
     ids = tokenizer(REFUSAL, add_special_tokens=False)["input_ids"]

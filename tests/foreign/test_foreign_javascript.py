@@ -13,7 +13,6 @@ from cli_steps import flags, succeeds, write_probe
 from test_foreign_graphs import PROMPTS, REFUSAL, ROOT
 
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.options import REACH
 from sasa_export.probe import bundled
 
 WEB = ROOT / "transformers_js" / "smol-llava"
@@ -27,7 +26,7 @@ pytestmark = [
 @pytest.mark.parametrize("kind", ["fp32", "q4"])
 def test_answers_and_refusals(kind: str, node: Any, place: Path) -> None:
     """What is refused gets the refusal, and every other answer is the unpatched graphs'."""
-    fitted = bundled.read("smol-llava", LaneSettings(24, 28, tokens=REACH, states=True), (), "auto")
+    fitted = bundled.read("smol-llava", LaneSettings(24, 28), (), "auto")
     assert fitted is not None
     probe = write_probe(place / "probe.safetensors", *fitted.probes["projected"])
     words = flags(WEB, place / "patched", "--link", probe=probe, onnx_file=kind, verify="files", refusal=REFUSAL)

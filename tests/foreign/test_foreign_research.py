@@ -108,7 +108,7 @@ def test_a_survey_reads_what_the_graphs_compute(decoder: GraphOriginal, sets: tu
     np.testing.assert_allclose(results.read("states")[row], [state[0, -1] for state in states], atol=1e-5)
     np.testing.assert_allclose(results.read("plain")[row], normed[0, -1], atol=1e-5)
     assert results.read("tokens")[row, -1].tolist() == np.argsort(-logits[0, -1])[:5].tolist()
-    second = decoder.lanes(LaneSettings(1, 2, tokens=4)).prompt(inputs)["projected"].numpy()[0]
+    second = decoder.lanes(LaneSettings(1, 2, tokens=4), alone=True).prompt(inputs)["projected"].numpy()[0]
     np.testing.assert_allclose(results.read("lane-1-2")[row], second, atol=1e-6)
 
 

@@ -7,10 +7,9 @@ import itertools
 import pytest
 
 from sasa_export.errors import RewriteError
-from sasa_export.graph import LayerGraph, Node
+from sasa_export.graph import LayerGraph, Node, lane_tokens
 from sasa_export.graph.diagram import LABELS, mermaid
 from sasa_export.graph.rewrite import LaneSettings, rewrite
-from sasa_export.runtime.lane import lane_tokens
 
 SETTINGS = LaneSettings(1, 2, epsilon=1e-5)
 
@@ -34,21 +33,23 @@ def test_the_rewritten_graph() -> None:
     assert list(graph.nodes[7:]) == [
         Node("sasa.safety", "tap", ("layers.1",), "layers.1", {"of": "safety", "index": 1}),
         Node("sasa.semantic", "tap", ("layers.2",), "layers.2", {"of": "semantic", "index": 2}),
-        Node("sasa.projection", "projection", ("sasa.safety", "sasa.semantic"), None, {"epsilon": 1e-5}),
+        Node("sasa.projection", "projection", ("sasa.safety", "sasa.semantic"), None, {"epsilon": 1e-5, "tokens": 8}),
         Node("sasa.lane.layers.2", "lane_block", ("sasa.projection",), "layers.2", {"index": 2}),
         Node("sasa.lane.layers.3", "lane_block", ("sasa.lane.layers.2",), "layers.3", {"index": 3}),
         Node("sasa.lane.norm", "lane_norm", ("sasa.lane.layers.3",), "norm"),
-        Node("sasa.probe", "probe", ("sasa.lane.norm",), "sasa.probe"),
+        Node("sasa.safety.norm", "state_norm", ("sasa.safety",), "norm"),
+        Node("sasa.semantic.norm", "state_norm", ("sasa.semantic",), "norm"),
+        Node("sasa.read", "join", ("sasa.lane.norm", "sasa.safety.norm", "sasa.semantic.norm")),
+        Node("sasa.probe", "probe", ("sasa.read",), "sasa.probe"),
         Node("sasa.gate", "gate", ("head", "sasa.probe")),
     ]
 
 
 def test_a_lane_over_the_last_tokens_alone() -> None:
-    """The projection says how many; without a number nothing of it stands in the graph."""
-    graph = rewrite(decoder(), LaneSettings(1, 2, tokens=8))
-    assert graph["sasa.projection"].attributes == {"epsilon": 1e-6, "tokens": 8}
-    assert (lane_tokens(graph.to_json()), lane_tokens(rewrite(decoder(), SETTINGS).to_json())) == (8, None)
-    assert "projection, last 8 tokens" in boxes(mermaid(graph)).values()
+    graph = rewrite(decoder(), LaneSettings(1, 2, tokens=5))
+    assert graph["sasa.projection"].attributes == {"epsilon": 1e-6, "tokens": 5}
+    assert (lane_tokens(graph.to_json()), lane_tokens(decoder().to_json())) == (5, None)
+    assert "projection, last 5 tokens" in boxes(mermaid(graph)).values()
 
 
 def test_no_projection_where_something_is_added_behind_the_last_block() -> None:
@@ -81,9 +82,12 @@ def test_the_drawing() -> None:
     pairs = [line.strip().split(" --> ") for line in drawing.splitlines() if " --> " in line]
     lane = "second lane: blocks 3 to 7"
     main = [LABELS["embed"], "blocks 0 to 2", "blocks 3 to 4", "blocks 5 to 7", "final norm", "head", "gate"]
-    own = ["projection", lane, "final norm, judged position", "probe", "gate"]
-    taps = ["blocks 0 to 2", "safety layer 2", "projection"], ["blocks 3 to 4", "semantic layer 4", "projection"]
-    expected = [pair for path in (main, own, *taps) for pair in itertools.pairwise(path)]
+    read = ["final norm, judged position", "side by side"]
+    projection = "projection, last 8 tokens"
+    own = [projection, lane, *read, "probe", "gate"]
+    taps = ["blocks 0 to 2", "safety layer 2", projection], ["blocks 3 to 4", "semantic layer 4", projection]
+    states = ["safety layer 2", *read], ["semantic layer 4", *read]
+    expected = [pair for path in (main, own, *taps, *states) for pair in itertools.pairwise(path)]
     assert sorted((labels[start], labels[end]) for start, end in pairs) == sorted(expected)
     (coloured,) = [line.split()[1].split(",") for line in drawing.splitlines() if line.strip().startswith("class ")]
     assert sorted(coloured) == sorted(list(labels)[6:]), "what SASA adds is coloured"

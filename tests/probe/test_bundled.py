@@ -14,7 +14,6 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import layers_of, open_source
 from sasa_export.models.load import load_model, load_processor
-from sasa_export.options import REACH
 from sasa_export.probe import Fitted, bundled, with_threshold
 from sasa_export.probe.features import collect
 from sasa_export.probe.fit import probability
@@ -24,7 +23,7 @@ SMOL = "smol-llava"
 
 
 def usual() -> LaneSettings:
-    return LaneSettings(*layers_of(open_source(SMOL), 30, 576, None, None)[:2], tokens=REACH, states=True)
+    return LaneSettings(*layers_of(open_source(SMOL), 30, 576, None, None)[:2])
 
 
 def read(settings: LaneSettings | None = None, model: str = SMOL, data: Sequence[str] = (), c: Any = "auto") -> Any:
@@ -37,7 +36,7 @@ def test_it_is_there_for_what_it_was_fitted_with_alone() -> None:
     found = read()
     assert isinstance(found, Fitted) and list(found.probes) == ["projected", "plain"]
     assert {len(scores) for scores in (found.final, *found.scores.values())} == {len(prompts)}
-    others = ({"safety_layer": 10}, {"epsilon": 1e-3}, {"tokens": None}, {"states": False})
+    others = ({"safety_layer": 10}, {"epsilon": 1e-3}, {"tokens": 16})
     for other in (*(replace(settings, **change) for change in others), LaneSettings(None, None)):
         assert read(other) is None
     assert read(model="other") is None and read(data=("mine.jsonl",)) is None and read(c=1.0) is None

@@ -26,7 +26,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_alike(
     place: Path, stopped_at: Callable[..., list[str]], layers: dict[str, Any]
 ) -> None:
     model, texts = planted.build(place.parent / "planted"), place.parent / "texts.jsonl"
-    settings: dict[str, Any] = {"verify": "files", "batch_size": 16, "lane_tokens": "all", **layers}
+    settings: dict[str, Any] = {"verify": "files", "batch_size": 16, "lane_tokens": 64, **layers}
     settings["calibration"] = (planted.write_set(texts, 48, pictures=False),)
     options = Options(str(model), place / "out", **settings)
     whole = sasa_export.patch(replace(options, out=place.parent / "whole"))

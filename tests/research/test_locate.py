@@ -43,7 +43,7 @@ def report(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Rep
     """A whole run on the planted model, and its report."""
     place = tmp_path_factory.mktemp("located")
     prompts = planted.write_set(tmp_path_factory.mktemp("prompts") / "planted.jsonl", 24)
-    located = locate(LocateOptions(str(planted_model), place / "report", calibration=(prompts,), lane_tokens="all"))
+    located = locate(LocateOptions(str(planted_model), place / "report", calibration=(prompts,), lane_tokens=64))
     assert located is not None
     return located, place / "report"
 
@@ -201,7 +201,7 @@ def test_auto_layers(
     planted_model: Path, texts: str, tmp_path: Path, safety: Any, semantic: Any, expected: tuple[int, int]
 ) -> None:
     """Texts alone say nothing of meaning, so the semantic layer is merely the cheapest; the safety layer is planted."""
-    options = Options(str(planted_model), tmp_path / "out", calibration=(texts,), verify="files", lane_tokens="all")
+    options = Options(str(planted_model), tmp_path / "out", calibration=(texts,), verify="files", lane_tokens=64)
     patched = patch(replace(options, safety_layer=safety, semantic_layer=semantic))
     config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["sasa"]
     assert (config["safety_layer"], config["semantic_layer"]) == expected

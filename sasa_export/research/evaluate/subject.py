@@ -8,7 +8,7 @@ from typing import Any
 
 from sasa_export.errors import EvaluateError, OpenError
 from sasa_export.files import check_apart
-from sasa_export.graph import blocks_again
+from sasa_export.graph import blocks_again, lane_tokens
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import layers_of, open_source
@@ -23,7 +23,7 @@ from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import last_name, made_with
-from sasa_export.runtime.lane import lane_tokens
+from sasa_export.runtime.settings import FORMAT
 from sasa_export.verify.onnx import dtype_of
 from sasa_export.verify.unloaded import check_manifest
 
@@ -133,9 +133,7 @@ def open_subject(options: EvaluateOptions, report: Silent) -> Subject:
     report.step("data", f"{found['harmful']} harmful and {found['harmless']} harmless prompts")
     # Where the patched model has no second lane, what the family's layers would give, to compare it with.
     layers = layers_of(source, sizes.blocks, sizes.hidden, sasa["safety_layer"], sasa["semantic_layer"])
-    reads = (lane_tokens(sasa["graph"]), any(node["op"] == "state_norm" for node in sasa["graph"]))
-    reads = (REACH, True) if sasa["safety_layer"] is None else reads
-    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, *reads)
+    lane = LaneSettings(*layers[:2], sasa["epsilon"], sizes.softcap, lane_tokens(sasa["graph"]) or REACH)
     return Subject(
         options, original, dtype_of(options.model), sasa, against, made, evaluation, len(prompts) - len(evaluation),
         calibration, ", ".join(specs) or "the built-in calibration set", lane,
@@ -148,6 +146,8 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     sasa = read_gate(directory)
     if sasa.get("gate") == "observe" and dtype_of(directory) is not None:
         raise EvaluateError(f"the graphs in {directory} only observe. Export them again with --gate enforce.")
+    if sasa.get("format") != FORMAT:
+        raise EvaluateError(f"{directory} is of an earlier sasa-export, whose probe read less. Export the model again.")
     check = check_manifest(directory)
     if check.passed is False:
         raise EvaluateError(

@@ -13,7 +13,6 @@ from sasa_export.layers.prompts import limited
 from sasa_export.layers.propose import Proposal, propose
 from sasa_export.layers.survey import Evidence
 from sasa_export.layers.sweep import held_out
-from sasa_export.options import lane_tokens_of
 from sasa_export.original import Original, open_original, running_as
 from sasa_export.probe.work import fingerprint, resumable
 from sasa_export.prompts import calibration_prompts
@@ -65,7 +64,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
         known = None if entry is None else (entry.safety, entry.semantic)
         pairs = _pairs(options, original, known)
         report.step("open", f"{source.name}: family {source.family.name}, {sizes.blocks} blocks")
-        size, tokens = options.batch_size, lane_tokens_of(options.lane_tokens)
+        size, tokens = options.batch_size, options.lane_tokens
         told = fingerprint(source, prompts, batch_size=size, lane_tokens=tokens, **running_as(original))
         work.open(told, discard=options.force, report=report)
         with original.loaded(prompts, report):
