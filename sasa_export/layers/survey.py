@@ -17,12 +17,10 @@ import torch
 
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
-from sasa_export.layers.expression import Expression, expression, token_texts
+from sasa_export.layers.capabilities import Expression, expression, separability, token_texts, understanding
 from sasa_export.layers.pairs import Pair
-from sasa_export.layers.perception import separability
 from sasa_export.layers.prompts import controls
 from sasa_export.layers.sweep import Sweep, second_lane, sweep
-from sasa_export.layers.understanding import understanding
 from sasa_export.models.load import head_weight, place
 from sasa_export.probe.features import end_of_lane, last_real, watching
 from sasa_export.probe.fit import head_metric

@@ -15,13 +15,12 @@ import torch
 from sasa_export.errors import LocateError
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
-from sasa_export.layers.expression import is_readable, onset, token_texts
+from sasa_export.layers.capabilities import alignment, centred, is_readable, onset, token_texts
 from sasa_export.layers.pairs import default_pairs, parse_pairs
 from sasa_export.layers.prompts import controls, halves
 from sasa_export.layers.propose import nearest, spans
 from sasa_export.layers.survey import reading
 from sasa_export.layers.sweep import cheapest
-from sasa_export.layers.understanding import alignment, centred
 from sasa_export.models import family as families
 from sasa_export.prompts import Prompt, builtin, encode
 

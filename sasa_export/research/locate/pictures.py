@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from sasa_export.layers.expression import Expression
+from sasa_export.layers.capabilities import Expression
 from sasa_export.layers.pairs import Pair
 from sasa_export.layers.propose import Proposal
 from sasa_export.layers.survey import Evidence
