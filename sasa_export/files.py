@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from sasa_export.errors import EmitError
 
 SWAP = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS
@@ -56,8 +58,6 @@ def claimed(out: Path, *, wait: bool = False) -> Iterator[None]:
         out: the output directory, there or not; missing directories above it are made.
         wait: wait for the other run instead of raising EmitError.
     """
-    from filelock import FileLock, Timeout
-
     out = out.resolve()
     lock = FileLock(_beside(out, "lock"), is_singleton=True)  # which may be taken again
     with _explained(out):

@@ -133,7 +133,7 @@ def _embedded() -> Path:
     """smol-llava, built once for each version of what it is built from."""
     from sasa_export.models import smol_llava
 
-    parts = (smol_llava.VISION, Path(smol_llava.__file__))
+    parts = (smol_llava.VISION, Path(smol_llava.__file__), *sorted(smol_llava.FILES.iterdir()))
     version = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
     folder = cache_directory() / f"smol-llava-{version}"
     if not folder.exists():

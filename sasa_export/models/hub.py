@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from sasa_export.errors import OpenError
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*"]
@@ -16,8 +24,6 @@ Check = Callable[[Path], object]  # told of a directory with config.json, before
 
 def fetch(repository: str, revision: str | None, check: Check) -> Path:
     """The model's snapshot in the hub's cache, which the hub need not be reached for. OpenError where there is none."""
-    from huggingface_hub import constants, snapshot_download
-
     try:
         check(Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"])))
         # One file after the other: Xet fetches the parts of one at once, and a run that is stopped loses no other.
@@ -34,13 +40,6 @@ def fetch(repository: str, revision: str | None, check: Check) -> Path:
 
 def _said(repository: str, revision: str | None, endpoint: str, error: Exception) -> str:
     """What is wrong, and what to do about it."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # why the hub was not asked instead
     login = "log in with `hf auth login`, or set HF_TOKEN"

@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from scipy.cluster.hierarchy import DisjointSet
+
 from sasa_export.errors import DataError
 from sasa_export.manifest import digest
 from sasa_export.prompts.prompt import Prompt, asked
@@ -27,8 +29,6 @@ def grouped(prompts: Sequence[Prompt]) -> list[Prompt]:
 
     A prompt may share its picture with a second and its question with a third: all three are one group then.
     """
-    from scipy.cluster.hierarchy import DisjointSet
-
     sets = DisjointSet(range(len(prompts)))
     first: dict[tuple[str, str], int] = {}
     for row, (prompt, bonds) in enumerate(zip(prompts, _bonds(prompts), strict=True)):

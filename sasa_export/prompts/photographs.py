@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from random import Random
 
+import matplotlib
 from PIL import Image, ImageOps
 
 SIDE = 384  # pixels, of the shorter one
@@ -27,7 +28,6 @@ def photograph(seed: int) -> Image.Image:
 
 @functools.cache
 def _files() -> tuple[Path, ...]:
-    import matplotlib
     import sklearn.datasets
 
     images = Path(sklearn.datasets.__file__).parent / "images"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from sasa_export.errors import DataError, reworded
@@ -158,8 +159,6 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _yaml(path: Path) -> Any:
-    import yaml
-
     try:
         return yaml.load(_text_of(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import matplotlib
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
@@ -115,8 +116,6 @@ def _wrap(widths: Sequence[int], measure: int, items: int) -> list[list[int]]:
 @functools.cache
 def fonts() -> tuple[Path, ...]:
     """The text fonts that matplotlib carries: the same on every machine."""
-    import matplotlib
-
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     found = [*folder.glob("DejaVuS*.ttf"), *folder.glob("STIXGeneral*.ttf")]
     return tuple(sorted(font for font in found if "Display" not in font.name))  # Display holds no letters

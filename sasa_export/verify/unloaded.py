@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import transformers
+from safetensors import safe_open
+
 from sasa_export.errors import CalibrationError, OpenError
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import read_config
@@ -15,6 +18,7 @@ from sasa_export.models.shards import read_shards
 from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
 from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE, modeling_source
+from sasa_export.runtime.settings import SEAL, check_settings
 from sasa_export.writers.config import config_text
 
 
@@ -70,8 +74,6 @@ def _digest(path: Path) -> str | None:
 
 
 def _config(directory: Path) -> Check:
-    from sasa_export.runtime.settings import SEAL, check_settings
-
     name = "config.json is guarded and sealed"
     config = read_config(directory)
     try:
@@ -85,8 +87,6 @@ def _config(directory: Path) -> Check:
 
 def is_ours(directory: Path) -> bool:
     """Whether the directory's code is, byte for byte, what is written for its class, and config.json names no other."""
-    import transformers
-
     config = read_config(directory)
     name, *_ = config.get("architectures") or [""]
     stock: Any = getattr(transformers, str(name).removeprefix("Sasa"), None)
@@ -99,8 +99,6 @@ def is_ours(directory: Path) -> bool:
 
 
 def _weights(directory: Path) -> list[Check]:
-    from safetensors import safe_open
-
     name, probe = "shards and index agree", "the probe is usable"
     try:
         shards = read_shards(directory)

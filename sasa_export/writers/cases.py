@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sasa_export.graph import LayerGraph
 from sasa_export.models.contents import read_object
@@ -91,8 +92,6 @@ def expect(ask: Callable[[Prompt], Asked], probe: Probe, prompts: Sequence[Promp
 
 def ask(model: Any, processor: Any, lane: LayerGraph, prompt: Prompt) -> Asked:
     """What `expect` wants to know of a model in torch."""
-    import torch
-
     state = collect(model, processor, lane, [prompt], batch_size=1).projected
     inputs = place(encode(processor, [prompt]), model)
     with torch.no_grad():

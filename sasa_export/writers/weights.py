@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save
 
 from sasa_export.errors import EmitError
 from sasa_export.models.shards import INDEX, SINGLE, Shard
@@ -49,8 +50,6 @@ def write_weights(
 
 def save_probe(probe: Probe, path: Path) -> None:
     """`sasa.probe.weight` (features,) and `sasa.probe.bias` (), float32: the format that --probe reads too."""
-    from safetensors.numpy import save
-
     tensors = {
         PROBE_WEIGHT: np.asarray(probe.weight, np.float32),
         PROBE_BIAS: np.asarray(probe.bias, np.float32).reshape(()),

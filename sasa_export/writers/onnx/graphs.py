@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sasa_export.models.family import family_of
 from sasa_export.writers.onnx import DECODER, EMBEDDING, GRAPHS, MERGING, SUFFIX, VISION
@@ -34,8 +35,6 @@ SMALL = 1024  # bytes of a weight that stays in the graph
 
 def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
     """Load a guarded directory and write the ONNX directory; see `sasa_export.writers.onnx.directory`."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     advance("loading the guarded model")
     kind = torch.float32 if dtype in BITS else getattr(torch, dtype)
     model = AutoModelForImageTextToText.from_pretrained(
