@@ -33,12 +33,7 @@ from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Asked, ask
 from sasa_export.writers.directory import Patch, write_directory
-from sasa_export.writers.onnx.directory import (
-    check_possible,
-    write_onnx_card,
-    write_onnx_directory,
-    write_onnx_manifest,
-)
+from sasa_export.writers.onnx.directory import check_possible, write_onnx_card, write_onnx_manifest
 
 if TYPE_CHECKING:
     from sasa_export.foreign.original import GraphOriginal
@@ -167,6 +162,8 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, report: 
 
 def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, report: Silent) -> None:
     """Write the ONNX directory from the one for transformers, which goes where nobody asked for it, and verify it."""
+    from sasa_export.writers.onnx.graphs import write_onnx_directory
+
     write_onnx_directory(
         plain, directory, opset=options.opset, dtype=options.onnx_dtype, advance=lambda step: report.step("onnx", step)
     )
