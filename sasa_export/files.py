@@ -5,8 +5,6 @@ and, where the file system cannot exchange two directories, `.out.replaced` (wha
 killed leaves them; the next one clears them away.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

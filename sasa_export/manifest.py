@@ -1,7 +1,5 @@
 """sasa-export.json: all options, versions, and the SHA-256 of every file, so that a change is seen."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

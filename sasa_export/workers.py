@@ -4,8 +4,6 @@ What is shared are whole batches, cut in the same way however many processes the
 the same numbers. Results go back to every process in the order of the batches.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 from collections.abc import Callable, Sequence

@@ -20,8 +20,6 @@ single letters and control tokens are not. Since many tokens of a vocabulary are
 vocabulary is given beside the curve: what chance would show.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

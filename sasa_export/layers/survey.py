@@ -5,8 +5,6 @@ A batch's hidden states stay in memory while it is worked on; what is kept is sm
 five likeliest tokens behind every block, and one state of each second lane.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Open a source model: an alias, a hub id or a local directory, as one frozen value."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace

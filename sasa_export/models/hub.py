@@ -1,7 +1,5 @@
 """Fetch a model into the hub's own cache; errors say where to ask."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

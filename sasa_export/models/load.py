@@ -1,7 +1,5 @@
 """Load a source: its stock model and processor, where there is memory for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

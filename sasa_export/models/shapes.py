@@ -3,8 +3,6 @@
 What a forward does with a picture depends on whole numbers (ids, grids, sizes), which are known, and never on weights.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr

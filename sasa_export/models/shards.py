@@ -1,7 +1,5 @@
 """The safetensors files of a model directory, checked by their headers alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -5,8 +5,6 @@ file. Its vision tower and projector lie in this package (`smol_llava_vision.saf
 `training/train_smol_llava_vision.py`), and so do its settings. `build` joins all into a plain Hugging Face directory.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import zipfile

@@ -1,7 +1,5 @@
 """The probe: logistic regression on first-token logits, as in the paper, its threshold, and a bag of words to beat."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

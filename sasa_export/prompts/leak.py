@@ -4,8 +4,6 @@ Pictures are told apart by their bytes, not by their names; questions by their w
 punctuation. A drawn picture is told apart by what it asks.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

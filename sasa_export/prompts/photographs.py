@@ -1,7 +1,5 @@
 """Natural photographs for ordinary questions: parts of those that scikit-learn and matplotlib carry."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from random import Random

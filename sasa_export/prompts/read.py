@@ -1,7 +1,5 @@
 """Reading the tables and pictures that data sets come in, each fault named with its place. Text is in UTF-8."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

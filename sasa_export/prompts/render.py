@@ -4,8 +4,6 @@ Words flow over a grid of 8 x 8 cells, because the embedded model (`smol-llava`)
 Fonts, sizes, colours and layouts vary with the seed, so that a probe learns the request and not its looks.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The one report layer of locate and evaluate: text stands in templates/, pictures are drawn with theme.py."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

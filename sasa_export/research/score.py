@@ -3,8 +3,6 @@
 Prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a threshold.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How pictures look, in colours that the colour-blind tell apart (Okabe and Ito)."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Verify: check the files of what was written, run it in a fresh process, and compare it with the original."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

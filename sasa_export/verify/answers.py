@@ -1,7 +1,5 @@
 """Run a written directory in a process that shares nothing with this one but the installed packages, and compare."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What a written directory answered, beside what the original model answered: the one comparison for both formats."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks of an ONNX directory that need no run: the graphs as files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks of a patched directory that need no model in memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How many verdicts the type of the graphs changes: prompts of the calibration set, judged again by the graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The model card: what was done, what was measured, what it does not do. Its sentences stand in templates/."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 They are written into the patched directory, so that it can be verified later without the original.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

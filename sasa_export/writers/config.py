@@ -1,7 +1,5 @@
 """config.json of a patched model: a type of its own, sealed against stock classes, with all settings of SASA."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A patched directory of safetensors, all but its card and manifest, which tell what was verified."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

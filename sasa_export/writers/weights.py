@@ -1,7 +1,5 @@
 """The shards: copied or linked as they are, never loaded, with the probe in a shard of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

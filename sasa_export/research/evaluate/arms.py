@@ -1,8 +1,6 @@
 """What answers and scores come to: refusals, the figures of an arm on any part of the prompts, and what changed between
 two gates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

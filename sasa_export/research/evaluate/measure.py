@@ -4,8 +4,6 @@ Two arms are fitted on the calibration prompts, a probe and words alone: logisti
 regularization chosen by cross-validation, with the threshold that the false-positive rate allows, as in calibration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

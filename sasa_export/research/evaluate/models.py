@@ -1,8 +1,6 @@
 """The models that answer and judge: in torch, the original or a patched directory with the code that it carries; in
 onnxruntime, graphs, one prompt at a time, driven as any runtime drives them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

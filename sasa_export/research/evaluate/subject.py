@@ -1,7 +1,5 @@
 """What is evaluated, opened and checked, and how it runs. No weights are loaded yet."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

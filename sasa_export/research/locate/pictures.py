@@ -1,7 +1,5 @@
 """The pictures of a report; every function gives the bytes of a PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

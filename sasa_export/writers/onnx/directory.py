@@ -1,7 +1,5 @@
 """What lies around the graphs of an ONNX directory: whether they can be made, its card, its manifest."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The three graphs of an ONNX directory, vision encoder, embedding and decoder, and what lies beside them."""
 
-from __future__ import annotations
-
 import gc
 import shutil
 from collections.abc import Callable
