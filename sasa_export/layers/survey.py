@@ -26,7 +26,7 @@ from sasa_export.probe.intervals import Comparable
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts.prompt import Prompt, encode
 from sasa_export.report import Silent
-from sasa_export.runtime.lane import Recording, current_recording, within
+from sasa_export.runtime.lane import Recording, at_judged, current_recording, within
 from sasa_export.workers import workers
 
 LIKELIEST = 5  # tokens that the logit lens looks at
@@ -111,12 +111,12 @@ def reading(
             yield name, end_of_lane(model, nodes, seen, inputs).float().cpu().numpy()  # (rows, hidden)
         if not set(MAIN_LANE) & set(names):
             return
-        states = [_picked(seen.outputs[path], at) for path in blocks]  # (rows, hidden) each
-        normed = [norm(state.unsqueeze(1)).squeeze(1) for state in states]  # (rows, hidden) each
+        states = at_judged({path: seen.outputs[path] for path in blocks}, at).values()  # (rows, 1, hidden) each
+        normed = [norm(state).squeeze(1) for state in states]  # (rows, hidden) each
         tokens = [head(state).topk(LIKELIEST).indices.cpu() for state in normed]  # (rows, 5) each
         yield "tokens", torch.stack(tokens, 1).numpy().astype(np.int32)
         yield "plain", normed[-1].float().cpu().numpy()
-        yield "states", torch.stack([state.float().cpu() for state in states], 1).numpy()
+        yield "states", torch.cat([state.float().cpu() for state in states], 1).numpy()
 
     with torch.no_grad(), watching(model, [{"op": op, "module": path} for path in blocks for op in ("block", "tap")]):
         yield read
@@ -137,8 +137,3 @@ def evidence_of(
     swept = sweep(results, pairs, head_metric(head), regularization, report)
     expressed = expression(tokens, token_texts(processor.tokenizer, len(head)))
     return Evidence(perception, understanding(on_controls, tokens.shape[1]), expressed, swept)
-
-
-def _picked(state: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """(rows, tokens, hidden) -> (rows, hidden), at the given token of each row."""
-    return state[torch.arange(len(state), device=state.device), at.to(state.device)]

@@ -19,7 +19,7 @@ from sasa_export.prompts import Prompt, for_model, load
 from sasa_export.prompts.prompt import batches
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import load_patched, read_gate
-from sasa_export.verify.onnx import dtype_of
+from sasa_export.verify.unloaded import dtype_of
 from sasa_export.writers.config import config_text
 
 BARS, LONGEST = 10, 40  # of the histogram; characters of its longest bar

@@ -8,8 +8,7 @@ from sasa_export.errors import VerifyError
 from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE
 from sasa_export.verify.answers import LOADS, NOT_COMPARED, check_written
-from sasa_export.verify.onnx import dtype_of
-from sasa_export.verify.unloaded import check_manifest, is_ours
+from sasa_export.verify.unloaded import check_manifest, dtype_of, is_ours
 
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both
 

@@ -15,10 +15,8 @@ from sasa_export.models.quantized import scheme
 from sasa_export.probe import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
-from sasa_export.verify.compare import compare, tolerance
-from sasa_export.verify.onnx import check_graphs, dtype_of
-from sasa_export.verify.unloaded import check_files
-from sasa_export.verify.verdicts import check_changed, draw
+from sasa_export.verify.compare import check_changed, compare, draw, tolerance
+from sasa_export.verify.unloaded import check_files, check_graphs, dtype_of
 from sasa_export.writers.cases import FOLDER, TOKENS, read_cases, write_prompts
 from sasa_export.writers.onnx import SUFFIX
 

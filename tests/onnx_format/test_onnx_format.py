@@ -22,7 +22,7 @@ import pytest
 from cli_steps import flags, flip, invoke, succeeds
 from onnx_runner import lane_of
 
-from sasa_export.verify import verdicts
+from sasa_export.verify import compare
 from sasa_export.writers.onnx import graphs
 
 Tiny = Callable[..., Path]
@@ -161,7 +161,7 @@ def test_a_calibrated_export_counts_changed_verdicts(
         *("--safety-layer", "0", "--semantic-layer", "1", "--max-false-positive-rate", "0.1", "--refusal", REFUSAL),
         *("--opset", "20"),
     ]
-    monkeypatch.setattr(verdicts, "JUDGED_AGAIN", 20)
+    monkeypatch.setattr(compare, "JUDGED_AGAIN", 20)
     result = succeeds(*words)
     assert not list(out.rglob("*.safetensors"))
     assert "Opset 20, float32" in (out / "README.md").read_text()

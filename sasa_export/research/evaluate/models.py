@@ -13,7 +13,7 @@ from sasa_export.models import read_config
 from sasa_export.models.load import SPREAD, place
 from sasa_export.prompts.prompt import Prompt, encode, encoded
 from sasa_export.verify import FORMATS
-from sasa_export.verify.onnx import dtype_of
+from sasa_export.verify.unloaded import dtype_of
 
 
 class TorchModel:

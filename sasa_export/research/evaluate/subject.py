@@ -22,8 +22,7 @@ from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import last_name, made_with
 from sasa_export.runtime.lane import lane_tokens
-from sasa_export.verify.onnx import dtype_of
-from sasa_export.verify.unloaded import check_manifest
+from sasa_export.verify.unloaded import check_manifest, dtype_of
 
 
 @dataclass(frozen=True)
