@@ -16,15 +16,17 @@ from sasa_export.foreign.opened import holds_graphs
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.layers.pairs import Pair
-from sasa_export.layers.survey import Evidence, survey
+from sasa_export.layers.prompts import controls
+from sasa_export.layers.survey import MAIN_LANE, Evidence, evidence_of, reading
+from sasa_export.layers.sweep import second_lane
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
-from sasa_export.models.load import load_processor, read_sizes, running
+from sasa_export.models.load import head_weight, load_processor, read_sizes, running
 from sasa_export.models.quantized import check_scheme
 from sasa_export.options import Options, check_for_graphs
 from sasa_export.probe import Fitted, bundled, calibrate
 from sasa_export.probe.features import Features, collect_on_disk, load_as_traced
-from sasa_export.probe.work import Work
+from sasa_export.probe.work import Results, Work
 from sasa_export.prompts import Prompt, for_model
 from sasa_export.report import Check, Silent, all_passed
 from sasa_export.runtime.settings import OPERATOR
@@ -109,11 +111,24 @@ class TorchOriginal:
 
     def survey(
         self, prompts: Sequence[Prompt], pairs: Sequence[Pair], work: Work, report: Silent,
-        tokens: int | None = None, **settings: Any,
+        *, batch_size: int, tokens: int | None = None, regularization: float | None = None,
     ) -> Evidence | None:  # fmt: skip
-        """`layers.survey.survey`, of second lanes over so many `tokens`."""
-        lane = LaneSettings(None, None, softcap=self.sizes.softcap, tokens=tokens)
-        return survey(self.model, self.processor, self.graph, prompts, pairs, lane, work, report, **settings)
+        """Run the model on the prompts, with the second lane of each pair over so many `tokens`, and on the controls;
+        then compute the figures.
+
+        `regularization` is the C of the sweep's probes; None chooses it as calibration does. All processes run the
+        model, and all but the first return None.
+        """
+        results = Results(work, "prompts", prompts, batch_size)
+        on_controls = Results(work, "controls", controls(prompts), batch_size)
+        settings = {pair: LaneSettings(*pair, softcap=self.sizes.softcap, tokens=tokens) for pair in pairs}
+        lanes = {second_lane(pair): rewrite_lane(self.graph, lane) for pair, lane in settings.items()}
+        with reading(self.model, self.processor, self.graph, lanes) as read:
+            results.fill([*lanes, *MAIN_LANE], read, report)
+            on_controls.fill(MAIN_LANE, read, report)
+        if not workers().leads:
+            return None
+        return evidence_of(results, on_controls, pairs, head_weight(self.model), self.processor, regularization, report)
 
     def features(
         self, settings: LaneSettings, prompts: Sequence[Prompt], work: Work, report: Silent, **more: Any
