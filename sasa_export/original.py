@@ -21,7 +21,7 @@ from sasa_export.layers.survey import MAIN_LANE, Evidence, evidence_of, reading
 from sasa_export.layers.sweep import second_lane
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
-from sasa_export.models.load import head_weight, load_processor, read_sizes, running
+from sasa_export.models.load import head_weight, load_processor, read_sizes, running, stock_classes
 from sasa_export.models.quantized import check_scheme
 from sasa_export.options import Options, check_for_graphs
 from sasa_export.probe import Fitted, bundled, calibrate
@@ -34,8 +34,10 @@ from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Asked, ask
-from sasa_export.writers.directory import Patch, write_directory
+from sasa_export.writers.config import write_config
+from sasa_export.writers.directory import Patch, write_beside
 from sasa_export.writers.onnx.directory import check_possible, write_onnx_card, write_onnx_manifest
+from sasa_export.writers.weights import write_weights
 
 if TYPE_CHECKING:
     from sasa_export.foreign.original import GraphOriginal
@@ -162,7 +164,10 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, report: 
     """Write the directory for transformers, and verify it unless graphs alone are wanted, which are made from it."""
     passing = options.format == "onnx"
     with report.bar(patch.source.weight_bytes(), "write") as advance:
-        digests = write_directory(patch, directory, link=options.link or passing, advance=advance)
+        link = options.link or passing
+        digests = write_weights(patch.source.shards, patch.probe, directory, link=link, advance=advance)
+    write_beside(patch, directory)
+    write_config(patch.source, patch.sasa, stock_classes(patch.source), directory)
     if passing:
         return
     checks = check_written(directory, device=patch.device, only_files=not patch.cases)

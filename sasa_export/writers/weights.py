@@ -24,7 +24,7 @@ def write_weights(
     directory: Path,
     *,
     link: bool,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None],
 ) -> dict[str, str | None]:
     """Write all shards and their index. Returns the SHA-256 of each file that was read on the way, by name."""
     digests: dict[str, str | None] = {}
