@@ -1,7 +1,5 @@
 """The built-in sets keep the rules that a program can check, and become prompts in both channels."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys

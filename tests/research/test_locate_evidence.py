@@ -1,7 +1,5 @@
 """Each piece of evidence that `locate` goes by on its own: the second lane, figures, choices, prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
