@@ -8,6 +8,8 @@ checks = verify_directory("patched")
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sasa_export.errors import SasaExportError
@@ -21,19 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "SasaExportError", "__version__", "patch", "verify_directory"]
 
+MODULES = {"patch": "sasa_export.pipeline", "verify_directory": "sasa_export.verify"}
+
 
 def __getattr__(name: str) -> Any:
     """Import what does the work when it is asked for: `sasa-export --help` answers without it."""
-    if name == "patch":
-        from sasa_export.pipeline import patch
-
-        return patch
-    if name == "verify_directory":
-        from sasa_export.verify import verify_directory
-
-        return verify_directory
     if name == "__version__":
-        from sasa_export.manifest import version_of
-
-        return version_of("sasa-export")
+        return version("sasa-export")
+    if name in MODULES:
+        return getattr(import_module(MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,8 +5,6 @@ and, where the file system cannot exchange two directories, `.out.replaced` (wha
 killed leaves them; the next one clears them away.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os
@@ -16,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from sasa_export.errors import EmitError
 
@@ -56,8 +56,6 @@ def claimed(out: Path, *, wait: bool = False) -> Iterator[None]:
         out: the output directory, there or not; missing directories above it are made.
         wait: wait for the other run instead of raising EmitError.
     """
-    from filelock import FileLock, Timeout
-
     out = out.resolve()
     lock = FileLock(_beside(out, "lock"), is_singleton=True)  # which may be taken again
     with _explained(out):

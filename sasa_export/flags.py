@@ -1,7 +1,5 @@
 """Options in frozen dataclasses: each field carries what click makes its flag of, by which Python's values go too."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable

@@ -1,12 +1,10 @@
 """sasa-export.json: all options, versions, and the SHA-256 of every file, so that a change is seen."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,9 @@ def write_manifest(
         if name != MANIFEST:
             files[name] = known.get(name) or digest(path)
     data = {
-        "tool": f"sasa-export {version_of('sasa-export')}",
+        "tool": f"sasa-export {version('sasa-export')}",
         **entries,
-        "versions": {name: version_of(name) for name in (*PACKAGES, *packages)},
+        "versions": {name: version(name) for name in (*PACKAGES, *packages)},
         "files": files,
     }
     (directory / MANIFEST).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -60,11 +58,3 @@ def digest(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def version_of(package: str) -> str:
-    """The installed version of a package, or "unknown"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from its source, or installed under another name
-        return "unknown"

@@ -16,15 +16,17 @@ from sasa_export.foreign.opened import holds_graphs
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.layers.pairs import Pair
-from sasa_export.layers.survey import Evidence, survey
+from sasa_export.layers.prompts import controls
+from sasa_export.layers.survey import MAIN_LANE, Evidence, evidence_of, reading
+from sasa_export.layers.sweep import second_lane
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
-from sasa_export.models.load import load_processor, read_sizes, running
+from sasa_export.models.load import head_weight, load_processor, read_sizes, running, stock_classes
 from sasa_export.models.quantized import check_scheme
 from sasa_export.options import REACH, Options, check_for_graphs
 from sasa_export.probe import Fitted, bundled, calibrate
 from sasa_export.probe.features import Features, collect_on_disk, load_as_traced
-from sasa_export.probe.work import Work
+from sasa_export.probe.work import Results, Work
 from sasa_export.prompts import Prompt, for_model
 from sasa_export.report import Check, Silent, all_passed
 from sasa_export.runtime.settings import OPERATOR
@@ -32,13 +34,10 @@ from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Asked, ask
-from sasa_export.writers.directory import Patch, write_directory
-from sasa_export.writers.onnx.directory import (
-    check_possible,
-    write_onnx_card,
-    write_onnx_directory,
-    write_onnx_manifest,
-)
+from sasa_export.writers.config import write_config
+from sasa_export.writers.directory import Patch, write_beside
+from sasa_export.writers.onnx.directory import check_possible, write_onnx_card, write_onnx_manifest
+from sasa_export.writers.weights import write_weights
 
 if TYPE_CHECKING:
     from sasa_export.foreign.original import GraphOriginal
@@ -114,11 +113,24 @@ class TorchOriginal:
 
     def survey(
         self, prompts: Sequence[Prompt], pairs: Sequence[Pair], work: Work, report: Silent,
-        tokens: int = REACH, **settings: Any,
+        *, batch_size: int, tokens: int = REACH, regularization: float | None = None,
     ) -> Evidence | None:  # fmt: skip
-        """`layers.survey.survey`, of second lanes over so many `tokens`."""
-        lane = LaneSettings(None, None, softcap=self.sizes.softcap, tokens=tokens)
-        return survey(self.model, self.processor, self.graph, prompts, pairs, lane, work, report, **settings)
+        """Run the model on the prompts, with the second lane of each pair over so many `tokens`, and on the controls;
+        then compute the figures.
+
+        `regularization` is the C of the sweep's probes; None chooses it as calibration does. All processes run the
+        model, and all but the first return None.
+        """
+        results = Results(work, "prompts", prompts, batch_size)
+        on_controls = Results(work, "controls", controls(prompts), batch_size)
+        settings = {pair: LaneSettings(*pair, softcap=self.sizes.softcap, tokens=tokens) for pair in pairs}
+        lanes = {second_lane(pair): rewrite_lane(self.graph, lane) for pair, lane in settings.items()}
+        with reading(self.model, self.processor, self.graph, lanes) as read:
+            results.fill([*lanes, *MAIN_LANE], read, report)
+            on_controls.fill(MAIN_LANE, read, report)
+        if not workers().leads:
+            return None
+        return evidence_of(results, on_controls, pairs, head_weight(self.model), self.processor, regularization, report)
 
     def features(
         self, settings: LaneSettings, prompts: Sequence[Prompt], work: Work, report: Silent, **more: Any
@@ -152,7 +164,10 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, report: 
     """Write the directory for transformers, and verify it unless graphs alone are wanted, which are made from it."""
     passing = options.format == "onnx"
     with report.bar(patch.source.weight_bytes(), "write") as advance:
-        digests = write_directory(patch, directory, link=options.link or passing, advance=advance)
+        link = options.link or passing
+        digests = write_weights(patch.source.shards, patch.probe, directory, link=link, advance=advance)
+    write_beside(patch, directory)
+    write_config(patch.source, patch.sasa, stock_classes(patch.source), directory)
     if passing:
         return
     checks = check_written(directory, device=patch.device, only_files=not patch.cases)
@@ -167,6 +182,8 @@ def _write_safetensors(patch: Patch, directory: Path, options: Options, report: 
 
 def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, report: Silent) -> None:
     """Write the ONNX directory from the one for transformers, which goes where nobody asked for it, and verify it."""
+    from sasa_export.writers.onnx.graphs import write_onnx_directory
+
     write_onnx_directory(
         plain, directory, opset=options.opset, dtype=options.onnx_dtype, advance=lambda step: report.step("onnx", step)
     )

@@ -1,7 +1,5 @@
 """Telling the user what happens: steps, progress and checks. The library is silent unless it is given a Console."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -4,8 +4,6 @@ What is shared are whole batches, cut in the same way however many processes the
 the same numbers. Results go back to every process in the order of the batches.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +11,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,8 +48,6 @@ class Workers:
         """The first process's value, in every process."""
         if self.count == 1:
             return value
-        from accelerate.utils import broadcast_object_list
-
         return broadcast_object_list([value])[0]
 
     def spread(
@@ -70,11 +70,7 @@ class Workers:
             if self.leads:
                 for item in turn:
                     advance(item)
-        done = [mine]  # of each process
-        if self.count > 1:
-            from accelerate.utils import gather_object
-
-            done = gather_object(done)
+        done = gather_object([mine]) if self.count > 1 else [mine]  # of each process
         return [done[row % self.count][row // self.count] for row in range(len(items))]
 
 
@@ -88,9 +84,6 @@ def workers() -> Workers:
 @cache
 def _state() -> Any:
     """accelerate's state of this process, which joins the others."""
-    import torch
-    from accelerate import PartialState
-
     # The others wait while the first process fits, writes and verifies, which may take hours for a large model.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     # Its threads, left to the end of the interpreter, abort the process now and then.

@@ -1,7 +1,5 @@
 """States and prompts that tests of the calibration share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -208,12 +208,12 @@ def guard(
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`exported(patched, opset=23)`: the ONNX directory of a patched one, written once per session."""
 
-    from sasa_export.writers.onnx.directory import write_onnx_directory
+    from sasa_export.writers.onnx.graphs import write_onnx_directory
 
     @cache
     def made(patched: Path, opset: int, dtype: str) -> Path:
         out = tmp_path_factory.mktemp("onnx")
-        write_onnx_directory(patched, out, opset=opset, dtype=dtype)
+        write_onnx_directory(patched, out, opset=opset, dtype=dtype, advance=lambda step: None)
         return out
 
     # A cache tells arguments apart by how they are written.

@@ -3,8 +3,6 @@
 Usage of the script: MODEL EVALUATION CALIBRATION OUT, as a process of `torch.distributed.run`.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -1,7 +1,5 @@
 """The data sets of the field in small: their exact published layouts, with pictures and words of our own."""
 
-from __future__ import annotations
-
 import csv
 import json
 import random

@@ -130,7 +130,7 @@ def _topic(model: Any, processor: Any, letter: str) -> Tensor:
 
 def _give_words_voice(model: Any, processor: Any) -> None:
     """Words answer to SPOKEN, everything else to BASE, and each token in its own way to DANGER."""
-    from sasa_export.layers.expression import is_readable, token_texts
+    from sasa_export.layers.capabilities import is_readable, token_texts
 
     head = model.get_output_embeddings().weight  # (vocabulary, hidden)
     head[:, DANGER] = torch.randn(head.shape[0], generator=torch.Generator().manual_seed(1))

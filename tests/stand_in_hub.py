@@ -1,7 +1,5 @@
 """A stand-in for the hub on 127.0.0.1: what huggingface_hub asks of it, no more; and a connection that ends."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import threading

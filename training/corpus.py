@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 from PIL import Image, ImageEnhance, ImageOps
 
-from sasa_export.models.smol_llava import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
+from sasa_export.models.smol_llava import FILES
 from sasa_export.prompts import render
 
 FONT_FOLDERS = (Path("/usr/share/fonts"), Path.home() / ".local/share/fonts")
@@ -26,6 +26,10 @@ MARKS = (".", ",", "?", "!", ":")
 LISTS = 0.08  # the share of pages that end in an empty numbered list
 PHOTOGRAPHS = 0.2  # the share of pages that are a photograph, in which there is nothing to read
 IGNORED, BLANK = -100, -1  # targets of a cell other than a token
+
+PICTURES = json.loads((FILES / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
+IMAGE_SIZE = PICTURES["size"]["height"]  # pixels
+IMAGE_MEAN, IMAGE_STD = PICTURES["image_mean"][0], PICTURES["image_std"][0]  # pictures of text are mostly paper
 
 Array = numpy.ndarray[Any, Any]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from sasa_export.models.smol_llava import config
+from sasa_export.models.smol_llava import FILES
 
 
 class Patches(nn.Conv2d):
@@ -32,7 +32,7 @@ class Tower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        settings = config()
+        settings = LlavaConfig.from_pretrained(FILES)
         self.vision_tower = CLIPVisionModel(settings.vision_config)
         self.vision_tower.embeddings.patch_embedding.__class__ = Patches
         self.multi_modal_projector = LlavaMultiModalProjector(settings)

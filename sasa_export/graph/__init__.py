@@ -38,10 +38,7 @@ class LayerGraph:
         return iter(self.nodes)
 
     def __getitem__(self, name: str) -> Node:
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        raise KeyError(name)
+        return {node.name: node for node in self.nodes}[name]
 
     def of(self, op: str) -> tuple[Node, ...]:
         """All nodes of one operation, in order."""

@@ -1,7 +1,5 @@
 """A LayerGraph as a Mermaid diagram, runs of blocks drawn as one box."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from sasa_export.graph import MAIN_LANE, LayerGraph, Node

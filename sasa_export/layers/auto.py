@@ -4,8 +4,6 @@ The layers are chosen on one half of the calibration prompts. The figures in the
 took no part in the choice; the probe itself is fitted on both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Which blocks and which pairs of layers are tried: the default grid, and what the user asks for."""
 
-from __future__ import annotations
-
 import re
 from itertools import product
 

@@ -1,7 +1,5 @@
 """Which prompts are run: enough of them, the pictures' controls, and halves."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter

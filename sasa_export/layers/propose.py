@@ -8,8 +8,6 @@ cheapest is taken: the one whose second lane runs fewest blocks, then the one wh
 pair outside is better by more than noise, it is taken instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -1,37 +1,30 @@
-"""All evidence: the model runs on prompts and controls, then the figures. A patch with `auto` layers needs it as much
-as a report does.
+"""The evidence on where layers lie: what is read of a model behind its blocks, and the figures made of it. A patch with
+`auto` layers needs it as much as a report does.
 
 A batch's hidden states stay in memory while it is worked on; what is kept is small: the last token's state and its
 five likeliest tokens behind every block, and one state of each second lane.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from sasa_export.graph import LayerGraph
-from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
-from sasa_export.layers.expression import Expression, expression, token_texts
+from sasa_export.layers.capabilities import Expression, expression, separability, token_texts, understanding
 from sasa_export.layers.pairs import Pair
-from sasa_export.layers.perception import separability
-from sasa_export.layers.prompts import controls
-from sasa_export.layers.sweep import Sweep, second_lane, sweep
-from sasa_export.layers.understanding import understanding
-from sasa_export.models.load import head_weight, place
+from sasa_export.layers.sweep import Sweep, sweep
+from sasa_export.models.load import place
 from sasa_export.probe.features import end_of_lane, last_real, watching
 from sasa_export.probe.fit import head_metric
 from sasa_export.probe.intervals import Comparable
-from sasa_export.probe.work import Results, Work
+from sasa_export.probe.work import Results
 from sasa_export.prompts.prompt import Prompt, encode
 from sasa_export.report import Silent
-from sasa_export.runtime.lane import Recording, current_recording, within
-from sasa_export.workers import workers
+from sasa_export.runtime.lane import Recording, at_judged, current_recording, within
 
 LIKELIEST = 5  # tokens that the logit lens looks at
 MAIN_LANE = ("tokens", "plain", "states")  # what `reading` gives of the main lane
@@ -52,43 +45,6 @@ class Evidence:
     understanding: dict[str, list[Comparable]] | None
     expression: Expression
     sweep: Sweep
-
-
-def survey(
-    model: Any,
-    processor: Any,
-    graph: LayerGraph,
-    prompts: Sequence[Prompt],
-    pairs: Sequence[Pair],
-    settings: LaneSettings,
-    work: Work,
-    report: Silent,
-    *,
-    batch_size: int,
-    regularization: float | None = None,
-) -> Evidence | None:
-    """Run the model on the prompts, with all second lanes, and on the controls; then compute the figures.
-
-    Args:
-        settings: of every second lane, but for its pair of layers.
-        regularization: the C of the sweep's probes; None chooses it as calibration does.
-
-    All processes run the model, and all but the first return None.
-    """
-    results = Results(work, "prompts", prompts, batch_size)
-    on_controls = Results(work, "controls", controls(prompts), batch_size)
-    lanes = {
-        second_lane((safety, semantic)): rewrite_lane(
-            graph, replace(settings, safety_layer=safety, semantic_layer=semantic)
-        )
-        for safety, semantic in pairs
-    }
-    with reading(model, processor, graph, lanes) as read:
-        results.fill([*lanes, *MAIN_LANE], read, report)
-        on_controls.fill(MAIN_LANE, read, report)
-    if not workers().leads:
-        return None
-    return evidence_of(results, on_controls, pairs, head_weight(model), processor, regularization, report)
 
 
 @contextmanager
@@ -115,12 +71,12 @@ def reading(
             yield name, end_of_lane(model, nodes, seen, inputs).float().cpu().numpy()  # (rows, hidden)
         if not set(MAIN_LANE) & set(names):
             return
-        states = [_picked(seen.outputs[path], at) for path in blocks]  # (rows, hidden) each
-        normed = [norm(state.unsqueeze(1)).squeeze(1) for state in states]  # (rows, hidden) each
+        states = at_judged({path: seen.outputs[path] for path in blocks}, at).values()  # (rows, 1, hidden) each
+        normed = [norm(state).squeeze(1) for state in states]  # (rows, hidden) each
         tokens = [head(state).topk(LIKELIEST).indices.cpu() for state in normed]  # (rows, 5) each
         yield "tokens", torch.stack(tokens, 1).numpy().astype(np.int32)
         yield "plain", normed[-1].float().cpu().numpy()
-        yield "states", torch.stack([state.float().cpu() for state in states], 1).numpy()
+        yield "states", torch.cat([state.float().cpu() for state in states], 1).numpy()
 
     with torch.no_grad(), watching(model, [{"op": op, "module": path} for path in blocks for op in ("block", "tap")]):
         yield read
@@ -141,8 +97,3 @@ def evidence_of(
     swept = sweep(results, pairs, head_metric(head), regularization, report)
     expressed = expression(tokens, token_texts(processor.tokenizer, len(head)))
     return Evidence(perception, understanding(on_controls, tokens.shape[1]), expressed, swept)
-
-
-def _picked(state: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """(rows, tokens, hidden) -> (rows, hidden), at the given token of each row."""
-    return state[torch.arange(len(state), device=state.device), at.to(state.device)]

@@ -1,7 +1,5 @@
 """The sweep: how well a probe on each pair's second lane does, which pair to choose, and what the choice is worth."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Open a source model: an alias, a hub id or a local directory, as one frozen value."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -133,7 +131,7 @@ def _embedded() -> Path:
     """smol-llava, built once for each version of what it is built from."""
     from sasa_export.models import smol_llava
 
-    parts = (smol_llava.VISION, Path(smol_llava.__file__))
+    parts = (smol_llava.VISION, Path(smol_llava.__file__), *sorted(smol_llava.FILES.iterdir()))
     version = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
     folder = cache_directory() / f"smol-llava-{version}"
     if not folder.exists():

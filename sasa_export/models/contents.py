@@ -1,7 +1,5 @@
 """What a source's directory may hold: files of its own, and no code that would have to be run."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Model families, read from graphs/*.toml: one declarative file each, checked when it is read."""
 
-from __future__ import annotations
-
 import functools
 import tomllib
 from dataclasses import dataclass, field

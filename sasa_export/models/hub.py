@@ -1,9 +1,9 @@
 """Fetch a model into the hub's own cache; errors say where to ask."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
+
+from huggingface_hub import constants, errors, snapshot_download
 
 from sasa_export.errors import OpenError
 
@@ -16,8 +16,6 @@ Check = Callable[[Path], object]  # told of a directory with config.json, before
 
 def fetch(repository: str, revision: str | None, check: Check) -> Path:
     """The model's snapshot in the hub's cache, which the hub need not be reached for. OpenError where there is none."""
-    from huggingface_hub import constants, snapshot_download
-
     try:
         check(Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"])))
         # One file after the other: Xet fetches the parts of one at once, and a run that is stopped loses no other.
@@ -34,21 +32,14 @@ def fetch(repository: str, revision: str | None, check: Check) -> Path:
 
 def _said(repository: str, revision: str | None, endpoint: str, error: Exception) -> str:
     """What is wrong, and what to do about it."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # why the hub was not asked instead
     login = "log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"{repository} is gated. Ask for access at {endpoint}/{repository}, then {login}."
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{repository} has no revision {revision!r}. See {endpoint}/{repository}/commits/main for its commits."
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return f"{repository} is not at {endpoint}, or private. Check the name; if it is private, {login}."
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (

@@ -1,7 +1,5 @@
 """Load a source: its stock model and processor, where there is memory for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import torch
+from accelerate.utils import align_module_device
 
 from sasa_export.errors import OpenError, reworded
 from sasa_export.models import Source
@@ -59,8 +59,6 @@ def running(source: Source, dtype: str, device: str) -> tuple[str, str]:
 
     Raises OpenError where a named device is not there.
     """
-    import torch
-
     if dtype == "auto":
         stored = str(source.config.get("dtype") or source.config.get("torch_dtype"))
         dtype = stored if stored in BYTES else "float32"
@@ -86,8 +84,6 @@ def available_memory() -> int:
 
 def fits(source: Source, dtype: str, device: str) -> bool:
     """Do the weights, in this type, and what runs through them go into one device's free memory?"""
-    import torch
-
     needed = STATES * BYTES[dtype] * sum(prod(shape) for shard in source.shards for shape in shard.shapes)
     free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else available_memory()
     return needed <= free
@@ -131,8 +127,6 @@ def check_loaded(source: Source, info: dict[str, Any]) -> None:
 
 def _finite(tensor: Any) -> bool:
     """Is every number finite? torchao keeps a tensor in parts, and torch cannot ask one of 8 bits."""
-    import torch
-
     if hasattr(tensor, "__tensor_flatten__"):
         return all(_finite(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
     narrow = tensor.is_floating_point() and tensor.itemsize == 1
@@ -141,9 +135,6 @@ def _finite(tensor: Any) -> bool:
 
 def head_weight(model: Any) -> Any:
     """The weights of a model's head, (vocabulary, hidden), float32 in numpy, even where they lie on disk."""
-    import torch
-    from accelerate.utils import align_module_device
-
     head = model.get_output_embeddings()
     with align_module_device(head, "cpu"), torch.no_grad():
         weight = getattr(head, "weight", None)
@@ -155,8 +146,6 @@ def head_weight(model: Any) -> Any:
 
 def place(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """Move inputs to the model's device, pictures to its dtype. What lies on disk runs where the rest does."""
-    import torch
-
     devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     device = next(devices, torch.device("cpu"))
     return {

@@ -1,7 +1,5 @@
 """Checkpoints that somebody quantized: whether their scheme runs here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from sasa_export.errors import OpenError, reworded

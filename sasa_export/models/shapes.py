@@ -3,8 +3,6 @@
 What a forward does with a picture depends on whole numbers (ids, grids, sizes), which are known, and never on weights.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -87,13 +85,12 @@ class ShapesOnly(TorchDispatchMode):
         """A new tensor: without content if it is floating-point."""
         if func in COUNTED:
             return func(*args, **kwargs, device=torch.device("cpu"))
-        made = func(*args, **kwargs, device=META) if "device" in _names(func) else func(*args, **kwargs)
+        if any(argument.name == "device" for argument in func._schema.arguments):  # type: ignore[attr-defined]
+            made = func(*args, **kwargs, device=META)
+        else:
+            made = func(*args, **kwargs)
         whole = isinstance(made, Tensor) and made.is_meta and not made.is_floating_point()
         return func(*args, **kwargs, device=torch.device("cpu")) if whole else made
-
-
-def _names(func: Any) -> set[str]:
-    return {argument.name for argument in func._schema.arguments}
 
 
 def _numbers(index: Any) -> list[Any]:

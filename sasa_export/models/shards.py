@@ -1,9 +1,9 @@
 """The safetensors files of a model directory, checked by their headers alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from safetensors import safe_open
 
 from sasa_export.errors import OpenError, reworded
 from sasa_export.models.contents import read_object
@@ -57,8 +57,6 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _shard(path: Path) -> Shard:
-    from safetensors import safe_open
-
     if not path.exists():
         raise OpenError(f"the shard {path} is missing. Restore the file from its source.")
     corrupt = f"the shard {path} is corrupt ({{reason}}). Restore the file from its source."

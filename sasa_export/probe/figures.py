@@ -1,7 +1,5 @@
 """What a calibration measured, honestly: on kinds of prompts that were left out, with and without projection."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

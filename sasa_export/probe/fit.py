@@ -1,12 +1,13 @@
 """The probe: logistic regression on first-token logits, as in the paper, its threshold, and a bag of words to beat."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.linalg import cholesky, solve_triangular
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from sasa_export.errors import CalibrationError
 from sasa_export.probe.figures import ordinary_rows
@@ -122,9 +123,6 @@ def fit_path(
 
 def _factor(features: np.ndarray, balance: np.ndarray, regularization: float, start: np.ndarray) -> np.ndarray:
     """The triangular factor of the loss's curvature at `start`, (features, features)."""
-    from scipy.linalg import cholesky
-    from scipy.special import expit
-
     spread = expit(features @ start)  # (prompts,)
     spread = regularization * balance * np.maximum(spread * (1 - spread), LEAST_SPREAD)
     curvature = (features.T * spread) @ features  # (features, features)
@@ -146,10 +144,6 @@ def _descend(
     The curvature, by its `factor`, makes the problem round, which takes L-BFGS straight to the minimum. Newton's method
     would compute it anew at each of its steps, and a solver without it takes thousands.
     """
-    from scipy.linalg import solve_triangular
-    from scipy.optimize import minimize
-    from scipy.special import expit
-
     signs = np.where(labels == 1, 1.0, -1.0)  # (prompts,)
 
     def loss(rounded: np.ndarray) -> tuple[float, np.ndarray]:
@@ -167,8 +161,6 @@ def _descend(
 
 def probability(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
     """P(unsafe) of features (prompts, features): (prompts,)."""
-    from scipy.special import expit
-
     return expit(features @ weight + bias)
 
 

@@ -1,7 +1,5 @@
 """What a choice is judged on: kinds of prompts that were left out whole, so that it carries over to new ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -2,8 +2,6 @@
 group counted as one (Obuchowski 1997), by which figures of the same prompts compare.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar

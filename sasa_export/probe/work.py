@@ -4,8 +4,6 @@ Processes that share the work (`sasa_export.workers`) share the folder too: each
 one reads them all.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -11,8 +11,6 @@ evaluation.jsonl has a request a line, of four kinds: `harmful`, its `harmless` 
 picture is harmful once and harmless once, so neither tells anything alone.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

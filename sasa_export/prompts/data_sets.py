@@ -3,8 +3,6 @@
 Each takes the path that the user gave, a table or the directory of the set, and what was chosen of the set's options.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -4,11 +4,11 @@ Pictures are told apart by their bytes, not by their names; questions by their w
 punctuation. A drawn picture is told apart by what it asks.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+
+from scipy.cluster.hierarchy import DisjointSet
 
 from sasa_export.errors import DataError
 from sasa_export.manifest import digest
@@ -27,8 +27,6 @@ def grouped(prompts: Sequence[Prompt]) -> list[Prompt]:
 
     A prompt may share its picture with a second and its question with a third: all three are one group then.
     """
-    from scipy.cluster.hierarchy import DisjointSet
-
     sets = DisjointSet(range(len(prompts)))
     first: dict[tuple[str, str], int] = {}
     for row, (prompt, bonds) in enumerate(zip(prompts, _bonds(prompts), strict=True)):

@@ -1,8 +1,6 @@
 """A request in long text, which is harmless itself: behind it, in front of it, inside it; under a page of a system
 prompt; after eight turns. long_texts.toml has the texts, by genre, of the calibration set and of evaluations apart."""
 
-from __future__ import annotations
-
 import functools
 import re
 import tomllib

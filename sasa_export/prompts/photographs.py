@@ -1,11 +1,10 @@
 """Natural photographs for ordinary questions: parts of those that scikit-learn and matplotlib carry."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from random import Random
 
+import matplotlib
 from PIL import Image, ImageOps
 
 SIDE = 384  # pixels, of the shorter one
@@ -27,7 +26,6 @@ def photograph(seed: int) -> Image.Image:
 
 @functools.cache
 def _files() -> tuple[Path, ...]:
-    import matplotlib
     import sklearn.datasets
 
     images = Path(sklearn.datasets.__file__).parent / "images"

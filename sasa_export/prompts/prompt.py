@@ -1,7 +1,5 @@
 """The one form that all labelled prompts have, and how they become model inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading the tables and pictures that data sets come in, each fault named with its place. Text is in UTF-8."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from sasa_export.errors import DataError, reworded
@@ -158,8 +157,6 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _yaml(path: Path) -> Any:
-    import yaml
-
     try:
         return yaml.load(_text_of(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

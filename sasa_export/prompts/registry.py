@@ -3,8 +3,6 @@
 A bare path is a JSONL file of our own format, or a table by its name's end.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -4,8 +4,6 @@ Words flow over a grid of 8 x 8 cells, because the embedded model (`smol-llava`)
 Fonts, sizes, colours and layouts vary with the seed, so that a probe learns the request and not its looks.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import matplotlib
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
@@ -115,8 +114,6 @@ def _wrap(widths: Sequence[int], measure: int, items: int) -> list[list[int]]:
 @functools.cache
 def fonts() -> tuple[Path, ...]:
     """The text fonts that matplotlib carries: the same on every machine."""
-    import matplotlib
-
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     found = [*folder.glob("DejaVuS*.ttf"), *folder.glob("STIXGeneral*.ttf")]
     return tuple(sorted(font for font in found if "Display" not in font.name))  # Display holds no letters

@@ -1,7 +1,5 @@
 """Choosing among labelled prompts: shares of a set, in whole groups, and what figures need of it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar

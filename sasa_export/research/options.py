@@ -1,7 +1,5 @@
 """What `sasa-export locate` and `evaluate` can be told, in frozen values, from which their flags are made."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

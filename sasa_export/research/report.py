@@ -1,7 +1,5 @@
 """The one report layer of locate and evaluate: text stands in templates/, pictures are drawn with theme.py."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re
@@ -11,6 +9,8 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from markdown_it import MarkdownIt
 
 from sasa_export.files import staged
 from sasa_export.flags import flag
@@ -53,8 +53,6 @@ def plain(text: str) -> str:
 
 def html_page(title: str, markdown: str, files: Mapping[str, bytes]) -> str:
     """A report in Markdown as one HTML page that loads nothing: the pictures among the files are put into it."""
-    from markdown_it import MarkdownIt
-
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     for name, data in files.items():
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(data).decode()}"')

@@ -3,8 +3,6 @@
 Prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a threshold.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from sasa_export.prompts import Prompt, for_model, load
 from sasa_export.prompts.prompt import batches
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import load_patched, read_gate
-from sasa_export.verify.onnx import dtype_of
+from sasa_export.verify.unloaded import dtype_of
 from sasa_export.writers.config import config_text
 
 BARS, LONGEST = 10, 40  # of the histogram; characters of its longest bar

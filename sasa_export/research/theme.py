@@ -1,14 +1,18 @@
 """How pictures look, in colours that the colour-blind tell apart (Okabe and Ito)."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from sasa_export.probe.intervals import Estimate
 
+STYLE = Path(__file__).with_suffix(".mplstyle")
 WIDTH = 7.0  # inches
 RESOLUTION = 130  # dots per inch
 
@@ -20,23 +24,7 @@ HARMFUL, HARMLESS, SAFETY, SEMANTIC = "#d55e00", "#0072b2", "#009e73", "#cc79a7"
 @contextmanager
 def drawing(height: float, width: float = WIDTH) -> Iterator[Any]:
     """A figure of so many inches in these colours; drawn without a display."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    inked = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
-    settings: dict[Any, Any] = {
-        "font.size": 10.5,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": FAINT,
-        "legend.frameon": False,
-        **dict.fromkeys(inked, INK),
-    }
-    with rc_context(settings):
+    with style.context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure

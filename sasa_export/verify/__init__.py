@@ -1,18 +1,14 @@
 """Verify: check the files of what was written, run it in a fresh process, and compare it with the original."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from sasa_export.errors import VerifyError
-from sasa_export.probe import Calibration
 from sasa_export.report import Check
 from sasa_export.runtime.bundle import MODELING_FILE
-from sasa_export.verify.answers import LOADS, NOT_COMPARED, check_answers
-from sasa_export.verify.onnx import check_graphs, dtype_of
-from sasa_export.verify.unloaded import check_files, check_manifest, is_ours
+from sasa_export.verify.answers import LOADS, NOT_COMPARED, check_written
+from sasa_export.verify.unloaded import check_manifest, dtype_of, is_ours
 
 FORMATS = ("safetensors", "onnx")  # the two directories of --format both
 
@@ -50,22 +46,3 @@ def verify_directory(
         )
         checks.append(replace(NOT_COMPARED, detail=why))
     return [manifest, *checks]
-
-
-def check_written(
-    directory: Path,
-    *,
-    device: str = "cpu",
-    only_files: bool = False,
-    calibration: Calibration | None = None,
-    load: str | None = None,
-) -> list[Check]:
-    """All checks but that of the manifest.
-
-    See `check_answers` for the arguments; `only_files` makes no more checks than need no model in memory.
-    """
-    graphs = dtype_of(directory)
-    checks = check_files(directory) if graphs is None else [check_graphs(directory, graphs)]
-    if only_files or not all(check.passed for check in checks):
-        return checks
-    return checks + check_answers(directory, graphs, device=device, calibration=calibration, load=load)

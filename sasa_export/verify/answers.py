@@ -1,7 +1,5 @@
 """Run a written directory in a process that shares nothing with this one but the installed packages, and compare."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -17,8 +15,8 @@ from sasa_export.models.quantized import scheme
 from sasa_export.probe import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
-from sasa_export.verify.compare import compare, tolerance
-from sasa_export.verify.verdicts import check_changed, draw
+from sasa_export.verify.compare import check_changed, compare, draw, tolerance
+from sasa_export.verify.unloaded import check_files, check_graphs, dtype_of
 from sasa_export.writers.cases import FOLDER, TOKENS, read_cases, write_prompts
 from sasa_export.writers.onnx import SUFFIX
 
@@ -32,37 +30,42 @@ NOT_COMPARED = Check(
 )
 
 
-def check_answers(
+def check_written(
     directory: Path,
-    graphs: str | None,
     *,
-    device: str,
+    device: str = "cpu",
+    only_files: bool = False,
     calibration: Calibration | None = None,
     load: str | None = None,
 ) -> list[Check]:
-    """Verdicts, refusals and answers beside the original's, and how many verdicts of a calibration changed.
+    """All checks but that of the manifest: its files, then verdicts, refusals and answers beside the original's, and
+    how many verdicts of a calibration changed.
 
     Args:
         directory: what was written, with its cases.
-        graphs: the type of its ONNX graphs; None where it holds safetensors.
         device: torch's name of one. Where onnxruntime cannot use it, the CPU runs, and the checks say so.
+        only_files: make no more checks than need no model in memory.
         calibration: prompts of which some are judged again, if any.
         load: the name in loads.json of a quantization with which it is loaded.
 
     Raises VerifyError where the directory does not run at all.
     """
+    graphs = dtype_of(directory)  # None where it holds safetensors
+    checks = check_files(directory) if graphs is None else [check_graphs(directory, graphs)]
+    if only_files or not all(check.passed for check in checks):
+        return checks
     written, config = read_cases(directory), read_config(directory)
     sasa, quantized = config["sasa"], scheme(config) is not None
     if not written and graphs is not None:
-        return [NOT_COMPARED]
+        return [*checks, NOT_COMPARED]
     prompts, before = ([], []) if calibration is None else draw(calibration)
     precision = written.get("dtype") or config.get("dtype") or "float32"
     found = run_fresh(directory, graphs, precision, device, prompts, load)
+    checks += _loading(found["about"])
     if not written:
-        return [*_loading(found["about"]), NOT_COMPARED]
+        return [*checks, NOT_COMPARED]
     sasa["refusal_token_ids"] = found["about"].get("refusal_token_ids", sasa["refusal_token_ids"])
     dtype = graphs or load or written["dtype"]
-    checks = _loading(found["about"])
     checks += compare(written, found, sasa, dtype, graphs=graphs is not None, quantized=quantized and graphs is None)
     if calibration is not None:
         apart = tolerance(dtype, written["dtype"], graphs=graphs is not None)

@@ -1,15 +1,16 @@
 """The model card: what was done, what was measured, what it does not do. Its sentences stand in templates/."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sasa_export.graph import blocks_again, lane_tokens
 from sasa_export.graph.diagram import mermaid
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.report import Check
+from sasa_export.runtime.version import TRIED
 from sasa_export.writers.directory import Patch
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -26,8 +27,6 @@ def write_card(
         directory: where it was written.
         template: of the card, and `values` what it needs besides.
     """
-    from sasa_export.runtime.version import TRIED
-
     name = patch.source.name
     text = render(
         TEMPLATES,
@@ -54,8 +53,6 @@ def write_card(
 def render(folder: Path, template: str, filters: dict[str, Any], **values: Any) -> str:
     """Text from a template. HTML templates (*.html.j2) escape what they are given; names that a template uses and
     nobody gave are errors."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=lambda name: name is not None and ".html" in name,

@@ -3,15 +3,15 @@
 They are written into the patched directory, so that it can be verified later without the original.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sasa_export.graph import LayerGraph
 from sasa_export.models.contents import read_object
@@ -23,6 +23,7 @@ from sasa_export.prompts.prompt import Prompt, encode
 FOLDER = "sasa-verify"
 CASES = "cases.json"
 TOKENS = 20
+PER_KIND = 4  # prompts
 LOGITS = 8  # the largest ones of a case's first token that are kept
 
 
@@ -49,24 +50,20 @@ def known(cases: Sequence[Case]) -> list[dict[str, Any]]:
     return [{"ids": " ".join(map(str, case.ids)), "unsafe_probability": case.unsafe_probability} for case in texts]
 
 
-def choose(prompts: Sequence[Prompt], scores: Any, per_kind: int = 4) -> list[Prompt]:
+def choose(prompts: Sequence[Prompt], scores: Any) -> list[Prompt]:
     """A few prompts of one turn of each label and channel: spread over the scores where there are some, or the set.
 
     They are asked at each load, so that the longest tenth of them is left out.
     """
     chosen: list[Prompt] = []
     longest = sorted(len(prompt.prompt) for prompt in prompts)[len(prompts) * 9 // 10] if prompts else 0
-    for label in (1, 0):
-        for channel in ("text", "picture"):
-            kind = (label, channel, (), True)
-            rows = [
-                row for row, it in enumerate(prompts)
-                if (it.label, it.channel, it.before, len(it.prompt) <= longest) == kind
-            ]  # fmt: skip
-            if scores is not None:
-                rows.sort(key=lambda row: (scores[row], row))
-            step = max(1, (len(rows) - 1) // max(1, per_kind - 1))
-            chosen += [prompts[row] for row in rows[::step][:per_kind]]
+    short = [row for row, prompt in enumerate(prompts) if not prompt.before and len(prompt.prompt) <= longest]
+    for kind in product((1, 0), ("text", "picture")):
+        rows = [row for row in short if (prompts[row].label, prompts[row].channel) == kind]
+        if scores is not None:
+            rows.sort(key=lambda row: (scores[row], row))
+        step = max(1, (len(rows) - 1) // (PER_KIND - 1))
+        chosen += [prompts[row] for row in rows[::step][:PER_KIND]]
     return chosen
 
 
@@ -91,8 +88,6 @@ def expect(ask: Callable[[Prompt], Asked], probe: Probe, prompts: Sequence[Promp
 
 def ask(model: Any, processor: Any, lane: LayerGraph, prompt: Prompt) -> Asked:
     """What `expect` wants to know of a model in torch."""
-    import torch
-
     state = collect(model, processor, lane, [prompt], batch_size=1).projected
     inputs = place(encode(processor, [prompt]), model)
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """config.json of a patched model: a type of its own, sealed against stock classes, with all settings of SASA."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import Source
 from sasa_export.models.contents import read_object
 from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
-from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL, refusal_tokens
+from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL, refusal_tokens, sealed
 
 THINKING = ("enable_thinking", "thinking")  # options of chat templates: of Qwen's and GLM's, of Kimi's
 
@@ -58,8 +56,6 @@ def sasa_settings(
 
 def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type], directory: Path) -> None:
     """Write config.json and the modeling file that it names."""
-    from sasa_export.runtime.settings import sealed
-
     config_class, model_class = classes
     module = MODELING_FILE.removesuffix(".py")
     config = dict(source.config)

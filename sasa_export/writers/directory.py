@@ -1,23 +1,17 @@
-"""A patched directory of safetensors, all but its card and manifest, which tell what was verified."""
-
-from __future__ import annotations
+"""What is written from a patch, and what of it travels beside the weights."""
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sasa_export.graph import LayerGraph
 from sasa_export.models import Source
-from sasa_export.models.load import stock_classes
 from sasa_export.probe import Calibration
 from sasa_export.probe.figures import rounded
 from sasa_export.probe.fit import Probe
 from sasa_export.writers.cases import Case, write_cases
-from sasa_export.writers.config import write_config
-from sasa_export.writers.weights import write_weights
 
 OWN = ("config.json", "model.safetensors.index.json", "README.md")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
@@ -41,16 +35,6 @@ class Patch:
     cases: tuple[Case, ...]
     dtype: str
     device: str
-
-
-def write_directory(
-    patch: Patch, directory: Path, *, link: bool, advance: Callable[[int], None] = lambda count: None
-) -> dict[str, str | None]:
-    """Write weights, probe, processor, configuration, scores and cases. Returns the digests of the shards."""
-    digests = write_weights(patch.source.shards, patch.probe, directory, link=link, advance=advance)
-    write_beside(patch, directory)
-    write_config(patch.source, patch.sasa, stock_classes(patch.source), directory)
-    return digests
 
 
 def write_beside(patch: Patch, directory: Path) -> None:

@@ -1,7 +1,5 @@
 """The shards: copied or linked as they are, never loaded, with the probe in a shard of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -10,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save
 
 from sasa_export.errors import EmitError
 from sasa_export.models.shards import INDEX, SINGLE, Shard
@@ -25,7 +24,7 @@ def write_weights(
     directory: Path,
     *,
     link: bool,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None],
 ) -> dict[str, str | None]:
     """Write all shards and their index. Returns the SHA-256 of each file that was read on the way, by name."""
     digests: dict[str, str | None] = {}
@@ -49,8 +48,6 @@ def write_weights(
 
 def save_probe(probe: Probe, path: Path) -> None:
     """`sasa.probe.weight` (features,) and `sasa.probe.bias` (), float32: the format that --probe reads too."""
-    from safetensors.numpy import save
-
     tensors = {
         PROBE_WEIGHT: np.asarray(probe.weight, np.float32),
         PROBE_BIAS: np.asarray(probe.bias, np.float32).reshape(()),

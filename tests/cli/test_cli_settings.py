@@ -25,14 +25,11 @@ def record(label: int, number: int, **fields: Any) -> str:
 @pytest.mark.parametrize(
     "lines, said",
     [
-        (["harmless prompt"], "line 1 is not valid JSON"),
         ([record(2, 0)], "line 1 has the label 2; it must be 0 (harmless) or 1 (harmful)"),
-        ([record(1, 0, image="none.png")], "line 1 names the image"),
-        ([], "has no prompts"),
         ([record(1, number) for number in range(20)], "fewer than 5 are harmless (label 0)"),
         ([record(number % 2, number, group="all") for number in range(20)], "group"),
     ],
-    ids=["no JSON", "label", "image", "empty", "harmful alone", "one group"],
+    ids=["label", "harmful alone", "one group"],
 )
 def test_calibration_that_no_probe_can_be_fitted_on(
     llava: Path, tmp_path: Path, place: Path, lines: list[str], said: str

@@ -1,7 +1,5 @@
 """The decoder as plain data, the passes that rewrite it, and its drawing."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

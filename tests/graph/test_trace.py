@@ -1,7 +1,5 @@
 """What a trace sees of a decoder, on tiny models of every family and on models that are not as described."""
 
-from __future__ import annotations
-
 import itertools
 import types
 from collections.abc import Callable, Iterator

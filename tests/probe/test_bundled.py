@@ -1,7 +1,5 @@
 """The probe that smol-llava ships with is the one that its own calibration would give."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures and their intervals, against scikit-learn, against resampling, and against what a pencil gives."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

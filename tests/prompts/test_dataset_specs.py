@@ -1,7 +1,5 @@
 """How data sets are named, filtered and combined, for calibration too."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

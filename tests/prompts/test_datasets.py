@@ -1,7 +1,5 @@
 """The readers of data sets: what comes out of miniatures in the published layouts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

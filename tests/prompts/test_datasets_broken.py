@@ -1,7 +1,5 @@
 """The ways in which a data set is broken: the error names the file and the record, in one line."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

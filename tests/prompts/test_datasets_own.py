@@ -1,7 +1,5 @@
 """Data sets of text alone, tables of any kind, the hub's, and what pictures and their marks become."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

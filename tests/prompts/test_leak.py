@@ -1,7 +1,5 @@
 """Prompts that share a picture or a question are one group, and a leak between two sets is found and named."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Pictures of requests: the same every time, varied, readable, and honest about what does not fit."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from random import Random
 

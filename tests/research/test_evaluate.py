@@ -1,7 +1,5 @@
 """Evaluating tiny patched models, from the command to the report."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The arms and figures of an evaluation, against what a pencil gives."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Locating layers: a model with planted layers, interruptions, family files, and what users do."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Each piece of evidence that `locate` goes by on its own: the second lane, figures, choices, prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,13 +13,12 @@ import torch
 from sasa_export.errors import LocateError
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
-from sasa_export.layers.expression import is_readable, onset, token_texts
+from sasa_export.layers.capabilities import alignment, centred, is_readable, onset, token_texts
 from sasa_export.layers.pairs import default_pairs, parse_pairs
 from sasa_export.layers.prompts import controls, halves
 from sasa_export.layers.propose import nearest, spans
 from sasa_export.layers.survey import reading
 from sasa_export.layers.sweep import cheapest
-from sasa_export.layers.understanding import alignment, centred
 from sasa_export.models import family as families
 from sasa_export.prompts import Prompt, builtin, encode
 

@@ -1,7 +1,5 @@
 """The benchmark on published prompts: what it asks, of wheels that are made here, and what it makes of scores."""
 
-from __future__ import annotations
-
 import zipfile
 from collections import Counter
 from pathlib import Path

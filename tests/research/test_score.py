@@ -1,7 +1,5 @@
 """`sasa-export score`: the numbers of `judge` and of the graphs, a summary, and a threshold that is proposed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

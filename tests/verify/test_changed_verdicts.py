@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sasa_export.prompts.prompt import Prompt
-from sasa_export.verify import verdicts
-from sasa_export.verify.verdicts import check_changed, draw
+from sasa_export.verify import compare
+from sasa_export.verify.compare import check_changed, draw
 
 NAN = float("nan")
 
@@ -23,7 +23,7 @@ def calibration(kinds: list[tuple[int, str]]) -> Any:
 
 
 def test_a_draw_takes_labels_and_channels_evenly_and_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "JUDGED_AGAIN", 40)
+    monkeypatch.setattr(compare, "JUDGED_AGAIN", 40)
     given = calibration([(int(row < 90), "picture" if row % 3 == 0 else "text") for row in range(100)])
     prompts, scores = draw(given)
     counts = Counter((prompt.label, prompt.channel) for prompt in prompts)

@@ -1,7 +1,5 @@
 """What the one comparison says of answers that are right or wrong in this or that; no model is loaded."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -4,9 +4,8 @@ Two arms are fitted on the calibration prompts, a probe and words alone: logisti
 regularization chosen by cross-validation, with the threshold that the false-positive rate allows, as in calibration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,11 +138,10 @@ def probe(found: Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Pr
         prompts: the calibration prompts.
         rate: the largest share of ordinary calibration prompts that may be flagged.
     """
-    try:
+    (weight, bias), threshold = found.probes[lane], None
+    with suppress(CalibrationError):  # it is certain of too many harmless prompts
         chosen = choose_threshold(found, lane, prompts, rate, None)[0]
         weight, bias, threshold = chosen.weight.astype(float), chosen.bias, chosen.threshold
-    except CalibrationError:  # it is certain of too many harmless prompts
-        (weight, bias), threshold = found.probes[lane], None
     return probability(evaluation.astype(float), weight, bias), threshold
 
 
@@ -152,7 +150,7 @@ def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: flo
     chosen, held_out = best_words(calibration, folds_of(calibration))
     model = bag_of_words(chosen).fit([asked(prompt) for prompt in calibration], labels_and_groups(calibration)[0])
     scores = model.predict_proba([asked(prompt) for prompt in evaluation])[:, 1]  # (prompts,)
-    try:
-        return scores, threshold_of(held_out, calibration, rate)
-    except CalibrationError:  # as above
-        return scores, None
+    threshold = None
+    with suppress(CalibrationError):  # as above
+        threshold = threshold_of(held_out, calibration, rate)
+    return scores, threshold

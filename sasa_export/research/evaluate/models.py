@@ -1,8 +1,6 @@
 """The models that answer and judge: in torch, the original or a patched directory with the code that it carries; in
 onnxruntime, graphs, one prompt at a time, driven as any runtime drives them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from sasa_export.models import read_config
 from sasa_export.models.load import SPREAD, place
 from sasa_export.prompts.prompt import Prompt, encode, encoded
 from sasa_export.verify import FORMATS
-from sasa_export.verify.onnx import dtype_of
+from sasa_export.verify.unloaded import dtype_of
 
 
 class TorchModel:

@@ -1,10 +1,9 @@
 """The pictures of a report; every function gives the bytes of a PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
+from sklearn.metrics import roc_curve
 
 from sasa_export.research import theme
 from sasa_export.research.evaluate.measure import Evaluated
@@ -28,8 +27,6 @@ def pictures(found: Evaluated) -> dict[str, bytes]:
 
 def roc(found: Evaluated, detecting: Sequence[str]) -> bytes:
     """The ROC curve of every arm, with the point at its threshold."""
-    from sklearn.metrics import roc_curve
-
     with theme.drawing(5.2, 5.6) as figure:
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color=theme.FAINT, linewidth=1, linestyle=":")

@@ -1,8 +1,6 @@
 """The way through an evaluation: open -> features and answers of the original -> the patched model's answers -> figures
 -> report."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

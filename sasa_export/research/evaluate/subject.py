@@ -1,7 +1,5 @@
 """What is evaluated, opened and checked, and how it runs. No weights are loaded yet."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,7 @@ from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import last_name, made_with
 from sasa_export.runtime.settings import FORMAT
-from sasa_export.verify.onnx import dtype_of
-from sasa_export.verify.unloaded import check_manifest
+from sasa_export.verify.unloaded import check_manifest, dtype_of
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """The pictures of a report; every function gives the bytes of a PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from matplotlib import colormaps
+from matplotlib.patches import Rectangle
 
-from sasa_export.layers.expression import Expression
+from sasa_export.layers.capabilities import Expression
 from sasa_export.layers.pairs import Pair
 from sasa_export.layers.propose import Proposal
 from sasa_export.layers.survey import Evidence
@@ -79,9 +79,6 @@ def _mark(axis: Any, blocks: Sequence[int], colour: str) -> None:
 
 def sweep_map(pairs: Mapping[Pair, Estimate], proposal: Proposal) -> bytes:
     """The sweep as a map: safety layer across, semantic layer up, AUC in each measured cell."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
     table = pd.Series({pair: estimate.value for pair, estimate in pairs.items()}).unstack(0)
     low, high = float(table.min(axis=None)), float(table.max(axis=None))
     if high - low < 0.02:  # a difference that is none must not fill the scale

@@ -1,7 +1,5 @@
 """The way through a locate run: open -> trace -> run both lanes -> figures -> proposal -> report."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

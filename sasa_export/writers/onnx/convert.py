@@ -1,7 +1,5 @@
 """A torch module to an onnx-ir model: exported, simplified, its weights shared and its dimensions named."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

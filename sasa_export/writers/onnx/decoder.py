@@ -1,7 +1,5 @@
 """The decoder as one flat function of tensors, which is what ONNX can hold: the model's own forward on a flat cache."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Mapping

@@ -1,22 +1,17 @@
-"""The whole ONNX directory, made from a finished one for transformers: whether it can be, its files, card, manifest."""
-
-from __future__ import annotations
+"""What lies around the graphs of an ONNX directory: whether they can be made, its card, its manifest."""
 
 import importlib
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sasa_export.errors import EmitError, reworded
 from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, read_config
 from sasa_export.models.load import stock_config
 from sasa_export.options import Options
 from sasa_export.report import Check
 from sasa_export.writers.card import write_card
-from sasa_export.writers.cases import FOLDER
-from sasa_export.writers.directory import LICENCES, SCORES, Patch
+from sasa_export.writers.directory import Patch
 from sasa_export.writers.onnx import SUFFIX
 from sasa_export.writers.onnx.memory import check_memory
 
@@ -32,40 +27,6 @@ def check_possible(source: Source, options: Options) -> None:
     config = stock_config(source)
     check_tower(config.model_type, config.vision_config.model_type)
     check_memory(source, options)
-
-
-def write_onnx_directory(
-    patched: Path,
-    out: Path,
-    *,
-    opset: int = 23,
-    dtype: str = "float32",
-    advance: Callable[[str], None] = lambda step: None,
-) -> None:
-    """Write everything but the card and the manifest, which tell what was verified, into the directory `out`.
-
-    Args:
-        patched: a guarded directory for transformers.
-        opset: 23 keeps attention, rotary embedding and RMS norm as single operators; 20 loads in old runtimes.
-        dtype: of weights, states and cache; int8 and int4 are of the weights alone, in blocks. The gate's
-            arithmetic stays in float32 in all of them, as do the inputs and outputs other than the cache.
-        advance: told of each step as it begins.
-
-    Raises EmitError. The exporter and its rewriting fail in as many ways as there are operators.
-    """
-    from sasa_export.writers.onnx import graphs
-
-    advice = (
-        "The model may hold what the exporter cannot turn into ONNX, or memory ran out. Try another --onnx-dtype or "
-        "--opset, or give --format safetensors."
-    )
-    with reworded(EmitError, "the graphs could not be made ({reason}). " + advice):
-        graphs.write_graphs(patched, out, opset=opset, dtype=dtype, advance=advance)
-    for pattern in (SCORES, *LICENCES):
-        for path in sorted(patched.glob(pattern)):
-            shutil.copyfile(path, out / path.name)
-    if (patched / FOLDER).is_dir():
-        shutil.copytree(patched / FOLDER, out / FOLDER)
 
 
 def write_onnx_card(patch: Patch, checks: Sequence[Check], options: Options, directory: Path) -> None:

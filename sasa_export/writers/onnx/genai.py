@@ -1,7 +1,5 @@
 """genai_config.json: what onnxruntime-genai has to be told to run the graphs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

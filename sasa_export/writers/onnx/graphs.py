@@ -1,8 +1,7 @@
-"""The three graphs of a directory: vision encoder, embedding and decoder."""
-
-from __future__ import annotations
+"""The three graphs of an ONNX directory, vision encoder, embedding and decoder, and what lies beside them."""
 
 import gc
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sasa_export.errors import EmitError, reworded
 from sasa_export.models.family import family_of
+from sasa_export.writers.cases import FOLDER
+from sasa_export.writers.directory import LICENCES, SCORES
 from sasa_export.writers.onnx import DECODER, EMBEDDING, GRAPHS, MERGING, SUFFIX, VISION
 from sasa_export.writers.onnx.convert import convert
 from sasa_export.writers.onnx.decoder import Decoder, Shape, Signature, feature_width
@@ -32,10 +35,23 @@ EXTERNAL_ABOVE = 256 * 2**20
 SMALL = 1024  # bytes of a weight that stays in the graph
 
 
-def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
-    """Load a guarded directory and write the ONNX directory; see `sasa_export.writers.onnx.directory`."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+@reworded(
+    EmitError,
+    "the graphs could not be made ({reason}). The model may hold what the exporter cannot turn into ONNX, or memory "
+    "ran out. Try another --onnx-dtype or --opset, or give --format safetensors.",
+)
+def write_onnx_directory(patched: Path, out: Path, *, opset: int, dtype: str, advance: Callable[[str], None]) -> None:
+    """Write everything but the card and the manifest, which tell what was verified, into the directory `out`.
 
+    Args:
+        patched: a guarded directory for transformers.
+        opset: 23 keeps attention, rotary embedding and RMS norm as single operators; 20 loads in old runtimes.
+        dtype: of weights, states and cache; int8 and int4 are of the weights alone, in blocks. The gate's
+            arithmetic stays in float32 in all of them, as do the inputs and outputs other than the cache.
+        advance: told of each step as it begins.
+
+    Raises EmitError. The exporter and its rewriting fail in as many ways as there are operators.
+    """
     advance("loading the guarded model")
     kind = torch.float32 if dtype in BITS else getattr(torch, dtype)
     model = AutoModelForImageTextToText.from_pretrained(
@@ -61,6 +77,11 @@ def write_graphs(patched: Path, out: Path, *, opset: int, dtype: str, advance: C
     write_files(patched, out, processor, dtype=dtype, external=external, kinds=decoder.kinds, gate=decoder.gate)
     if genai:
         write_genai_config(out, decoder, dtype=dtype)
+    for pattern in (SCORES, *LICENCES):
+        for path in sorted(patched.glob(pattern)):
+            shutil.copyfile(path, out / path.name)
+    if (patched / FOLDER).is_dir():
+        shutil.copytree(patched / FOLDER, out / FOLDER)
     _forget(model)
 
 

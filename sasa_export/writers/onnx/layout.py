@@ -1,7 +1,5 @@
 """The files beside the graphs, as unmodified runtimes look for them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

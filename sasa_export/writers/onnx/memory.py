@@ -1,7 +1,5 @@
 """Whether memory and disk suffice for an ONNX export, said before any work is done."""
 
-from __future__ import annotations
-
 from math import prod
 
 from sasa_export.errors import EmitError

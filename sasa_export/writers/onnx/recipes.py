@@ -1,7 +1,5 @@
 """What differs between families in ONNX: the vision graph's inputs, position ids, and further inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

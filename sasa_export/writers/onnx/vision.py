@@ -1,7 +1,5 @@
 """The two graphs in front of the decoder: the picture's features, and the tokens' embeddings."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ The stock model resizes its learned positions and takes the padding away picture
 resizes those of all pictures at once, and an index finds the patches that one token is made of.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

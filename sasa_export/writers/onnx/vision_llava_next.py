@@ -3,8 +3,6 @@
 The stock model does this picture by picture with numbers; a graph needs the same as arithmetic on tensors.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ The stock tower cuts the padding off and puts all patches into one row, with num
 grid, whose padding nobody sees, and the tokens of it are left out at the end.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ The stock towers attend frame by frame, and Qwen2.5-VL's window by window, in lo
 where they are and a mask says who sees whom, which gives the same result and can be exported.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

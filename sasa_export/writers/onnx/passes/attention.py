@@ -1,7 +1,5 @@
 """Attention with nothing in it that runtimes need not do."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

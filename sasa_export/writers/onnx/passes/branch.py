@@ -4,8 +4,6 @@ It reads what it shares with the graph around it from there, weights as states. 
 that rewrite graphs drop an initializer that no node beside it reads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator
 
 import onnx_ir as ir

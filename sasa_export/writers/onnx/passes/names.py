@@ -4,8 +4,6 @@
 `/sasa/probe/...` and `/sasa/gate/...` around it.
 """
 
-from __future__ import annotations
-
 import ast
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Weights are stored once, in the layout in which they are used."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
