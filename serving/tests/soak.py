@@ -1,9 +1,9 @@
 """8,000 requests at 32 at once on the OpenAI server, guarded and not, with random options; half of them are second
 turns, whose beginning comes out of the prefix cache.
 
-Fails where a harmful prompt is answered, where a harmless one is answered otherwise than by the unguarded server, or
-where memory still grows in the second half. What is harmful says a guarded server without a prefix cache, asked one
-request at a time, and of first turns transformers too.
+Fails where a harmful prompt is answered, where a harmless one is refused or answered otherwise than by the unguarded
+server, or where memory still grows in the second half of 8,000 requests or more. What is harmful says a guarded server
+without a prefix cache, asked one request at a time, and of first turns transformers too.
 Usage: python serving/tests/soak.py build/serving/llava [requests] [--v2]
 """
 
@@ -23,7 +23,7 @@ import psutil
 from conftest import Model
 from server import Server, serving
 
-AT_ONCE = 32
+AT_ONCE, WARM = 32, 8000  # fewer requests warm a server up, guarded or not
 
 
 def main(folder: Path, count: int, *, v2: bool) -> None:
@@ -62,7 +62,8 @@ def main(folder: Path, count: int, *, v2: bool) -> None:
     print(f"{seconds_taken:.0f} s, the unguarded server {stock_seconds:.0f} s")
     for name, found in (("guarded", memory), ("unguarded", stock_memory)):
         print(f"memory of the {name} server in MB, from 10 % to the end:", *(f"{value / 1e6:.0f}" for value in found))
-    if answered or refusals or changed or not spared or memory[-1] > memory[4] * 1.02:
+    grows = count >= WARM and memory[-1] > memory[4] * 1.02
+    if answered or refusals or changed or not spared or grows:
         raise SystemExit("the soak failed")
 
 
@@ -129,7 +130,7 @@ def is_refusal(text: str, refusal: str, given: dict[str, Any]) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("requests", type=int, nargs="?", default=8000)
+    parser.add_argument("requests", type=int, nargs="?", default=WARM)
     parser.add_argument("--v2", action="store_true")
     given = parser.parse_args()
     main(given.folder, given.requests, v2=given.v2)

@@ -77,12 +77,13 @@ def shared(batches: Batches, found: Batches) -> int:
 
 
 def differences(found: Batches, alone: Batches) -> list[float]:
-    """Of P(unsafe); and everything else is the same, but for requests that are refused since it is NaN."""
+    """Of P(unsafe), infinite where it is NaN, and then the request is refused; where there is none, all is the same."""
     far = []
     for outcome, expected in zip(itertools.chain(*found), itertools.chain(*alone), strict=True):
         assert outcome["error"] is None and len(outcome["probabilities"]) == 1, "no verdict, or two"
         far.append(abs(outcome["probability"] - expected["probability"]))
         if math.isnan(far[-1]):
+            far[-1] = math.inf
             assert outcome["reasons"] == ["content_filter"]
         elif far[-1] < 1e-5:
             assert outcome["ids"] == expected["ids"] and outcome["answers"] == expected["answers"]
@@ -118,7 +119,7 @@ def test_without_the_cap(model: Callable[[str], Model], v2: bool) -> None:
     batches = conversations(guarded, 20)
     alone, _ = serve(guarded.directory, *batches, enable_prefix_caching=False, v2=v2)
     far = differences(serve(guarded.directory, *batches, before=UNCAPPED, v2=v2)[0], alone)
-    refused = [math.isnan(value) for value in far]
-    assert sum(refused) > 5 and max(value for value in far if not math.isnan(value)) < 1e-5
+    refused = [value == math.inf for value in far]
+    assert sum(refused) > 5 and all(value < 1e-5 or value == math.inf for value in far)
     far = differences(serve(guarded.directory, *batches, before=UNCAPPED + UNCHECKED, v2=v2)[0], alone)
-    assert [value > 1e-5 for value in far] == refused, "without either, those would be judged wrongly"
+    assert [1e-5 < value < math.inf for value in far] == refused, "without either, those are judged wrongly"
