@@ -138,7 +138,8 @@ def smol(folder: Path) -> tuple[Loaded, list[Any]]:
             (logits.float() @ torch.linalg.pinv(stock.lm_head.weight.float()).T)[0].detach().numpy()
         )  # (hidden,)
     fitted = LogisticRegression(C=1.0).fit(np.stack(states), [1, 0] * (len(chats) // 2))
-    save_probe(folder, torch.tensor(fitted.coef_[0]), float(fitted.intercept_[0]))
+    weight = torch.tensor(fitted.coef_[0])  # (hidden,), of the lane's end alone
+    save_probe(folder, torch.cat([weight, torch.zeros(2 * len(weight))]), float(fitted.intercept_[0]))
     return patch(folder, stock, safety_layer=safety, semantic_layer=semantic, lane_tokens=REACH), chats
 
 
