@@ -113,7 +113,7 @@ def engine(model: str, *, v2: bool) -> None:
     """What a process of an Engine does."""
     if v2:
         sys.path.insert(0, str(TESTS))
-        import v2_on_cpu  # noqa: F401
+        import v2_on_cpu  # type: ignore[import-not-found]  # noqa: F401
     from sasa_vllm.lane import Lane
     from vllm import LLM
 
@@ -123,7 +123,7 @@ def engine(model: str, *, v2: bool) -> None:
         judged[0] += 1
         return judge(lane, tails)
 
-    Lane.judge = counted  # type: ignore[method-assign]
+    Lane.judge = counted  # type: ignore[method-assign, assignment]
     llm = LLM(
         model, dtype="float32", enforce_eager=True, max_model_len=512, block_size=32, max_num_seqs=32,
         max_num_batched_tokens=32 * PROMPT, kv_cache_memory_bytes=CACHE, enable_prefix_caching=False,

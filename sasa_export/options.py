@@ -159,10 +159,6 @@ class Options(OptionSet):
         """Is a layer left to be found on the calibration prompts?"""
         return AUTO in (self.safety_layer, self.semantic_layer)
 
-    def regularization_value(self) -> float | None:
-        """The number that was given, or None for auto."""
-        return None if self.regularization == AUTO else float(self.regularization)
-
     def check(self) -> None:
         """Raise SasaExportError where options contradict each other or change nothing."""
         if not self.refusal.strip():
@@ -174,12 +170,9 @@ class Options(OptionSet):
                 f"--probe and layers left to {AUTO} exclude each other: a probe belongs to the layers it was fitted "
                 "on. Give both layers."
             )
-        if self.projection == "none" and (self.safety_layer, self.semantic_layer) != (None, None):
-            raise SasaExportError(
-                "--projection none has no safety and no semantic layer. Leave --safety-layer and --semantic-layer out."
-            )
         if self.projection == "none":
-            self.check_default("lane_tokens", why="has no effect with --projection none, which has no second lane")
+            names = ("safety_layer", "semantic_layer", "lane_tokens")
+            self.check_default(*names, why="has no effect with --projection none, which has no second lane")
         if self.format == "safetensors":
             self.check_default("opset", "onnx_dtype", why="has no effect without --format onnx or both")
         if self.probe is not None:

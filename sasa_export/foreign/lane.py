@@ -62,12 +62,6 @@ def add_lane(
     return clone(blocks.model.graph, blocks.norm, replaced, prefix)
 
 
-def add_norm(blocks: Blocks, state: ir.Value, prefix: str) -> ir.Value:
-    """States (batch, 1, hidden) behind the final norm, (batch, hidden): no block is behind the last."""
-    add = Builder(blocks.model.graph, f"{prefix}/judged")
-    return add("Gather", add_lane(blocks, len(blocks.states) - 1, state, prefix=prefix), add.constant(0), axis=1)
-
-
 def add_head(blocks: Blocks, state: ir.Value, prefix: str = LANE) -> ir.Value:
     """The logits (batch, vocabulary) of normed states (batch, hidden)."""
     add = Builder(blocks.model.graph, f"{prefix}/head")

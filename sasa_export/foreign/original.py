@@ -14,7 +14,7 @@ import torch
 from sasa_export.errors import TraceError
 from sasa_export.foreign.blocks import OTHER
 from sasa_export.foreign.decoder import Decoder
-from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane, add_norm, clone
+from sasa_export.foreign.lane import LANE, Builder, add_head, add_lane, clone
 from sasa_export.foreign.opened import open_graphs
 from sasa_export.foreign.splice import FAR, guarded_decoder
 from sasa_export.foreign.written import write_graphs
@@ -217,10 +217,10 @@ class GraphOriginal(Decoder):
         if not alone and not self.linear:
             ends = {name: add_head(blocks, value, f"/sasa/{name}") for name, value in ends.items()}
         if not alone:
-            states = (add("Gather", blocks.states[index], add.constant([-1]), axis=1) for index in settings.pair)
-            normed = [add_norm(blocks, state, f"/sasa/state_{number}") for number, state in enumerate(states)]
-            parts = (add("Cast", part, to=ir.DataType.FLOAT) for part in (ends["projected"], *normed))
-            ends["projected"] = add("Concat", *parts, axis=-1)
+            judged = add("Concat", *(add("Gather", blocks.states[one], axis, axis=1) for one in settings.pair), axis=1)
+            normed = add_lane(blocks, len(blocks.states) - 1, judged, prefix="/sasa/normed")  # (1, 2, hidden)
+            parts = (ends["projected"], add("Reshape", normed, add.constant([1, -1])))
+            ends["projected"] = add("Concat", *(add("Cast", part, to=ir.DataType.FLOAT) for part in parts), axis=-1)
         return self.run(blocks, ends)
 
     def behind_blocks(self) -> Model:

@@ -115,7 +115,7 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ),
         ({"calibration": ("a.jsonl",), **GIVEN}, "--probe and --calibration exclude each other"),
         ({"safety_layer": "auto", **GIVEN}, "--probe and layers left to auto exclude each other"),
-        ({"projection": "none", "safety_layer": 2}, "--projection none has no safety and no semantic layer"),
+        ({"projection": "none", "safety_layer": 2}, "--safety-layer has no effect with --projection none"),
         ({"projection": "none", "lane_tokens": 4}, "--lane-tokens has no effect with --projection none"),
         ({"lane_tokens": 0}, "--lane-tokens cannot be 0: 0 is not in the range x>=1."),
         ({"onnx_dtype": "int8"}, "--onnx-dtype has no effect without --format onnx or both. Leave it out."),

@@ -63,12 +63,6 @@ class Subject:
         """The largest false-positive rate that the threshold was chosen for, unless the threshold was given."""
         return float(self.made.get("max_false_positive_rate", 0.02))
 
-    @property
-    def regularization(self) -> float | None:
-        """The C that the probe was fitted with; None where cross-validation chose it."""
-        given = self.made.get("regularization", "auto")
-        return None if given == "auto" else float(given)
-
     def fingerprint(self) -> dict[str, Any]:
         """What finished work depends on."""
         return fingerprint(
