@@ -156,4 +156,6 @@ def test_paths_as_text_and_text_as_paths(llava: Path, calibration: Path, place: 
 
 
 def test_the_command_line_checks_its_options(llava: Path, place: Path) -> None:
-    assert "--projection none has no safety" in fails(*flags(llava, place, projection="none", safety_layer=1))
+    assert "--safety-layer has no effect with --projection none" in fails(
+        *flags(llava, place, projection="none", safety_layer=1)
+    )
