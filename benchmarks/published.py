@@ -211,13 +211,7 @@ def fitted_for(subject: Subject, model: Any, report: Console) -> Fitted:
     prompts, lane = subject.calibration, lane_of(subject)
     with report.bar(len(prompts), "calibration") as advance:
         features = collect(model, subject.original.processor, lane, prompts, batch_size=BATCH, advance=advance)
-    return calibrate(
-        model,
-        lane,
-        features,
-        prompts,
-        None if (c := subject.made.get("regularization", "auto")) == "auto" else float(c),
-    )
+    return calibrate(model, lane, features, prompts, subject.regularization)
 
 
 def lane_of(subject: Subject) -> LayerGraph:

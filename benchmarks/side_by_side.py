@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 
 from sasa_export.flags import flags, option
+from sasa_export.graph import lane_tokens
 from sasa_export.models import open_source
 from sasa_export.models.load import read_sizes
 from sasa_export.options import Options
@@ -81,10 +82,8 @@ class Pair:
     def settings(self) -> str:
         """Where the gate is, in words."""
         sasa = self.guarded.config.sasa
-        tokens = next(node["tokens"] for node in sasa["graph"] if node["op"] == "projection")
-        return (
-            f"safety layer {sasa['safety_layer']}, semantic layer {sasa['semantic_layer']}, lane over {tokens} tokens"
-        )
+        tokens, layers = lane_tokens(sasa["graph"]), (sasa["safety_layer"], sasa["semantic_layer"])
+        return f"safety layer {layers[0]}, semantic layer {layers[1]}, second lane over {tokens} tokens"
 
 
 def make_pair(settings: Settings, work: Path) -> Pair:

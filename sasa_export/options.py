@@ -189,6 +189,11 @@ class Options(OptionSet):
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
+def number_of(value: float | str) -> float | None:
+    """The number that an option has, or None for auto."""
+    return None if value == AUTO else float(value)
+
+
 def check_for_graphs(options: OptionSet) -> None:
     """Raise SasaExportError where options of a command have a value that does not go with ONNX graphs of others."""
     options.check_default(*TORCH_ALONE, why="is not of use with ONNX graphs")

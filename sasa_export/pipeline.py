@@ -16,7 +16,7 @@ from sasa_export.layers.pairs import default_pairs, possible
 from sasa_export.manifest import check_ours
 from sasa_export.models import Source, layers_of
 from sasa_export.models.load import SPREAD
-from sasa_export.options import AUTO, Options
+from sasa_export.options import Options, number_of
 from sasa_export.original import Original, are_graphs, open_original, running_as
 from sasa_export.probe import Calibration, Fitted, with_threshold
 from sasa_export.probe.figures import verdict_on_projection
@@ -93,8 +93,7 @@ def measure(
             source, prompts, batch_size=options.batch_size, lane_tokens=settings.tokens, **running_as(original)
         )
         work.open(told, discard=options.force, report=report)  # before the weights are loaded
-    regularization = None if options.regularization == AUTO else float(options.regularization)
-    size, judged, calibration = options.batch_size, None, None
+    size, regularization, judged, calibration = options.batch_size, number_of(options.regularization), None, None
     cases: tuple[Case, ...] = ()
     shipped: Fitted | None = None
     with original.loaded(prompts, report) if prompts else nullcontext():

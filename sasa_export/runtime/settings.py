@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
-FORMAT = 4  # a directory of another format is refused
+FORMATS = (3, 4)  # 3: of 0.2, whose lane runs over all tokens. A directory of another format is refused
 LONGEST_REFUSAL = 250  # tokens; the cache counts how far the refusal is, and bfloat16 counts to 256
 NEEDED = ("threshold", "refusal", "refusal_token_ids", "generation_prompt_ids", "turn_token_ids", "graph")
 # The operator's to change: there, or from_pretrained(sasa={...}).
@@ -18,8 +18,8 @@ HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
 def check_settings(sasa: Any) -> dict[str, Any]:
     """Return config.sasa, or raise ValueError where the gate could not run on it."""
-    if not isinstance(sasa, dict) or any(name not in sasa for name in NEEDED) or sasa.get("format") != FORMAT:
-        raise ValueError(f"config.json has no complete `sasa` entry of format {FORMAT}, so no gate. {HOW_TO_LOAD}")
+    if not isinstance(sasa, dict) or any(name not in sasa for name in NEEDED) or sasa.get("format") not in FORMATS:
+        raise ValueError(f"config.json has no complete `sasa` entry of format {FORMATS[-1]}, so no gate. {HOW_TO_LOAD}")
     threshold, ids = sasa["threshold"], sasa["refusal_token_ids"]
     if not isinstance(threshold, float) or not 0.0 < threshold < 1.0:
         raise ValueError(f"config.sasa has the threshold {threshold!r}. Set a number between 0 and 1.")

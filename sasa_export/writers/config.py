@@ -10,7 +10,7 @@ from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import Source
 from sasa_export.models.contents import read_object
 from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
-from sasa_export.runtime.settings import FORMAT, LONGEST_REFUSAL, refusal_tokens, sealed
+from sasa_export.runtime.settings import FORMATS, LONGEST_REFUSAL, refusal_tokens, sealed
 
 THINKING = ("enable_thinking", "thinking")  # options of chat templates: of Qwen's and GLM's, of Kimi's
 
@@ -34,7 +34,7 @@ def sasa_settings(
     opening = generation_prompt_ids(processor)
     others = other_generation_prompts(processor, opening)
     return {
-        "format": FORMAT,
+        "format": FORMATS[-1],
         "safety_layer": lane.safety_layer,
         "semantic_layer": lane.semantic_layer,
         "layers_from": layers_from,

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import sasa_export
 from sasa_export.manifest import write_manifest
-from sasa_export.runtime.settings import FORMAT, SEAL
+from sasa_export.runtime.settings import FORMATS, SEAL
 from sasa_export.verify import verify_directory
 from sasa_export.writers.onnx import GRAPHS
 from sasa_export.writers.onnx.layout import write_files
@@ -148,7 +148,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "no modeling file": (lambda directory: (directory / "modeling_sasa.py").unlink(), "modeling_sasa.py"),
     "no settings": (without_settings, "sasa"),
     "null settings": (of_settings(graph=None, threshold=None), "sasa"),
-    "another format": (of_settings(format=FORMAT + 1), "format"),
+    "another format": (of_settings(format=FORMATS[-1] + 1), "format"),
     "threshold 1": (of_settings(threshold=1.0), "threshold"),
     "negative threshold": (of_settings(threshold=-0.5), "threshold"),
     "threshold NaN": (of_settings(threshold=float("nan")), "threshold"),

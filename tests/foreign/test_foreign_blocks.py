@@ -90,14 +90,13 @@ def test_the_heads_weights_are_what_it_multiplies_by(directory: Path) -> None:
 
 @pytest.mark.parametrize("reach", [3, 5, 8])
 def test_features_are_those_of_two_passes(directory: Path, reach: int) -> None:
-    ids, pair = [5, 9, 70, 33, 8], (1, 2)
-    found = (
-        GraphOriginal(str(directory))
-        .lanes(replace(PAIR, tokens=reach), alone=True)
-        .prompt({"input_ids": np.array([ids])})
-    )
-    oracle = GraphOracle(directory, pair)
-    np.testing.assert_allclose(found["projected"].numpy()[0], oracle.end(ids, pair, reach)[0], atol=1e-5)
+    """The second lane's end, and the states of both layers behind the final norm, in this order."""
+    ids, pair, original = [5, 9, 70, 33, 8], (1, 2), GraphOriginal(str(directory))
+    inputs = {"input_ids": np.array([ids])}
+    found = original.lanes(replace(PAIR, tokens=reach)).prompt(inputs)
+    oracle, normed = GraphOracle(directory, pair), original.behind_blocks().prompt(inputs)["normed"].numpy()[0]
+    features = np.concatenate([oracle.end(ids, pair, reach)[0], *normed[list(pair)]])  # (3 * hidden,)
+    np.testing.assert_allclose(found["projected"].numpy()[0], features, atol=1e-5)
     np.testing.assert_allclose(found["plain"].numpy()[0], oracle.plain(ids), atol=1e-5)
 
 

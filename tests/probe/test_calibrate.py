@@ -245,6 +245,8 @@ def test_features_are_those_of_the_oracle(stock: Stock, family: str, reach: int)
             inputs = encode(processor, [prompt])
             projected = oracle.lane_logits(model, inputs, 1, 3, reach)  # (1, vocabulary)
             plain = oracle.plain_logits(model, inputs)  # (1, vocabulary)
+            states = oracle.normed_states(model, inputs, (1, 3))[0].detach().numpy()  # (2 * hidden,)
+            np.testing.assert_allclose(features.projected[row, tiny.HIDDEN :], states, rtol=0, atol=2e-4)
             for state, expected in ((features.projected, projected), (features.plain, plain)):
                 found = head @ torch.from_numpy(state[row, : tiny.HIDDEN])  # (vocabulary,)
                 torch.testing.assert_close(found, expected[0], rtol=0, atol=2e-4)

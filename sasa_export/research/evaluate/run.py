@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from sasa_export.errors import EvaluateError
-from sasa_export.options import AUTO
 from sasa_export.original import TorchOriginal
 from sasa_export.probe import Fitted
 from sasa_export.probe.features import Features
@@ -59,8 +58,7 @@ def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Feat
     with original.loaded(subject.evaluation, report):
         if fitted is None:
             found = original.features(lane, subject.calibration, work, report, batch_size=size, kind="calibration")
-            given = subject.made.get("regularization", AUTO)  # the C of the patched model's probe
-            fitted = original.fit(lane, found, subject.calibration, None if given == AUTO else float(given))
+            fitted = original.fit(lane, found, subject.calibration, subject.regularization)
         features = original.features(lane, subject.evaluation, work, report, batch_size=size, kind="evaluation")
         answering: TorchModel | OnnxModel
         if isinstance(original, TorchOriginal):

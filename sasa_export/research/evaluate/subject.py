@@ -11,7 +11,7 @@ from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.manifest import MANIFEST, digest
 from sasa_export.models import layers_of, open_source
 from sasa_export.models.contents import read_object
-from sasa_export.options import AUTO, REACH, check_for_graphs
+from sasa_export.options import AUTO, REACH, check_for_graphs, number_of
 from sasa_export.original import Original, TorchOriginal, running_as
 from sasa_export.probe import Fitted, bundled
 from sasa_export.probe.work import fingerprint
@@ -21,7 +21,7 @@ from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import read_gate
 from sasa_export.research.options import EvaluateOptions
 from sasa_export.research.report import last_name, made_with
-from sasa_export.runtime.settings import FORMAT
+from sasa_export.runtime.settings import FORMATS
 from sasa_export.verify.unloaded import check_manifest, dtype_of
 
 
@@ -62,6 +62,11 @@ class Subject:
     def rate(self) -> float:
         """The largest false-positive rate that the threshold was chosen for, unless the threshold was given."""
         return float(self.made.get("max_false_positive_rate", 0.02))
+
+    @property
+    def regularization(self) -> float | None:
+        """The C that the probe was fitted with; None where cross-validation chose it."""
+        return number_of(self.made.get("regularization", AUTO))
 
     def fingerprint(self) -> dict[str, Any]:
         """What finished work depends on."""
@@ -137,7 +142,7 @@ def _read_patched(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     sasa = read_gate(directory)
     if sasa.get("gate") == "observe" and dtype_of(directory) is not None:
         raise EvaluateError(f"the graphs in {directory} only observe. Export them again with --gate enforce.")
-    if sasa.get("format") != FORMAT:
+    if sasa.get("format") != FORMATS[-1]:
         raise EvaluateError(f"{directory} is of an earlier sasa-export, whose probe read less. Export the model again.")
     check = check_manifest(directory)
     if check.passed is False:

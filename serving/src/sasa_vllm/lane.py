@@ -24,11 +24,11 @@ class Tail(NamedTuple):
 
 
 class Lane:
-    """The lane of a decoder, over `tokens` tokens, with the probe (weight and bias) behind it, which may read the
-    `states` of both layers too."""
+    """The lane of a decoder, over `tokens` tokens, and the probe (weight and bias), which reads the states of both
+    layers too."""
 
-    def __init__(self, decoder: Any, indices: list[int], tokens: int, probe: tuple[Tensor, ...], states: bool) -> None:
-        self.tokens, self.norm, self.probe, self.states = tokens, decoder.norm, probe, states
+    def __init__(self, decoder: Any, indices: list[int], tokens: int, probe: tuple[Tensor, ...]) -> None:
+        self.tokens, self.norm, self.probe = tokens, decoder.norm, probe
         self.blocks = [lane_block(decoder.layers[index], tokens) for index in indices]
 
     def follow(self, tail: Tail | None, states: Tensor, positions: Tensor, end: int) -> Tail:
@@ -56,7 +56,7 @@ class Lane:
             state, residual = block(positions, state, residual)
         last = [(row + 1) * self.tokens - 1 - more for row, (_, more) in enumerate(rows)]
         ends = [self.norm(state[last], residual[last])[0]]  # (rows, hidden)
-        ends += [self.norm(layer[last]) for layer in layers if self.states]  # (rows, hidden) each
+        ends += [self.norm(layer[last]) for layer in layers]  # (rows, hidden) each
         return unsafe_probability(torch.cat(ends, dim=-1), *self.probe)
 
 

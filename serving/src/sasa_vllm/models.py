@@ -135,7 +135,7 @@ def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any) -> Lane
     if not decoder.do_not_compile:  # what is compiled was chosen when the decoder was made: choose anew
         decoder.cleanup()
         TorchCompileWithNoGuardsWrapper.__init__(decoder)
-    return Lane(decoder, indices["lane_block"], tokens, probe, any(node["op"] == "state_norm" for node in graph))
+    return Lane(decoder, indices["lane_block"], tokens, probe)
 
 
 def warn_of_causal_pictures(vllm_config: Any) -> None:
