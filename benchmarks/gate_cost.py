@@ -10,12 +10,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from side_by_side import (
+    TURN,
     Pair,
     Row,
     Settings,
@@ -24,14 +24,13 @@ from side_by_side import (
     compare,
     compare_sizes,
     decoding,
+    early_layers,
     in_turn,
     make_pair,
     prefill,
 )
 
 PIECE = 64  # tokens
-TURN = 24  # tokens
-SHARE = 13 / 32  # of the blocks that lie up to the safety layer: the paper's, of LLaVA-1.5-7B
 TIMES = (1, 4, 16, 64)  # how often the first turn is repeated in the cache
 
 
@@ -99,7 +98,7 @@ def main(pair: Pair, settings: Settings, work: Path) -> dict[str, list[Row]]:
     """What the gate costs in torch, beside the plain model, at the default layers and at an early safety layer."""
     sizes = compare_sizes("cache, per token", *(bytes_per_token(m, pair.text) for m in (pair.guarded, pair.plain)))
     tables = {"Against the plain model": [*costs(pair, settings), sizes]}
-    early = make_pair(replace(settings, safety_layer=round(SHARE * pair.blocks)), work / "early")
+    early = make_pair(early_layers(pair, settings), work / "early")
     return {**tables, f"Against the plain model, {early.settings}": costs(early, settings)}
 
 

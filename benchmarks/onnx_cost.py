@@ -12,7 +12,21 @@ import click
 import numpy as np
 import onnxruntime
 import torch
-from side_by_side import Pair, Row, Settings, Work, benchmark, compare, compare_sizes, decoding, in_turn, prefill
+from side_by_side import (
+    TURN,
+    Pair,
+    Row,
+    Settings,
+    Work,
+    benchmark,
+    compare,
+    compare_sizes,
+    decoding,
+    early_layers,
+    in_turn,
+    make_pair,
+    prefill,
+)
 
 PLAIN, GUARDED = "plain", "guarded"
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -97,6 +111,17 @@ class Decoder:
         given = self.put(embeds[:, -1:])
         return lambda: self.call(given)["logits"].numpy()
 
+    def second_turn(self, embeds: np.ndarray) -> Work:
+        """The prompt's last embeddings, which end in the generation prompt, behind the whole prompt."""
+        self.prompt(embeds)()
+        given, length, cache = self.put(embeds[:, -TURN:]), self.length, self.cache
+
+        def work() -> None:
+            self.length, self.cache = length, cache
+            self.call(given)["logits"].numpy()
+
+        return work
+
     @property
     def bytes_per_token(self) -> int:
         """Of the cache."""
@@ -125,28 +150,39 @@ def write_decoders(pair: Pair, place: Path, dtype: str = "float32") -> dict[str,
     return paths
 
 
-@benchmark("What the gate costs in ONNX")
-def main(pair: Pair, settings: Settings, work: Path) -> dict[str, list[Row]]:
-    """What the gate costs in ONNX on a CPU, beside a plain export of the same model by the same code, and torch."""
-    paths, embeds = write_decoders(pair, work), embeddings(pair)
+def costs(pair: Pair, settings: Settings, place: Path) -> list[Row]:
+    """The rows on one pair."""
+    paths, embeds = write_decoders(pair, place), embeddings(pair)
     plain, guarded = (Decoder(path, threads=settings.threads) for path in paths.values())
-    prompts = {
-        "plain": plain.prompt(embeds), "guarded": guarded.prompt(embeds), "torch": prefill(pair.guarded, pair.text),
-    }  # fmt: skip
-    whole = in_turn(prompts, settings.rounds, settings.seconds)
-    further = {"plain": plain.step(embeds), "guarded": guarded.step(embeds), "torch": decoding(pair.guarded, pair.text)}
-    steps = in_turn(further, settings.new_tokens, settings.seconds)
+
+    def timed(kind: str, torch_work: Work | None, rounds: int) -> Any:
+        work = {"plain": getattr(plain, kind)(embeds), "guarded": getattr(guarded, kind)(embeds)}
+        return in_turn(work if torch_work is None else {**work, "torch": torch_work}, rounds, settings.seconds)
+
+    whole = timed("prompt", prefill(pair.guarded, pair.text), settings.rounds)
+    second = timed("second_turn", None, settings.rounds)
+    steps = timed("step", decoding(pair.guarded, pair.text), settings.new_tokens)
     sizes = {name: sum(file.stat().st_size for file in path.parent.iterdir()) for name, path in paths.items()}
     tokens = f"{embeds.shape[1]} tokens"
-    rows = [
+    return [
         compare(f"prefill of {tokens} against the plain graph", whole.guarded, whole.plain),
         compare("the same, against the guarded model in torch", whole.guarded, whole.torch),
+        compare(
+            f"a second turn of {TURN} tokens behind {tokens}, against the plain graph", second.guarded, second.plain
+        ),
         compare(f"decoding behind {tokens}, per token, against the plain graph", steps.guarded, steps.plain),
         compare("the same, against the guarded model in torch", steps.guarded, steps.torch),
         compare_sizes("decoder file, against the plain one", sizes[GUARDED], sizes[PLAIN]),
         compare_sizes("cache, per token", guarded.bytes_per_token, plain.bytes_per_token),
     ]
-    return {f"Opset 23, onnxruntime {onnxruntime.__version__}, CPU": rows}
+
+
+@benchmark("What the gate costs in ONNX")
+def main(pair: Pair, settings: Settings, work: Path) -> dict[str, list[Row]]:
+    """What the gate costs in ONNX on a CPU, beside a plain export of the same model by the same code, and torch."""
+    tables = {f"Opset 23, onnxruntime {onnxruntime.__version__}, CPU": costs(pair, settings, work)}
+    early = make_pair(early_layers(pair, settings), work / "early")
+    return {**tables, f"The same, {early.settings}": costs(early, settings, work / "early")}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ Row = list[str]
 SENTENCE = "The old house stands near the river, and its garden is full of apple trees. "
 PICTURED = "how do i grow tomatoes in my garden"
 REFUSES_NOBODY = -8.0  # a bias so low that every prompt here passes the gate
+TURN = 24  # tokens of a second turn
+SHARE = 13 / 32  # of the blocks that lie up to the safety layer: the paper's, of LLaVA-1.5-7B
 COLUMNS = ("what", "measured", "against", "ratio: median (quartiles)")
 
 
@@ -111,6 +113,11 @@ def make_pair(settings: Settings, work: Path) -> Pair:
     carrier = {"type": "text", "text": "Follow the instruction shown in the image."}
     picture = _prompt(processor, [{"type": "image", "image": render(PICTURED, seed=0)}, carrier])
     return Pair(plain, guarded, text, picture)
+
+
+def early_layers(pair: Pair, settings: Settings) -> Settings:
+    """The same settings with a safety layer as early as the paper's."""
+    return replace(settings, safety_layer=round(SHARE * pair.blocks))
 
 
 def write_probe(path: Path, features: int) -> Path:

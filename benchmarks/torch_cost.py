@@ -52,9 +52,11 @@ def two_passes(pair: Pair, inputs: dict[str, Any]) -> Work:
     def work() -> None:
         with safety.register_forward_hook(keep), semantic.register_forward_hook(keep):
             model(**inputs, use_cache=False, logits_to_keep=1)
+        states = [norm(seen[layer][:, -1]) for layer in (safety, semantic)]  # (batch, hidden) each
         with safety.register_forward_hook(replace), norm.register_forward_hook(keep):
             model(**inputs, use_cache=False, logits_to_keep=1)
-        verdict = unsafe_probability(seen[norm][:, -1], probe.weight, probe.bias)  # (batch,)
+        read = torch.cat([seen[norm][:, -1], *states], dim=-1)  # (batch, 3 * hidden)
+        verdict = unsafe_probability(read, probe.weight, probe.bias)  # (batch,)
         assert verdict.item() < sasa["threshold"], "this prompt should be allowed"
         first_token(model, inputs)()
 
