@@ -18,9 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PROMPT, ANSWER, CACHE = 128, 32, 1 << 30  # tokens, tokens, bytes
-ROUNDS = {1: 31, 8: 15, 32: 9}  # by requests at once
+Work = tuple[int, int, int]  # requests at once, and tokens of each prompt and of each answer
+Round = dict[str, tuple[list[float], list[int]]]  # by engine: seconds of each step, and how often the lane ran in it
+
+# Rounds of each kind of work in a set of engines. Where an engine lies in memory makes a per cent or two, and stays
+# while it runs: hence several sets.
+ROUNDS: dict[Work, int] = {(1, 128, 32): 9, (8, 128, 32): 5, (32, 128, 32): 3, (1, 480, 2): 5, (8, 480, 2): 3}
+SETS = 5
 SAFETY, SEMANTIC = (24, 12), 28  # smol-llava's own safety layer, and one at the paper's share of blocks, 13 of 32
+CACHE = 1 << 29  # bytes
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
@@ -29,12 +35,14 @@ TESTS = Path(__file__).resolve().parents[1] / "serving" / "tests"
 HEAD = f"""\
 # What the gate costs on vLLM
 
-smol-llava, 30 blocks, in float32 on a CPU, one thread, prompts of {PROMPT} tokens and answers of {ANSWER}, no prefix
-cache, eager. Time of the processor: all prompts of a round run in its first step, and the others decode. The engines
-take turns, {", ".join(f"{rounds} rounds at {requests}" for requests, rounds in ROUNDS.items())} at once, after one to
-warm up; a ratio is that of two engines within a round. Written by `make bench-vllm`.
+smol-llava, 30 blocks, in float32 on a CPU, one thread, no prefix cache, eager. A stock engine, a second one, and two
+guarded ones run in one process and take turns step by step: all prompts of a round run in the first step, and the
+others decode. What counts is the processor's time, and the ratio to the stock engine within a round, of
+{SETS * min(ROUNDS.values())} to {SETS * max(ROUNDS.values())} rounds: in {SETS} processes, each warmed up. Written by
+`make bench-vllm`.
 """
-COLUMNS = "| | requests at once | stock | guarded | ratio: median (quartiles) |\n| --- | ---: | ---: | ---: | ---: |\n"
+COLUMNS = "| | requests at once | stock, a second | this, a second | ratio: median (quartiles) |\n"
+COLUMNS += "| --- |" + " ---: |" * 4 + "\n"
 
 
 def main() -> None:
@@ -45,19 +53,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.make:
         return make(given.folder)
-    models = {"stock": given.folder / "stock", **{str(layer): patched(given.folder, layer) for layer in SAFETY}}
-    engines = {kind: Engine(model) for kind, model in models.items()}
-    found: dict[str, dict[int, list[Any]]] = {kind: {} for kind in models}
-    for requests, rounds in ROUNDS.items():
-        for number in range(rounds + 1):
-            # Every other round runs backwards, so that no engine always follows the same other.
-            for kind in list(models)[:: 1 if number % 2 else -1]:
-                found[kind].setdefault(requests, []).append(engines[kind].ask(requests))
-    for engine in engines.values():
-        engine.process.kill()
-    other = Engine(models[str(SAFETY[-1])], v2=True)
-    text = page(found, {kind: engine.cache for kind, engine in engines.items()}, models, other.ask(8))
-    other.process.kill()
+    rounds: dict[Work, list[Round]] = {work: [] for work in ROUNDS}
+    for _ in range(SETS):
+        cache, found = in_process(given.folder)
+        for work, more in zip(ROUNDS, found, strict=True):
+            rounds[work] += more
+    text = page(given.folder, rounds, cache, in_process(given.folder, "--v2")[1][0][0])
     print(text)
     if given.out:
         given.out.write_text(text, encoding="utf-8")
@@ -68,6 +69,7 @@ def patched(folder: Path, layer: int) -> Path:
 
 
 def make(folder: Path) -> None:
+    """Patch `stock/` at each safety layer, with a probe that reads the lane and two states, as the tool's own do."""
     from side_by_side import write_probe
 
     from sasa_export.models import open_source
@@ -76,106 +78,101 @@ def make(folder: Path) -> None:
     from sasa_export.pipeline import patch
 
     stock = str(folder / "stock")
-    probe = write_probe(folder / "cost.safetensors", 3 * read_sizes(open_source(stock)).hidden)  # lane and two states
+    probe = write_probe(folder / "cost.safetensors", 3 * read_sizes(open_source(stock)).hidden)
     given: dict[str, Any] = {"model": stock, "probe": probe, "semantic_layer": SEMANTIC, "lane_tokens": 8}
     for layer in SAFETY:
         if not patched(folder, layer).exists():
             patch(Options(out=patched(folder, layer), safety_layer=layer, verify="files", link=True, **given))
 
 
-class Engine:
-    """An engine in a process of its own, which answers over pipes."""
-
-    def __init__(self, model: Path, *, v2: bool = False) -> None:
-        command = [sys.executable, __file__, "--engine", str(model), *["--v2"] * v2]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **SETTINGS}
-        )
-        self.cache: float = self.said()
-
-    def ask(self, requests: int) -> dict[str, float]:
-        """What so many requests at once take: seconds of the prompts and of the other steps, steps, and in how many the
-        lane ran."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{requests}\n")
-        self.process.stdin.flush()
-        return self.said()
-
-    def said(self) -> Any:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("SAID "):
-                return json.loads(line[5:])
-        raise SystemExit("an engine ended early; run it alone to see why")
+# ------------------------------------------------------------------------------------------------ measuring
 
 
-def engine(model: str, *, v2: bool) -> None:
-    """What a process of an Engine does."""
+def in_process(folder: Path, *options: str) -> Any:
+    """What `measure` says in a process of its own."""
+    command = [sys.executable, __file__, "--measure", str(folder), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **SETTINGS}, check=True)
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("SAID "))[5:])
+
+
+def measure(folder: Path, *, v2: bool) -> Any:
+    """The bytes of keys and values of a token in each engine, and the rounds of each kind of work. By Model Runner V2 a
+    single one: its times mean nothing here."""
     if v2:
         sys.path.insert(0, str(TESTS))
-        import v2_on_cpu  # type: ignore[import-not-found]  # noqa: F401
-    from sasa_vllm.lane import Lane
+        import v2_on_cpu  # noqa: F401
+    from sasa_vllm import lane, metrics, worker
+
+    ran, judge = [0], lane.Lane.judge
+
+    def counted(*given: Any) -> Any:
+        ran[0] += 1
+        return judge(*given)
+
+    lane.Lane.judge = counted  # type: ignore[method-assign]
+    # Two guarded models of one process cannot both report on /metrics.
+    worker.Metrics = lambda reporting: metrics.Metrics(reporting=False)  # type: ignore[assignment,misc]
+    models = {str(layer): patched(folder, layer) for layer in SAFETY}
+    models = models if v2 else {"stock": folder / "stock", "again": folder / "stock", **models}
+    engines = {kind: start(model) for kind, model in models.items()}
+    cache = {kind: one.vllm_config.cache_config.num_gpu_blocks for kind, one in engines.items()}
+    works = {(8, 128, 32): 1} if v2 else ROUNDS
+    rounds = [[play(engines, ran, work, turn) for turn in range(count + 1)][1:] for work, count in works.items()]
+    return {kind: CACHE / (blocks * 32) for kind, blocks in cache.items()}, rounds
+
+
+def start(model: Path) -> Any:
     from vllm import LLM
 
-    judged, judge = [0], Lane.judge
-
-    def counted(lane: Any, tails: Any) -> Any:
-        judged[0] += 1
-        return judge(lane, tails)
-
-    Lane.judge = counted  # type: ignore[method-assign, assignment]
     llm = LLM(
-        model, dtype="float32", enforce_eager=True, max_model_len=512, block_size=32, max_num_seqs=32,
-        max_num_batched_tokens=32 * PROMPT, kv_cache_memory_bytes=CACHE, enable_prefix_caching=False,
+        str(model), dtype="float32", enforce_eager=True, max_model_len=512, block_size=32, max_num_seqs=32,
+        max_num_batched_tokens=4096, kv_cache_memory_bytes=CACHE, enable_prefix_caching=False,
     )  # fmt: skip
-    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks or 1
-    print("SAID", CACHE / (blocks * 32), flush=True)  # bytes of keys and values a token
-    for line in sys.stdin:
-        judged[0] = 0
-        seconds = steps(llm, int(line))
-        assert len(seconds) == ANSWER, "the prompts did not fit in one step"
-        told = {"prompt": seconds[0], "decoded": sum(seconds[1:]), "steps": len(seconds), "lane": judged[0]}
-        print("SAID", json.dumps(told), flush=True)
+    return llm.llm_engine
 
 
-def steps(llm: Any, requests: int) -> list[float]:
-    """The seconds of each step in which an engine answers so many requests."""
+def play(engines: dict[str, Any], ran: list[int], work: Work, turn: int) -> Round:
+    """A round: every engine answers the same requests, one step each in turn."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    requests, tokens, answer = work
+    params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
     for number in range(requests):
-        prompt = [1000 + (number * 7 + place) % 20000 for place in range(PROMPT)]
-        llm.llm_engine.add_request(str(next(llm.request_counter)), {"prompt_token_ids": prompt}, params)
-    seconds = []
-    while llm.llm_engine.has_unfinished_requests():
-        begin = time.process_time()
-        llm.llm_engine.step()
-        seconds.append(time.process_time() - begin)
-    return seconds
+        prompt = {"prompt_token_ids": [1000 + (number * 7 + place) % 20000 for place in range(tokens)]}
+        for engine in engines.values():
+            engine.add_request(f"{work} {turn} {number}", prompt, params)
+    found: Round = {kind: ([], []) for kind in engines}
+    kinds = list(engines)
+    for step in range(answer):
+        first = (turn + step) % len(kinds)  # so that no engine always follows the same other at the same step
+        for kind in (kinds[first:] + kinds[:first])[:: 1 if step % 2 else -1]:
+            before, begin = ran[0], time.process_time()
+            engines[kind].step()
+            found[kind][0].append(time.process_time() - begin)
+            found[kind][1].append(ran[0] - before)
+    assert not any(engine.has_unfinished_requests() for engine in engines.values()), "prompts took several steps"
+    return found
 
 
-def page(found: dict[str, Any], cache: dict[str, float], models: dict[str, Path], other: dict[str, float]) -> str:
+# ------------------------------------------------------------------------------------------------- the page
+
+
+def page(folder: Path, rounds: dict[Work, list[Round]], cache: dict[str, float], v2: Round) -> str:
     import vllm  # whose package has other names for some devices
 
-    parts = [HEAD]
+    parts = [HEAD, f"## The second stock engine: how far ratios are to be trusted\n\n{table(rounds, 'again')}"]
     for layer in SAFETY:
-        rows = [
-            compare(what, requests, found["stock"][requests][1:], found[str(layer)][requests][1:])
-            for what in ("prompt", "decoded")
-            for requests in ROUNDS
-        ]
-        parts.append(f"## Safety layer {layer}, semantic layer {SEMANTIC}\n\n{passes(models[str(layer)])}\n")
-        parts.append(COLUMNS + "".join(rows))
-    lanes = {(one["lane"], one["steps"]) for asked in found[str(SAFETY[-1])].values() for one in asked}
-    (ran, of), *more = lanes
-    assert not more
-    same = " and ".join({f"{cache[kind]:.0f}" for kind in models})
+        about = f"## Safety layer {layer}, semantic layer {SEMANTIC}\n\n{passes(patched(folder, layer))}\n\n"
+        parts.append(about + table(rounds, str(layer)))
+    guarded = [str(layer) for layer in SAFETY]
+    for found in (one for each in [*rounds.values(), [v2]] for one in each):
+        assert all(sum(found[kind][1]) == found[kind][1][0] == 1 for kind in guarded), "the lane ran in other steps"
+    same = " and ".join({f"{size:.0f}" for size in cache.values()})
     versions = ", ".join(f"{name} {version(name)}" for name in ("sasa-vllm", "torch", "transformers"))
     parts.append(
-        f"Keys and values of a token of any of the three: {same} bytes.\n\n"
-        f"The lane ran in {ran} of {of} steps. These are times of Model Runner V1. Those of V2 on a CPU, whose kernels "
-        "run in Triton's\ninterpreter, would say nothing; there, the lane ran in "
-        f"{other['lane']} of {other['steps']} steps.\n\n"
+        f"Keys and values of a token of any of these models: {same} bytes.\n\n"
+        "The lane ran in the first step of a round and in no other, by Model Runner V1, whose times these are, and by "
+        "V2. On a CPU the\nkernels of V2 run in Triton's interpreter, and its times would say nothing.\n\n"
         f"Made with vllm {vllm.__version__}, {versions}.\n"
     )
     return "\n".join(parts)
@@ -186,22 +183,30 @@ def passes(model: Path) -> str:
     graph = json.loads((model / "config.json").read_text())["sasa"]["graph"]
     blocks, again = (sum(node["op"] == op for node in graph) for op in ("block", "lane_block"))
     tokens = next(node["tokens"] for node in graph if node["op"] == "projection")
-    times = 1 + again * tokens / (blocks * PROMPT)
+    short, long = (1 + again * tokens / (blocks * length) for length in (128, 480))
     return (
-        f"{again} of {blocks} blocks run once more over the last {tokens} tokens of a prompt: {times:.3f} times the "
-        "block passes of the\nprompt, and as many as the stock model's over decoded tokens."
+        f"{again} of {blocks} blocks run once more over the last {tokens} tokens of a prompt: {short:.3f} times the "
+        f"block passes of one\nof 128 tokens, {long:.3f} of one of 480. A decoded token has the stock model's."
     )
 
 
-def compare(what: str, requests: int, stock: list[Any], guarded: list[Any]) -> str:
-    """A row: tokens a second of both, and the ratio of times within a round."""
-    tokens = requests * (PROMPT if what == "prompt" else ANSWER - 1)
-    speeds = [tokens / statistics.median(one[what] for one in each) for each in (stock, guarded)]
-    ratios = [mine[what] / theirs[what] for mine, theirs in zip(guarded, stock, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    both = " | ".join(f"{speed:.0f} a second" for speed in speeds)
-    return f"| {what} tokens | {requests} | {both} | {middle:.3f} ({low:.3f} to {high:.3f}) |\n"
+def table(rounds: dict[Work, list[Round]], kind: str) -> str:
+    """A row for each kind of work: tokens a second of stock and of another, and the ratio of times within a round."""
+    rows = []
+    for what, first, last in (("prompts of {} tokens", 0, 1), ("decoded behind {} tokens", 1, None)):
+        for (requests, tokens, answer), found in rounds.items():
+            if first < answer - 1:
+                stock, other = ([sum(one[each][0][first:last]) for one in found] for each in ("stock", kind))
+                count = requests * (answer - 1 if first else tokens)
+                speeds = " | ".join(f"{count / statistics.median(each):.0f}" for each in (stock, other))
+                ratios = [mine / theirs for mine, theirs in zip(other, stock, strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+                rows.append(f"{what.format(tokens)} | {requests} | {speeds} | {middle:.3f} ({low:.3f} to {high:.3f})")
+    return COLUMNS + "".join(f"| {row} |\n" for row in rows)
 
 
 if __name__ == "__main__":
-    engine(sys.argv[2], v2="--v2" in sys.argv) if sys.argv[1:2] == ["--engine"] else main()
+    if sys.argv[1:2] == ["--measure"]:
+        print("SAID", json.dumps(measure(Path(sys.argv[2]), v2="--v2" in sys.argv)), flush=True)
+    else:
+        main()
