@@ -24,7 +24,7 @@ Round = dict[str, tuple[list[float], list[int]]]  # by engine: seconds of each s
 # Rounds of each kind of work in a set of engines. Where an engine lies in memory makes a per cent or two, and stays
 # while it runs: hence several sets.
 ROUNDS: dict[Work, int] = {(1, 128, 32): 9, (8, 128, 32): 5, (32, 128, 32): 3, (1, 480, 2): 5, (8, 480, 2): 3}
-SETS = 5
+SETS = 3
 SAFETY, SEMANTIC = (24, 12), 28  # smol-llava's own safety layer, and one at the paper's share of blocks, 13 of 32
 CACHE = 1 << 29  # bytes
 SETTINGS = {
