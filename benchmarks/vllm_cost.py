@@ -100,7 +100,7 @@ def measure(folder: Path, *, v2: bool) -> Any:
     single one: its times mean nothing here."""
     if v2:
         sys.path.insert(0, str(TESTS))
-        import v2_on_cpu  # noqa: F401
+        import v2_on_cpu  # type: ignore[import-not-found]  # noqa: F401
     from sasa_vllm import lane, metrics, worker
 
     ran, judge = [0], lane.Lane.judge
@@ -109,7 +109,7 @@ def measure(folder: Path, *, v2: bool) -> Any:
         ran[0] += 1
         return judge(*given)
 
-    lane.Lane.judge = counted  # type: ignore[method-assign]
+    lane.Lane.judge = counted  # type: ignore[method-assign, assignment]
     # Two guarded models of one process cannot both report on /metrics.
     worker.Metrics = lambda reporting: metrics.Metrics(reporting=False)  # type: ignore[assignment,misc]
     models = {str(layer): patched(folder, layer) for layer in SAFETY}

@@ -6,8 +6,6 @@ patch(Options(model="llava", out="patched"))
 checks = verify_directory("patched")
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,5 @@
 """The command line: flags, progress, exit codes. What is done stands elsewhere."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from dataclasses import fields

@@ -3,8 +3,6 @@
 Both have the same attributes and methods, so that whoever patches, locates or evaluates does not ask which it is.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

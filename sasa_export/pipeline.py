@@ -1,7 +1,5 @@
 """The whole tool on one page: open -> trace -> calibrate -> rewrite -> write -> verify."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace

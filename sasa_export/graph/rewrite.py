@@ -5,8 +5,6 @@
 RewriteError names the node where settings do not fit the model.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

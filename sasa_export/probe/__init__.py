@@ -1,7 +1,5 @@
 """Calibrate: fit the probe on labelled prompts, and measure what it does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

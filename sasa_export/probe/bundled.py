@@ -1,7 +1,5 @@
 """The probe that smol-llava ships with, made by training/fit_smol_llava_probe.py: no calibration is needed for it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ these would let short text pass. What the score of such a prompt has to be lower
 sees whether it is one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

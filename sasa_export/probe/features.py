@@ -1,7 +1,5 @@
 """What the probe reads: the state of both lanes at the last prompt position, for every prompt."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A probe of the user's own, instead of a calibration."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

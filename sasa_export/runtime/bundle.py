@@ -1,7 +1,5 @@
 """The modeling file of a patched directory: the files beside this one after another, and its family's classes."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 
