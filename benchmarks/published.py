@@ -27,7 +27,7 @@ from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import rewrite_lane
 from sasa_export.models.wheels import Wheel, fetch
 from sasa_export.original import running_as
-from sasa_export.probe import Fitted, calibrate
+from sasa_export.probe.calibration import Fitted, calibrate
 from sasa_export.probe.features import collect
 from sasa_export.probe.fit import probability
 from sasa_export.probe.given import PROBE_WEIGHT, read_probe

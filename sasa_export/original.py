@@ -22,7 +22,8 @@ from sasa_export.models import Source, open_source
 from sasa_export.models.load import head_weight, load_processor, read_sizes, running, stock_classes
 from sasa_export.models.quantized import check_scheme
 from sasa_export.options import REACH, Options, check_for_graphs
-from sasa_export.probe import Fitted, bundled, calibrate
+from sasa_export.probe import bundled
+from sasa_export.probe.calibration import Fitted, calibrate
 from sasa_export.probe.features import Features, collect_on_disk, load_as_traced
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts import Prompt, for_model

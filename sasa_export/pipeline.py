@@ -16,7 +16,7 @@ from sasa_export.models import Source, layers_of
 from sasa_export.models.load import SPREAD
 from sasa_export.options import Options, number_of
 from sasa_export.original import Original, are_graphs, open_original, running_as
-from sasa_export.probe import Calibration, Fitted, with_threshold
+from sasa_export.probe.calibration import Calibration, Fitted, with_threshold
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.probe.fit import Probe
 from sasa_export.probe.given import check_probe, read_probe

@@ -19,7 +19,8 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import EMBEDDED, layers_of, open_source
 from sasa_export.models.load import head_weight, load_model, load_processor, read_sizes
-from sasa_export.probe import bundled, fit_probes, metric_of
+from sasa_export.probe import bundled
+from sasa_export.probe.calibration import fit_probes, metric_of
 from sasa_export.probe.features import collect
 from sasa_export.probe.figures import figures
 from sasa_export.probe.fit import best_regularization, head_metric, in_metric, threshold_of

@@ -24,7 +24,7 @@ from sasa_export.layers.prompts import controls
 from sasa_export.layers.survey import LIKELIEST, MAIN_LANE, Evidence, evidence_of
 from sasa_export.layers.sweep import second_lane
 from sasa_export.options import REACH, Options
-from sasa_export.probe import Fitted, fit_probes
+from sasa_export.probe.calibration import Fitted, fit_probes
 from sasa_export.probe.features import Features
 from sasa_export.probe.fit import head_metric
 from sasa_export.probe.work import Results, Work

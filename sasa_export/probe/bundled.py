@@ -13,7 +13,7 @@ from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.models import EMBEDDED
 from sasa_export.models.smol_llava import VISION
 from sasa_export.options import AUTO
-from sasa_export.probe import Fitted
+from sasa_export.probe.calibration import Fitted
 from sasa_export.prompts.builtin_sets import DATA
 
 FILE = Path(__file__).with_name("smol_llava_probe.safetensors")

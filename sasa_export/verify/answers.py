@@ -12,7 +12,7 @@ from typing import Any
 from sasa_export.errors import VerifyError
 from sasa_export.models import read_config
 from sasa_export.models.quantized import scheme
-from sasa_export.probe import Calibration
+from sasa_export.probe.calibration import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
 from sasa_export.verify.compare import check_changed, compare, draw, tolerance

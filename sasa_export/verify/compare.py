@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.probe import Calibration
+from sasa_export.probe.calibration import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
 from sasa_export.writers.cases import TOKENS

@@ -8,7 +8,7 @@ from typing import Any
 
 from sasa_export.graph import LayerGraph
 from sasa_export.models import Source
-from sasa_export.probe import Calibration
+from sasa_export.probe.calibration import Calibration
 from sasa_export.probe.figures import rounded
 from sasa_export.probe.fit import Probe
 from sasa_export.writers.cases import Case, write_cases

@@ -26,6 +26,8 @@ def test_help_needs_no_heavy_import() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "imported: []"
+    code = "import sys, sasa_export.probe.intervals; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_help_shows_the_common_options_and_help_all_the_rest() -> None:

@@ -12,7 +12,8 @@ from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.models import layers_of, open_source
 from sasa_export.models.load import load_model, load_processor
-from sasa_export.probe import Fitted, bundled, with_threshold
+from sasa_export.probe import bundled
+from sasa_export.probe.calibration import Fitted, with_threshold
 from sasa_export.probe.features import collect
 from sasa_export.probe.fit import probability
 from sasa_export.prompts import builtin, for_model

@@ -26,7 +26,8 @@ from sasa_export.graph import LayerGraph, Node
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace
 from sasa_export.models.family import family_of
-from sasa_export.probe import Calibration, calibrate, channels, with_threshold
+from sasa_export.probe import channels
+from sasa_export.probe.calibration import Calibration, calibrate, with_threshold
 from sasa_export.probe.features import Features, collect
 from sasa_export.probe.fit import probability, threshold_for
 from sasa_export.prompts.prompt import Prompt, batches, encode

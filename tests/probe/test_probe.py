@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sasa_export.errors import CalibrationError
-from sasa_export.probe import RATES, Calibration, Probe, fit_probes
+from sasa_export.probe.calibration import RATES, Calibration, fit_probes
 from sasa_export.probe.figures import KindFigure, figures, kind_figures, rounded, verdict_on_projection
 from sasa_export.probe.fit import (
+    Probe,
     best_regularization,
     fit,
     head_metric,

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from sasa_export.probe import fit_probes
+from sasa_export.probe.calibration import fit_probes
 from sasa_export.probe.intervals import Share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.shares import share_of, spaced

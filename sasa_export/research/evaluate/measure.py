@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from sasa_export.errors import CalibrationError
-from sasa_export.probe import Fitted, choose_threshold
+from sasa_export.probe.calibration import Fitted, probe_of_lane
 from sasa_export.probe.features import Features
 from sasa_export.probe.fit import bag_of_words, best_words, probability, threshold_of
 from sasa_export.probe.folds import folds_of
@@ -140,7 +140,7 @@ def probe(found: Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Pr
     """
     (weight, bias), threshold = found.probes[lane], None
     with suppress(CalibrationError):  # it is certain of too many harmless prompts
-        chosen = choose_threshold(found, lane, prompts, rate, None)[0]
+        chosen = probe_of_lane(found, lane, prompts, rate, None)[0]
         weight, bias, threshold = chosen.weight.astype(float), chosen.bias, chosen.threshold
     return probability(evaluation.astype(float), weight, bias), threshold
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sasa_export.errors import EvaluateError
 from sasa_export.original import TorchOriginal
-from sasa_export.probe import Fitted
+from sasa_export.probe.calibration import Fitted
 from sasa_export.probe.features import Features
 from sasa_export.probe.work import Results, Work, resumable
 from sasa_export.prompts.prompt import Prompt

@@ -13,7 +13,8 @@ from sasa_export.models import layers_of, open_source
 from sasa_export.models.contents import read_object
 from sasa_export.options import AUTO, REACH, check_for_graphs, number_of
 from sasa_export.original import Original, TorchOriginal, running_as
-from sasa_export.probe import Fitted, bundled
+from sasa_export.probe import bundled
+from sasa_export.probe.calibration import Fitted
 from sasa_export.probe.work import fingerprint
 from sasa_export.prompts import Prompt, builtin_evaluation, calibration_prompts, check_disjoint, check_labels, load_all
 from sasa_export.prompts.shares import counts, share_of
