@@ -134,7 +134,9 @@ sasa-vllm: $(VLLM_STAMP)
 
 # Writes the table of what was tried to get around the gate.
 test-vllm: setup sasa-vllm
-	@cd serving && SASA_VLLM_TABLE=$(CURDIR)/docs/vllm-bypass.md $(ALONE) ../$(VLLM)/bin/python -m pytest $(ARGS)
+	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving
+	@cd serving && SASA_VLLM_TABLE=$(CURDIR)/docs/vllm-bypass.md $(ALONE) ../$(VLLM)/bin/python -m pytest \
+		-n 2 --dist loadfile $(ARGS)
 
 soak-vllm: setup sasa-vllm
 	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving llava

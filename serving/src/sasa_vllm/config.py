@@ -15,6 +15,9 @@ from sasa_vllm.requests import wrap
 from sasa_vllm.settings import GuardedConfig
 
 TESTED = ("0.32.0",)  # versions of vLLM on which the tests of this package pass
+READ = ("0.33.0",)  # those of which the source was read: there an engine has to prove its gate (proof.py)
+VERSION = vllm.__version__.split("+")[0]
+ONLY_READ = VERSION in READ
 WORKER = "sasa_vllm.worker.GuardedWorker"
 
 # The families that are supported: transformers calls their configurations ...Config, vLLM its classes ...GENERATES.
@@ -53,12 +56,10 @@ def guarded_config(stock: Any) -> Any:
 
 
 def check_version() -> None:
-    """Raise ImportError on a vLLM that the gate was never tried on."""
-    if vllm.__version__.split("+")[0] not in TESTED:
-        raise ImportError(
-            f"vLLM {vllm.__version__} is installed, and the gate of this model was tried on {', '.join(TESTED)} alone: "
-            f"another version may answer past it. Install vllm=={TESTED[-1]}, or a newer sasa-vllm."
-        )
+    """Raise ImportError on a vLLM that the gate was neither tried on nor read for."""
+    if VERSION not in TESTED + READ:
+        what = f"vLLM {VERSION} is installed, and the gate of this model was tried on {TESTED[-1]} alone"
+        raise ImportError(f"{what}: another may answer past it. Install vllm=={TESTED[-1]}, or a newer sasa-vllm.")
 
 
 class GuardedEngine(VerifyAndUpdateConfig):

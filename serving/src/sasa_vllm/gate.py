@@ -7,6 +7,7 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
+from sasa_vllm.config import ONLY_READ
 from sasa_vllm.formulas import gate
 from sasa_vllm.lane import Lane, Tail
 from sasa_vllm.metrics import Metrics
@@ -38,6 +39,7 @@ class Gate:
         self.enforcing = sasa.get("gate") != "observe"
         if not self.enforcing:
             logger.warning("the gate of this model only observes: prompts are judged, and none is refused.")
+        self.stage = "refuse" if ONLY_READ else None  # of the proof (proof.py), or None where the gate serves
         self.requests: dict[str, Request] = {}
         self.said: set[str] = set()  # the requests to which the last step said the refusal
         self.lane: Lane | None = None
@@ -103,13 +105,15 @@ class Gate:
             said = 0 if known is None else known.seen - known.prompt  # tokens; below 0 within the prompt
             if known is None or known.refused or (known.refused is None and said >= 0):
                 wanted[row] = tokens[min(max(said, 0), len(tokens) - 1)]
-        wanted = wanted if self.enforcing else {}
+        wanted = wanted if self.enforcing or self.stage else {}
         self.said = {names[row] for row in wanted}
         return wanted
 
     def _judge(self, name: str, request: Any, probability: float) -> None:
-        request.refused, request.tail = not probability < self.sasa["threshold"], None  # NaN could not be judged
-        self.metrics.count(probability, request.refused, enforced=self.enforcing)
+        threshold = {None: self.sasa["threshold"], "refuse": 0.0}.get(self.stage, 2.0)
+        request.refused, request.tail = not probability < threshold, None  # NaN could not be judged
+        if self.stage is None:
+            self.metrics.count(probability, request.refused, enforced=self.enforcing)
         verdict = "allowed" if not request.refused else "refused" if self.enforcing else "would be refused"
         logger.debug("%s %s: P(unsafe) = %.6f, threshold %.4f", verdict, name, probability, self.sasa["threshold"])
 
@@ -127,7 +131,7 @@ class GatedSampler:
     def __call__(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Model Runner V2 hands its batch over, V1 has one, which is empty in a run on made up inputs.
         batch = args[0] if args and hasattr(args[0], "req_ids") else self.runner.input_batch
-        wanted = self.gate.refused(batch.req_ids)
+        wanted = {} if self.gate.stage == "aside" else self.gate.refused(batch.req_ids)
         if not wanted:
             return self.sampler(logits, *args, **kwargs)
         output = self.sampler(self.forced(logits, wanted), *args, **kwargs)

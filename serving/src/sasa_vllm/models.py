@@ -47,7 +47,7 @@ class GuardedModel:
         if self.probe is None:
             raise RuntimeError(f"no weights were loaded, and no probe, so this model must not answer. {HOW_TO_LOAD}")
         self.probe = tuple(tensor.to(next(self.parameters()).device) for tensor in self.probe)
-        self.gate, gate.lane = gate, guard_decoder(self.get_language_model(), self.sasa, self.probe)
+        self.gate, gate.lane = gate, guard_decoder(self.get_language_model(), self.sasa, self.probe, gate)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         probe = {}
@@ -85,6 +85,8 @@ class GuardedDecoder:
         deepstack_input_embeds: Any = None,
     ) -> Tensor:  # fmt: skip
         """The end of the main lane, the projection, safety and semantic state, (tokens, 4 * hidden)."""
+        if self.gate.stage == "aside":  # in the proof, whose prompt has no picture. What is compiled does not ask
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds).repeat(1, 4)
         # What Qwen3-VL adds of a picture behind its first blocks, (tokens, hidden) each.
         added = [] if deepstack_input_embeds is None else list(deepstack_input_embeds.tensors.values())
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (tokens, hidden)
@@ -111,7 +113,7 @@ def tap(hidden: Tensor, residual: Tensor, safety: Tensor | None, epsilon: float)
 tap.register_fake(lambda hidden, *_: tuple(torch.empty_like(hidden) for _ in range(3)))
 
 
-def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any) -> Lane | None:
+def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any, gate: Any) -> Lane | None:
     """Let the decoder of a language model return the projection, if there is one, and give the lane for it."""
     graph = sasa["graph"]
     decoder = getattr(language_model, "model", language_model)
@@ -129,7 +131,7 @@ def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any) -> Lane
         raise ValueError("this model's probe reads logits (lane_head), and sasa-vllm does not. Use transformers.")
     if not tokens:
         return None
-    decoder.tapped = tuple(indices["tap"])  # the safety layer, then the semantic one
+    decoder.gate, decoder.tapped = gate, tuple(indices["tap"])  # the safety layer, then the semantic one
     decoder.epsilon = next(node["epsilon"] for node in graph if node["op"] == "projection")
     decoder.__class__ = type(f"Sasa{type(decoder).__name__}", (GuardedDecoder, type(decoder)), {})
     if not decoder.do_not_compile:  # what is compiled was chosen when the decoder was made: choose anew

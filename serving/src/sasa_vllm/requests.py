@@ -38,9 +38,7 @@ def check_request(sasa: dict[str, Any], request: Any) -> None:
     elif params is None:
         reason = "this guarded model generates text and nothing else. Send sampling parameters"
     elif params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
-        reason = (
-            "prompt_logprobs (and echo with logprobs) tell what the model would answer before it is judged. Send none"
-        )
+        reason = "prompt_logprobs (and echo with logprobs) tell of an answer before it is judged. Send none"
     elif begins_answer(sasa, request.prompt_token_ids):
         reason = (
             "the prompt begins the answer, or leaves a turn open (continue_final_message, or beam search), and the "
