@@ -38,7 +38,7 @@ HEAD = f"""\
 smol-llava, 30 blocks, in float32 on a CPU, one thread, no prefix cache, eager. A stock engine, a second one, and two
 guarded ones run in one process and take turns step by step: all prompts of a round run in the first step, and the
 others decode. What counts is the processor's time, and the ratio to the stock engine within a round. There are
-{SETS * min(ROUNDS.values())} to {SETS * max(ROUNDS.values())} rounds, in {SETS} processes. Written by `make bench-vllm`.
+{SETS * min(ROUNDS.values())} to {SETS * max(ROUNDS.values())} rounds, in {SETS} processes. `make bench-vllm` wrote it.
 """
 COLUMNS = "| | requests at once | stock, a second | this, a second | ratio: median (quartiles) |\n"
 COLUMNS += "| --- |" + " ---: |" * 4 + "\n"

@@ -56,7 +56,7 @@ models.tap = other
 BROKEN = {
     "no gate at the sampler": "worker.GatedSampler = lambda sampler, gate, runner: sampler",
     "a gate behind the first token": REFUSING_LATE,
-    "another refusal": "refused = gate.Gate.refused; gate.Gate.refused = lambda *args: dict.fromkeys(refused(*args), 5)",
+    "another refusal": "refused = gate.Gate.refused; gate.Gate.refused = lambda *all: dict.fromkeys(refused(*all), 5)",
     "a gate that refuses all": "lane.Lane.judge = lambda self, tails: torch.full((len(tails),), float('nan'))",
     "no cap on the prefix cache": NO_CAP,
     "another main lane": ANOTHER_LANE,
