@@ -1,5 +1,7 @@
 """All options of a patch, in one frozen value. The flags of the command line are made from it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields
 from functools import partial
 from math import inf
