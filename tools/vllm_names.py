@@ -95,7 +95,7 @@ def names_of(node: ast.AST) -> set[str]:
     return {ast.unparse(part) for part in flat}
 
 
-def told(node: ast.AST) -> tuple[str, str]:
+def parts_of(node: ast.AST) -> tuple[str, str]:
     """The signature of a definition, and its body, without comments, docstrings and annotations of arguments."""
     node = copy.deepcopy(node)
     for inner in ast.walk(node):
@@ -105,8 +105,8 @@ def told(node: ast.AST) -> tuple[str, str]:
             inner.annotation = None
     if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
         return "", ""  # of an attribute, that it is there
-    given = ", ".join(map(ast.unparse, node.bases if isinstance(node, ast.ClassDef) else [node.args]))
-    return f"({given})", "\n".join(map(ast.unparse, node.body))
+    arguments = ", ".join(map(ast.unparse, node.bases if isinstance(node, ast.ClassDef) else [node.args]))
+    return f"({arguments})", "\n".join(map(ast.unparse, node.body))
 
 
 def relied_on(source: Path, table: Path) -> list[Name]:
@@ -124,7 +124,7 @@ def compared(before: Wheel, after: Wheel, name: Name) -> str:
     old, new = (wheel.find(name[0], name[1].removesuffix("*")) for wheel in (before, after))
     if old is None or new is None:
         return "gone" if new is None else "differs: not in the first wheel"
-    (signature, body), (another, other) = told(old[1]), told(new[1])
+    (signature, body), (another, other) = parts_of(old[1]), parts_of(new[1])
     if signature != another and not name[1].endswith("*"):
         return f"differs: signature, {signature} is now {another}"
     return "same" if (signature, body) == (another, other) else "differs: body"

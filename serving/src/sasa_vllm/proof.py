@@ -45,7 +45,7 @@ def answer(engine: Any, name: str, sasa: dict[str, Any]) -> list[int]:
     scheduler, executor, length = engine.scheduler, engine.model_executor, engine.vllm_config.model_config.max_model_len
     refusal, opening, size = sasa["refusal_token_ids"], sasa["generation_prompt_ids"], scheduler.hash_block_size
     # It ends one token behind a block, which the prefix cache then must not spare, since the lane reads more.
-    words = min(1 + -len(opening) % size, length - len(opening) - len(refusal))
+    words = max(0, min(1 + -len(opening) % size, length - len(opening) - len(refusal)))
     params = vllm.SamplingParams(temperature=0.0, max_tokens=len(refusal))
     request = Request(name, [*(refusal[:-1] * size)[:words], *opening], params, None)
     request.block_hashes = [b"sasa %d" % block for block in range(length // size + 1)]
