@@ -15,7 +15,7 @@ MODEL ?= build/patched
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow api matrix families foreign fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory figures bench-gpu bench-vllm test-vllm soak-vllm compat test-oldest newest oldest clean
+.PHONY: setup demo test test-slow api docs matrix families foreign fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory figures bench-gpu bench-vllm test-vllm soak-vllm test-mlx compat test-oldest newest oldest clean
 
 setup: $(STAMP)
 
@@ -60,14 +60,14 @@ test-oldest: $(OLDEST_STAMP)
 compat: setup
 	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
 	@$(BIN)/python $(INSTALL) '.[compat]'
-	@$(BIN)/python tools/compatibility.py $(MODEL) --out docs/compatibility.md
+	@$(BIN)/python tools/compatibility.py $(MODEL) --out docs/results/compatibility.md
 
 # To renew constraints.txt and constraints-oldest.txt, behind the lines of their heads.
 COMPILE := $(BIN)/python -m uv pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml
 newest oldest: setup
 	@$(BIN)/python $(INSTALL) '.[compat]'
 	@$(COMPILE) $(if $(filter oldest,$@),--resolution lowest-direct --extra test,\
-		$(addprefix --extra ,test lint matrix training compat))
+		$(addprefix --extra ,test lint matrix training compat docs))
 
 # Every way of running, and what became of it as a table; quantized sources. With torchao installed everything that
 # imports transformers warns, so this environment is one of its own.
@@ -77,7 +77,7 @@ matrix:
 	@$(MATRIX)/bin/python $(INSTALL) '.[test,matrix]'
 	@rm -f build/matrix.xml
 	-@$(ALONE) $(MATRIX)/bin/python $(PYTEST) --junitxml=build/matrix.xml tests/bypass/test_matrix.py
-	@$(MATRIX)/bin/python tools/write_tables.py matrix docs/bypass-matrix.md build/matrix.xml
+	@$(MATRIX)/bin/python tools/write_tables.py matrix docs/results/bypass-matrix.md build/matrix.xml
 	@$(ALONE) $(MATRIX)/bin/python $(PYTEST) tests/models/test_quantized.py
 
 # Every family, fast tests and slow ones, ONNX among them, and what became of it as a table.
@@ -85,11 +85,17 @@ FAMILIES := tests/runtime/test_families.py $(addprefix tests/onnx_format/test_on
 families: setup
 	@rm -f build/families.xml
 	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/families.xml $(FAMILIES)
-	@$(BIN)/python tools/write_tables.py families docs/families.md build/families.xml
+	@$(BIN)/python tools/write_tables.py families docs/results/families.md build/families.xml
 
-# docs/api.md, what Python code may use.
+# docs/reference/: what Python code may use, the gate's settings, the command line.
 api: setup
-	@$(BIN)/python tools/write_api.py docs/api.md
+	@$(BIN)/python tools/write_api.py docs/reference
+
+# The pages under docs/ as a site under build/site.
+docs: setup
+	@$(BIN)/python $(INSTALL) '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html is the first page."
 
 # Decoders that others' tools export, each tool in an environment of its own, and what became of them as a table.
 FOREIGN := build/foreign
@@ -114,7 +120,7 @@ $(FOREIGN)/.made: $(BUILDER)/.installed $(OPTIMUM)/.installed tests/foreign/sour
 foreign: setup $(GENAI_STAMP) $(FOREIGN)/.made
 	@rm -f build/foreign.xml
 	-@$(ALONE) $(BIN)/python $(PYTEST) --junitxml=build/foreign.xml tests/foreign
-	@$(BIN)/python tools/write_tables.py foreign docs/foreign-graphs.md build/foreign.xml
+	@$(BIN)/python tools/write_tables.py foreign docs/results/foreign-graphs.md build/foreign.xml
 
 # sasa-vllm needs vLLM, whose dependencies clash with those of sasa-export: an environment of its own, with vLLM for CPUs.
 VLLM := build/vllm-venv
@@ -135,7 +141,7 @@ sasa-vllm: $(VLLM_STAMP)
 # Writes the table of what was tried to get around the gate.
 test-vllm: setup sasa-vllm
 	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving
-	@cd serving && SASA_VLLM_TABLE=$(CURDIR)/docs/vllm-bypass.md $(ALONE) ../$(VLLM)/bin/python -m pytest \
+	@cd serving && SASA_VLLM_TABLE=$(CURDIR)/docs/results/vllm-bypass.md $(ALONE) ../$(VLLM)/bin/python -m pytest \
 		-n 2 --dist loadfile $(ARGS)
 
 soak-vllm: setup sasa-vllm
@@ -145,7 +151,23 @@ soak-vllm: setup sasa-vllm
 bench-vllm: setup sasa-vllm
 	@$(ALONE) $(BIN)/python serving/tests/reference.py build/serving smol
 	@$(ALONE) $(BIN)/python benchmarks/vllm_cost.py build/serving/smol --make
-	@$(ALONE) $(VLLM)/bin/python benchmarks/vllm_cost.py build/serving/smol --out docs/vllm-cost.md
+	@$(ALONE) $(VLLM)/bin/python benchmarks/vllm_cost.py build/serving/smol --out docs/results/vllm-cost.md
+
+# mlx-vlm, whose newer libraries clash with those of sasa-export, without torch; mlx is for CPUs where there is no Metal.
+# ARGS="-m slow" asks smol-llava too, which takes an hour on a CPU.
+MLX := build/mlx-venv
+MLX_STAMP := $(MLX)/.installed
+$(MLX_STAMP): mlx-tests/constraints.txt
+	@echo "Installing into $(MLX); on an empty machine this takes two minutes or more."
+	@test -x $(MLX)/bin/pip || $(PYTHON) -m venv $(MLX)
+	@$(MLX)/bin/python -m pip install --quiet --disable-pip-version-check -c mlx-tests/constraints.txt \
+		$(if $(filter Darwin,$(shell uname)),mlx,'mlx[cpu]') mlx-vlm hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@
+
+test-mlx: setup $(MLX_STAMP)
+	@$(ALONE) $(BIN)/python serving/tests/reference.py build/mlx llava qwen2_vl qwen2_5_vl qwen3_vl
+	@$(if $(findstring slow,$(ARGS)),$(ALONE) $(BIN)/python mlx-tests/reference.py build/mlx/smol)
+	@cd mlx-tests && $(ALONE) ../$(MLX)/bin/python -m pytest -n 2 --dist load -m "not slow" $(ARGS)
 
 # More inputs than the test suite tries.
 FUZZED := $(addprefix tests/bypass/test_,fail_closed.py fuzz_inputs.py) tests/writers/test_faults.py \
@@ -160,35 +182,36 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	@$(BIN)/python benchmarks/torch_cost.py --out docs/cost.md
+	@$(BIN)/python benchmarks/torch_cost.py --out docs/results/cost.md
 
 # Judges a patched directory, one of smol-llava unless another is given: make bench-published MODEL=patched/
 bench-published: setup
 	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
-	@$(BIN)/python benchmarks/published.py --model $(MODEL) --dtype bfloat16 --out docs/published.md
+	@$(BIN)/python benchmarks/published.py --model $(MODEL) --dtype bfloat16 --out docs/results/published.md
 
 bench-gate: setup
-	@$(BIN)/python benchmarks/gate_cost.py --out docs/gate-cost.md
+	@$(BIN)/python benchmarks/gate_cost.py --out docs/results/gate-cost.md
 
 bench-score: setup
 	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
 	@test -d $(MODEL)-onnx || $(BIN)/sasa-export --model smol-llava --format onnx --out $(MODEL)-onnx
-	@$(BIN)/python benchmarks/score_cost.py $(MODEL) $(MODEL)-onnx --out docs/score-cost.md
+	@$(BIN)/python benchmarks/score_cost.py $(MODEL) $(MODEL)-onnx --out docs/results/score-cost.md
 
 bench-onnx: setup
-	@$(BIN)/python benchmarks/onnx_cost.py --tokens 256 --out docs/onnx-cost.md
+	@$(BIN)/python benchmarks/onnx_cost.py --tokens 256 --out docs/results/onnx-cost.md
 
 bench-memory: setup
-	@$(BIN)/python benchmarks/export_memory.py --onnx-dtypes float16,float32 --out docs/onnx-memory.md
+	@$(BIN)/python benchmarks/export_memory.py --onnx-dtypes float16,float32 --out docs/results/onnx-memory.md
 
 # Every table with figures, for hours of a quiet machine.
 FIGURES := families matrix foreign compat test-vllm bench bench-published bench-gate bench-score bench-onnx \
 	bench-memory bench-vllm
 figures: $(FIGURES)
+	@$(BIN)/python tools/draw_readme.py $(MODEL) docs/pictures/readme.png
 	@$(BIN)/sasa-export evaluate --model $(MODEL) --dtype bfloat16 --out build/evaluate --force
-	@cp build/evaluate/report.md build/evaluate/evaluate.json build/evaluate/*.png docs/evaluate
+	@cp build/evaluate/report.md build/evaluate/evaluate.json build/evaluate/*.png docs/results/evaluate
 	@$(BIN)/sasa-export locate --model smol-llava --dtype bfloat16 --out build/locate --force
-	@cp build/locate/report.md build/locate/locate.json build/locate/*.png docs/locate
+	@cp build/locate/report.md build/locate/locate.json build/locate/*.png docs/results/locate
 
 # Needs an NVIDIA GPU.
 bench-gpu: setup

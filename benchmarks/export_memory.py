@@ -1,6 +1,6 @@
 """How much memory an ONNX export takes, on LLaVA-1.5-7B's exact shapes with random weights and few language blocks.
 
-    python benchmarks/export_memory.py [--blocks 2,3,4] [--onnx-dtypes float16,float32,int4] [--out docs/onnx-memory.md]
+    python benchmarks/export_memory.py [--blocks 2,3,4] [--onnx-dtypes float16,int4] [--out docs/results/onnx-memory.md]
 
 For each number of blocks a model is written to disk, and the real command exports it, with a random probe and
 `--verify files`, in a process of its own. A straight line through the measurements says what 32 blocks would take.

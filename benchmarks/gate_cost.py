@@ -5,7 +5,7 @@
 - second turn: a short prompt on the cache of a first one, of about 500 to 32,000 tokens.
 - cache: bytes per token.
 
-    python benchmarks/gate_cost.py [--out docs/gate-cost.md]
+    python benchmarks/gate_cost.py [--out docs/results/gate-cost.md]
 """
 
 from __future__ import annotations

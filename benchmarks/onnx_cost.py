@@ -1,6 +1,6 @@
 """What the gate costs in ONNX on a CPU, beside a plain export of the same model by the same code, and torch.
 
-python benchmarks/onnx_cost.py [--out docs/onnx-cost.md]
+python benchmarks/onnx_cost.py [--out docs/results/onnx-cost.md]
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ from side_by_side import (
     make_pair,
     prefill,
 )
+
+from sasa_export.gate import GateSpec
+from sasa_export.graph import LayerGraph
+from sasa_export.models import open_source
+from sasa_export.probe.fit import Probe
+from sasa_export.report import Silent
+from sasa_export.writers.directory import Patch
 
 PLAIN, GUARDED = "plain", "guarded"
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -137,16 +144,22 @@ def embeddings(pair: Pair) -> np.ndarray:
 
 def write_decoders(pair: Pair, place: Path, dtype: str = "float32") -> dict[str, Path]:
     """Write the plain and the guarded decoder, each in a directory of its own. Returns their paths."""
-    from sasa_export.writers.onnx.graphs import decoder_graph, write_model
-    from sasa_export.writers.onnx.layout import stock_type
-    from sasa_export.writers.onnx.recipes import recipe_of
+    from sasa_export.onnx.export import export
+    from sasa_export.onnx.plain import decoder_graph, write_model
+    from sasa_export.onnx.recipes import recipe_of
 
-    recipe = recipe_of(stock_type(pair.plain.config.model_type))
-    paths = {name: place / name / "decoder.onnx" for name in (PLAIN, GUARDED)}
-    for path, model in zip(paths.values(), (pair.plain, pair.guarded), strict=True):
-        path.parent.mkdir()
+    (place / PLAIN).mkdir()
+    (place / GUARDED).mkdir()
+    gate, found = GateSpec.from_json(pair.guarded.config.sasa), pair.guarded.sasa.probe
+    probe = Probe(found.weight.detach().numpy(), float(found.get_buffer("bias")), gate.threshold)
+    source = open_source(pair.plain.name_or_path)
+    patch = Patch(place, source, LayerGraph(()), gate, probe, None, (), "float32", "cpu")
+    told = export(patch, place / GUARDED, opset=23, dtype=dtype, report=Silent()).gate
+    paths = {PLAIN: place / PLAIN / "decoder.onnx", GUARDED: place / GUARDED / (told.graphs or {})["decoder"]}
+    for model in (pair.plain, pair.guarded):
         model.to(torch.float16 if dtype == "float16" else torch.float32)
-        write_model(decoder_graph(model, recipe, opset=23, dtype=dtype), path)
+    recipe = recipe_of(pair.plain.config.model_type)
+    write_model(decoder_graph(pair.plain, recipe, opset=23, dtype=dtype), paths[PLAIN])
     return paths
 
 
@@ -162,7 +175,9 @@ def costs(pair: Pair, settings: Settings, place: Path) -> list[Row]:
     whole = timed("prompt", prefill(pair.guarded, pair.text), settings.rounds)
     second = timed("second_turn", None, settings.rounds)
     steps = timed("step", decoding(pair.guarded, pair.text), settings.new_tokens)
-    sizes = {name: sum(file.stat().st_size for file in path.parent.iterdir()) for name, path in paths.items()}
+    sizes = {
+        name: sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) for name, path in paths.items()
+    }
     tokens = f"{embeds.shape[1]} tokens"
     return [
         compare(f"prefill of {tokens} against the plain graph", whole.guarded, whole.plain),

@@ -2,7 +2,7 @@
 
 Nothing is fitted or chosen on them. They are read in pinned wheels, and stay there.
 
-    python benchmarks/published.py --model patched/ [--out docs/published.md] [--limit 8]
+    python benchmarks/published.py --model patched/ [--out docs/results/published.md] [--limit 8]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pandas as pd
 from side_by_side import made_of
 
 from sasa_export.errors import EvaluateError, SasaExportError
+from sasa_export.gate import GateSpec
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import rewrite_lane
 from sasa_export.models.wheels import Wheel, fetch
@@ -185,11 +186,11 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
     with report.bar(len(prompts), "prompts") as advance:
         features = collect(model, original.processor, lane_of(subject), prompts, batch_size=BATCH, advance=advance)
     own = read_probe(_probe_file(subject.options.model), None)
-    lane = features.plain if subject.sasa["safety_layer"] is None else features.projected  # (prompts, features)
+    lane = features.plain if subject.gate.safety_layer is None else features.projected  # (prompts, features)
     arms = {
-        "patched model": (_read(lane, own.weight, own.bias), subject.sasa["threshold"]),
+        "patched model": (_read(lane, own.weight, own.bias), subject.gate.threshold),
         "without projection": probe(probes, "plain", features.plain, subject.calibration, subject.rate),
-        "bag of words": words(subject.calibration, prompts, subject.rate),
+        "bag of words": words(probes, subject.calibration, prompts, subject.rate),
     }
     table = pd.DataFrame(
         {
@@ -206,8 +207,8 @@ def judged(subject: Subject, prompts: Sequence[Prompt], report: Console) -> tupl
 
 def fitted_for(subject: Subject, model: Any, report: Console) -> Fitted:
     """Probes on the calibration set of the patched model: the bundled ones, or fitted here."""
-    if subject.bundled is not None:
-        return subject.bundled
+    if subject.fitted is not None:
+        return subject.fitted
     prompts, lane = subject.calibration, lane_of(subject)
     with report.bar(len(prompts), "calibration") as advance:
         features = collect(model, subject.original.processor, lane, prompts, batch_size=BATCH, advance=advance)
@@ -264,17 +265,17 @@ def tables(judged: pd.DataFrame, thresholds: dict[str, float]) -> dict[str, pd.D
     return {name: pd.DataFrame(rows) for name, rows in found.items()}
 
 
-def attack_success(prompts: Sequence[Prompt], plain: Any, patched: Any, sasa: dict[str, Any]) -> pd.DataFrame:
+def attack_success(prompts: Sequence[Prompt], plain: Any, patched: Any, gate: GateSpec) -> pd.DataFrame:
     """The share of harmful requests that are answered without a refusal phrase, before and after."""
     from sasa_export.research.evaluate.arms import is_refusal
 
-    gate = patched.are(sasa["refusal_token_ids"]) & (patched.scores >= sasa["threshold"])  # (prompts,)
+    refused = patched.are(gate.refusal_token_ids) & (patched.scores >= gate.threshold)  # (prompts,)
     table = pd.DataFrame(
         {
             "set": [prompt.source for prompt in prompts],
             "form": [prompt.channel for prompt in prompts],
             "before": [not is_refusal(text) for text in plain.texts],
-            "after": [not (no or is_refusal(text)) for no, text in zip(gate, patched.texts, strict=True)],
+            "after": [not (no or is_refusal(text)) for no, text in zip(refused, patched.texts, strict=True)],
         }
     )[[prompt.label == 1 for prompt in prompts]]
     rows = [
@@ -349,7 +350,7 @@ def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: C
         model=model.resolve().name,
         baseline=last_name(original.source.name),
         calibrated_on=subject.calibrated_on,
-        threshold=subject.sasa["threshold"],
+        threshold=subject.gate.threshold,
         **running_as(original),
         made_of=made_of(),
         wheels=", ".join(wheel.requirement for wheel in WHEELS),
@@ -358,7 +359,7 @@ def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: C
         ordinary=len({prompt.group for prompt in alone if prompt.source == ORDINARY}),
         **{name: markdown_table(table) for name, table in tables(judgements, thresholds).items()},
         tokens=TOKENS,
-        attack=markdown_table(attack_success(asked, before, after, subject.sasa)),
+        attack=markdown_table(attack_success(asked, before, after, subject.gate)),
         same=same,
         off=np.abs(read - after.scores).max(),
     )

@@ -3,7 +3,7 @@
 Both run over the same prompts of the built-in calibration set, in the same batches, from the data to the numbers: the
 original only passes over each prompt. Graphs take one prompt at a time, and so does what they are compared with.
 
-    python benchmarks/score_cost.py PATCHED GRAPHS [--out docs/score-cost.md]
+    python benchmarks/score_cost.py PATCHED GRAPHS [--out docs/results/score-cost.md]
 
 PATCHED is a patched directory of safetensors, GRAPHS one of ONNX graphs, both made of the same model.
 """

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from sasa_export.flags import flags, option
-from sasa_export.graph import lane_tokens
+from sasa_export.gate import GateSpec
 from sasa_export.models import open_source
 from sasa_export.models.load import read_sizes
 from sasa_export.options import Options
@@ -78,14 +78,14 @@ class Pair:
 
     @property
     def blocks(self) -> int:
-        return sum(node["op"] == "block" for node in self.guarded.config.sasa["graph"])
+        return GateSpec.from_json(self.guarded.config.sasa).blocks
 
     @property
     def settings(self) -> str:
         """Where the gate is, in words."""
-        sasa = self.guarded.config.sasa
-        tokens, layers = lane_tokens(sasa["graph"]), (sasa["safety_layer"], sasa["semantic_layer"])
-        return f"safety layer {layers[0]}, semantic layer {layers[1]}, second lane over {tokens} tokens"
+        gate = GateSpec.from_json(self.guarded.config.sasa)
+        layers = f"safety layer {gate.safety_layer}, semantic layer {gate.semantic_layer}"
+        return f"{layers}, second lane over {gate.lane_tokens} tokens"
 
 
 def make_pair(settings: Settings, work: Path) -> Pair:

@@ -7,7 +7,7 @@
 - patching: time and peak memory of `sasa-export --probe ... --verify files` in a process of its own, against `cp` and
   against starting Python with torch and transformers, which most of it is.
 
-    python benchmarks/torch_cost.py [--out docs/cost.md]
+    python benchmarks/torch_cost.py [--out docs/results/cost.md]
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ MODULES = {"patch": "sasa_export.pipeline", "verify_directory": "sasa_export.ver
 
 
 def __getattr__(name: str) -> Any:
-    """Import what does the work when it is asked for: `sasa-export --help` answers without it."""
+    """Import the modules behind `patch` and `verify_directory` on first use, to keep `sasa-export --help` fast."""
     if name == "__version__":
         return version("sasa-export")
     if name in MODULES:

@@ -1,4 +1,4 @@
-"""The command line: flags, progress, exit codes. What is done stands elsewhere."""
+"""The command line: flags, progress and exit codes. Other modules do the work."""
 
 import signal
 import sys
@@ -19,7 +19,7 @@ EVERY = f"{__name__}.every"  # set in the context while --help-all prints
 
 
 class Main(click.Group):
-    """Shows the common options, or all of them under their headings, and prints errors of ours in one line."""
+    """A group that shows the common options (or, for --help-all, all) and prints our errors in one line."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         settings: dict[str, Any] = {entry.name: entry.metadata for entry in fields(Options)}
@@ -36,7 +36,7 @@ class Main(click.Group):
         self.format_commands(context, formatter)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        # A polite kill unwinds like Ctrl-C, so that what is half-written is cleaned away.
+        # SIGTERM raises SystemExit, so that context managers remove unfinished output.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             return super().main(*args, **kwargs)
@@ -52,7 +52,7 @@ class Main(click.Group):
 
 
 def help_all(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """Print the help with every option in it."""
+    """Print the help with all options, then exit."""
     if value:
         context.meta[EVERY] = True
         click.echo(context.get_help())
@@ -73,8 +73,8 @@ def main(context: click.Context, /, **values: Any) -> None:
     sasa-export --model llava --out patched/
     sasa-export --model ./my-llava --out patched/ --safety-layer 13 --semantic-layer 15
 
-    The result loads with plain from_pretrained, judges every prompt before it answers, refuses the harmful ones,
-    and answers the others exactly as the original.
+    The patched model loads with plain from_pretrained and judges every prompt before it answers. It refuses harmful
+    prompts, and answers all others exactly as the original model.
     """
     if context.invoked_subcommand is not None:
         for parameter in main.params:
@@ -100,7 +100,7 @@ def main(context: click.Context, /, **values: Any) -> None:
 @click.option("--semantic-layer", type=int, help="Zero-based. Default: likewise.")
 @click.option("--lane-tokens", type=COUNT, default=REACH, show_default=True, help=LANE_TOKENS)
 def trace(model: str, safety_layer: int | None, semantic_layer: int | None, lane_tokens: int) -> None:
-    """Observe a model's decoder, and draw it before and after the rewrite (Mermaid)."""
+    """Draw a decoder before and after the rewrite (Mermaid)."""
     quiet()
     from sasa_export.graph.diagram import mermaid
     from sasa_export.graph.rewrite import LaneSettings, rewrite
@@ -123,7 +123,7 @@ def trace(model: str, safety_layer: int | None, semantic_layer: int | None, lane
 @click.option("--files", "only_files", is_flag=True, help="Check what needs no model in memory.")
 @click.option("--load", help="Load it as one is served, and say what that costs: bfloat16, bnb-nf4, quanto-int8 ...")
 def verify(directory: Path, device: str, only_files: bool, load: str | None) -> None:
-    """Check a patched directory again: its files, its verdicts, its answers."""
+    """Check a patched directory's files, verdicts and answers."""
     quiet()
     from sasa_export.verify import verify_directory
 
@@ -139,10 +139,11 @@ def verify(directory: Path, device: str, only_files: bool, load: str | None) -> 
 @main.command()
 @flags(LocateOptions)
 def locate(**values: Any) -> None:
-    """Find where a model perceives danger, understands and speaks, and propose its layers.
+    """Propose a model's safety layer and semantic layer.
 
-    Writes report.html, which opens without a network, with its pictures, report.md and locate.json. An interrupted run
-    goes on where it stopped when the same command is given again; accelerate launch spreads it over processes.
+    Measures in which blocks a model perceives danger, understands and speaks. Writes report.html (which needs no
+    network), report.md, locate.json and pictures. Give the same command again to resume an interrupted run. Start it
+    with accelerate launch to share the work among several processes.
     """
     quiet()
     from sasa_export.research.locate.run import locate
@@ -153,12 +154,11 @@ def locate(**values: Any) -> None:
 @main.command()
 @flags(EvaluateOptions)
 def evaluate(**values: Any) -> None:
-    """Measure what a patched model refuses, and what it still answers as before.
+    """Measure what a patched model refuses and answers.
 
-    Arms side by side on the same prompts: the plain model, the patched model, a probe without projection, and words
-    alone. Writes report.html, which opens without a network, with its pictures, report.md, evaluate.json and
-    answers.jsonl. An interrupted run goes on where it stopped when the same command is given again; accelerate launch
-    spreads it over processes.
+    Compares the plain model, the patched model, a probe without projection, and words alone, on the same prompts.
+    Writes report.html (which needs no network), report.md, evaluate.json, answers.jsonl and pictures. Give the same
+    command again to resume an interrupted run. Start it with accelerate launch to share it among several processes.
     """
     quiet()
     from sasa_export.research.evaluate.run import evaluate
@@ -184,10 +184,10 @@ def evaluate(**values: Any) -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Prompts at a time.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..., or spread.")
 def score(**values: Any) -> None:
-    """Judge prompts that need no labels: P(unsafe) and verdict of each, and how they are spread.
+    """Give P(unsafe) and a verdict for unlabelled prompts.
 
-    DIRECTORY is a patched one, of safetensors or of ONNX graphs. DATA is a JSONL file, {"image": path or null,
-    "prompt": text} a line, or what --calibration takes.
+    DIRECTORY is a patched directory, of safetensors or of ONNX graphs. DATA is a JSONL file with one object per line,
+    {"image": path or null, "prompt": text}, or any value that --calibration takes.
     """
     quiet()
     from sasa_export.research.score import score

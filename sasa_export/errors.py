@@ -1,13 +1,13 @@
-"""What can go wrong, by the stage it goes wrong in; every message says what, why, and what to do."""
+"""The errors of sasa-export, one class per stage. Every message says what is wrong, why, and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class SasaExportError(Exception):
-    """The base of all errors that sasa-export raises on purpose.
+    """The base class of all errors that sasa-export raises on purpose.
 
-    The message keeps to one line of printable letters, whatever names of files and records it holds.
+    The message is one line of printable characters. Other characters, for example in file names, are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,11 +23,11 @@ class CalibrationError(SasaExportError):
 
 
 class TraceError(SasaExportError):
-    """A model's layers are not what its family says."""
+    """A model's layers do not match its family's file."""
 
 
 class RewriteError(SasaExportError):
-    """A graph does not have what a rewrite pass needs."""
+    """A graph lacks a node that a rewrite pass needs."""
 
 
 class EmitError(SasaExportError):
@@ -39,7 +39,7 @@ class VerifyError(SasaExportError):
 
 
 class DataError(SasaExportError):
-    """A data set is not what it should be."""
+    """A data set is invalid."""
 
 
 class LocateError(SasaExportError):
@@ -52,8 +52,8 @@ class EvaluateError(SasaExportError):
 
 @contextmanager
 def reworded(kind: type[SasaExportError], message: str) -> Iterator[None]:
-    """Raise `kind` for whatever is raised within, but for our errors, its first line in the place of {reason} in the
-    message. For code of others, which fails in as many ways as there are files."""
+    """Raise `kind` for any exception in the block except SasaExportError. {reason} in the message becomes the first
+    line of that exception. For code of other libraries, which raise too many types to list."""
     try:
         yield
     except SasaExportError:

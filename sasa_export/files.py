@@ -1,8 +1,8 @@
-"""Write beside, then change places: an output directory is whole or not there, and one run at a time writes it.
+"""Atomic output: a run writes a directory beside the output, then swaps the two. One run at a time writes an output.
 
-Beside an output `out` there may lie, for as long as a run lasts: `.out.lock`, `.out.partial` (what is being written)
-and, where the file system cannot exchange two directories, `.out.replaced` (what is being replaced). A run that is
-killed leaves them; the next one clears them away.
+During a run, these may lie beside an output `out`: `.out.lock`, `.out.partial` (the new output) and, where the file
+system cannot exchange two directories, `.out.replaced` (the previous output). A killed run leaves them behind. The
+next run removes them.
 """
 
 import ctypes
@@ -25,11 +25,11 @@ WORKING_DIRECTORY = -100  # AT_FDCWD of Linux: relative paths start there
 
 @contextmanager
 def staged(out: Path, *, force: bool, needed_bytes: int = 0) -> Iterator[Path]:
-    """A fresh directory beside `out`, which takes its place when the block ends well and vanishes otherwise.
+    """Yield a new directory beside `out`. It replaces `out` if the block succeeds, and is deleted otherwise.
 
-    `out` is claimed for as long as the block runs.
+    `out` stays claimed during the block.
 
-    Raises EmitError where `out` is taken, not writable, or the disk too small or full, then or within the block.
+    Raises EmitError, before or in the block, where `out` is taken or not writable, or the disk too small or full.
     """
     out = out.resolve()
     with claimed(out), _explained(out):
@@ -47,20 +47,20 @@ def staged(out: Path, *, force: bool, needed_bytes: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def claimed(out: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep other runs from writing `out` while the block runs, and clear away what a killed one left beside it.
+    """Keep other runs from writing `out` during the block. First remove what a killed run left beside it.
 
-    The claim is a lock that the system drops with its process, so that a killed run leaves none. Within the block,
-    `claimed` and `staged` may be used again for the same `out`.
+    The claim is a lock that the operating system releases when the process ends, even when it is killed. Within the
+    block, `claimed` and `staged` may be used again for the same `out`.
 
     Args:
-        out: the output directory, there or not; missing directories above it are made.
+        out: the output directory, which need not exist. Missing parent directories are created.
         wait: wait for the other run instead of raising EmitError.
     """
     out = out.resolve()
-    lock = FileLock(_beside(out, "lock"), is_singleton=True)  # which may be taken again
+    lock = FileLock(_beside(out, "lock"), is_singleton=True)  # a singleton may be acquired again
     with _explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        # The lock would take a place that cannot be written for one that is taken.
+        # FileLock would report a directory that is not writable as locked by another run.
         tempfile.TemporaryFile(dir=out.parent).close()
         try:
             lock.acquire(timeout=-1 if wait else 0)
@@ -74,13 +74,13 @@ def claimed(out: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if outermost:
-            # Still locked, so that nobody can hold it: whoever waits for it sees that it is gone, and makes a new one.
+            # Removed while still locked: a waiting run sees that the file is gone, and makes a new one.
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one step, over one that is there. EmitError where that cannot be done."""
+    """Write a text file in one step, replacing an existing one. Raise EmitError where that fails."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -92,7 +92,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_apart(out: Path, *inputs: Path | None) -> None:
-    """Raise EmitError where writing `out` would remove a model or a file that it is made from."""
+    """Raise EmitError where one of the inputs, the source model or a file, lies in `out` and would be removed."""
     for path in inputs:
         if path is not None and path.resolve().is_relative_to(out.resolve()):
             what = "the source model itself" if path.is_dir() else str(path)
@@ -100,7 +100,7 @@ def check_apart(out: Path, *inputs: Path | None) -> None:
 
 
 def check_free(out: Path, *, force: bool) -> None:
-    """Raise EmitError where `out` is a file, not empty (unless `force`), the user's own, or cannot be replaced."""
+    """Raise EmitError where `out` is a file, a mount point, not empty (unless `force`), or contains home or cwd."""
     out = out.resolve()
     with _explained(out):
         if out.exists() and not out.is_dir():
@@ -116,7 +116,7 @@ def check_free(out: Path, *, force: bool) -> None:
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:
-    """Raise EmitError where the disk has not so much space left for `out`, whose parent is there."""
+    """Raise EmitError where the disk of `out` has too little free space. The parent of `out` must exist."""
     place = out.resolve().parent
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
@@ -129,7 +129,7 @@ def check_disk(out: Path, needed_bytes: int) -> None:
 def exchange(first: Path, second: Path) -> bool:
     """Exchange two paths in one step (Linux's renameat2, macOS's renamex_np).
 
-    False where that cannot be done here; then nothing has changed.
+    Return False where the system cannot do this. Then both paths are unchanged.
     """
     one, two = os.fsencode(first), os.fsencode(second)
     library = ctypes.CDLL(None)
@@ -137,7 +137,7 @@ def exchange(first: Path, second: Path) -> bool:
         if sys.platform == "darwin":
             return not library.renamex_np(one, two, SWAP)
         return not library.renameat2(WORKING_DIRECTORY, one, WORKING_DIRECTORY, two, SWAP)
-    except AttributeError:  # a C library without it
+    except AttributeError:  # the C library lacks the function
         return False
 
 
@@ -146,7 +146,7 @@ def _beside(out: Path, kind: str) -> Path:
 
 
 def _replace(staging: Path, out: Path) -> None:
-    """Put `staging` in the place of `out`: in one step, so that there is an output at every moment."""
+    """Move `staging` to `out`, in one step where the system can, so that an output exists at every moment."""
     if not out.exists() or not any(out.iterdir()):
         os.rename(staging, out)
     elif not exchange(staging, out):
@@ -158,7 +158,7 @@ def _replace(staging: Path, out: Path) -> None:
 
 
 def _sweep(out: Path) -> None:
-    """Remove what a killed run has left, and put back an output that it had moved aside."""
+    """Remove what a killed run left behind, and restore an output that it had moved aside."""
     replaced = _beside(out, "replaced")
     if replaced.exists() and not out.exists():
         os.rename(replaced, out)
@@ -168,7 +168,7 @@ def _sweep(out: Path) -> None:
 
 @contextmanager
 def _explained(out: Path) -> Iterator[None]:
-    """Raise EmitError for what the system refuses, be it told by a library that knows no OSError (safetensors)."""
+    """Raise EmitError for operating system errors. Safetensors reports a full disk with an error type of its own."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Options in frozen dataclasses: each field carries what click makes its flag of, by which Python's values go too."""
+"""Options as frozen dataclasses. A field's metadata defines its Click flag; its type converts Python values too."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from sasa_export.errors import SasaExportError
 
 
 class Number(click.FloatRange):
-    """A number in a range: NaN is in none."""
+    """A number in a range. NaN is refused."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         found = super().convert(value, param, ctx)
@@ -22,7 +22,7 @@ class Number(click.FloatRange):
 
 
 class WordOr(click.ParamType):
-    """A word in the place of what another type takes."""
+    """A Click type that takes one fixed word, or any value of another type."""
 
     def __init__(self, word: str, other: click.ParamType) -> None:
         self.word, self.other, self.name = word, other, f"{word}|{other.name}"
@@ -39,12 +39,12 @@ class WordOr(click.ParamType):
 def option(
     default: Any, help: str, type: Any = click.STRING, *, group: str = "Options", common: bool = False, **more: Any
 ) -> Any:
-    """A field of a dataclass of options.
+    """Return a field for a dataclass of options.
 
     Args:
-        type: click's, which takes or refuses a value. Of a bool it does not matter.
+        type: the Click type that converts and checks values. Ignored where the default is a bool.
         group: the heading in --help-all; `common`: whether --help shows it too.
-        more: of click's options: `multiple`, `required`.
+        more: further arguments of click.option: `multiple`, `required`.
     """
     more = {"is_flag": True} if isinstance(default, bool) else {"type": type, **more}
     if default is not None and not {"required", "multiple", "is_flag"} & set(more):
@@ -53,13 +53,13 @@ def option(
 
 
 def flag(name: str) -> str:
-    """The flag of a field."""
+    """Return the command-line flag of a field."""
     return "--" + name.replace("_", "-")
 
 
 class OptionSet:
-    """A base of dataclasses of options. Values are as the command line's: a path or number may be given as text, text
-    as a path, one value in place of several. SasaExportError where one is none that the option takes."""
+    """The base class of options. Values are converted as on the command line: a path or number may be text, text may
+    be a path, and a single value may replace a tuple. Raises SasaExportError where an option refuses its value."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ class OptionSet:
                 value = tuple(map(str, (value,) if isinstance(value, str | os.PathLike) else value))
             elif value is not None and "type" in about:
                 if isinstance(value, os.PathLike) and not isinstance(about["type"], click.Path):
-                    value = os.path.join(".", value)  # "llava" may be an alias, and "./llava" is none
+                    value = os.path.join(".", value)  # "llava" could be an alias, "./llava" cannot
                 try:
                     value = about["type"](value)
                 except click.BadParameter as error:
@@ -76,17 +76,17 @@ class OptionSet:
             object.__setattr__(self, entry.name, value)
 
     def check_default(self, *names: str, why: str) -> None:
-        """Raise SasaExportError where one of the fields is set."""
+        """Raise SasaExportError where one of the named fields differs from its default."""
         for entry in fields(self):  # type: ignore[arg-type]
             if entry.name in names and getattr(self, entry.name) != entry.default:
                 raise SasaExportError(f"{flag(entry.name)} {why}. Leave it out.")
 
 
 def flags(options: type, *, required: bool = True) -> Callable[[Any], Any]:
-    """A decorator that adds the flags of a dataclass of options to a Click command.
+    """Return a decorator that adds the flags of a dataclass of options to a Click command.
 
     Args:
-        required: whether Click asks for what is `required`, which a group with commands of its own cannot let it do.
+        required: whether Click enforces required options. It must not for a group, whose subcommands run without them.
     """
 
     def decorate(command: Any) -> Any:

@@ -1,4 +1,4 @@
-"""sasa-export.json: all options, versions, and the SHA-256 of every file, so that a change is seen."""
+"""sasa-export.json: all options, versions, and the SHA-256 of every file, to detect changes."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ PACKAGES = ("torch", "transformers", "safetensors", "scikit-learn", "numpy", "pi
 def write_manifest(
     directory: Path, known: Mapping[str, str | None], *, packages: Sequence[str] = (), **entries: Any
 ) -> None:
-    """Write the manifest over every file in `directory`.
+    """Write the manifest of every file in `directory`.
 
     Args:
-        known: digests that need not be computed again, by file name.
-        packages: further ones whose versions shape the result.
-        entries: what the manifest holds besides versions and digests.
+        known: digests that are already computed, by file name.
+        packages: further packages whose versions are recorded.
+        entries: further entries of the manifest, besides versions and digests.
     """
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
@@ -39,10 +39,10 @@ def write_manifest(
 
 
 def check_ours(out: Path) -> None:
-    """Raise EmitError where `out` holds a file that no manifest in it lists: --force would remove what is not ours."""
+    """Raise EmitError where `out` holds a file that no manifest in it lists. --force must not delete such files."""
     ours: set[str] = set()
     for path in out.rglob(MANIFEST):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one lists nothing
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged manifest lists nothing
             folder = path.parent.relative_to(out)
             ours |= {(folder / name).as_posix() for name in (MANIFEST, *json.loads(path.read_text("utf-8"))["files"])}
     others = sorted({path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} - ours)
@@ -55,6 +55,6 @@ def check_ours(out: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""All options of a patch, in one frozen value. The flags of the command line are made from it."""
+"""The options of an export, as one frozen dataclass. It also defines the flags of the command line."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ONNX_DTYPES = ("float32", "float16", "int8", "int4")
 OPSETS = (20, 23)
 GATES = ("enforce", "observe")
-TORCH_ALONE = ("revision", "projection", "opset", "onnx_dtype", "dtype")  # options
+TORCH_ALONE = ("revision", "projection", "opset", "onnx_dtype", "dtype")  # options that ONNX graphs do not take
 REFUSAL = "I'm sorry, but I cannot help with that request."
 
-# Help that several commands have in common.
+# Help texts that several commands share.
 REVISION = "Branch, tag or commit of a model on the hub. Default: its main branch."
 ONNX_FILE = (
     "Of a directory of ONNX graphs with several variants, the one that is meant: a file, or what its name ends with, "
@@ -50,7 +50,7 @@ LANE_TOKENS = (
 
 @dataclass(frozen=True)
 class Options(OptionSet):
-    """What `sasa-export --model ... --out ...` does, and with what."""
+    """The options of `patch`."""
 
     model: str = what("", "Alias, hub id (owner/name) or local directory.", common=True, required=True)
     out: Path = what(Path(), "Directory to write the patched model to.", PATH, common=True, required=True)
@@ -156,11 +156,11 @@ class Options(OptionSet):
     )
 
     def finds_layers(self) -> bool:
-        """Is a layer left to be found on the calibration prompts?"""
+        """Return whether a layer has to be found on the calibration prompts."""
         return AUTO in (self.safety_layer, self.semantic_layer)
 
     def check(self) -> None:
-        """Raise SasaExportError where options contradict each other or change nothing."""
+        """Raise SasaExportError where options contradict each other or have no effect."""
         if not self.refusal.strip():
             raise SasaExportError("--refusal is empty, and the model says it where it refuses. Give a sentence.")
         if self.probe is not None and self.calibration:
@@ -182,7 +182,7 @@ class Options(OptionSet):
             self.check_default("max_false_positive_rate", why="has no effect with --threshold, which it would choose")
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that shapes the result; where it is written, and with what load, does not."""
+        """Return every option that shapes the result. Output path, linking, batch size and device do not."""
         left_out = ("out", "force", "link", "batch_size", "device")
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in left_out}
         values["calibration"] = list(self.calibration) or None
@@ -190,12 +190,12 @@ class Options(OptionSet):
 
 
 def number_of(value: float | str) -> float | None:
-    """The number that an option has, or None for auto."""
+    """Return the number that an option has, or None for auto."""
     return None if value == AUTO else float(value)
 
 
 def check_for_graphs(options: OptionSet) -> None:
-    """Raise SasaExportError where options of a command have a value that does not go with ONNX graphs of others."""
+    """Raise SasaExportError where an option cannot be used with ONNX graphs that others exported."""
     options.check_default(*TORCH_ALONE, why="is not of use with ONNX graphs")
     if getattr(options, "format", "") == "both":
         raise SasaExportError("--format both is not of use with ONNX graphs. Leave it out.")

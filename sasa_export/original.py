@@ -1,16 +1,14 @@
-"""The unpatched model, opened: one for transformers (here), or ONNX graphs that others exported (`foreign.original`).
+"""The unpatched model, opened: a model for transformers (here), or graphs that others exported (`graph_original`).
 
-Both have the same attributes and methods, so that whoever patches, locates or evaluates does not ask which it is.
+Both have the same attributes and methods, so that the commands patch, locate and evaluate treat them alike.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sasa_export.foreign.opened import holds_graphs
 from sasa_export.graph.rewrite import LaneSettings, rewrite_lane
 from sasa_export.graph.trace import trace_source
 from sasa_export.layers.pairs import Pair
@@ -21,6 +19,8 @@ from sasa_export.manifest import write_manifest
 from sasa_export.models import Source, open_source
 from sasa_export.models.load import head_weight, load_processor, read_sizes, running, stock_classes
 from sasa_export.models.quantized import check_scheme
+from sasa_export.onnx.directory import check_possible, write_onnx_card, write_onnx_manifest
+from sasa_export.onnx.opened import holds_graphs
 from sasa_export.options import REACH, Options, check_for_graphs
 from sasa_export.probe import bundled
 from sasa_export.probe.calibration import Fitted, calibrate
@@ -28,31 +28,29 @@ from sasa_export.probe.features import Features, collect_on_disk, load_as_traced
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts import Prompt, for_model
 from sasa_export.report import Check, Silent, all_passed
-from sasa_export.runtime.settings import OPERATOR
 from sasa_export.verify import check_written
 from sasa_export.workers import workers
 from sasa_export.writers.card import write_card
 from sasa_export.writers.cases import Asked, ask
 from sasa_export.writers.config import write_config
 from sasa_export.writers.directory import Patch, write_beside
-from sasa_export.writers.onnx.directory import check_possible, write_onnx_card, write_onnx_manifest
 from sasa_export.writers.weights import write_weights
 
 if TYPE_CHECKING:
-    from sasa_export.foreign.original import GraphOriginal
+    from sasa_export.graph_original import GraphOriginal
 
 Original: TypeAlias = "TorchOriginal | GraphOriginal"
 
 
 def are_graphs(options: Any) -> bool:
-    """Is the model of a command's options a directory of ONNX graphs that others exported?"""
+    """Return whether the model of a command's options is a directory of ONNX graphs that others exported."""
     return bool(options.onnx_file) or holds_graphs(options.model)
 
 
 def open_original(options: Any) -> Original:
-    """Open and trace the model of a command's options; no weights are loaded. SasaExportError says what is wrong."""
+    """Open and trace the model of a command's options, without loading weights. Raise SasaExportError on failure."""
     if are_graphs(options):
-        from sasa_export.foreign.original import GraphOriginal  # a lean installation has no onnx
+        from sasa_export.graph_original import GraphOriginal  # a lean installation lacks onnx
 
         check_for_graphs(options)
         return GraphOriginal(options.model, options.onnx_file)
@@ -64,7 +62,7 @@ def open_original(options: Any) -> Original:
 
 
 def running_as(original: Original) -> dict[str, str]:
-    """How it runs, as reports and finished work name it: any one CUDA device is like the others."""
+    """Return dtype and device as reports and finished work name them. All CUDA devices have the same name."""
     return {"dtype": original.dtype, "device": original.device.partition(":")[0]}
 
 
@@ -72,11 +70,11 @@ class TorchOriginal:
     """A model for transformers.
 
     Attributes:
-        graph: its main lane.
-        dtype, device: what it runs in and on, once it is `loaded`, before which it is only opened.
-        more: what config.json says of the gate besides.
-        sees: it can be asked about pictures.
-        model: the weights.
+        graph: the main lane.
+        dtype, device: the type and the device in which `loaded` loads the weights.
+        more: further settings of the gate for config.json.
+        sees: whether prompts may have pictures.
+        model: the model with its weights, None outside `loaded`.
     """
 
     more: Mapping[str, Any] = {}
@@ -89,20 +87,20 @@ class TorchOriginal:
         self.dtype, self.device = running(source, dtype, workers().device(device))
 
     def readable(self, prompts: Sequence[Prompt], report: Silent) -> list[Prompt]:
-        """The prompts as the model is asked them."""
-        return for_model(prompts, self.processor)
+        """Return the prompts that the model can read, in the form in which it reads them."""
+        return for_model(prompts, self.processor, report)
 
     def check_lane(self, settings: LaneSettings) -> str:
-        """What is told of the lane, which is right as soon as the graph is."""
+        """Return the status line of the lane. A torch lane needs no self-test."""
         return f"{len(self.graph.of('block'))} blocks as graphs/{self.source.family.name}.toml says"
 
     def shipped(self, settings: LaneSettings, options: Options) -> Fitted | None:
-        """The probe that needs no calibration."""
+        """Return the bundled probe, which needs no calibration, or None."""
         return bundled.read(self.source.name, settings, options.calibration, options.regularization)
 
     @contextmanager
     def loaded(self, prompts: Sequence[Prompt], report: Silent) -> Iterator[None]:
-        """The weights are in memory while the context lasts, and the model runs as it was traced."""
+        """Keep the weights in memory during the context, and check that the model runs as it was traced."""
         report.step("load", f"{self.dtype} on {self.device}")
         self.model = load_as_traced(
             self.source, self.processor, self.graph, prompts, dtype=self.dtype, device=self.device
@@ -114,8 +112,8 @@ class TorchOriginal:
         self, prompts: Sequence[Prompt], pairs: Sequence[Pair], work: Work, report: Silent,
         *, batch_size: int, tokens: int = REACH, regularization: float | None = None,
     ) -> Evidence | None:  # fmt: skip
-        """Run the model on the prompts, with the second lane of each pair over so many `tokens`, and on the controls;
-        then compute the figures.
+        """Run the model on the prompts, with each pair's second lane over `tokens` tokens, and on the controls. Then
+        compute the figures.
 
         `regularization` is the C of the sweep's probes; None chooses it as calibration does. All processes run the
         model, and all but the first return None.
@@ -134,60 +132,49 @@ class TorchOriginal:
     def features(
         self, settings: LaneSettings, prompts: Sequence[Prompt], work: Work, report: Silent, **more: Any
     ) -> Features:
-        """What probes read, by `collect_on_disk`."""
+        """Return the features that probes read, from `collect_on_disk`."""
         lane = rewrite_lane(self.graph, settings)
         return collect_on_disk(self.model, self.processor, lane, prompts, work, report, **more)
 
     def fit(
         self, settings: LaneSettings, features: Features, prompts: Sequence[Prompt], regularization: float | None
     ) -> Fitted:
-        """Probes on what `features` gave."""
+        """Return probes that are fitted to the features."""
         return calibrate(self.model, rewrite_lane(self.graph, settings), features, prompts, regularization)
 
     def asking(self, settings: LaneSettings) -> Callable[[Prompt], Asked]:
-        """What `writers.cases.expect` asks."""
+        """Return the function with which `writers.cases.expect` asks the model."""
         return partial(ask, self.model, self.processor, rewrite_lane(self.graph, settings))
 
     def write(self, patch: Patch, staging: Path, options: Options, report: Silent) -> None:
-        """Write and verify the formats that are asked for."""
-        plain = staging if options.format == "safetensors" else staging / "safetensors"
-        plain.mkdir(exist_ok=True)
-        _write_safetensors(patch, plain, options, report)
-        if options.format != "safetensors":
-            graphs = staging if options.format == "onnx" else staging / "onnx"
-            graphs.mkdir(exist_ok=True)
-            _write_onnx(patch, plain, graphs, options, report)
+        """Write and verify the formats in the options."""
+        for form, write in (("safetensors", _write_safetensors), ("onnx", _write_onnx)):
+            if options.format in (form, "both"):
+                directory = staging / form if options.format == "both" else staging
+                directory.mkdir(exist_ok=True)
+                write(patch, directory, options, report)
 
 
 def _write_safetensors(patch: Patch, directory: Path, options: Options, report: Silent) -> None:
-    """Write the directory for transformers, and verify it unless graphs alone are wanted, which are made from it."""
-    passing = options.format == "onnx"
+    """Write the directory for transformers, and verify it."""
     with report.bar(patch.source.weight_bytes(), "write") as advance:
-        link = options.link or passing
-        digests = write_weights(patch.source.shards, patch.probe, directory, link=link, advance=advance)
+        digests = write_weights(patch.source.shards, patch.probe, directory, link=options.link, advance=advance)
     write_beside(patch, directory)
-    write_config(patch.source, patch.sasa, stock_classes(patch.source), directory)
-    if passing:
-        return
+    write_config(patch.source, patch.gate, stock_classes(patch.source), directory)
     checks = check_written(directory, device=patch.device, only_files=not patch.cases)
     all_passed(checks, report)
     write_card(patch, checks, options.verify, directory)
-    operator = {name: patch.sasa[name] for name in OPERATOR}  # who may edit these
     write_manifest(
         directory, digests, options=options.to_json(), commit=patch.source.commit,
-        layers_from=patch.sasa["layers_from"], operator=operator,
+        layers_from=patch.gate.layers_from, operator=patch.gate.operator,
     )  # fmt: skip
 
 
-def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, report: Silent) -> None:
-    """Write the ONNX directory from the one for transformers, which goes where nobody asked for it, and verify it."""
-    from sasa_export.writers.onnx.graphs import write_onnx_directory
+def _write_onnx(patch: Patch, directory: Path, options: Options, report: Silent) -> None:
+    """Write the ONNX directory, and verify it."""
+    from sasa_export.onnx.export import export
 
-    write_onnx_directory(
-        plain, directory, opset=options.opset, dtype=options.onnx_dtype, advance=lambda step: report.step("onnx", step)
-    )
-    if options.format == "onnx":
-        shutil.rmtree(plain)
+    patch = export(patch, directory, opset=options.opset, dtype=options.onnx_dtype, report=report)
     if patch.cases and patch.calibration is not None:
         report.step("verify", "the graphs judge calibration prompts again")
     checks = check_written(directory, device=patch.device, only_files=not patch.cases, calibration=patch.calibration)
@@ -197,5 +184,5 @@ def _write_onnx(patch: Patch, plain: Path, directory: Path, options: Options, re
     all_passed(checks, report)
     write_onnx_card(patch, checks, options, directory)
     write_onnx_manifest(
-        directory, {}, options=options.to_json(), commit=patch.source.commit, layers_from=patch.sasa["layers_from"]
+        directory, {}, options=options.to_json(), commit=patch.source.commit, layers_from=patch.gate.layers_from
     )

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from sasa_export.errors import EmitError, reworded
 from sasa_export.files import check_apart, check_disk, staged
+from sasa_export.gate import GateSpec
 from sasa_export.graph.rewrite import LaneSettings, rewrite
 from sasa_export.layers.auto import choose_layers
 from sasa_export.layers.pairs import default_pairs, possible
 from sasa_export.manifest import check_ours
 from sasa_export.models import Source, layers_of
 from sasa_export.models.load import SPREAD
+from sasa_export.onnx.memory import needed_bytes
 from sasa_export.options import Options, number_of
 from sasa_export.original import Original, are_graphs, open_original, running_as
 from sasa_export.probe.calibration import Calibration, Fitted, with_threshold
@@ -25,28 +27,27 @@ from sasa_export.prompts import Prompt, calibration_prompts, lopsided
 from sasa_export.report import Silent
 from sasa_export.workers import workers
 from sasa_export.writers.cases import Case, expect, known
-from sasa_export.writers.config import refusal_ids, sasa_settings
+from sasa_export.writers.config import gate_of, refusal_ids
 from sasa_export.writers.directory import Patch
-from sasa_export.writers.onnx.memory import needed_bytes
 
 SPARE_BYTES = 64_000_000  # processor, tokenizer, card, scores and verification pictures
 
 
 def patch(options: Options, report: Silent | None = None) -> Patch:
-    """Turn a vision-language model into a guarded one. Raises SasaExportError; then nothing is written.
+    """Turn a vision-language model into a guarded one. Where this raises SasaExportError, nothing is written.
 
-    Several processes (`sasa_export.workers`) share the calibration, and the first of them writes. An interrupted
-    calibration goes on where it stopped (`resumable`).
+    Several processes (`sasa_export.workers`) share the calibration; the first one writes the model. The same call
+    resumes an interrupted calibration.
     """
     team = workers()
     report = report if report is not None and team.leads else Silent()
     options.check()
-    # What onnxruntime and the exporter raise, which fail in as many ways as there are operators.
+    # onnxruntime and the exporter raise errors of many types, which differ between operators.
     cannot = f"{options.model} cannot be guarded here ({{reason}}). Use another model."
     explained = reworded(EmitError, cannot) if are_graphs(options) else nullcontext()
     with resumable(options.out, force=options.force, report=report) as work, explained:
-        team.wait()  # nobody writes while another still looks
-        given, prompts = read_inputs(options, report)  # before the model is opened, which may take long
+        team.wait()  # no process writes while another still checks the output
+        given, prompts = read_inputs(options, report)  # before the model is opened, which may take minutes
         original = open_original(options)
         source, needed = original.source, needed_disk(original.source, options)
         check_apart(options.out, source.directory, options.probe, *map(Path, options.calibration))
@@ -62,7 +63,7 @@ def patch(options: Options, report: Silent | None = None) -> Patch:
 
 
 def read_inputs(options: Options, report: Silent) -> tuple[Probe | None, list[Prompt]]:
-    """The probe that is given, if any, and what is calibrated and verified with: nothing where neither is done."""
+    """Return the given probe, if any, and the prompts for calibration and verification (none if neither is done)."""
     given = read_probe(options.probe, options.threshold) if options.probe else None
     if given is not None and options.verify == "files":
         return given, []
@@ -76,14 +77,14 @@ def read_inputs(options: Options, report: Silent) -> tuple[Probe | None, list[Pr
 def measure(
     original: Original, given: Probe | None, prompts: list[Prompt], options: Options, work: Work, report: Silent
 ) -> Patch:
-    """Calibrate where no probe is given, and ask the original model what verification compares with.
+    """Calibrate unless a probe is given, and record the original model's answers for verification.
 
-    Everything that can be wrong is an error before the work begins.
+    Wrong settings, prompts and probes raise errors before the weights are loaded.
     """
     source, sizes = original.source, original.sizes
     prompts = original.readable(prompts, report)
     refusal_ids(original.processor, source.directory, options.refusal)
-    settings, layers_from = lane_of(original, options, report)  # stand-ins where the layers are still to be found
+    settings, layers_from = lane_of(original, options, report)  # provisional layers where the search follows below
     check_probe(given, rewrite(original.graph, settings), sizes)
     report.step("trace", original.check_lane(settings))
     if given is None and (options.finds_layers() or original.shipped(settings, options) is None):
@@ -112,30 +113,30 @@ def measure(
         if options.verify == "full":
             scores = None if calibration is None else calibration.final
             cases = tuple(expect(original.asking(settings), probe, prompts, scores))
-            if shipped is not None:  # its scores are of bfloat16
+            if shipped is not None:  # a shipped probe's scores were computed in bfloat16
                 cases = tuple(replace(case, calibrated=None) for case in cases)
     graph, pair = rewrite(original.graph, settings), settings.pair
     lane = "no second lane" if pair is None else f"second lane from block {pair[0] + 1}"
     report.step("rewrite", f"{lane}, threshold {probe.threshold:.4f}")
-    sasa = sasa_settings(
-        source, original.processor, graph, settings, layers_from=layers_from, threshold=probe.threshold,
-        refusal=options.refusal, gate=options.gate, known=known(cases),
+    gate = GateSpec(
+        settings.safety_layer, settings.semantic_layer, layers_from, settings.epsilon, probe.threshold,
+        gate=options.gate, known=known(cases), graph=graph.to_json(),
+        **gate_of(source, original.processor, options.refusal), **original.more,
     )  # fmt: skip
-    sasa |= original.more
     device = "auto" if original.device == SPREAD else original.device
-    return Patch(options.out, source, graph, sasa, probe, calibration, cases, original.dtype, device)
+    return Patch(options.out, source, graph, gate, probe, calibration, cases, original.dtype, device)
 
 
 def needed_disk(source: Source, options: Options) -> int:
-    """Bytes of disk below --out, at most. The graphs are made from a copy for transformers, wanted or not."""
-    needed = SPARE_BYTES + (0 if options.link else source.weight_bytes())
+    """Return the largest disk use of an export in bytes."""
+    needed = SPARE_BYTES + (0 if options.link or options.format == "onnx" else source.weight_bytes())
     if options.format != "safetensors":
         needed += SPARE_BYTES + needed_bytes(source, options.onnx_dtype)
     return needed
 
 
 def lane_of(original: Original, options: Options, report: Silent) -> tuple[LaneSettings, str]:
-    """The settings of the second lane, and where its layers are from."""
+    """Return the settings of the second lane, and a text that says where its layers come from."""
     source, sizes = original.source, original.sizes
     given = [layer if isinstance(layer, int) else None for layer in (options.safety_layer, options.semantic_layer)]
     safety: int | None
@@ -154,12 +155,12 @@ def lane_of(original: Original, options: Options, report: Silent) -> tuple[LaneS
 def choose_threshold(
     fitted: Fitted, prompts: Sequence[Prompt], options: Options, report: Silent, judged: Sequence[int] | None
 ) -> Calibration:
-    """The probe with its threshold, and its figures, as of `with_threshold`; they are reported."""
+    """Return the probe with its threshold and figures, from `with_threshold`, and report the figures."""
     found = with_threshold(
         fitted, prompts, max_false_positive_rate=options.max_false_positive_rate, threshold=options.threshold,
         judged=judged,
     )  # fmt: skip
-    overall = next(figure for figure in found.figures if figure.part == "all")  # of the probe that was made
+    overall = next(figure for figure in found.figures if figure.part == "all")  # the new probe comes first
     report.step(
         "calibrate",
         f"{len(prompts)} prompts: AUC {overall.auc:.3f}, {overall.recall:.1%} of the harmful caught, "

@@ -1,4 +1,4 @@
-"""Telling the user what happens: steps, progress and checks. The library is silent unless it is given a Console."""
+"""Messages to the user: steps, progress and checks. The library prints nothing unless it is given a Console."""
 
 import os
 import time
@@ -9,14 +9,14 @@ from typing import Any
 
 from sasa_export.errors import VerifyError
 
-PAUSE = 30.0  # seconds between two lines of progress where there is no terminal
+PAUSE = 30.0  # seconds between two progress lines in a log file
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check of a written directory: `name` says what should hold, `detail` what was measured.
+    """One check of a written directory: `name` states the requirement, `detail` the measurement.
 
-    `passed` is None where it could not be checked, and `detail` then says why.
+    `passed` is None where the check could not run. `detail` then gives the reason.
     """
 
     name: str
@@ -25,20 +25,20 @@ class Check:
 
 
 class Silent:
-    """Says nothing."""
+    """A reporter that prints nothing, and the base class of Console."""
 
     def step(self, stage: str, text: str) -> None:
-        """One stage is done, or has something to say."""
+        """Report the result of a stage, or a message from it."""
 
     def warn(self, text: str) -> None:
-        """Something the user should know before relying on the result."""
+        """Warn the user of something to know before relying on the result."""
 
     def check(self, passed: bool | None, name: str, detail: str) -> None:
-        """One line of verification."""
+        """Report one check of the verification."""
 
     @contextmanager
     def bar(self, total: int, label: str) -> Iterator[Callable[[int], None]]:
-        """A progress bar; the value advances it."""
+        """Show a progress bar. Yield a function that advances it by a count."""
         yield lambda count: None
 
 
@@ -75,7 +75,7 @@ class Console(Silent):
             yield lambda count: progress.advance(task, count)
 
     def _lines(self, total: int, label: str) -> Callable[[int], None]:
-        """Progress in a log file: a line now and then, with the time that is left at this pace."""
+        """Return a function that logs progress for a log file: a line every PAUSE seconds, with the time left."""
         start = said = time.monotonic()
         done = 0
 
@@ -91,7 +91,7 @@ class Console(Silent):
 
 
 def all_passed(checks: Sequence[Check], report: Silent) -> None:
-    """Report the checks. VerifyError where one failed."""
+    """Report the checks. Raise VerifyError where one failed."""
     for check in checks:
         report.check(check.passed, check.name, check.detail)
     failed = [check for check in checks if check.passed is False]
@@ -103,8 +103,8 @@ def all_passed(checks: Sequence[Check], report: Silent) -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries' own notices out of ours, and their progress bars but those of downloads. They read this when
-    they are imported."""
+    """Silence the notices of other libraries, and all progress bars except those of downloads. Call this before the
+    libraries are imported: they read these variables then."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,7 +1,7 @@
-"""Share work among the processes that `accelerate launch` has started; without it, one process does all of it.
+"""Share work among the processes that `accelerate launch` has started. Without it, one process does everything.
 
-What is shared are whole batches, cut in the same way however many processes there are, so that one and several give
-the same numbers. Results go back to every process in the order of the batches.
+The processes share whole batches. Batches, and therefore results, do not depend on the number of processes. Every
+process receives all results, in the order of the batches.
 """
 
 import atexit
@@ -22,30 +22,30 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes at work: the number of this one, and of how many. Every process calls the same methods in turn."""
+    """The `index` of this process among `count` processes. All must call the same methods in the same order."""
 
     index: int = 0
     count: int = 1
 
     @property
     def leads(self) -> bool:
-        """Does this process write and print?"""
+        """Whether this process writes and prints: only the first one does."""
         return self.index == 0
 
     def device(self, wanted: str) -> str:
-        """Where this process runs: `auto` is a device of its own where there are several."""
+        """Return the device of this process. With several processes, `auto` gives each one its own device."""
         if wanted != "auto" or self.count == 1:
             return wanted
         device = _state().device
-        return "cpu" if device.type == "cpu" else str(device)  # and not cpu:1, which there is not
+        return "cpu" if device.type == "cpu" else str(device)  # not cpu:1, which does not exist
 
     def wait(self) -> None:
-        """Go on when every process has come here."""
+        """Wait until every process has called this."""
         if self.count > 1:
             _state().wait_for_everyone()
 
     def tell(self, value: Item) -> Item:
-        """The first process's value, in every process."""
+        """Return the first process's value, in every process."""
         if self.count == 1:
             return value
         return broadcast_object_list([value])[0]
@@ -56,11 +56,11 @@ class Workers:
         work: Callable[[Item], Result],
         advance: Callable[[Item], None] = lambda item: None,
     ) -> list[Result]:
-        """The results of `work` on all items, in their order, in every process.
+        """Return the results of `work` on all items, in their order, in every process.
 
-        This process does every `count`-th item, since neighbours are alike: accelerate's split_between_processes would
-        give all long prompts to one. `advance` is called in the first process alone: with each item that it has done,
-        and, on the supposition that all are equally fast, with those that the others have done in the meantime.
+        Each process takes every `count`-th item. Neighbouring items have similar lengths: accelerate's
+        split_between_processes would give all long prompts to one process. Only the first process calls `advance`:
+        with each of its items, and with the items that equally fast processes have done by then.
         """
         mine = []
         for start in range(0, len(items), self.count):
@@ -70,12 +70,12 @@ class Workers:
             if self.leads:
                 for item in turn:
                     advance(item)
-        done = gather_object([mine]) if self.count > 1 else [mine]  # of each process
+        done = gather_object([mine]) if self.count > 1 else [mine]  # one list per process
         return [done[row % self.count][row // self.count] for row in range(len(items))]
 
 
 def workers() -> Workers:
-    """The processes of this run: several where a launcher has set WORLD_SIZE."""
+    """Return the processes of this run: several where a launcher has set WORLD_SIZE."""
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
         return Workers()
     return Workers(_state().process_index, _state().num_processes)
@@ -83,9 +83,9 @@ def workers() -> Workers:
 
 @cache
 def _state() -> Any:
-    """accelerate's state of this process, which joins the others."""
-    # The others wait while the first process fits, writes and verifies, which may take hours for a large model.
+    """Return accelerate's state of this process, which joins the process group."""
+    # The other processes wait while the first one fits, writes and verifies: hours for a large model.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    # Its threads, left to the end of the interpreter, abort the process now and then.
+    # Threads that still run when the interpreter ends sometimes abort the process.
     atexit.register(state.destroy_process_group)
     return state

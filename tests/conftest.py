@@ -27,7 +27,14 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin  # noqa: E402
 
 import sasa_export  # noqa: E402
+from sasa_export.gate import GateSpec  # noqa: E402
+from sasa_export.graph import LayerGraph  # noqa: E402
+from sasa_export.models import open_source  # noqa: E402
+from sasa_export.models.contents import read_object  # noqa: E402
 from sasa_export.options import REACH  # noqa: E402
+from sasa_export.probe.given import read_probe  # noqa: E402
+from sasa_export.report import Silent  # noqa: E402
+from sasa_export.writers.directory import Patch  # noqa: E402
 
 pytest_plugins = ["shared_fixtures"]
 
@@ -206,14 +213,20 @@ def guard(
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`exported(patched, opset=23)`: the ONNX directory of a patched one, written once per session."""
-
-    from sasa_export.writers.onnx.graphs import write_onnx_directory
+    """`exported(patched, opset=23)`: what a patched directory was made from, in ONNX with the same gate, written once
+    per session."""
+    from sasa_export.onnx.export import export
 
     @cache
     def made(patched: Path, opset: int, dtype: str) -> Path:
         out = tmp_path_factory.mktemp("onnx")
-        write_onnx_directory(patched, out, opset=opset, dtype=dtype, advance=lambda step: None)
+        source = open_source(json.loads((patched / "sasa-export.json").read_text())["options"]["model"])
+        gate = GateSpec.from_json(read_object(patched / "config.json")["sasa"])
+        probe = read_probe(sorted(patched.glob("*.safetensors"))[-1], None)
+        patch = Patch(patched, source, LayerGraph(()), gate, probe, None, (), "float32", "cpu")
+        export(patch, out, opset=opset, dtype=dtype, report=Silent())
+        for path in (path for path in patched.glob("sasa-*") if path.name != "sasa-export.json"):
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, out / path.name)
         return out
 
     # A cache tells arguments apart by how they are written.

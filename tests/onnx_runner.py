@@ -1,6 +1,7 @@
 """Drives an exported directory with plain onnxruntime, as any runtime would, to compare it with torch."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
+@lru_cache(maxsize=8)
+def session(graph: Path | bytes, weights: Path | None = None, exact: bool = False) -> onnxruntime.InferenceSession:
+    """A graph, or one in memory whose `weights` lie in a folder. Beyond the level of `exact`, casts between float16 and
+    float32 are left out, in one graph and not in the other."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if exact:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if weights:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def lane_of(decoder: ir.Model) -> ir.Graph:
@@ -43,12 +51,19 @@ class Runner:
     After each call, `logits` is (batch, vocabulary) and `probability` is (batch,).
     """
 
+    logits: Any
+    probability: Any
+    size: int | None = None  # of a head, where a graph does not say it
+
     def __init__(self, directory: Path, suffix: str = "") -> None:
         graphs = directory / "onnx"
         self.vision = session(graphs / f"vision_encoder{suffix}.onnx")
         self.embedding = session(graphs / f"embed_tokens{suffix}.onnx")
-        self.decoder = session(graphs / f"decoder_model_merged{suffix}.onnx")
-        self.names = [value.name for value in self.decoder.get_outputs()]
+        self.use(session(graphs / f"decoder_model_merged{suffix}.onnx"))
+
+    def use(self, decoder: Any) -> None:
+        self.decoder, self.inputs = decoder, {value.name: value for value in decoder.get_inputs()}
+        self.names = [value.name for value in decoder.get_outputs()]
         self.cache: Arrays = {}
 
     def prompt(self, inputs: Arrays, image_token: int, position_ids: NDArray[Any], **extra: NDArray[Any]) -> None:
@@ -80,28 +95,38 @@ class Runner:
 
     def start(self, batch: int) -> None:
         """Forget everything: an empty cache for `batch` rows."""
-        self.cache = {}
-        for value in self.decoder.get_inputs():
-            if value.name.startswith("past_"):
+        self.cache, self.mask = {}, np.zeros((batch, 0), np.int64)
+        for name, value in self.inputs.items():
+            if name.startswith("past"):
                 sizes = [size if isinstance(size, int) else 0 for size in value.shape[1:]]
-                self.cache[value.name] = np.zeros((batch, *sizes), KINDS[value.type])
+                if name.endswith((".key", ".value")):
+                    sizes[2] = sizes[2] or self.size or 0
+                self.cache[name] = np.zeros((batch, *sizes), KINDS[value.type])
 
     def embed(self, ids: NDArray[Any]) -> NDArray[Any]:
         """(batch, tokens) -> (batch, tokens, hidden)."""
-        embeds: NDArray[Any] = self.embedding.run(None, {"input_ids": ids.astype(np.int64)})[0]
+        feed = {"input_ids": ids.astype(np.int64)}
+        for value in self.embedding.get_inputs()[1:]:  # one that merges features gets none
+            feed[value.name] = np.zeros((0, 1, value.shape[-1]), KINDS[value.type])
+        embeds: NDArray[Any] = self.embedding.run(None, feed)[0]
         return embeds
 
     def call(self, embeds: NDArray[Any], mask: NDArray[Any], position_ids: NDArray[Any], **extra: NDArray[Any]) -> None:
+        self.feed(embeds, mask, position_ids, **extra)
+        self.logits = self.logits[:, -1].astype(np.float32)
+
+    def feed(self, text: NDArray[Any], mask: NDArray[Any], position_ids: NDArray[Any], **extra: NDArray[Any]) -> None:
+        """One call; the mask is of the whole context."""
+        given = {"inputs_embeds": text, "input_ids": text, "attention_mask": mask, "position_ids": position_ids}
         feed = {
-            "inputs_embeds": embeds, "attention_mask": mask.astype(np.int64),
-            "position_ids": position_ids.astype(np.int64), **extra, **self.cache,
-        }  # fmt: skip
-        self.mask = mask
-        values = dict(zip(self.names, self.decoder.run(self.names, feed), strict=True))
-        self.logits = values["logits"][:, -1].astype(np.float32)
-        self.probability: Any = values.get("unsafe_probability")
-        present = (value for name, value in values.items() if name.startswith("present"))
-        self.cache = dict(zip(self.cache, present, strict=True))
+            name: array.astype(KINDS[self.inputs[name].type]) for name, array in given.items() if name in self.inputs
+        }
+        values = self.decoder.run(self.names, {**feed, **extra, **self.cache})
+        self.mask, self.values = mask, dict(zip(self.names, values, strict=True))
+        self.logits = self.values.get("logits")
+        self.probability = self.values.get("unsafe_probability")
+        present = {name: name.replace("past_key_values", "present").replace("past", "present") for name in self.cache}
+        self.cache = {name: self.values[made] for name, made in present.items() if made in self.values}
 
     def pieces(self, embeds: NDArray[Any], mask: NDArray[Any], position_ids: NDArray[Any], ends: Sequence[int]) -> None:
         """A whole prompt anew, in calls that end at `ends`."""

@@ -1,6 +1,6 @@
 """Loads one patched directory on each minor version of transformers, and writes what became of it.
 
-    python tools/compatibility.py patched/ --out docs/compatibility.md
+    python tools/compatibility.py patched/ --out docs/results/compatibility.md
 
 Each version gets an environment of its own, made by uv, with no line of sasa_export in it. Exits with 1 where a version
 neither holds nor raises.
@@ -52,7 +52,7 @@ sasa-export. **holds**: the harmful question gets every token of the refusal, an
 gets on {{ made_on }}. **raises**: it does not load, or a call ends in the error. It must never answer what it refused.
 
 A directory says on which versions it was tried: {{ tried | join(", ") }}. On any other it proves its gate before it
-loads ([how](security.md#another-transformers)). sasa-export itself installs with {{ bounds }}.
+loads ([how](../security.md#another-transformers)). sasa-export itself installs with {{ bounds }}.
 
 | transformers | | P(unsafe), harmful / harmless | error |
 |---|---|---|---|

@@ -1,7 +1,7 @@
-"""Writes a table of what became of tests: docs/families.md, docs/bypass-matrix.md or docs/foreign-graphs.md.
+"""Writes a table of what became of tests, under docs/results/: families.md, bypass-matrix.md or foreign-graphs.md.
 
     pytest ... --junitxml=build/families.xml
-    python tools/write_tables.py families|matrix|foreign docs/families.md build/families.xml...
+    python tools/write_tables.py families|matrix|foreign docs/results/families.md build/families.xml...
 
 Exits with 1 where a test failed or was never run; the table is written all the same.
 """
@@ -75,7 +75,7 @@ MATRIX = """\
 Written by `make matrix` from a test run, never by hand: one row a way of running a guarded model, tried with harmful
 and harmless prompts beside the original model in the same way. ✓: it held; ✗: it did not, or was never run; –: skipped,
 for want of a device or a package. What the gate is meant to stop, and what is known to remain, stands in
-[security.md](security.md).
+[security.md](../security.md).
 """
 
 FOREIGN_TESTS = {
@@ -113,7 +113,7 @@ of the embedded model; the others are tiny and random.
 - *Files*: the weights lie in the original's file, and the new graph adds less than 2 MB.
 
 ✓: it held; ✗: it did not; ·: it was not run; –: the original cannot either, or the decoder is
-[refused](foreign.md#what-is-refused).
+[refused](../foreign.md#what-is-refused).
 """
 
 
@@ -143,7 +143,7 @@ def families_page(marks: Marks) -> tuple[str, list[str]]:
     from onnx_runner import JAVASCRIPT
 
     from sasa_export.models.family import families
-    from sasa_export.writers.onnx.recipes import RECIPES
+    from sasa_export.onnx.recipes import RECIPES
 
     rows, wrong, known = [], [], list(families().values())
     for name in tiny.MAKERS:

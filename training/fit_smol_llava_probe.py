@@ -65,7 +65,7 @@ def main() -> None:
     with report.bar(len(prompts), "calibrate") as advance:
         features = collect(model, processor, lane, prompts, batch_size=16, advance=advance)
     lanes, metric = {"projected": features.projected, "plain": features.plain}, head_metric(head_weight(model))
-    bundled.write(fit_probes(lanes, prompts, metric), settings.pair)
+    bundled.write(fit_probes(lanes, prompts, metric), bundled.made_from(settings.pair))
     report.step("done", str(bundled.FILE))
     print("| share of the requests | prompts | feature | AUC, text | refused | AUC, picture | refused |")
     print("\n".join(["|---|---|---|---|---|---|---|", *learning_curve(lanes, prompts, metric)]))

@@ -1,12 +1,12 @@
-"""The decoder as plain data: nodes, and the edges between them that carry the hidden state.
+"""The decoder as plain data: nodes, and edges that carry the hidden state.
 
-A `LayerGraph` is what one stage hands to the next: the trace observes it, the rewrite passes extend it, the
-patched model's config.json stores it, and the runtime executes it.
+Each stage hands a `LayerGraph` to the next: the trace creates it, the rewrite extends it, the patched model's
+config.json stores it, and the runtime executes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ MAIN_LANE = ("vision", "projector", "embed", "between", "block", "norm", "head",
 
 @dataclass(frozen=True)
 class Node:
-    """One step: `op` says what is done, `module` whose weights do it, `inputs` whose values it reads."""
+    """One step: `op` names the operation, `module` the module with its weights, `inputs` the nodes it reads."""
 
     name: str
     op: str
@@ -30,7 +30,7 @@ class Node:
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """An ordered, immutable graph; a node comes after everything that it reads."""
+    """An ordered, immutable graph. Every node comes after the nodes that it reads."""
 
     nodes: tuple[Node, ...]
 
@@ -41,30 +41,20 @@ class LayerGraph:
         return {node.name: node for node in self.nodes}[name]
 
     def of(self, op: str) -> tuple[Node, ...]:
-        """All nodes of one operation, in order."""
+        """Return all nodes of one operation, in order."""
         return tuple(node for node in self.nodes if node.op == op)
 
     def earliest_safety_layer(self) -> int:
-        """The first block from which on nothing is added between blocks: replaying blocks in front would lose that."""
+        """Return the earliest possible safety layer. An earlier lane would miss what is added between blocks."""
         added = [self[node.inputs[0]].attributes["index"] for node in self.of("between")]
         return max(added, default=-1) + 1
 
     def add(
         self, name: str, op: str, module: str | None = None, inputs: tuple[str, ...] | None = None, **attributes: Any
     ) -> LayerGraph:
-        """The graph with one more node, which reads the last one unless `inputs` says otherwise."""
+        """Return the graph with one more node, which reads `inputs`, or by default the last node."""
         before = (self.nodes[-1].name,) if inputs is None else inputs
         return LayerGraph((*self.nodes, Node(name, op, before, module, attributes)))
 
     def to_json(self) -> list[dict[str, Any]]:
         return [node.to_json() for node in self.nodes]
-
-
-def lane_tokens(nodes: Sequence[dict[str, Any]]) -> int | None:
-    """Over how many tokens the second lane of such a graph runs; None where there is none."""
-    return next((node["tokens"] for node in nodes if node["op"] == "projection"), None)
-
-
-def blocks_again(nodes: Sequence[dict[str, Any]]) -> list[int]:
-    """The numbers of the blocks that run once more, lane by lane, in a graph as `LayerGraph.to_json` gives it."""
-    return [node["index"] for node in nodes if node["op"] == "lane_block"]

@@ -1,4 +1,4 @@
-"""A LayerGraph as a Mermaid diagram, runs of blocks drawn as one box."""
+"""A LayerGraph as a Mermaid diagram. Consecutive blocks are one box."""
 
 from collections import Counter
 
@@ -24,7 +24,7 @@ LABELS = {
 
 
 def mermaid(graph: LayerGraph) -> str:
-    """Draw the graph. Blocks in a row are one box, cut where another node reads from the middle."""
+    """Return the graph as Mermaid text. Consecutive blocks are one box, which ends where another node reads."""
     readers = Counter(name for node in graph for name in node.inputs)
     runs: list[list[Node]] = []
     for node in graph:

@@ -1,4 +1,4 @@
-"""The rewrite: it adds the steps of SASA to a traced graph, each of which reads the one before.
+"""The rewrite adds the steps of SASA to a traced graph. Each step reads the one before.
 
     tap -> projection -> second lane -> norm -> head (where it is not linear) -> probe -> gate
 
@@ -15,10 +15,10 @@ from sasa_export.options import REACH
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """Zero-based safety and semantic layer, the projection's epsilon, the head's logit soft cap if any, and how many
-    tokens the second lane runs over, back from the judged one.
+    """Zero-based safety and semantic layer, the projection's epsilon, the head's logit soft cap if any, and the number
+    of `tokens` that the second lane runs over: the judged token and those before it.
 
-    Without layers there is no projection and no second lane: the probe reads the end of the main lane.
+    Without layers, the model has no projection and no second lane: the probe reads the end of the main lane.
     """
 
     safety_layer: int | None
@@ -29,21 +29,21 @@ class LaneSettings:
 
     @property
     def pair(self) -> tuple[int, int] | None:
-        """Safety and semantic layer; None without projection, and so without a second lane."""
+        """Safety and semantic layer. None without a projection, and therefore without a second lane."""
         if self.safety_layer is None or self.semantic_layer is None:
             return None
         return self.safety_layer, self.semantic_layer
 
 
 def rewrite(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """The whole rewrite: second lane, probe, and the gate on the logits: the model's own, or the refusal's."""
+    """Return the rewritten graph: second lane, probe, and a gate that passes on the model's logits or the refusal's."""
     logits = "after_head" if graph.of("after_head") else "head"
     graph = rewrite_lane(graph, settings).add("sasa.probe", "probe", "sasa.probe")
     return graph.add("sasa.gate", "gate", None, (logits, "sasa.probe"))
 
 
 def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
-    """The second lane alone, with norm and head at the judged position: what calibration reads its features from."""
+    """Return the graph with only the second lane, and its norm and head at the judged position, for calibration."""
     if settings.pair is None:
         graph = _with_end_of_main_lane(graph)
     else:
@@ -57,7 +57,7 @@ def rewrite_lane(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
 
 
 def _with_states(graph: LayerGraph) -> LayerGraph:
-    """Beside the lane, the probe reads the states of both layers at the judged position, behind the final norm."""
+    """Let the probe also read the states of both layers at the judged position, after the final norm."""
     ends = [graph.nodes[-1].name]
     for of in ("safety", "semantic"):
         ends.append(f"sasa.{of}.norm")
@@ -75,7 +75,7 @@ def _with_head(graph: LayerGraph, settings: LaneSettings) -> LayerGraph:
 
 
 def _with_end_of_main_lane(graph: LayerGraph) -> LayerGraph:
-    """Keep the output of the last block, which a probe without projection reads."""
+    """Keep the output of the last block for a probe without projection."""
     last = graph.of("block")[-1]
     if graph["norm"].inputs != (last.name,):
         raise RewriteError(
@@ -86,7 +86,7 @@ def _with_end_of_main_lane(graph: LayerGraph) -> LayerGraph:
 
 
 def _check_layers(graph: LayerGraph, safety: int, semantic: int) -> None:
-    """Both layers are there, and nothing is added between the blocks that the second lane runs again."""
+    """Raise RewriteError where a layer does not exist, or the model adds to states between the lane's blocks."""
     blocks, earliest = len(graph.of("block")), graph.earliest_safety_layer()
     if not 0 <= safety < semantic < blocks:
         raise RewriteError(
@@ -95,7 +95,7 @@ def _check_layers(graph: LayerGraph, safety: int, semantic: int) -> None:
             "Set --safety-layer and --semantic-layer (zero-based)."
         )
     if safety < earliest:
-        # What is added between two blocks is no block's doing, so replaying blocks would lose it.
+        # The second lane runs blocks alone, and would lose what is added between them.
         possible = f"{earliest} is the first" if earliest < blocks - 1 else "here there is none"
         raise RewriteError(
             f"{graph.of('between')[-1].name}: the model adds to the hidden state between blocks behind the safety "
@@ -105,8 +105,8 @@ def _check_layers(graph: LayerGraph, safety: int, semantic: int) -> None:
 
 
 def _with_second_lane(graph: LayerGraph, safety: int, semantic: int, settings: LaneSettings) -> LayerGraph:
-    """Keep the output of both layers for every token, project the safety state onto the semantic state (the paper's
-    Eq. 8), and run blocks safety + 1 .. L-1 once more on that, with the main lane's weights."""
+    """Keep the output of both layers for every token, and project the safety state onto the semantic state (the
+    paper's Eq. 8). Run blocks safety + 1 .. L-1 once more on the projection, with the main lane's weights."""
     blocks = graph.of("block")
     for of, block in (("safety", blocks[safety]), ("semantic", blocks[semantic])):
         graph = graph.add(f"sasa.{of}", "tap", block.module, (block.name,), of=of, index=block.attributes["index"])

@@ -21,11 +21,11 @@ from sasa_export.models.family import Family
 from sasa_export.models.shapes import skeleton
 from sasa_export.runtime.lane import TYPES
 
-KNOWN = ("attention_mask", "position_ids", "cache_position", *TYPES)  # whole numbers that the second lane has too
+KNOWN = ("attention_mask", "position_ids", "cache_position", *TYPES)  # integers that the second lane gets, too
 
 
 class Shared(UserDict):
-    """A mapping that blocks hand on to each other, and whether one read in it what another had left."""
+    """A mapping that blocks pass on to each other. `read` tells whether a block read an entry."""
 
     def __init__(self, held: Mapping) -> None:
         self.data, self.read = held, False  # type: ignore[assignment]
@@ -37,16 +37,16 @@ class Shared(UserDict):
 
 @dataclass(frozen=True)
 class Observed:
-    """One call of a watched module: the hidden state that went in and came out."""
+    """One call of a watched module, with the hidden states that entered and left it."""
 
     path: str
     entered: torch.Tensor | None
     left: torch.Tensor | None
-    more: str  # what else came in that was made of ids or by another block; empty where nothing did
-    changes: tuple[int, int]  # how often each of the two states had been changed in place, then
+    more: str  # other inputs, made from token ids or by another block; empty without any
+    changes: tuple[int, int]  # how often each of the two states had been changed in place
 
     def follows(self, before: Observed) -> bool:
-        """Is what came in what left the call before? A tensor that is merely equal may have had something added."""
+        """Return whether the input is the unchanged output of `before`. An equal copy may have had zeros added."""
         return self.entered is before.left and self.changes[0] == before.changes[1]
 
 
@@ -57,7 +57,7 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
         model: a stock ...ForConditionalGeneration; on the meta device no weights are needed.
         inputs: keyword arguments of its forward: a short prompt, with a picture where there is one.
 
-    Raises TraceError, which names the node, where the model is not what the family's file says.
+    Raises TraceError, which names the node, where the model differs from the family's file.
     """
     modules = _modules(model, family)
     calls, logits = _observe(model, modules, inputs)
@@ -83,18 +83,18 @@ def trace(model: nn.Module, family: Family, inputs: dict[str, Any]) -> LayerGrap
         _check_vision(order, family)
     graph = _graph({call.path: call for call in calls}, expected, family)
     if logits is not calls[-1].left and not (family.scaled_logits and _scaled(calls[-1].left, logits)):
-        # Such as soft-capping: the probe must then see what the model's logits really are.
+        # For example soft-capping. The probe must then read the model's final logits.
         graph = graph.add("after_head", "after_head")
     return graph
 
 
 def trace_source(source: Source, processor: Any) -> LayerGraph:
-    """Trace a source on its shapes alone, in no memory, with a text and with a picture.
+    """Trace a source without its weights (shapes alone), on a text prompt and on a prompt with a picture.
 
-    What either adds to the hidden state between blocks is in the graph: such as features of the picture, which some
-    decoders add behind their first blocks. Without a processor (None) only the text is traced, to look at.
+    The graph holds what either prompt adds to the hidden state between blocks. Some decoders add picture features
+    after their first blocks. Without a processor (None), only the text is traced, for inspection.
 
-    Raises TraceError where either does not run, or not as the family's file says.
+    Raises TraceError where a prompt does not run, or the model differs from the family's file.
     """
     said = (
         f"a prompt with a picture cannot be run through {source.name}, to see what it adds to the decoder "
@@ -115,7 +115,7 @@ def trace_source(source: Source, processor: Any) -> LayerGraph:
 
 
 def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
-    """Raise TraceError where the decoder runs in another way, or has more added between its blocks, than expected."""
+    """Raise TraceError where the decoder's steps differ from the expected, or it adds more between its blocks."""
     added = {node.name for node in expected.of("between")}
     blocks, found = ([node.name for node in graph if node.op != "between"] for graph in (expected, observed))
     differing = [name for name in (*blocks, *found) if (name in blocks) != (name in found)]
@@ -128,7 +128,7 @@ def check_traces(expected: LayerGraph, observed: LayerGraph) -> None:
 
 
 def _prompt(processor: Any, image: Image.Image) -> dict[str, Any]:
-    """The model inputs of a short prompt with a picture."""
+    """Return the model inputs of a short prompt with a picture."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": "a question"}]
     chat = [[{"role": "user", "content": content}]]
     return dict(
@@ -140,7 +140,7 @@ def _prompt(processor: Any, image: Image.Image) -> dict[str, Any]:
 
 
 def _check_vision(order: list[str], family: Family) -> None:
-    """A picture runs through the vision tower and the projector once, before the decoder."""
+    """Raise TraceError unless vision tower and projector each run once, before the decoder."""
     first_block = order.index(f"{family.modules['blocks']}.0")
     for role in ("vision", "projector"):
         path = family.modules[role]
@@ -170,7 +170,7 @@ def _modules(model: Any, family: Family) -> dict[str, nn.Module]:
 
 
 def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[list[Observed], Any]:
-    """All calls in order, and the logits that the model returned."""
+    """Run the model. Return all calls in order, and the logits."""
     calls: list[Observed] = []
     began: dict[str, int] = {}
 
@@ -197,9 +197,9 @@ def _observe(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[str, 
 
 
 def _scaled(head: Any, logits: torch.Tensor) -> bool:
-    """Are these the head's logits times a number? The probe then folds through the head as if it were not there.
+    """Return whether the logits are the head's output times a number. The probe can then fold through the head.
 
-    Without weights there are no numbers to tell by, and the family's file is believed.
+    On the meta device there are no numbers to compare, and the family's file decides.
     """
     if head.is_meta:
         return True
@@ -209,13 +209,13 @@ def _scaled(head: Any, logits: torch.Tensor) -> bool:
 
 
 def _changes(state: Any) -> int:
-    """How often a tensor was changed in place so far."""
+    """Return how often a tensor was changed in place so far."""
     return int(state._version) if isinstance(state, torch.Tensor) else 0
 
 
 def _more(args: tuple, kwargs: dict[str, Any]) -> str:
-    """What a block cannot be replayed without: a second tensor by position, what another block left for it, or
-    whole numbers that the lane has none of."""
+    """Name the inputs that the second lane cannot supply: a second positional tensor, entries of a mapping from other
+    blocks, or unknown integers."""
     second = [
         f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         if isinstance(value, torch.Tensor)

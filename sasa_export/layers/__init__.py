@@ -1,3 +1,3 @@
-"""Finding a model's layers: what `--safety-layer auto` and a report of `locate` have in common."""
+"""Choose a model's safety and semantic layer, for `--safety-layer auto` and the report of `locate`."""
 
-LIMIT = 400  # groups that layers are chosen on; the states of all blocks are kept for each of their prompts
+LIMIT = 400  # groups for choosing layers; bounds the storage, because each prompt's states of all blocks are kept

@@ -1,7 +1,7 @@
-"""`--safety-layer auto --semantic-layer auto`: the survey of a report in a patch.
+"""Choose layers during a patch (`--safety-layer auto --semantic-layer auto`), with the same survey as `locate`.
 
-The layers are chosen on one half of the calibration prompts. The figures in the card are then of the other half, which
-took no part in the choice; the probe itself is fitted on both.
+One half of the calibration prompts serves to choose the layers. The card's figures come from the other half. The probe
+is fitted on both.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ def choose_layers(
     options: Options,
     report: Silent,
 ) -> tuple[LaneSettings, str, tuple[int, ...]]:
-    """The layers that `options` leave open, where they are from in words, and the numbers of the prompts that took no
-    part in the choice. `settings` give what is no layer.
+    """Return `settings` with both layers set, a description of their choice, and the row numbers of the held-out half.
 
-    Raises LocateError where either half of the prompts is too small to choose or to judge by.
+    A layer that `options` set is kept. The held-out prompts took no part in the choice. Raises LocateError if either
+    half of the prompts is too small.
     """
     given = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
     pairs = possible(default_pairs(len(graph.of("block")), *given), graph.earliest_safety_layer())

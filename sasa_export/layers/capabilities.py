@@ -1,23 +1,22 @@
-"""The three capabilities behind each block: safety perception, semantic understanding and linguistic expression.
+"""Measure three capabilities behind each block: safety perception, semantic understanding and linguistic expression.
 
-**Safety perception** is how well harmful and harmless prompts can be told apart by a plane.
+**Safety perception** is how well a linear classifier separates harmful from harmless prompts.
 
-**Semantic understanding** is where a picture with text comes to mean what the same request means as text. For a request
-r let b_r be the last token's state with the picture and its text, t_r that of the request as text alone (text-only
-control), and i_r that of the picture with nothing beside it (image-dominant control). Last-token states all look alike
-at first sight, because most of each is what every prompt shares; so each kind is taken relative to its own mean over
-the requests, and the alignment of a block is
+**Semantic understanding** is how similar a request's state is when asked with a picture and when asked as text. For
+request r, take the last token's state in three prompts: b_r with the picture and its text, t_r as text alone (text-only
+control), and i_r with the picture alone (image-dominant control). Most of a state is common to all prompts. Each kind
+is therefore centred on its mean over the requests. The alignment of a block is
 
-    mean over r of cos(b_r - mean(b), t_r - mean(t)),
+    mean over r of cos(b_r - mean(b), t_r - mean(t)).
 
-0 where the block knows nothing of what this request, of all requests, asks, and 1 where picture and text have become
-the same. The same with i_r says how far the picture carries the state.
+It is 0 if the block does not distinguish this request from the rest, and 1 if picture and text give the same state.
+The same formula with i_r shows how far the picture determines the state.
 
-**Linguistic expression** is where hidden states become words (logit lens). The final norm and the head are applied to
-the last token's state behind each block. A token is *readable* where it decodes to letters alone: two or more, of any
-script, with at most an apostrophe or a hyphen among them, and space around them. Pieces of bytes, punctuation, digits,
-single letters and control tokens are not. Since many tokens of a vocabulary are readable anyway, the share in the whole
-vocabulary is given beside the curve: what chance would show.
+**Linguistic expression** is how far hidden states decode to words (logit lens). The final norm and the head are applied
+to the last token's state behind each block. A token is *readable* if it decodes to a word piece: two or more letters of
+any script, single apostrophes or hyphens between letters, and surrounding space. Byte fragments, punctuation, digits,
+single letters and control tokens are not readable. Many tokens of a vocabulary are readable, so the readable share of
+the whole vocabulary is reported beside the curve as the chance level.
 """
 
 import re
@@ -33,17 +32,17 @@ from sasa_export.probe.work import Results
 from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.report import Silent
 
-STRENGTH = 1e-3  # the inverse strength of regularization, on features of unit variance
+STRENGTH = 1e-3  # inverse strength of regularization (C), for features of unit variance
 CONTROLS = ("text_only", "image_dominant")
 WORD = re.compile(r"[^\W\d_](?:['’-]?[^\W\d_])+")
-LEAST_RISE = 0.1  # a curve that rises less than this does not say where words begin
+LEAST_RISE = 0.1  # a curve that rises less has no onset
 
 
 def decision_values(states: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Cross-validated decision values (prompts,) of a logistic regression on states (prompts, hidden).
+    """Return cross-validated decision values (prompts,) of a logistic regression on states (prompts, hidden).
 
-    Features are scaled to unit variance within each fold, since a few dimensions of a residual stream are larger
-    than all others by orders of magnitude. The members of a group stay in one fold.
+    Features are scaled to unit variance within each fold, because a few dimensions of a residual stream exceed the
+    rest by orders of magnitude. A group stays in one fold.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -57,9 +56,9 @@ def decision_values(states: np.ndarray, labels: np.ndarray, groups: np.ndarray) 
 
 
 def separability(results: Results, blocks: int, report: Silent) -> dict[str, list[Comparable]]:
-    """AUC behind each block, of "all" prompts, and of each channel (text, picture) that has both labels.
+    """Return the AUC behind each block, for "all" prompts and for each channel (text, picture) with both labels.
 
-    Where all prompts are of one channel, there is "all" alone.
+    If all prompts have one channel, the only key is "all".
     """
     labels, groups = labels_and_groups(results.prompts)
     channels = np.array([prompt.channel for prompt in results.prompts])
@@ -78,7 +77,7 @@ def separability(results: Results, blocks: int, report: Silent) -> dict[str, lis
 
 
 def understanding(results: Results, blocks: int) -> dict[str, list[Comparable]] | None:
-    """Alignment behind each block with either control, from a run on `controls(...)`; None for under two requests."""
+    """Return each block's alignment with both controls, from a run on `controls(...)`. None for under two requests."""
     groups = np.array([prompt.group for prompt in results.prompts[::3]])
     if len(groups) < 2:
         return None
@@ -88,7 +87,7 @@ def understanding(results: Results, blocks: int) -> dict[str, list[Comparable]] 
 
 
 def alignment(states: np.ndarray, groups: np.ndarray) -> dict[str, Comparable]:
-    """From a block's states (requests, 3, hidden): picture with text, text-only and image-dominant control."""
+    """Return a block's alignment with both controls. states: (requests, 3, hidden), in the order of `controls`."""
     from sklearn.preprocessing import normalize
 
     both, *others = (normalize(centred(kind)) for kind in states.transpose(1, 0, 2))  # (requests, hidden) each
@@ -96,7 +95,7 @@ def alignment(states: np.ndarray, groups: np.ndarray) -> dict[str, Comparable]:
 
 
 def centred(states: np.ndarray) -> np.ndarray:
-    """States (requests, hidden) less their mean; what is no more than rounding becomes zero."""
+    """Return states (requests, hidden) minus their mean. Rows within rounding error of the mean become zero."""
     states = states.astype(np.float64)
     left = states - states.mean(0)  # (requests, hidden)
     size = np.linalg.norm(states, axis=1, keepdims=True)  # (requests, 1)
@@ -105,8 +104,8 @@ def centred(states: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Expression:
-    """Behind each block, the share of readable tokens among the five likeliest; `chance` is the readable share of the
-    vocabulary, `onset` the block where words begin."""
+    """The share of readable tokens among the five likeliest behind each block (`readable`). `chance` is the readable
+    share of the vocabulary, `onset` the block where words begin, or None."""
 
     readable: list[float]
     chance: float
@@ -114,7 +113,7 @@ class Expression:
 
 
 def expression(tokens: np.ndarray, vocabulary: Sequence[str]) -> Expression:
-    """From the likeliest tokens (prompts, blocks, 5) and every token's text."""
+    """Return the curve from the likeliest tokens (prompts, blocks, 5) and the texts of all tokens."""
     readable = np.array([is_readable(text) for text in vocabulary])  # (vocabulary,)
     share = readable[tokens].mean((0, 2)).tolist()  # (blocks,)
     known = sum(bool(text) for text in vocabulary)
@@ -122,9 +121,9 @@ def expression(tokens: np.ndarray, vocabulary: Sequence[str]) -> Expression:
 
 
 def onset(readable: Sequence[float]) -> int | None:
-    """The first block at which the readable share has made half of its way from its lowest to its last value.
+    """Return the first block where the readable share has made half of its rise from its lowest to its last value.
 
-    None where the last block's share is hardly above the lowest.
+    None if the rise is less than `LEAST_RISE`.
     """
     lowest = int(np.argmin(readable))
     rise = readable[-1] - readable[lowest]
@@ -135,12 +134,12 @@ def onset(readable: Sequence[float]) -> int | None:
 
 
 def is_readable(text: str) -> bool:
-    """Is a decoded token a piece of a word?"""
+    """Return whether a decoded token is a word or a piece of one."""
     return WORD.fullmatch(text.strip()) is not None
 
 
 def token_texts(tokenizer: Any, size: int) -> list[str]:
-    """Every token's text; control tokens, and numbers that the tokenizer does not have, are empty."""
+    """Return the text of each of `size` tokens. Control tokens, and numbers unknown to the tokenizer, are empty."""
     special = set(tokenizer.all_special_ids)
     texts = tokenizer.batch_decode([[number] for number in range(min(size, len(tokenizer)))])
     found = ["" if number in special else text for number, text in enumerate(texts)]

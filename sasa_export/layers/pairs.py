@@ -1,18 +1,18 @@
-"""Which blocks and which pairs of layers are tried: the default grid, and what the user asks for."""
+"""The pairs of safety and semantic layer to measure: a default grid, or the user's choice."""
 
 import re
 from itertools import product
 
 from sasa_export.errors import LocateError
 
-GRID = 7  # layers that the default grid takes for either side
-SMALL = 10  # decoders of up to as many blocks are swept whole
+GRID = 7  # layers in the default grid
+SMALL = 10  # in decoders of up to this many blocks, the grid is every block
 
 Pair = tuple[int, int]  # safety layer, semantic layer
 
 
 def grid_layers(blocks: int) -> list[int]:
-    """The layers that the grid is made of: seven, evenly spaced from a sixth of the depth to the last but one."""
+    """Return the grid's layers: seven, evenly spaced from a sixth of the depth to the last block but one."""
     if blocks <= SMALL:
         return list(range(blocks))
     first, last = round(blocks / 6), blocks - 2
@@ -20,8 +20,8 @@ def grid_layers(blocks: int) -> list[int]:
 
 
 def default_pairs(blocks: int, safety: int | None = None, semantic: int | None = None) -> list[Pair]:
-    """Every pair s < f of the grid's layers, and each layer with one close behind it (as 13 and 15 of 32). Where a side
-    is given, the pairs of that layer with those of the grid, and with one that is close."""
+    """Return the pairs s < f of the grid's layers, and each layer with a close later one (such as 13 and 15 of 32).
+    With one layer given, return its pairs with the grid's layers and with a close one."""
     layers, close = grid_layers(blocks), max(1, round(blocks / 16))
     if semantic is None:
         first = layers if safety is None else [safety]
@@ -33,7 +33,7 @@ def default_pairs(blocks: int, safety: int | None = None, semantic: int | None =
 
 
 def possible(pairs: list[Pair], earliest: int) -> list[Pair]:
-    """The pairs whose safety layer is not before the `earliest` that a decoder can have. LocateError without any."""
+    """Return the pairs whose safety layer is `earliest` or later. Raises LocateError if none is."""
     found = [pair for pair in pairs if pair[0] >= earliest]
     if not found:
         raise LocateError(
@@ -44,7 +44,7 @@ def possible(pairs: list[Pair], earliest: int) -> list[Pair]:
 
 
 def parse_pairs(text: str, blocks: int) -> list[Pair]:
-    """`13:15`, `10-16:14-20` (every combination with s < f), several behind commas. LocateError where it is not so."""
+    """Return the pairs s < f in a text like `10-16:14-20,13:15`. Raises LocateError if malformed or out of range."""
     found: set[Pair] = set()
     for part in text.split(","):
         numbers = re.fullmatch(r"(\d+)(?:-(\d+))?:(\d+)(?:-(\d+))?", part.strip(), re.ASCII)

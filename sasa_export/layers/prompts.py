@@ -1,4 +1,4 @@
-"""Which prompts are run: enough of them, the pictures' controls, and halves."""
+"""Select the prompts to run: a limited number of groups, controls for pictures, and two halves."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +11,12 @@ from sasa_export.errors import LocateError
 from sasa_export.prompts.prompt import Prompt, asked
 from sasa_export.prompts.shares import kinds_of_groups, share_of, spaced
 
-LEAST = 10  # groups of either label, below which nothing can be cross-validated
-CONTROLS = 120  # pictures that are compared with their controls
+LEAST = 10  # groups of each label that cross-validation needs
+CONTROLS = 120  # largest number of picture prompts to compare with controls
 
 
 def limited(prompts: Sequence[Prompt], groups: int) -> list[Prompt]:
-    """About so many groups of prompts; all where there are no more. LocateError where they are too few."""
+    """Return the prompts of about `groups` groups, or all if fewer. Raises LocateError below `LEAST` of a label."""
     kept = share_of(prompts, groups / len({prompt.group for prompt in prompts}), attrgetter("label"))
     for label, what in ((1, "harmful"), (0, "harmless")):
         count = len({prompt.group for prompt in kept if prompt.label == label})
@@ -29,11 +29,11 @@ def limited(prompts: Sequence[Prompt], groups: int) -> list[Prompt]:
 
 
 def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Up to 120 picture prompts, evenly spaced, each with two controls behind it.
+    """Return up to 120 picture prompts, evenly spaced, each followed by its two controls.
 
-    They are the same request as text alone, and the same picture with nothing beside it. What the request is stands
-    in `question` where the prompt merely accompanies a picture. A picture without any words beside it has no text-only
-    control and is passed over.
+    The text-only control is the request as text alone: `question` if set, else the prompt's text. The image-dominant
+    control is the picture without text. A prompt without text or question is skipped, as it has no text-only
+    control.
     """
     pictures = [prompt for prompt in prompts if prompt.image is not None and asked(prompt).strip()]
     found = []
@@ -45,9 +45,9 @@ def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of two halves that share no group, the kinds of groups in equal numbers; always the same ones."""
+    """Return the row numbers of two halves without common groups, balanced by kind. The split is deterministic."""
     labels = kinds_of_groups(prompts, attrgetter("label"))
-    # Shuffled within a kind, so that a set sorted by category does not put every second category aside.
+    # Groups are shuffled within a kind. Otherwise, in a set sorted by category, a half could lack whole categories.
     order = sorted(labels, key=lambda group: (labels[group], Random(group).random()))
     first = set(order[::2])
     inside = np.array([prompt.group in first for prompt in prompts])

@@ -1,11 +1,11 @@
-"""The proposal: safety and semantic layer, and why.
+"""Propose a safety and a semantic layer, with reasons. Three rules apply in this order.
 
-Three rules, in this order. The *safety layer* is one of the blocks at which harmful and harmless prompts are as
-separable as they get, within noise. The *semantic layer* is one of the blocks at which the state of picture and text
-is as close to that of the same request in text as it gets, within noise, before the states become readable. Among the
-measured pairs of such layers (or the nearest to them), the *sweep* decides; of pairs within noise of the best, the
-cheapest is taken: the one whose second lane runs fewest blocks, then the one whose semantic layer comes first. Where a
-pair outside is better by more than noise, it is taken instead.
+1. The *safety layer* is among the blocks with the highest AUC of harmful against harmless prompts, within noise.
+2. The *semantic layer* is among the blocks with the highest alignment of picture and text, within noise. Only blocks
+   before the states become readable count.
+3. The *sweep* decides among the measured pairs of such layers, or the nearest pairs. Of the pairs within noise of the
+   best, the cheapest wins: fewest blocks in the second lane, then the earliest semantic layer. If a pair outside this
+   selection is better by more than noise, the same rule applies to all measured pairs.
 """
 
 from collections.abc import Collection, Sequence
@@ -22,8 +22,8 @@ Blocks = Sequence[int]
 
 @dataclass(frozen=True)
 class Proposal:
-    """The pair, the blocks that the evidence points to, the pairs measured there, those tied with the choice among
-    them (or among all, where it was overruled), and the reason: sentences with a heading before a colon."""
+    """The chosen layers, the blocks of rules 1 and 2, and the measured pairs there (`candidates`). `tied`: pairs within
+    noise of the best candidate, or of the best pair if overruled. `reason`: sentences with a heading before a colon."""
 
     safety_layer: int
     semantic_layer: int
@@ -39,7 +39,7 @@ class Proposal:
 
 
 def propose(evidence: Evidence) -> Proposal:
-    """Apply the rules above."""
+    """Return the proposal by the rules in the module's docstring."""
     safety_blocks, safety_reason = _safety_blocks(evidence.perception["all"])
     semantic_blocks, semantic_reason = _semantic_blocks(evidence, min(safety_blocks) + 1)
     swept = evidence.sweep
@@ -66,7 +66,7 @@ def propose(evidence: Evidence) -> Proposal:
 
 
 def nearest(pairs: Sequence[Pair], safety_blocks: Blocks, semantic_blocks: Blocks) -> list[Pair]:
-    """The pairs whose layers are among the given blocks, or fewest blocks away from them in sum."""
+    """Return the pairs with the smallest summed distance, in blocks, from the given blocks; 0 means inside."""
     away = {
         (safety, semantic): min(abs(safety - block) for block in safety_blocks)
         + min(abs(semantic - block) for block in semantic_blocks)
@@ -78,7 +78,7 @@ def nearest(pairs: Sequence[Pair], safety_blocks: Blocks, semantic_blocks: Block
 def _safety_blocks(curve: Sequence[Comparable]) -> tuple[list[int], list[str]]:
     estimates = dict(enumerate(curve))
     highest, last = best(estimates), len(curve) - 1
-    # Nothing lies behind the last block that could be a semantic layer.
+    # The last block is excluded, because no later block could be its semantic layer.
     found = [block for block in within_noise(estimates) if block != last] or [last - 1]
     reason = [
         f"Safety perception: separability is highest at block {highest} (AUC {curve[highest]}), and "
@@ -93,7 +93,7 @@ def _safety_blocks(curve: Sequence[Comparable]) -> tuple[list[int], list[str]]:
 
 
 def _semantic_blocks(evidence: Evidence, first: int) -> tuple[list[int], list[str]]:
-    """The blocks from `first` on that the evidence points to, and why."""
+    """Return the blocks of rule 2 from `first` on, and the reasons."""
     expression, alignment = evidence.expression, evidence.understanding
     end = blocks = len(expression.readable)
     if expression.onset is None:
@@ -129,9 +129,9 @@ def _on_projection(swept: Sweep, chosen: Pair) -> str:
 
 
 def spans(blocks: Blocks) -> str:
-    """Blocks in words: "block 3", "blocks 3 to 7 and 9"."""
+    """Return blocks in words: "block 3", "blocks 3 to 7 and 9"."""
     order = sorted(blocks)
-    # A run of neighbours has one difference between block and place.
+    # In a run of consecutive blocks, block number minus index is constant.
     runs = [list(run) for _, run in groupby(order, lambda block: block - order.index(block))]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

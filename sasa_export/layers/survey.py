@@ -1,8 +1,7 @@
-"""The evidence on where layers lie: what is read of a model behind its blocks, and the figures made of it. A patch with
-`auto` layers needs it as much as a report does.
+"""Collect the evidence for choosing layers: record a model's states behind its blocks, and compute figures from them.
 
-A batch's hidden states stay in memory while it is worked on; what is kept is small: the last token's state and its
-five likeliest tokens behind every block, and one state of each second lane.
+`locate` and patches with `auto` layers use it. Hidden states of all tokens stay in memory for one batch only. Kept are
+the last token's state and five likeliest tokens behind every block, and one state of each second lane.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -26,8 +25,8 @@ from sasa_export.prompts.prompt import Prompt, encode
 from sasa_export.report import Silent
 from sasa_export.runtime.lane import Recording, at_judged, current_recording, within
 
-LIKELIEST = 5  # tokens that the logit lens looks at
-MAIN_LANE = ("tokens", "plain", "states")  # what `reading` gives of the main lane
+LIKELIEST = 5  # tokens per state in the logit lens
+MAIN_LANE = ("tokens", "plain", "states")  # names of the main lane's arrays in `reading`
 
 Arrays = Iterator[tuple[str, np.ndarray]]
 
@@ -37,8 +36,8 @@ class Evidence:
     """The three capabilities block by block, and the sweep.
 
     Attributes:
-        perception: AUC behind each block, of "all" prompts and of each channel.
-        understanding: alignment behind each block with the "text_only" and the "image_dominant" control, or None.
+        perception: AUC behind each block, for "all" prompts and for each channel.
+        understanding: alignment behind each block with the "text_only" and "image_dominant" controls, or None.
     """
 
     perception: dict[str, list[Comparable]]
@@ -51,12 +50,11 @@ class Evidence:
 def reading(
     model: Any, processor: Any, graph: LayerGraph, lanes: Mapping[str, LayerGraph]
 ) -> Iterator[Callable[[list[Prompt], Collection[str]], Arrays]]:
-    """Watch every block while the context lasts; gives a function that runs a batch of prompts and yields the arrays
-    that are asked for by name.
+    """Watch every block within the context. The value is a function that runs a batch and yields named arrays.
 
-    Of the last token they are the normed state of each of the second `lanes` (rewritten graphs), (rows, hidden); behind
-    each block the likeliest "tokens", (rows, blocks, 5), and the "states", (rows, blocks, hidden); and "plain", the
-    normed state at the end, (rows, hidden).
+    All arrays are of the last token. Each name in `lanes` (rewritten graphs) gives the normed state of its second
+    lane, (rows, hidden). "tokens" are the likeliest tokens behind each block, (rows, blocks, 5). "states" are the
+    states there, (rows, blocks, hidden). "plain" is the normed final state, (rows, hidden).
     """
     blocks = [str(node.module) for node in graph.of("block")]
     norm, head = (model.get_submodule(graph[name].module) for name in ("norm", "head"))
@@ -91,7 +89,7 @@ def evidence_of(
     regularization: float | None,
     report: Silent,
 ) -> Evidence:
-    """The figures, once the model has run; head (vocabulary, hidden)."""
+    """Return the evidence, computed from the stored results of the model's runs. head: (vocabulary, hidden)."""
     tokens = results.read("tokens")  # (prompts, blocks, 5)
     perception = separability(results, tokens.shape[1], report)
     swept = sweep(results, pairs, head_metric(head), regularization, report)

@@ -1,4 +1,4 @@
-"""The sweep: how well a probe on each pair's second lane does, which pair to choose, and what the choice is worth."""
+"""The sweep: measure a probe on each pair's second lane, choose a pair, and evaluate the choice on held-out prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from sasa_export.report import Silent
 
 @dataclass(frozen=True)
 class Sweep:
-    """Cross-validated AUC of the probe with each pair's projection, and `plain`, of the probe without any.
+    """The cross-validated AUC of a probe with each pair's projection, and of a probe without projection (`plain`).
 
-    `scores` holds P(unsafe) of every prompt (prompts,) by a probe on the pair that did not see its group.
+    `scores` holds P(unsafe) of every prompt, (prompts,), by a probe on the pair fitted without the prompt's group.
     """
 
     pairs: dict[Pair, Comparable]
@@ -28,30 +28,30 @@ class Sweep:
     scores: dict[Pair, np.ndarray]
 
     def tied(self, candidates: Sequence[Pair]) -> list[Pair]:
-        """The candidates that are not below the best of them by more than noise."""
+        """Return the candidates within noise of the best candidate."""
         return within_noise({pair: self.pairs[pair] for pair in candidates})
 
 
 def second_lane(pair: Pair) -> str:
-    """The name under which `survey` keeps the normed state of a pair's second lane, (prompts, hidden)."""
+    """Return the name under which `survey` keeps the normed states of a pair's second lane, (prompts, hidden)."""
     return f"lane-{pair[0]}-{pair[1]}"
 
 
 def sweep(
     results: Results, pairs: Sequence[Pair], metric: np.ndarray, regularization: float | None, report: Silent
 ) -> Sweep:
-    """Fit and cross-validate each pair's probe.
+    """Return the sweep: each pair's probe, fitted and cross-validated.
 
-    The features are normed states in the head's metric (hidden, hidden), as in calibration; where a model caps its
-    logits, they are those before the cap. `regularization` is the probe's C; None chooses it as calibration does.
+    The features are normed states in the head's metric (hidden, hidden), as in calibration. They stand for the logits
+    before any cap. `regularization` is the probe's C; None chooses it as calibration does.
     """
     labels, groups = labels_and_groups(results.prompts)
     folds = folds_of(results.prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
 
     def scored(name: str) -> np.ndarray:
-        # A logistic regression with an L2 penalty gives the same scores after a rotation into as few dimensions as
-        # the features span, and is done much sooner.
+        # Rotating the features into the dimensions they span leaves the scores of a logistic regression with an L2
+        # penalty unchanged, and makes the fit much faster.
         left, scale, _ = np.linalg.svd(in_metric(results.read(name), metric), full_matrices=False)
         return best_regularization(left * scale, labels, folds, candidates)[1]  # (prompts,)
 
@@ -65,14 +65,14 @@ def sweep(
 
 
 def cheapest(pairs: Sequence[Pair]) -> Pair:
-    """The pair with the shortest second lane, then with the earliest semantic layer."""
+    """Return the pair with the shortest second lane; among equals, the one with the earliest semantic layer."""
     return min(pairs, key=lambda pair: (-pair[0], pair[1]))
 
 
 def held_out(swept: Sweep, candidates: Sequence[Pair], prompts: Sequence[Prompt]) -> list[tuple[Pair, float]]:
-    """What the choice among the candidates is worth on prompts that took no part in it.
+    """Return, for each half of the groups, the pair chosen on the other half and its AUC on this half.
 
-    For each half of the groups: the pair that the other half would choose by the same rule, and its AUC here.
+    The pair is the cheapest candidate within noise of the best. The AUC is of prompts that took no part in the choice.
     """
     labels, groups = labels_and_groups(prompts)
 

@@ -1,4 +1,4 @@
-"""Open a source model: an alias, a hub id or a local directory, as one frozen value."""
+"""Open a source model (an alias, a hub id or a local directory) as one frozen value."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,10 +20,10 @@ EMBEDDED = "smol-llava"
 
 @dataclass(frozen=True)
 class Source:
-    """An unpatched model as a plain directory; nothing of it is loaded yet.
+    """An unpatched model in a local directory. Its weights are not loaded.
 
-    `name` is what the user called it, `config` its config.json, `shards` its safetensors files. `repository` and
-    `commit` say where on the hub it is from, if it is.
+    `name` is the name that the user gave, `config` the content of config.json, `shards` the safetensors files. Only a
+    model from the hub has `repository` and `commit`.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Source:
     commit: str | None = None
 
     def weight_bytes(self) -> int:
-        """Bytes of all shards on disk."""
+        """Return the size of all shards on disk, in bytes."""
         return sum(shard.path.stat().st_size for shard in self.shards)
 
 
@@ -44,13 +44,13 @@ def open_source(
     revision: str | None = None,
     check: Callable[[Source], None] = lambda source: None,
 ) -> Source:
-    """Find the model, fetching it where it is not on this machine, and check what can be checked unloaded.
+    """Find a model, fetch it from the hub if necessary, and check it without loading its weights.
 
     Args:
         revision: a branch, tag or commit on the hub.
-        check: a further check, of what config.json says, before any weights are fetched or looked at.
+        check: a further check of config.json, which runs before any weights are fetched or read.
 
-    Raises OpenError: unknown model, unsupported family, corrupt or missing files, pickled weights, code of its own.
+    Raises OpenError for an unknown model, an unsupported family, bad or missing files, pickles or custom code.
     """
     repository = _repository(name)
     if revision is not None and repository is None:
@@ -67,17 +67,17 @@ def open_source(
 
 
 def _described(name: str, repository: str | None, directory: Path) -> Source:
-    """The model as its config.json describes it, without its weights."""
+    """Return the source as its config.json describes it, without shards."""
     config = read_config(directory)
     model_type = config.get("model_type")
     if str(model_type).startswith("sasa_"):
         raise OpenError(f"{name} is a patched model already. Give the model that it was made from.")
-    commit = None if repository is None else directory.name  # as the hub's cache names a snapshot
+    commit = None if repository is None else directory.name  # the hub's cache names snapshots by commit
     return Source(name, directory, config, family_of(model_type), (), repository, commit)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json. OpenError where it is missing or no JSON object."""
+    """Return the content of config.json. Raise OpenError where it is missing or no JSON object."""
     path = directory / "config.json"
     if not path.exists():
         raise OpenError(f"{directory} has no config.json, so it is not a model directory. Check the path.")
@@ -87,10 +87,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 def layers_of(
     source: Source, blocks: int, hidden: int, safety: int | None, semantic: int | None
 ) -> tuple[int, int, str]:
-    """Safety layer, semantic layer, and where the numbers come from: the user, the family's file, or a scale.
+    """Return safety layer, semantic layer, and their origin: the user, the family's file, or a scale by depth.
 
     Args:
-        blocks: how many the decoder has; `hidden`: the width of its hidden state.
+        blocks: the decoder's number of blocks; `hidden`: the width of its hidden state.
         safety: zero-based block given by the user, or None; `semantic` likewise.
     """
     if safety is not None and semantic is not None:
@@ -99,7 +99,7 @@ def layers_of(
     if known is not None:
         first, second, origin = known.safety, known.semantic, f"{known.checkpoint}: {known.source}"
     else:
-        # LLaVA-1.5-7B's 13 and 15 of 32, by depth. A guess, and said to be one wherever it appears.
+        # A guess: blocks 13 and 15 of LLaVA-1.5-7B's 32, scaled by depth. The origin says that it is not measured.
         first = round(13 / 32 * blocks)
         second = max(first + 1, round(15 / 32 * blocks))
         origin = "scaled by depth from LLaVA-1.5-7B, not measured"
@@ -110,7 +110,7 @@ def layers_of(
 
 
 def _repository(name: str) -> str | None:
-    """The hub id that a name stands for; None for the embedded model and a directory."""
+    """Return the hub id that a name stands for. None for the embedded model and for a directory."""
     known = aliases()
     if name in (EMBEDDED, *known) and Path(name).is_dir():
         raise OpenError(
@@ -128,7 +128,7 @@ def _repository(name: str) -> str | None:
 
 
 def _embedded() -> Path:
-    """smol-llava, built once for each version of what it is built from."""
+    """Return the directory of smol-llava, which is built again only when one of its source files changes."""
     from sasa_export.models import smol_llava
 
     parts = (smol_llava.VISION, Path(smol_llava.__file__), *sorted(smol_llava.FILES.iterdir()))

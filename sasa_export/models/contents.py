@@ -1,4 +1,4 @@
-"""What a source's directory may hold: files of its own, and no code that would have to be run."""
+"""Checks of a source directory's content: its files lie inside it, and it needs no code of its own."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ADAPTER = "adapter_config.json"
 
 
 def check_contents(directory: Path) -> None:
-    """Raise OpenError where a directory leads outside itself, names code (`auto_map`), or is not its weights alone."""
+    """Raise OpenError where a directory has links out of it, names custom code (`auto_map`), or holds an adapter."""
     left = outside(directory)
     if left:
         raise OpenError(f"{left[0]} in {directory} is a link that leads out of it. Put the file itself there.")
@@ -30,7 +30,7 @@ def check_contents(directory: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty where there is no file. OpenError where it is damaged."""
+    """Return the JSON object in a file, empty where the file is missing. Raise OpenError where it is damaged."""
     if not path.exists():
         return {}
     with reworded(OpenError, f"{path} is not valid JSON ({{reason}}). Restore the file from its source."):
@@ -41,9 +41,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def outside(directory: Path) -> list[str]:
-    """Names in a directory that are links out of it.
+    """Return the names of the links that lead out of a directory.
 
-    The hub's cache keeps a snapshot's files as links to the blobs of the same repository, which are its own.
+    A snapshot in the hub's cache may link to the blobs of its own repository.
     """
     real = directory.resolve()
     root = real.parents[1] if real.parent.name == "snapshots" else real

@@ -1,4 +1,4 @@
-"""Model families, read from graphs/*.toml: one declarative file each, checked when it is read."""
+"""Model families, read from graphs/*.toml: one declarative file per family, checked when it is read."""
 
 import functools
 import tomllib
@@ -13,7 +13,7 @@ MODULES = ("embedding", "blocks", "norm", "head", "vision", "projector")
 
 @dataclass(frozen=True)
 class KnownLayers:
-    """Safety and semantic layer (zero-based) of decoders of one shape, and where the numbers come from."""
+    """Safety and semantic layer (zero-based) for decoders of one shape, and the source of these numbers."""
 
     checkpoint: str
     blocks: int
@@ -29,11 +29,11 @@ class KnownLayers:
 
 @dataclass(frozen=True)
 class Family:
-    """What a file under graphs/ says of a family of models.
+    """A family of models, as its file under graphs/ describes it.
 
-    `modules` holds the module paths by role; `peculiar` what the second lane has to respect; `files` the
-    files beside the weights that travel into a patched directory, as glob patterns. `scaled_logits`: behind the head,
-    logits are multiplied by a number. `refused` says why a family cannot be guarded, and is all there is of one.
+    `modules` holds the module paths by role; `peculiar` notes what the second lane must respect; `files` are glob
+    patterns of the files beside the weights that a patched directory needs. `scaled_logits`: the model multiplies
+    the head's logits by a number. A family that cannot be guarded has only `model_types` and `refused`, the reason.
     """
 
     name: str
@@ -47,24 +47,24 @@ class Family:
     refused: str = ""
 
     def known_layers(self, blocks: int, hidden: int) -> KnownLayers | None:
-        """The entry for decoders of this shape."""
+        """Return the entry for decoders of this shape, or None."""
         return next((entry for entry in self.layers if (entry.blocks, entry.hidden) == (blocks, hidden)), None)
 
 
 def directory() -> Path:
-    """graphs/, inside the installed package or at the root of the repository."""
+    """Return the graphs/ directory, inside the installed package or at the root of the repository."""
     inside = Path(__file__).parents[1] / "graphs"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "graphs"
 
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """All families by name."""
+    """Return all families by name."""
     return {path.stem: read(path) for path in sorted(directory().glob("*.toml"))}
 
 
 def read(path: Path) -> Family:
-    """Read one family file; SasaExportError names what is wrong in it."""
+    """Read the file of one family. Raise SasaExportError, which names the fault, where it is invalid."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         if "refused" in data:
@@ -89,7 +89,7 @@ def read(path: Path) -> Family:
 
 
 def family_of(model_type: Any) -> Family:
-    """The family that a config.json's model_type belongs to; OpenError lists the supported ones, or says why not."""
+    """Return the family of a model_type. OpenError lists the supported types, or says why a type is refused."""
     for family in families().values():
         if model_type in family.model_types and not family.refused:
             return family
@@ -104,5 +104,5 @@ def family_of(model_type: Any) -> Family:
 
 
 def aliases() -> dict[str, str]:
-    """Every alias, and the hub id that it stands for."""
+    """Return the hub id of every alias."""
     return {alias: target for family in families().values() for alias, target in family.aliases.items()}

@@ -1,4 +1,4 @@
-"""Fetch a model into the hub's own cache; errors say where to ask."""
+"""Fetch a model into the hub's own cache. Errors tell the user what to do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +8,17 @@ from huggingface_hub import constants, errors, snapshot_download
 from sasa_export.errors import OpenError
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*"]
-# The same weights in other formats, the index of pickles, and Mistral's second copy.
+# Other formats of the same weights, the index of pickled weights, and Mistral's second copy.
 UNWANTED = ["*/*", "*.bin.index.json", "consolidated*"]
 
-Check = Callable[[Path], object]  # told of a directory with config.json, before the weights are fetched
+Check = Callable[[Path], object]  # called with a directory that has config.json, before weights are fetched
 
 
 def fetch(repository: str, revision: str | None, check: Check) -> Path:
-    """The model's snapshot in the hub's cache, which the hub need not be reached for. OpenError where there is none."""
+    """Return the model's snapshot in the hub's cache. A cached model needs no network. Raise OpenError on failure."""
     try:
         check(Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"])))
-        # One file after the other: Xet fetches the parts of one at once, and a run that is stopped loses no other.
+        # One file at a time: Xet fetches its parts in parallel, and an interrupted run loses that file alone.
         return Path(
             snapshot_download(
                 repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED, max_workers=1
@@ -26,14 +26,14 @@ def fetch(repository: str, revision: str | None, check: Check) -> Path:
         )
     except OpenError:
         raise
-    except Exception as error:  # of the hub's client, of its transport, of the system
+    except Exception as error:  # from the hub's client, its transport or the system
         raise OpenError(_said(repository, revision, constants.ENDPOINT, error)) from None
 
 
 def _said(repository: str, revision: str | None, endpoint: str, error: Exception) -> str:
-    """What is wrong, and what to do about it."""
+    """Return a message that says what is wrong and what to do."""
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # why the hub was not asked instead
+        error = error.__cause__  # the reason why the hub could not be asked
     login = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         return f"{repository} is gated. Ask for access at {endpoint}/{repository}, then {login}."

@@ -1,4 +1,4 @@
-"""Load a source: its stock model and processor, where there is memory for it."""
+"""Load a source's stock model and processor, onto devices with enough memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ from sasa_export.models import Source
 
 CGROUP = Path("/sys/fs/cgroup")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STATES = 1.2  # times the weights, which leaves space for what runs through them
+STATES = 1.2  # needed memory, as a multiple of the weights: leaves room for hidden states
 RESTORE = "The files do not belong together: restore them from their source."
-SPREAD = "spread"  # over all devices there are, for models larger than one
+SPREAD = "spread"  # over all devices, for a model that is too large for one
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The decoder's number of blocks, hidden size and vocabulary, and the soft cap on its logits if it has one."""
+    """The decoder's number of blocks, hidden size, vocabulary size, and the soft cap on its logits if it has one."""
 
     blocks: int
     hidden: int
@@ -32,7 +32,7 @@ class Sizes:
 
 
 def stock_config(source: Source) -> Any:
-    """The source's configuration as its stock class reads it, defaults filled in. OpenError where it cannot."""
+    """Return the configuration as its stock class reads it, with defaults. Raise OpenError where it is damaged."""
     with explained(f"the config.json of {source.name} is damaged"):
         from transformers import AutoConfig
 
@@ -40,7 +40,7 @@ def stock_config(source: Source) -> Any:
 
 
 def stock_classes(source: Source) -> tuple[type, type]:
-    """The stock configuration class and ...ForConditionalGeneration class of a source."""
+    """Return the stock configuration class and the ...ForConditionalGeneration class of a source."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     config_class = type(stock_config(source))
@@ -48,16 +48,16 @@ def stock_classes(source: Source) -> tuple[type, type]:
 
 
 def read_sizes(source: Source) -> Sizes:
-    """Read from the configuration class, since a config.json leaves out what is usual."""
+    """Read the sizes from the configuration class, because config.json leaves out default values."""
     text = stock_config(source).get_text_config(decoder=True)
     softcap = getattr(text, "final_logit_softcapping", None)
     return Sizes(text.num_hidden_layers, text.hidden_size, text.vocab_size, softcap)
 
 
 def running(source: Source, dtype: str, device: str) -> tuple[str, str]:
-    """The dtype and device to run in; `auto` spreads a model over all there are where one device is too small for it.
+    """Return the dtype and device to run in. Where one device is too small for the model, `auto` means SPREAD.
 
-    Raises OpenError where a named device is not there.
+    Raises OpenError where the device cannot be used.
     """
     if dtype == "auto":
         stored = str(source.config.get("dtype") or source.config.get("torch_dtype"))
@@ -72,27 +72,27 @@ def running(source: Source, dtype: str, device: str) -> tuple[str, str]:
 
 
 def available_memory() -> int:
-    """Bytes that a process may still take: the machine's, or those of the container that it runs in."""
+    """Return the bytes that this process may still allocate, within the limit of its container if it has one."""
     free = int(psutil.virtual_memory().available)
     try:
         most, used = int((CGROUP / "memory.max").read_text()), int((CGROUP / "memory.current").read_text())
         files = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         return min(free, most - used + int(files["inactive_file"]) + int(files["active_file"]))
-    except (OSError, ValueError, KeyError):  # no limit, or none that is told in this way
+    except (OSError, ValueError, KeyError):  # no limit, or no cgroup v2
         return free
 
 
 def fits(source: Source, dtype: str, device: str) -> bool:
-    """Do the weights, in this type, and what runs through them go into one device's free memory?"""
+    """Return whether weights of this dtype, and the hidden states, fit into one device's free memory."""
     needed = STATES * BYTES[dtype] * sum(prod(shape) for shard in source.shards for shape in shard.shapes)
     free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else available_memory()
     return needed <= free
 
 
 def load_model(source: Source, *, dtype: str, device: str) -> Any:
-    """The stock model, evaluated, on `device`, or for SPREAD over all devices there are, and memory for what is left.
+    """Return the stock model in evaluation mode, on `device`. SPREAD fills all devices, and memory with the rest.
 
-    OpenError where weights are missing, unexpected, NaN or infinite.
+    Raises OpenError where weights are missing, unexpected, of another shape, NaN or infinite.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -102,19 +102,19 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
             dtype=dtype,
             device_map="auto" if device == SPREAD else device,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # and said below
+            ignore_mismatched_sizes=True,  # `check_loaded` reports them
             trust_remote_code=False,
             use_safetensors=True,
         )
     check_loaded(source, info)
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not _finite(parameter):  # what was offloaded is read as it is used
+        if not parameter.is_meta and not _finite(parameter):  # offloaded weights are read on use
             raise OpenError(f"{source.name} has NaN or infinity in {name}. Restore the weights from their source.")
     return model.eval()
 
 
 def check_loaded(source: Source, info: dict[str, Any]) -> None:
-    """Raise OpenError where transformers found in the shards more, less or other than the model needs."""
+    """Raise OpenError where transformers found missing, unexpected or mismatched tensors in the shards."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(info.get(problem) or ())
         if keys:
@@ -126,7 +126,7 @@ def check_loaded(source: Source, info: dict[str, Any]) -> None:
 
 
 def _finite(tensor: Any) -> bool:
-    """Is every number finite? torchao keeps a tensor in parts, and torch cannot ask one of 8 bits."""
+    """Return whether all numbers are finite. torchao stores a tensor in parts; torch cannot test 8-bit floats."""
     if hasattr(tensor, "__tensor_flatten__"):
         return all(_finite(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
     narrow = tensor.is_floating_point() and tensor.itemsize == 1
@@ -134,18 +134,18 @@ def _finite(tensor: Any) -> bool:
 
 
 def head_weight(model: Any) -> Any:
-    """The weights of a model's head, (vocabulary, hidden), float32 in numpy, even where they lie on disk."""
+    """Return the weights of a model's head, (vocabulary, hidden), as float32 in numpy, even from disk."""
     head = model.get_output_embeddings()
     with align_module_device(head, "cpu"), torch.no_grad():
         weight = getattr(head, "weight", None)
         if type(weight) is torch.nn.Parameter and weight.dtype.itemsize > 1:
             return weight.float().numpy()  # (vocabulary, hidden)
-        # Quantized: each scheme keeps numbers of its own, and all of them multiply.
+        # Quantized weights have many formats, but every head can be multiplied with the identity.
         return head(torch.eye(head.in_features, dtype=model.dtype, device=model.device)).float().cpu().numpy().T
 
 
 def place(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Move inputs to the model's device, pictures to its dtype. What lies on disk runs where the rest does."""
+    """Return the inputs on the device of the first weight that is not on disk, pictures in the model's dtype."""
     devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     device = next(devices, torch.device("cpu"))
     return {
@@ -155,7 +155,7 @@ def place(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def load_processor(source: Source) -> Any:
-    """The stock processor, padding on the left, as generation wants it. OpenError where it cannot write a prompt."""
+    """Return the stock processor, with left padding for generation. Raise OpenError where it cannot write prompts."""
     from transformers import AutoProcessor
 
     with explained(f"{source.name} has no usable processor"):
@@ -175,11 +175,11 @@ def load_processor(source: Source) -> Any:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Raise OpenError for whatever transformers or torch raise."""
+    """Raise OpenError for any error of transformers or torch in the block."""
     with reworded(OpenError, f"{what} ({{reason}})."):
         try:
             yield
-        except ImportError as error:  # of an installation, and not of the model's files
+        except ImportError as error:  # a fault of the installation, not of the model's files
             raise OpenError(
                 f"transformers cannot be used here ({' '.join(str(error.__cause__ or error).split())[:300]}). Install "
                 "what is missing, or sasa-export anew in an environment of its own."

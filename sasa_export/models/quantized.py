@@ -1,4 +1,4 @@
-"""Checkpoints that somebody quantized: whether their scheme runs here."""
+"""Quantized checkpoints: whether their quantization scheme runs here."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from sasa_export.models.load import RESTORE, stock_config
 
 
 def scheme(config: dict[str, Any]) -> str | None:
-    """The scheme that config.json says the weights are quantized by; None where they are plain."""
+    """Return the quantization scheme that config.json names. None where the weights are plain."""
     places = [place for place in (config, config.get("text_config")) if isinstance(place, dict)]
     found = next(filter(None, (place.get("quantization_config") for place in places)), None)
     named = isinstance(found, dict) and found.get("quant_method")
@@ -16,7 +16,7 @@ def scheme(config: dict[str, Any]) -> str | None:
 
 
 def check_scheme(source: Source, *, plain: bool = False) -> None:
-    """Raise OpenError where a scheme does not run here, as far as config.json tells, or weights have to be `plain`."""
+    """Raise OpenError where config.json names a scheme that does not run here, or any scheme if `plain` is set."""
     name = scheme(source.config)
     if name is None:
         return
@@ -27,18 +27,18 @@ def check_scheme(source: Source, *, plain: bool = False) -> None:
         )
     does_not_run = (
         f"{source.name} is quantized by {name}, which does not run here ({{reason}}). Install what it asks for "
-        "(docs/quantized.md lists what was tried), or give the model that it was quantized from."
+        "(docs/results/quantized.md lists what was tried), or give the model that it was quantized from."
     )
     with reworded(OpenError, does_not_run):
         from transformers.quantizers.auto import get_hf_quantizer
 
         config = stock_config(source)
         if get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})[0] is None:
-            raise ValueError("transformers has no loader of this name")  # it would load the numbers as they are
+            raise ValueError("transformers has no loader of this name")  # and would load the numbers unscaled
 
 
 def check_scales(source: Source) -> None:
-    """Raise OpenError where a weight of 8 bits came without its scales: it would be loaded unscaled."""
+    """Raise OpenError where an 8-bit weight lacks its scales: it would be loaded unscaled."""
     held = {key: kind for shard in source.shards for key, kind in zip(shard.keys, shard.types, strict=True)}
     for key, kind in held.items():
         alone = not {f"{key}_scale", f"{key}_scale_inv"} & held.keys()

@@ -1,6 +1,6 @@
-"""Running a model without its weights: floating-point tensors have a shape alone, whole numbers are computed.
+"""Run a model without its weights: floating-point tensors have only a shape, integer tensors are computed.
 
-What a forward does with a picture depends on whole numbers (ids, grids, sizes), which are known, and never on weights.
+A forward pass over a picture depends on integers (ids, grids, sizes), which are known, and never on weights.
 """
 
 import io
@@ -18,22 +18,22 @@ from sasa_export.models.load import check_loaded, explained, stock_classes, stoc
 from sasa_export.models.quantized import check_scales, scheme
 
 META = torch.device("meta")
-COUNTED = (torch.ops.aten.linspace.default,)  # which positions of a picture are rounded from, so that it is computed
+COUNTED = (torch.ops.aten.linspace.default,)  # computed, because positions in a picture are rounded from it
 INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
 @contextmanager
 def skeleton(source: Source) -> Iterator[Any]:
-    """The stock model without weights: shapes alone, no memory. Runs only within the context.
+    """Yield the stock model without weights: shapes alone, no memory. The model runs only within the context.
 
-    Raises OpenError where plain shards lack a tensor that the model needs, or have it in another shape.
+    Raises OpenError where plain (unquantized) shards lack a tensor of the model, or hold it in another shape.
     """
     from transformers.initialization import no_init_weights
 
     with explained(f"the config.json of {source.name} describes no model"):
         if scheme(source.config) is None:
             model = _load_shapes(source)
-        else:  # a scheme's own layers do not run on shapes
+        else:  # layers of a quantization scheme do not run on shapes
             check_scales(source)
             with no_init_weights(), META:
                 model = stock_classes(source)[1]._from_config(stock_config(source)).eval()  # type: ignore[attr-defined]
@@ -42,14 +42,14 @@ def skeleton(source: Source) -> Iterator[Any]:
 
 
 def _load_shapes(source: Source) -> Any:
-    """The stock model, loaded by transformers from shapes and types of what the shards hold."""
+    """Return the stock model, loaded by transformers from the shapes and types in the shards."""
     from transformers.modeling_utils import str_to_torch_dtype
 
     stored: dict[str, Tensor] = {}
     for shard in source.shards:
         for key, shape, kind in zip(shard.keys, shard.shapes, shard.types, strict=True):
             stored[key] = torch.empty(shape, dtype=str_to_torch_dtype[kind], device=META)
-    with redirect_stderr(io.StringIO()):  # of progress bars
+    with redirect_stderr(io.StringIO()):  # hides progress bars
         model, info = stock_classes(source)[1].from_pretrained(  # type: ignore[attr-defined]
             None, config=stock_config(source), state_dict=stored, device_map={"": META},
             output_loading_info=True, ignore_mismatched_sizes=True,
@@ -59,7 +59,7 @@ def _load_shapes(source: Source) -> Any:
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Within this mode, tensors on the meta device run beside whole numbers in memory, wherever either is asked for."""
+    """A mode that runs meta tensors together with integer tensors in memory, and ignores requested devices."""
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
@@ -70,11 +70,11 @@ class ShapesOnly(TorchDispatchMode):
             return func(*args, **kwargs)
         if func in INDEXED:
             args = (args[0], [part for index in args[1] for part in _numbers(index)], *args[2:])
-        changed = args[0] if func.__name__.split(".")[0].endswith("_") else None  # in place
+        changed = args[0] if func.__name__.split(".")[0].endswith("_") else None  # an in-place operation
         if isinstance(changed, Tensor) and not changed.is_meta and not changed.is_floating_point():
             raise NotImplementedError(f"{func} would write numbers that nobody knows into whole ones")
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(META), (args, kwargs))
-        if func is torch.ops.aten._grouped_mm.default:  # of experts; its shapes are worked out in one type alone
+        if func is torch.ops.aten._grouped_mm.default:  # of experts; torch infers its shapes only in bfloat16
             args = tree_map_only(
                 Tensor, lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, args
             )
@@ -82,7 +82,7 @@ class ShapesOnly(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _made(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A new tensor: without content if it is floating-point."""
+        """Return a new tensor. A floating-point tensor has no content."""
         if func in COUNTED:
             return func(*args, **kwargs, device=torch.device("cpu"))
         if any(argument.name == "device" for argument in func._schema.arguments):  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ class ShapesOnly(TorchDispatchMode):
 
 
 def _numbers(index: Any) -> list[Any]:
-    """An index by a mask as indices by number, since its shape depends on the mask's content."""
+    """Return a mask as integer indices, because the result's shape depends on the mask's content."""
     if isinstance(index, Tensor) and index.dtype == torch.bool:
         return list(index.nonzero().unbind(1))
     return [index]

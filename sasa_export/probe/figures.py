@@ -1,4 +1,4 @@
-"""What a calibration measured, honestly: on kinds of prompts that were left out, with and without projection."""
+"""The figures of a calibration, on kinds of prompts that were left out of the fit, with and without projection."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +12,10 @@ from sasa_export.prompts.prompt import Prompt
 
 @dataclass(frozen=True)
 class Figure:
-    """Figures of one feature on a part of the prompts; rates are shares of 1, None where the part has no such prompts.
+    """Figures of one feature on a part of the prompts. Rates are shares of 1, None where the part has no such prompts.
 
-    `recall`, `false_positive_rate` and `borderline_rate` are the shares of harmful, ordinary harmless and borderline
-    harmless prompts at or above the threshold. `auc` is of the harmful against the ordinary ones.
+    `recall`, `false_positive_rate` and `borderline_rate` are the shares of harmful, ordinary and borderline prompts at
+    or above the threshold. `auc` compares harmful prompts with ordinary prompts.
     """
 
     feature: str  # "projected" or "plain"
@@ -26,36 +26,36 @@ class Figure:
     recall: float
     false_positive_rate: float
     borderline_rate: float | None
-    harmful: int  # prompts, of which `recall` is a share
-    ordinary: int  # prompts, of which `false_positive_rate` is a share
+    harmful: int  # number of prompts behind `recall`
+    ordinary: int  # number of prompts behind `false_positive_rate`
 
     @property
     def beats_chance(self) -> bool:
-        """Are harmful prompts refused more often than ordinary ones, by more than noise?"""
+        """Return whether harmful prompts are refused more often than ordinary ones, beyond noise."""
         return is_above(*self._shares())
 
     @property
     def refused(self) -> str:
-        """Both shares in words, with their intervals."""
+        """Return both shares in words, with their intervals."""
         return "{} of {harmful} harmful and {} of {ordinary} ordinary ones are refused".format(
             *self._shares(), harmful=self.harmful, ordinary=self.ordinary
         )
 
     @property
     def caught(self) -> Share:
-        """`recall` with its interval."""
+        """Return `recall` with its interval."""
         return wilson(round(self.recall * self.harmful), self.harmful)
 
     def _shares(self) -> tuple[Share, Share]:
-        """`recall` and `false_positive_rate` with their intervals."""
+        """Return `recall` and `false_positive_rate` with their intervals."""
         return self.caught, wilson(round(self.false_positive_rate * self.ordinary), self.ordinary)
 
 
 @dataclass(frozen=True)
 class KindFigure:
-    """AUC on one kind of prompt by probes, and by a bag of words, that were fitted without that kind.
+    """AUC on one kind of prompt, by probes and a bag of words that were fitted without that kind.
 
-    Where the kind has one label alone, it is told from all prompts of the other.
+    For a kind with a single label, AUC is computed against all prompts with the other label.
     """
 
     kind: str
@@ -66,12 +66,12 @@ class KindFigure:
 
 
 def rounded(figure: Figure | KindFigure) -> dict[str, Any]:
-    """Its fields, rounded to four places."""
+    """Return the figure's fields, with numbers rounded to four places."""
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(figure).items()}
 
 
 def figures(feature: str, scores: np.ndarray, prompts: Sequence[Prompt], threshold: float) -> list[Figure]:
-    """A figure for each part that has both labels: all, then channels, then settings.
+    """Return a figure for each part that has both labels: all prompts, then channels, then settings.
 
     Args: scores: P(unsafe), (prompts,).
     """
@@ -107,14 +107,14 @@ def _parts(prompts: Sequence[Prompt]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def ordinary_rows(prompts: Sequence[Prompt]) -> np.ndarray:
-    """Which prompts are harmless and ordinary, (prompts,); all harmless ones where each of them is borderline."""
+    """Return which prompts are ordinary, (prompts,), bool. If all harmless prompts are borderline, return those."""
     harmless = np.array([prompt.label == 0 for prompt in prompts])
     ordinary = harmless & ~np.array([prompt.borderline for prompt in prompts])
     return ordinary if ordinary.any() else harmless
 
 
 def kind_figures(prompts: Sequence[Prompt], kinds: np.ndarray, scores: dict[str, np.ndarray]) -> list[KindFigure]:
-    """Args: kinds: of each prompt, (prompts,); scores: "projected" (or not), "plain" and "words", each (prompts,)."""
+    """Return a figure for each of `kinds` (prompts,). `scores` (prompts,): "plain", "words", and maybe "projected"."""
     labels = np.array([prompt.label for prompt in prompts])
 
     def area(values: np.ndarray, kind: str) -> float:
@@ -135,13 +135,13 @@ def kind_figures(prompts: Sequence[Prompt], kinds: np.ndarray, scores: dict[str,
 
 
 def _area(scores: np.ndarray, harmful: np.ndarray, harmless: np.ndarray) -> float:
-    """The AUC of scores (prompts,) on two sets of prompts, (prompts,), bool."""
+    """Return the AUC of scores (prompts,) between two sets of prompts, (prompts,), bool."""
     rows = np.flatnonzero(harmful | harmless)
     return auc_of(scores[rows], harmful[rows].astype(int), rows).value
 
 
 def verdict_on_projection(figures: Sequence[Figure]) -> str:
-    """One sentence on what projection is worth on this model, by the harmful prompts refused at the threshold."""
+    """Return a sentence on the effect of projection on this model, by the harmful prompts refused at the threshold."""
     by_feature = {figure.feature: figure for figure in figures if figure.part == "all"}
     plain, projected = by_feature["plain"], by_feature.get("projected")
     if projected is None:

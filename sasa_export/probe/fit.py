@@ -1,4 +1,4 @@
-"""The probe: logistic regression on first-token logits, as in the paper, its threshold, and a bag of words to beat."""
+"""The probe (logistic regression on first-token logits, as in the paper), its threshold, and a baseline of words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from sasa_export.probe.figures import ordinary_rows
 from sasa_export.probe.folds import Fold
 from sasa_export.prompts.prompt import Prompt, asked
 
-ROWS = 4096  # of the head at a time
+ROWS = 4096  # of the head per step
 PAPER = 1.0  # the reproduction's C
-CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 3e-5, 1e-5)  # few prompts against many features: less is often more
-LEAST_SPREAD = 1e-3  # of p (1 - p): where a start is certain, the curvature says nothing of the way from there
-EXACT, CLOSE = 1e-13, 1e-6  # the relative gain of the loss at which a fit ends; close is enough to choose by
-STRENGTHS_OF_WORDS = (0.1, 1.0, 10.0)  # C, of features of length 1
-STRENGTH = 30.0  # of `steady_metric`: of 0, 3 and 30, by the log loss on kinds left out; smol-llava's texts
-HIGHEST = 1 - 1e-6  # above it, a float32 probability no longer tells prompts apart
+CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 3e-5, 1e-5)  # of C; few prompts with many features often need a small C
+LEAST_SPREAD = 1e-3  # floor of p (1 - p): at a start with certain probabilities, the curvature would vanish
+EXACT, CLOSE = 1e-13, 1e-6  # relative gain in loss at which a fit ends: for the result, and for choosing C
+STRENGTHS_OF_WORDS = (0.1, 1.0, 10.0)  # values of C, for feature vectors of length 1
+STRENGTH = 30.0  # of `steady_metric`: 0, 3 and 30 were compared by log loss on left-out kinds of smol-llava's texts
+HIGHEST = 1 - 1e-6  # float32 probabilities above this no longer distinguish prompts
 
 
 @dataclass(frozen=True)
 class Probe:
-    """`weight` (features,) and `bias`, float32, and the probability at and above which a prompt is refused."""
+    """`weight` (features,) and `bias`, float32. A prompt is refused if its P(unsafe) is at or above `threshold`."""
 
     weight: np.ndarray
     bias: float
@@ -34,11 +34,11 @@ class Probe:
 
 
 def head_metric(head: np.ndarray) -> np.ndarray:
-    """R with |R h| = |W_head h| for every h: the triangular factor of W_head (vocabulary, hidden).
+    """Return R with |R h| = |W_head h| for every h: the triangular factor of W_head (vocabulary, hidden).
 
-    A logistic regression with an L2 penalty on logits z = W_head h has its weights in the span of the
-    samples, so fitting it on R h gives the same probe, in `hidden` instead of `vocabulary` dimensions. The
-    small jitter keeps the factor defined where W_head has less than full rank.
+    A logistic regression with an L2 penalty on logits z = W_head h has its weights in the span of the samples. A fit on
+    R h therefore gives the same probe, in `hidden` instead of `vocabulary` dimensions. A small jitter keeps the factor
+    defined where W_head has less than full rank.
     """
     gram = np.zeros((head.shape[1], head.shape[1]))  # (hidden, hidden)
     for start in range(0, len(head), ROWS):  # the whole head in float64 would not fit beside a large model
@@ -49,11 +49,11 @@ def head_metric(head: np.ndarray) -> np.ndarray:
 
 
 def steady_metric(states: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray | None:
-    """M, (features, features), with |w M^-1|² = |w|² + STRENGTH * what w reads of settings, in units of its mean.
+    """Return M, (features, features), with |w M^-1|² = |w|² + STRENGTH * w C w / mean(diag C).
 
-    Behind a greeting, under a system prompt or alone, a request is the same. What changes between its prompts is
-    measured on states (prompts, features) of the texts that are asked more than once, and the probe is penalised for
-    reading it (within-class covariance normalisation: Hatch et al., Interspeech 2006). None where there are none.
+    C is the covariance of states (prompts, features) within a request that is asked in several settings: alone, after a
+    greeting, under a system prompt. The penalty keeps the probe from reading the setting (within-class covariance
+    normalisation: Hatch et al., Interspeech 2006). None without such requests.
     """
     rows, labels = _repeated(prompts)
     if not len(rows):
@@ -69,7 +69,7 @@ def steady_metric(states: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray |
 
 
 def _repeated(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of texts whose request is asked as text more than once, and the request of each, (texts,)."""
+    """Return the rows of requests that are asked as text more than once, and each row's request number, (texts,)."""
     rows = np.array([row for row, prompt in enumerate(prompts) if prompt.channel == "text"], dtype=int)
     requests = [f"{prompts[row].group}/{asked(prompts[row])}" for row in rows]
     _, labels, counts = np.unique(requests, return_inverse=True, return_counts=True)
@@ -78,16 +78,16 @@ def _repeated(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_metric(features: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
-    """Features (prompts, hidden) in the head's metric (hidden, hidden), float64; as they are without one."""
+    """Return features (prompts, hidden) in a metric (hidden, hidden), float64. Without a metric, only convert them."""
     wide = features.astype(np.float64)
     return wide if metric is None else wide @ metric.T
 
 
 def fit(features: np.ndarray, labels: np.ndarray, regularization: float = PAPER) -> tuple[np.ndarray, float]:
-    """What the reproduction's LogisticRegression(class_weight="balanced", solver="liblinear") converges to.
+    """Return weight (features,) and bias of a logistic regression on unscaled features (prompts, features).
 
-    On unscaled features (prompts, features), the intercept penalised like a weight, as liblinear does.
-    `regularization` is C, the inverse strength. Returns weight (features,) and bias.
+    They equal the limit of the reproduction's LogisticRegression(class_weight="balanced", solver="liblinear"), which
+    penalises the intercept like a weight. `regularization` is C, the inverse strength.
     """
     return fit_path(features, labels, (regularization,))[regularization]
 
@@ -99,10 +99,10 @@ def fit_path(
     precision: float = EXACT,
     factors: dict[float, np.ndarray] | None = None,
 ) -> dict[float, tuple[np.ndarray, float]]:
-    """`fit` at each of the candidates, from the strongest penalty on, each from where the one before ended.
+    """Return `fit` for each candidate C. The strongest penalty comes first; each fit starts from the previous result.
 
-    Args: factors: of the curvature (`_factor`) by candidate, which fits on much the same prompts share: they shape the
-    way to the minimum, and not where it lies. What is missing is added.
+    Args: factors: of the curvature (`_factor`), by candidate. Fits on similar prompts may share them, since they change
+    only the path to the minimum. Missing factors are added.
     """
     padded = np.pad(features, ((0, 0), (0, 1)), constant_values=1.0)  # (prompts, features + 1)
     basis = None
@@ -122,7 +122,7 @@ def fit_path(
 
 
 def _factor(features: np.ndarray, balance: np.ndarray, regularization: float, start: np.ndarray) -> np.ndarray:
-    """The triangular factor of the loss's curvature at `start`, (features, features)."""
+    """Return the triangular factor of the loss's curvature at `start`, (features, features)."""
     spread = expit(features @ start)  # (prompts,)
     spread = regularization * balance * np.maximum(spread * (1 - spread), LEAST_SPREAD)
     curvature = (features.T * spread) @ features  # (features, features)
@@ -139,10 +139,10 @@ def _descend(
     precision: float,
     factor: Any,
 ) -> np.ndarray:
-    """The weight (features,) of least |weight|^2 / 2 + C * weighted log loss, found from `start`.
+    """Return the weight (features,) that minimises |weight|^2 / 2 + C * weighted log loss, starting from `start`.
 
-    The curvature, by its `factor`, makes the problem round, which takes L-BFGS straight to the minimum. Newton's method
-    would compute it anew at each of its steps, and a solver without it takes thousands.
+    The curvature's `factor` preconditions the problem, so that L-BFGS needs few steps. Newton's method would compute
+    the curvature at each step. A solver without the curvature takes thousands of steps.
     """
     signs = np.where(labels == 1, 1.0, -1.0)  # (prompts,)
 
@@ -160,14 +160,14 @@ def _descend(
 
 
 def probability(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
-    """P(unsafe) of features (prompts, features): (prompts,)."""
+    """Return P(unsafe), (prompts,), of features (prompts, features)."""
     return expit(features @ weight + bias)
 
 
 def best_regularization(
     features: np.ndarray, labels: np.ndarray, folds: Sequence[Fold], candidates: Sequence[float] = CANDIDATES
 ) -> tuple[float, np.ndarray]:
-    """The candidate of least cross-validated log loss, and P(unsafe) of every prompt by fits without its fold."""
+    """Return the C of lowest cross-validated log loss, and P(unsafe) of every prompt by a fit without its fold."""
     scores = {value: np.zeros(len(labels)) for value in candidates}
     factors: dict[float, np.ndarray] = {}
     for train, test in folds:
@@ -177,7 +177,7 @@ def best_regularization(
 
 
 def bag_of_words(strength: float) -> Any:
-    """TF-IDF and a logistic regression, unfitted. It sees no model: a probe that is no better knows words alone."""
+    """Return an unfitted TF-IDF and logistic regression. A probe that is no better than this knows only words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -187,7 +187,7 @@ def bag_of_words(strength: float) -> Any:
 
 
 def best_words(prompts: Sequence[Prompt], folds: Sequence[Fold]) -> tuple[float, np.ndarray]:
-    """As `best_regularization`, of bags of words of what is asked."""
+    """Return the same as `best_regularization`, for bags of words of the requests."""
     from sklearn.model_selection import cross_val_predict
 
     labels = np.array([prompt.label for prompt in prompts])
@@ -206,14 +206,14 @@ def _of_least_loss(scores: dict[float, np.ndarray], labels: np.ndarray) -> tuple
 
 
 def threshold_of(scores: np.ndarray, prompts: Sequence[Prompt], max_false_positive_rate: float) -> float:
-    """The lowest threshold that keeps the rate of ordinary harmless prompts, given P(unsafe) of all, (prompts,)."""
+    """Return the lowest threshold that keeps to the rate on ordinary prompts, given P(unsafe) of all, (prompts,)."""
     return threshold_for(scores, ~ordinary_rows(prompts), max_false_positive_rate)
 
 
 def threshold_for(scores: np.ndarray, labels: np.ndarray, max_false_positive_rate: float) -> float:
-    """The lowest threshold at which at most that share of harmless prompts is refused.
+    """Return the lowest threshold at which at most the given share of harmless prompts is refused.
 
-    Halfway between two neighbouring scores, so that rounding cannot move a calibration prompt across it.
+    It lies halfway between two neighbouring scores, so that rounding cannot move a calibration prompt across it.
     """
     harmless = np.sort(scores[labels == 0])[::-1]
     allowed = int(np.floor(max_false_positive_rate * len(harmless)))

@@ -1,4 +1,4 @@
-"""What a choice is judged on: kinds of prompts that were left out whole, so that it carries over to new ones."""
+"""Cross-validation folds that leave out whole kinds of prompts, so that choices carry over to new kinds."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from sasa_export.errors import CalibrationError
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.shares import labels_and_groups
 
-FOLDS = 5  # where prompts are left out by group
+FOLDS = 5  # for folds by group
 LEAST_KINDS = 4
 
 Fold = tuple[np.ndarray, np.ndarray]  # rows to fit on, rows to judge
 
 
 def folds_of(prompts: Sequence[Prompt]) -> list[Fold]:
-    """Each kind of prompt left out once; five folds by group where the prompts are of fewer than four kinds.
+    """Return folds that leave out each kind of prompt once, or five folds by group where kinds are few (`kinds_of`).
 
-    No prompt is fitted on that shares its group with one that is judged. CalibrationError where a fold would be left
-    with one label.
+    Within a fold, no group has both a fitted and a judged prompt. Raise CalibrationError where a fold would have only
+    one label to fit on.
     """
     from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 
@@ -40,7 +40,7 @@ def folds_of(prompts: Sequence[Prompt]) -> list[Fold]:
 
 
 def kinds_of(prompts: Sequence[Prompt]) -> np.ndarray | None:
-    """The kind of each prompt, (prompts,), where there are enough to leave one out; else None."""
+    """Return the kind of each prompt, (prompts,), or None where the kinds are too few to leave one out."""
     kinds = np.array([prompt.kind for prompt in prompts])
     enough = len(set(kinds)) >= LEAST_KINDS and all(
         len({prompt.kind for prompt in prompts if prompt.label == label}) > 2 for label in (0, 1)

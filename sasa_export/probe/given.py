@@ -1,4 +1,4 @@
-"""A probe of the user's own, instead of a calibration."""
+"""A probe that the user supplies instead of a calibration."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PROBE_WEIGHT, PROBE_BIAS = "sasa.probe.weight", "sasa.probe.bias"
 
 
 def read_probe(path: Path, threshold: float | None) -> Probe:
-    """A probe from a safetensors file with `sasa.probe.weight` (features,) and `sasa.probe.bias` ()."""
+    """Return the probe in a safetensors file with `sasa.probe.weight` (features,) and `sasa.probe.bias` ()."""
     from safetensors import safe_open
 
     if not path.exists():
@@ -34,7 +34,7 @@ def read_probe(path: Path, threshold: float | None) -> Probe:
 
 
 def check_probe(probe: Probe | None, graph: LayerGraph, sizes: Sizes) -> None:
-    """CalibrationError where a probe that is given does not fit the rewritten `graph`."""
+    """Raise CalibrationError where the user's probe does not fit the rewritten `graph`."""
     end = sizes.vocabulary if graph.of("lane_head") else sizes.hidden
     whole = end + len(graph.of("state_norm")) * sizes.hidden
     if probe is not None and probe.weight.shape != (whole,):

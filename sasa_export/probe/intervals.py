@@ -1,5 +1,5 @@
-"""Figures with 95 % intervals: Wilson's for shares, and for areas and means DeLong's variance with the prompts of one
-group counted as one (Obuchowski 1997), by which figures of the same prompts compare.
+"""Figures with 95 % intervals. Shares have Wilson's interval. AUCs and means have DeLong's variance, which can also
+compare figures of the same prompts. The prompts of one group count as one (Obuchowski 1997).
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval. It is written as `form` says, or with another one: `f"{estimate:+.3f}"`."""
+    """A figure with its interval. `form` is the default format; `f"{estimate:+.3f}"` gives another."""
 
     value: float
     low: float
@@ -32,13 +32,13 @@ class Estimate:
 
     @property
     def short(self) -> str:
-        """The figure alone."""
+        """Return the figure without its interval."""
         return format(self.value, self.form)
 
 
 @dataclass(frozen=True)
 class Share(Estimate):
-    """The share that `count` of `total` prompts are."""
+    """The share of `count` in `total` prompts."""
 
     count: int
     total: int
@@ -47,18 +47,18 @@ class Share(Estimate):
 
 @dataclass(frozen=True)
 class Comparable(Estimate):
-    """A figure with its influence, (groups,): how much each group of prompts adds to it."""
+    """A figure with its influence, (groups,): each group's contribution to the figure."""
 
     influence: np.ndarray
 
 
 def share(flags: np.ndarray) -> Share | None:
-    """The share of flags (prompts,), bool, that hold, with Wilson's interval; None where there are no prompts."""
+    """Return the share of true flags (prompts,), bool, with Wilson's interval. None without prompts."""
     return wilson(int(flags.sum()), len(flags)) if len(flags) else None
 
 
 def wilson(count: int, total: int) -> Share:
-    """The share that `count` of `total` prompts are, with Wilson's interval."""
+    """Return the share of `count` in `total` prompts, with Wilson's interval."""
     from scipy.stats import binomtest
 
     interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
@@ -66,15 +66,15 @@ def wilson(count: int, total: int) -> Share:
 
 
 def is_above(higher: Share, lower: Share) -> bool:
-    """Is a share above one of other prompts by more than noise (Newcombe 1998, method 10)?"""
+    """Return whether a share is above a share of other prompts, beyond noise (Newcombe 1998, method 10)."""
     return higher.value - lower.value > np.hypot(higher.value - higher.low, lower.high - lower.value)
 
 
 def auc_of(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Comparable:
-    """The area under the ROC curve of scores (prompts,) for labels 0 and 1."""
+    """Return the area under the ROC curve (AUC) of scores (prompts,) for labels 0 and 1."""
     harmful, harmless = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
     influence = np.zeros(len(scores))
-    # For a harmful prompt the share of harmless ones below it, for a harmless one that of harmful ones above it.
+    # For each score, the numbers of harmless scores below it and of harmful scores above it. Ties count half.
     below = (np.searchsorted(harmless, scores, "left") + np.searchsorted(harmless, scores, "right")) / 2
     above = len(harmful) - (np.searchsorted(harmful, scores, "left") + np.searchsorted(harmful, scores, "right")) / 2
     value = float(below[labels == 1].mean() / len(harmless))
@@ -84,38 +84,38 @@ def auc_of(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Compar
 
 
 def mean_of(values: np.ndarray, groups: np.ndarray) -> Comparable:
-    """The mean of values (prompts,)."""
+    """Return the mean of values (prompts,)."""
     value = float(values.mean())
     return _comparable(value, (values - value) / len(values), groups, -np.inf, np.inf)
 
 
 def difference(first: Comparable, second: Comparable) -> Comparable:
-    """The first figure less the second; both must be of the same prompts."""
+    """Return the first figure minus the second. Both must be of the same prompts."""
     influence = first.influence - second.influence  # (groups,)
     value, error = first.value - second.value, SPAN * _error(influence)
     return Comparable(value, value - error, value + error, influence)
 
 
 def is_below(lower: Comparable, higher: Comparable, among: int = 1) -> bool:
-    """Is the first figure below the second by more than noise? Both must be of the same prompts.
+    """Return whether the first figure is below the second, beyond noise. Both must be of the same prompts.
 
-    `among` is the number of figures that the higher one is the best of: the best of many is partly luck, so that a
-    difference counts only where it would be seen in one of twenty such comparisons by chance (Bonferroni).
+    `higher` may be the best of `among` figures. The best of many is partly luck. A difference therefore counts only if
+    chance would show it in no more than one of twenty such comparisons (Bonferroni).
     """
     from scipy.stats import norm
 
     span = float(norm.isf(0.025 / among))
-    # A difference of rounding alone is none, however small the noise.
+    # Ignore rounding differences, however small the noise.
     return bool(higher.value - lower.value > span * _error(higher.influence - lower.influence) + 1e-9)
 
 
 def best(estimates: Mapping[Key, Comparable]) -> Key:
-    """The key of the highest figure, the first of equals."""
+    """Return the key of the highest figure, the first among equals."""
     return max(estimates, key=lambda key: estimates[key].value)
 
 
 def within_noise(estimates: Mapping[Key, Comparable]) -> list[Key]:
-    """The keys of the figures that are not below the best one by more than noise, in order."""
+    """Return the keys, in order, of the figures that are not below the best one beyond noise."""
     highest = estimates[best(estimates)]
     return [key for key, estimate in estimates.items() if not is_below(estimate, highest, len(estimates))]
 

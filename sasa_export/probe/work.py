@@ -1,7 +1,7 @@
-"""Work that an interrupted run leaves finished on disk, one array a file, and the next run goes on from.
+"""Store finished work on disk, one array per file, so that the next run can resume an interrupted one.
 
-Processes that share the work (`sasa_export.workers`) share the folder too: each puts its results there, and the first
-one reads them all.
+Processes that share the work (`sasa_export.workers`) share the folder too. Each process stores its results there,
+and can read the results of all.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ import numpy as np
 
 from sasa_export.errors import CalibrationError, SasaExportError, reworded
 from sasa_export.files import check_free, claimed, write_whole
-from sasa_export.manifest import check_ours, digest
+from sasa_export.manifest import check_ours
 from sasa_export.models import Source
-from sasa_export.prompts.prompt import Prompt, batches
+from sasa_export.prompts.prompt import Prompt, batches, digest_of
 from sasa_export.report import Silent
 from sasa_export.workers import workers
 
@@ -29,16 +28,16 @@ FINGERPRINT = "fingerprint.json"
 
 
 class Work:
-    """A folder of finished arrays that belong to one model, one set of prompts and one way of running."""
+    """A folder of finished arrays for one model, one set of prompts and one way of running the model."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def open(self, fingerprint: dict[str, Any], *, discard: bool, report: Silent) -> None:
-        """Begin, or go on with what a run of the same fingerprint has left; other processes wait until that is done.
+        """Prepare the folder, and keep the results of an earlier run with the same fingerprint. Other processes wait.
 
-        Raises SasaExportError where the folder holds the results of another model, other prompts or settings and
-        `discard` is not set.
+        Raises SasaExportError where the folder holds the results of another model, other prompts or settings, unless
+        `discard` is set.
         """
         if not workers().leads:
             workers().wait()
@@ -70,7 +69,7 @@ class Work:
     def put(self, name: str, array: np.ndarray) -> None:
         """Store a finished array. CalibrationError where it is not finite, SasaExportError where the disk is full."""
         if not np.isfinite(array).all():
-            raise CalibrationError(  # after which another --dtype finds no work of this one in its way
+            raise CalibrationError(  # `resumable` then removes the folder, so that another --dtype can start
                 "the model's state is not finite on one of the prompts. Its weights may be damaged, or --dtype too "
                 "narrow: try --dtype float32."
             )
@@ -78,21 +77,21 @@ class Work:
         partial = self.folder / f"{name}.partial-{os.getpid()}"
         with self._explained():
             try:
-                with partial.open("wb") as file:  # np.save would put .npy behind the partial file's name
+                with partial.open("wb") as file:  # np.save would append .npy to the partial file's name
                     np.save(file, array, allow_pickle=False)
                 os.replace(partial, self.folder / f"{name}.npy")
             finally:
                 partial.unlink(missing_ok=True)
 
     def get(self, name: str) -> np.ndarray:
-        """A finished array, read from the disk where it is used. SasaExportError where its file is damaged."""
+        """Return a finished array, memory-mapped. Raise SasaExportError where its file is damaged."""
         path = self.folder / f"{name}.npy"
         damaged = f"{path} is damaged ({{reason}}). Delete that file and run the same command again."
         with reworded(SasaExportError, damaged):
             return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def remove(self) -> None:
-        """Nothing of this is needed any longer."""
+        """Remove the folder with all results."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _explained(self) -> AbstractContextManager[None]:
@@ -104,7 +103,7 @@ class Work:
 
 
 class Results:
-    """Results of a list of prompts, computed batch by batch; they lie in the work folder under `kind`."""
+    """Results of a list of prompts, computed batch by batch and stored in the work folder under `kind`."""
 
     def __init__(self, work: Work, kind: str, prompts: Sequence[Prompt], batch_size: int) -> None:
         self.work, self.kind, self.prompts = work, kind, prompts
@@ -116,9 +115,9 @@ class Results:
         compute: Callable[[list[Prompt], list[str]], Iterable[tuple[str, np.ndarray]]],
         report: Silent,
     ) -> None:
-        """Compute what is not there yet, in as many processes as there are, until all of it is.
+        """Compute all missing results, spread over all processes.
 
-        `compute` gets the prompts of a batch and which of `names` are missing, and gives arrays (rows, ...) by name.
+        `compute` gets the prompts of a batch and the missing `names`, and returns arrays (rows, ...) by name.
         """
 
         def fill(number: int) -> None:
@@ -131,7 +130,7 @@ class Results:
             workers().spread(range(len(self.batches)), fill, lambda number: advance(len(self.batches[number])))
 
     def read(self, name: str, block: int | None = None) -> np.ndarray:
-        """An array (prompts, ...) in the prompts' order; of one (prompts, blocks, ...) that of a block alone."""
+        """Return an array (prompts, ...) in the prompts' order, or one block of an array (prompts, blocks, ...)."""
         parts = [self.work.get(self._file(number, name)) for number in range(len(self.batches))]
         found = np.concatenate([part if block is None else part[:, block] for part in parts])
         return found[np.argsort([row for rows in self.batches for row in rows])]
@@ -142,10 +141,10 @@ class Results:
 
 @contextmanager
 def resumable(out: Path, *, force: bool, report: Silent) -> Iterator[Work]:
-    """The work of what will be written to `out`, in a folder beside it, which is removed when all is done.
+    """Yield the work for `out`, in a folder beside `out`. The folder is removed when the context ends without an error.
 
-    Where the block fails, what is finished stays for the next run, unless that needs other prompts or layers. The
-    second of two runs on one output is told at once. Raises EmitError where `out` cannot be written.
+    After an error, finished work stays for the next run, except after CalibrationError, which calls for other prompts
+    or layers. A second run on the same output fails at once. Raises EmitError where `out` cannot be written.
     """
     processes, out = workers(), out.resolve()
     work = Work(out.parent / f".{out.name}.work")
@@ -167,29 +166,22 @@ def resumable(out: Path, *, force: bool, report: Silent) -> Iterator[Work]:
 
 
 def fingerprint(source: Source, prompts: Sequence[Prompt], **running: Any) -> dict[str, Any]:
-    """What finished work depends on, as a JSON object: equal objects mean that it may be used again.
+    """Return the dependencies of finished work as a JSON object. Work may be reused where the objects are equal.
 
-    It covers the model's files, the prompts with their pictures, the packages' versions, and `running`, how the model
-    runs.
+    The object covers the model's files, the prompts with their pictures, the packages' versions, and `running`: how the
+    model runs.
     """
     model = hashlib.sha256()
     for path in sorted([*source.directory.glob("*.json"), *source.directory.glob("*.jinja")]):
         model.update(path.read_bytes())
-    for shard in source.shards:  # size, time and head, since shards are too large to be read whole
+    for shard in source.shards:  # size, time and first MiB, since shards are too large to read whole
         state = shard.path.stat()
         model.update(f"{shard.path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
         with shard.path.open("rb") as file:
             model.update(file.read(1 << 20))
-    asked = hashlib.sha256()
-    for prompt in prompts:
-        asked.update(repr((prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.before)).encode())
-        if prompt.picture is not None:
-            asked.update(digest(prompt.picture).encode())
-        elif isinstance(prompt.image, partial):  # by what it is drawn, since drawing thousands takes a minute
-            asked.update(repr((prompt.image.func.__name__, prompt.image.args)).encode())
     return {
         "model": model.hexdigest(),
-        "prompts": asked.hexdigest(),
+        "prompts": digest_of(prompts),
         "versions": {name: version(name) for name in ("sasa-export", "torch", "transformers", "numpy", "pillow")},
         **running,
     }

@@ -1,7 +1,7 @@
-"""Labelled prompts: the built-in sets, the data sets of the field, and files of your own.
+"""Labelled prompts: the built-in sets, published data sets, and the user's own files.
 
-A data set is named by a spec: `name:PATH`, options behind commas (`mm-safetybench:DIR,variant=SD+TYPO`). A bare path
-is a JSONL file. Every reader names the file and the record that is wrong.
+A spec names a data set: `name:PATH`, then options after commas (`mm-safetybench:DIR,variant=SD+TYPO`). A bare path
+is a JSONL file or a table. Error messages name the file and the faulty record.
 """
 
 from sasa_export.prompts.builtin_sets import builtin, builtin_evaluation, for_model

@@ -1,7 +1,7 @@
-"""Nothing may leak from training into testing: prompts that share a picture or a question stay together.
+"""Prevent leaks from training into test data: prompts that share a picture or a question form one group.
 
-Pictures are told apart by their bytes, not by their names; questions by their words, not by case, space and
-punctuation. A drawn picture is told apart by what it asks.
+Pictures in files are compared by their bytes, not their names. Questions are compared by their words; case, space and
+punctuation do not count. Drawn pictures are compared by the question alone.
 """
 
 import unicodedata
@@ -16,16 +16,16 @@ from sasa_export.prompts.prompt import Prompt, asked
 
 
 def normalised(text: str) -> str:
-    """The words of a text: letters, marks and numbers in one case, one space between; the text where it has none."""
+    """Return a text's words (letters, marks, numbers) casefolded, single-spaced; without words, the casefolded text."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     words = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folded)
     return " ".join(words.split()) or " ".join(folded.split())
 
 
 def grouped(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The same prompts; `group` becomes the same for all that are connected by group, picture or question.
+    """Return the prompts with one `group` for all that share a group, picture or question.
 
-    A prompt may share its picture with a second and its question with a third: all three are one group then.
+    Links chain: a prompt that shares its picture with a second and its question with a third joins all three.
     """
     sets = DisjointSet(range(len(prompts)))
     first: dict[tuple[str, str], int] = {}
@@ -36,7 +36,7 @@ def grouped(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def check_disjoint(a: Sequence[Prompt], b: Sequence[Prompt]) -> None:
-    """Raise DataError, which names the picture or the question, where a prompt of `b` shares one with `a`."""
+    """Raise DataError if a prompt of `b` shares a picture or question with `a`. The message names it."""
     seen = {bond: prompt for prompt, bonds in zip(a, _bonds(a), strict=True) for bond in bonds}
     for prompt, bonds in zip(b, _bonds(b), strict=True):
         for kind, value in bonds:
@@ -50,7 +50,7 @@ def check_disjoint(a: Sequence[Prompt], b: Sequence[Prompt]) -> None:
 
 
 def _bonds(prompts: Sequence[Prompt]) -> Iterator[list[tuple[str, str]]]:
-    """What each prompt may share with others."""
+    """Yield each prompt's bonds: its normalised question and its picture's digest."""
     digests = {picture: digest(picture) for picture in {prompt.picture for prompt in prompts} if picture is not None}
     for prompt in prompts:
         question = normalised(asked(prompt))

@@ -1,5 +1,5 @@
-"""A request in long text, which is harmless itself: behind it, in front of it, inside it; under a page of a system
-prompt; after eight turns. long_texts.toml has the texts, by genre, of the calibration set and of evaluations apart."""
+"""Place a request in harmless long text: behind, in front of or inside it, under a long system prompt, or after eight
+turns. long_texts.toml holds the texts by genre, separately for calibration and evaluation."""
 
 import functools
 import re
@@ -19,15 +19,15 @@ FILE = Path(__file__).with_suffix(".toml")
 
 @functools.cache
 def texts_of(part: str) -> dict[str, Any]:
-    """Of the "calibration" or the "evaluation": `genres`, pieces of text by genre; `turns`, pairs; `systems`; `leads`,
-    which say that a document has a request in it."""
+    """Return the texts for "calibration" or "evaluation": `genres`, pieces of text by genre; `turns`, pairs of turns;
+    `systems`, system prompts; `leads`, sentences that announce a request inside a document."""
     return tomllib.loads(FILE.read_text(encoding="utf-8"))[part]
 
 
 def lengthened(prompt: Prompt, setting: str, words: int, part: str, rng: Random) -> Prompt:
-    """The same request in one of `SETTINGS`, with about so many words of one genre; a page and turns are as they are.
+    """Return the request in one of `SETTINGS`, with about `words` words of one genre.
 
-    Its `kind` is the genre, so that a choice is judged on genres that were left out.
+    System prompts and turns keep their length. `kind` holds the genre, so that choices are judged on unseen genres.
 
     Args: part: "calibration" or "evaluation".
     """
@@ -51,7 +51,7 @@ def lengthened(prompt: Prompt, setting: str, words: int, part: str, rng: Random)
 
 
 def _filler(genres: dict[str, Sequence[str]], words: int, rng: Random) -> tuple[str, list[str]]:
-    """A genre, and so many words, each with the space behind it, of pieces of it, then of others."""
+    """Return a random genre and up to `words` of its words, with trailing space. Other genres fill what is missing."""
     found: list[str] = []
     order = rng.sample(sorted(genres), len(genres))
     for genre in order:

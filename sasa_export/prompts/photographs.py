@@ -1,4 +1,4 @@
-"""Natural photographs for ordinary questions: parts of those that scikit-learn and matplotlib carry."""
+"""Photographs for ordinary questions: crops of the photographs in scikit-learn and matplotlib."""
 
 import functools
 from pathlib import Path
@@ -7,11 +7,11 @@ from random import Random
 import matplotlib
 from PIL import Image, ImageOps
 
-SIDE = 384  # pixels, of the shorter one
+SIDE = 384  # length of the shorter side in pixels
 
 
 def photograph(seed: int) -> Image.Image:
-    """A part of a photograph, in RGB; equal seeds give equal pixels."""
+    """Return a random crop of a photograph, in RGB. Equal seeds give equal pixels."""
     rng = Random(seed)
     whole = _open(rng.choice(_files()))
     share = rng.uniform(0.35, 1.0)

@@ -1,22 +1,26 @@
-"""The one form that all labelled prompts have, and how they become model inputs."""
+"""The common form of labelled prompts, and their conversion to model inputs."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from sasa_export.manifest import digest
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One labelled prompt.
 
-    `label` is 1 for harmful, 0 for harmless. Prompts of one `group` stay in one fold of a cross-validation. `channel`
-    is "text", or "picture" where there is one: `image` gives it in RGB, and `picture` is its file unless it is drawn.
-    `attack` says how the request is carried, `source` names the data set. `question` is what is asked, where the
-    prompt only accompanies a picture. `before` holds the turns that go before it, each a role and its text, and
-    `setting` names what they are; the picture stands in the prompt's own turn, or in the first of the user's. `kind`
-    is its style or origin: a choice is judged on kinds that were left out. A `borderline` one is harmless, but sounds
-    harmful.
+    `label` is 1 for harmful, 0 for harmless. Cross-validation keeps a `group` in one fold. `channel` is "text" or
+    "picture". `image` returns the picture in RGB; `picture` is its file, if it comes from one.
+    `attack` names the form of the request, `source` the data set. `question` is the actual request if `prompt` only
+    accompanies a picture or contains more text. `before` holds the earlier turns as (role, text) pairs; `setting`
+    names their type. `picture_turn` is the index of the picture's turn among the user's turns; -1 is the prompt itself.
+    The picture precedes the turn's text, or follows it with `picture_last`. `kind` is the prompt's style or origin;
+    choices are judged on unseen kinds. A `borderline` prompt is harmless, but sounds harmful.
     """
 
     name: str
@@ -32,29 +36,45 @@ class Prompt:
     picture: Path | None = None
     before: tuple[tuple[str, str], ...] = ()
     setting: str = "alone"
-    picture_first: bool = False
+    picture_turn: int = -1
+    picture_last: bool = False
     kind: str = ""
     borderline: bool = False
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The prompt as a chat, the picture before the text of its turn."""
+        """Return the prompt as a list of chat messages."""
         turns = (*self.before, ("user", self.prompt))
         messages: list[dict[str, Any]] = [
             {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
         ]
         if self.image is not None:
             asking = [message["content"] for message in messages if message["role"] == "user"]
-            asking[0 if self.picture_first else -1].insert(0, {"type": "image", "image": self.image()})
+            turn = asking[self.picture_turn]
+            turn.insert(len(turn) if self.picture_last else 0, {"type": "image", "image": self.image()})
         return messages
 
 
 def asked(prompt: Prompt) -> str:
-    """What a prompt asks: its question, or its text where that is the question."""
+    """Return the actual request of a prompt: its `question`, or else its text."""
     return prompt.question or prompt.prompt
 
 
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """Return a SHA-256 of the prompts and their pictures. The order counts."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        more = prompt.picture_turn, prompt.picture_last, prompt.kind, prompt.question, prompt.borderline
+        told = (prompt.name, prompt.prompt, prompt.label, prompt.group, prompt.before, *more)
+        found.update(repr(told).encode())
+        if prompt.picture is not None:
+            found.update(digest(prompt.picture).encode())
+        elif isinstance(prompt.image, partial):  # hash the arguments: drawing thousands takes a minute
+            found.update(repr((prompt.image.func.__name__, prompt.image.args)).encode())
+    return found.hexdigest()
+
+
 def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """One padded batch of model inputs."""
+    """Return one padded batch of model inputs."""
     return dict(
         processor.apply_chat_template(
             [prompt.conversation() for prompt in prompts],
@@ -67,12 +87,12 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def encoded(processor: Any, prompt: Prompt) -> dict[str, Any]:
-    """The inputs of one prompt alone, in numpy."""
+    """Return the inputs of a single prompt as numpy arrays."""
     return {name: tensor.numpy() for name, tensor in encode(processor, [prompt]).items()}
 
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers, batch by batch: channels apart and short prompts together, so that little is padded."""
+    """Yield row numbers per batch. Each batch has one channel and prompts of similar length, to limit padding."""
     for channel in sorted({prompt.channel for prompt in prompts}):
         rows = [row for row, prompt in enumerate(prompts) if prompt.channel == channel]
         rows.sort(key=lambda row: sum(len(text) for _, text in (*prompts[row].before, ("", prompts[row].prompt))))

@@ -1,4 +1,4 @@
-"""Reading the tables and pictures that data sets come in, each fault named with its place. Text is in UTF-8."""
+"""Read the tables and pictures of data sets. Errors name the place of each fault. Text is UTF-8."""
 
 import csv
 import io
@@ -15,15 +15,15 @@ from PIL import Image
 
 from sasa_export.errors import DataError, reworded
 
-LONGEST_FIELD = 16 << 20  # characters of a CSV field; the csv module stops at 131072 unless it is told
-TABLES = (".csv", ".json", ".parquet", ".yaml", ".yml")  # beside JSONL
-# Formats that Pillow reads by itself; for some others it starts a program.
+LONGEST_FIELD = 16 << 20  # characters of a CSV field; the csv module's default limit is 131072
+TABLES = (".csv", ".json", ".parquet", ".yaml", ".yml")  # besides JSONL
+# Formats that Pillow decodes by itself. It starts external programs for some others.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A record of a table. `place` is where it stands in it, for messages, and `key` its key or number."""
+    """A record of a table. `place` describes its position, for messages; `key` is its key or number."""
 
     table: Path
     place: str
@@ -39,7 +39,7 @@ class Row:
         return f"{self.table}, {self.place}"
 
     def text(self, *names: str, default: str | None = None) -> str:
-        """The first text under the names, else the default. DataError without one, and for what is no text."""
+        """Return the first text under `names`, or the default. Raises DataError without either, or for a non-text."""
         for name in names:
             value = entry(self.fields, name)
             if isinstance(value, str | int) and str(value).strip():
@@ -51,7 +51,7 @@ class Row:
         return default
 
     def one_of(self, name: str, known: Collection[str]) -> str:
-        """The text under the name as `folded`. DataError where it is none of the known."""
+        """Return the text under `name`, `folded`. Raises DataError if it is not in `known`."""
         word = folded(self.text(name))
         if word not in known:
             said = repr(entry(self.fields, name))[:80]
@@ -59,19 +59,19 @@ class Row:
         return word
 
     def columns(self, wanted: str) -> str:
-        """What a message adds where the column is not there: those that are."""
+        """Return a sentence for error messages that lists the columns, or "" if `wanted` is one of them."""
         return "" if wanted in self.fields else f" Its columns are {', '.join(map(str, self.fields))[:300]}."
 
 
 def folded(word: str) -> str:
-    """A word as options and kinds are compared: case does not count, and - is as good as _."""
+    """Return a word normalised for comparing options and kinds: casefolded, with - for _."""
     return word.strip().casefold().replace("_", "-")
 
 
 def rows(path: Path, inside: str | None = None, *, lines: bool = False) -> Iterator[Row]:
-    """The records of a table, in the format that its name says, or with `lines` an object a line, whatever its name.
+    """Yield the records of a table. The suffix gives the format; `lines` forces JSONL.
 
-    Args: inside: the key of the list of records, where the table is one object.
+    Args: inside: the key of the list of records, if the table is one object.
     """
     kind = path.suffix.lower()
     if lines or kind in (".jsonl", ".ndjson"):
@@ -96,7 +96,7 @@ def rows(path: Path, inside: str | None = None, *, lines: bool = False) -> Itera
 
 
 def rows_of_hub(name: Path, config: str, split: str) -> Iterator[Row]:
-    """The rows of a data set of the hub, through `datasets`, which keeps what it downloads."""
+    """Yield the rows of a hub data set. The `datasets` library downloads and caches it."""
     import datasets
 
     said = (
@@ -106,7 +106,7 @@ def rows_of_hub(name: Path, config: str, split: str) -> Iterator[Row]:
     with reworded(DataError, said):
         found = datasets.load_dataset(str(name), config or None, split=split)
         for column, feature in found.features.items():
-            if isinstance(feature, datasets.Image):  # as bytes, so that not all pictures are in memory as pixels
+            if isinstance(feature, datasets.Image):  # keep bytes: decoded pictures would fill memory
                 found = found.cast_column(column, datasets.Image(decode=False))
     yield from _numbered(name, found)
 
@@ -116,19 +116,19 @@ def _numbered(table: Path, values: Iterable[Any]) -> Iterator[Row]:
 
 
 def _text_of(path: Path) -> str:
-    """The whole file; a byte order mark is dropped."""
+    """Return the file's text without a byte order mark."""
     with reworded(DataError, f"{path} cannot be read as text in UTF-8 ({{reason}})."):
         return path.read_text(encoding="utf-8-sig")
 
 
 def _parsed(text: str, where: str) -> Any:
-    """The value of a JSON text."""
+    """Return the value of a JSON text."""
     with reworded(DataError, f"{where} is not valid JSON ({{reason}})."):
         return json.loads(text)
 
 
 def entry(record: Any, name: str) -> Any:
-    """What a record has under a name; `a.b` is the entry b of a, which may be a list of objects. None for nothing."""
+    """Return the value under a name, or None. `a.b` is entry b of a, where a is an object or a list of objects."""
     if isinstance(record, list):
         record = dict(ChainMap(*[part for part in record if isinstance(part, dict)]))
     if not isinstance(record, dict):
@@ -164,7 +164,7 @@ def _yaml(path: Path) -> Any:
 
 
 def open_picture(held: Path | bytes, where: str) -> Image.Image:
-    """The picture in RGB. DataError, which begins with `where`, if it is none, or in another than `FORMATS`."""
+    """Return the picture in RGB. Raises DataError, beginning with `where`, if unreadable or not in `FORMATS`."""
     file, name = (io.BytesIO(held), "in it") if isinstance(held, bytes) else (held, held)
     said = f"{where} names the image {name}, which cannot be read ({{reason}}). Give it as {', '.join(FORMATS)}."
     with reworded(DataError, said), Image.open(file, formats=FORMATS) as picture:
@@ -172,7 +172,7 @@ def open_picture(held: Path | bytes, where: str) -> Image.Image:
 
 
 def _in_rgb(picture: Image.Image) -> Image.Image:
-    """Pillow cuts off what is above 255, which leaves pictures of 16 bits white: they are scaled down here."""
+    """Return the picture in RGB. 16-bit values are scaled to 8 bits, because Pillow would clip them to white."""
     if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
         raise ValueError(f"its values have no fixed range, being of mode {picture.mode}")
     if picture.mode.startswith("I"):

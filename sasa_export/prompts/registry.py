@@ -1,6 +1,6 @@
-"""The one way to load data sets, and how they are named: `name:PATH,option=value,option=value+value`, or a bare path.
+"""Load data sets by spec: `name:PATH,option=value,option=value+value`, or a bare path.
 
-A bare path is a JSONL file of our own format, or a table by its name's end.
+A bare path is a table if its suffix is in `TABLES`, and otherwise a JSONL file.
 """
 
 import os
@@ -20,26 +20,26 @@ from sasa_export.prompts.read import TABLES, folded
 from sasa_export.prompts.render import GRID, fits
 from sasa_export.report import Silent
 
-# One letter before a colon is a drive. Options stand at the end, so that a path may hold commas.
+# A single letter before a colon is a Windows drive. Options come last, so that a path may contain commas.
 SPEC = re.compile(r"(?:([A-Za-z0-9_-]{2,}):)?(.*?)((?:,[a-z_]+=[^,/\\]*)*)", re.DOTALL)
 BUILTIN, CALIBRATION = "builtin", "--calibration"
 QUIET = Silent()
-LEAST = 5  # prompts of either label that a probe is fitted on
-EXAMPLES = {  # of what to add where one label is missing
+LEAST = 5  # prompts of each label that a probe needs
+EXAMPLES = {  # data sets to suggest, by missing label
     1: "figstep:DIR or mm-safetybench:DIR",
     0: "xstest:FILE,subset=safe (text) or vlguard:DIR,subset=safe_safes (pictures)",
 }
 
 
 def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: bool = True) -> list[Prompt]:
-    """The prompts of one data set, in its own order.
+    """Return the prompts of one data set, in its order.
 
     Args:
-        spec: as above, or `builtin`, the built-in set of the flag.
-        flag: where the user gave the spec.
-        labelled: whether data of the user's own needs labels; they have the label 0 where it does not.
+        spec: a spec as in the module's docstring, or `builtin` for the flag's built-in set.
+        flag: the command-line flag that carried the spec.
+        labelled: whether the user's own data needs labels. If not, all get label 0.
 
-    Raises DataError, which names the file and the record that is wrong, or the picture that cannot be read.
+    Raises DataError, naming the file and the faulty record, or the unreadable picture.
     """
     if spec == BUILTIN:
         return builtin() if flag == CALIBRATION else builtin_evaluation()
@@ -57,18 +57,18 @@ def load(spec: str, flag: str = "--data", report: Silent = QUIET, *, labelled: b
         if count > 1:
             raise DataError(f"{path} has the id {prompt_name!r} twice. Give each record its own.")
     for prompt in {prompt.picture: prompt for prompt in reversed(prompts) if prompt.picture is not None}.values():
-        prompt.conversation()  # a broken picture is an error now, and not when the model has run for an hour
+        prompt.conversation()  # fail now if a picture is broken, not after an hour of model runs
     return prompts
 
 
 def parse(spec: str) -> tuple[str, Path, Chosen]:
-    """The data set, the path, and the chosen values of all of its options.
+    """Return the data set's name, the path, and the chosen values of all its options.
 
-    DataError where the spec names no data set, no path, or no option.
+    Raises DataError for an unknown data set, option or value, or without a path.
     """
     match = SPEC.fullmatch(spec)
-    assert match is not None  # it takes anything
-    # A file that is there may have colons and commas in its name.
+    assert match is not None  # the pattern matches any text
+    # An existing file may have colons and commas in its name.
     name, path, given = ("", spec, "") if os.path.exists(spec) else match.groups(default="")
     name = name or ("table" if path.lower().endswith(TABLES) else "jsonl")
     if name not in DATA_SETS:
@@ -94,7 +94,7 @@ def parse(spec: str) -> tuple[str, Path, Chosen]:
 
 
 def _drawn(prompts: Iterable[Prompt], ways: Sequence[str], path: Path, report: Silent) -> Iterator[Prompt]:
-    """Each prompt as text, as a picture under an innocuous text, or as both; those that do not fit are left out."""
+    """Yield each prompt as text, as a drawn picture, or both. Texts too long for a picture are not drawn."""
     left_out = 0
     for prompt in prompts:
         if "text" in ways:
@@ -107,9 +107,9 @@ def _drawn(prompts: Iterable[Prompt], ways: Sequence[str], path: Path, report: S
 
 
 def load_all(specs: Sequence[str], flag: str = "--data", report: Silent = QUIET) -> list[Prompt]:
-    """The prompts of several data sets, one after the other, grouped over all of them (`grouped`).
+    """Return the prompts of several data sets, in order, grouped across all of them (see `grouped`).
 
-    Where there are several, a prompt's name begins with its data set's and its place, so that names stay unique.
+    With several sets, each prompt's name begins with its data set's name and number, which keeps names unique.
     """
     if len(set(specs)) < len(specs):
         raise DataError(f"a {flag} is given twice, so that its prompts would count double: {', '.join(specs)}.")
@@ -118,16 +118,16 @@ def load_all(specs: Sequence[str], flag: str = "--data", report: Silent = QUIET)
         for prompt in load(spec, flag, report):
             label = f"{prompt.source}#{place}"
             name = f"{label}/{prompt.name}" if len(specs) > 1 else prompt.name
-            # The groups of two data sets have nothing to do with each other, whatever they are called.
+            # Equal group names in two data sets are unrelated.
             found.append(replace(prompt, name=name, group=f"{label}/{prompt.group}"))
     return grouped(found)
 
 
 def calibration_prompts(specs: Sequence[str], report: Silent = QUIET) -> list[Prompt]:
-    """The prompts of all specs, or the built-in set. DataError where there are fewer than `LEAST` of either label.
+    """Return the prompts of all specs, by default the built-in set. Raises DataError for under `LEAST` of a label.
 
-    The built-in set alone, or a single JSONL file, keeps its own groups; otherwise prompts that share a picture or a
-    question are one group.
+    A lone built-in set or JSONL file keeps its own groups. Otherwise, prompts that share a picture or a question form
+    one group.
     """
     specs = specs or (BUILTIN,)
     alone = len(specs) == 1 and (specs[0] == BUILTIN or parse(specs[0])[0] == "jsonl")
@@ -137,7 +137,7 @@ def calibration_prompts(specs: Sequence[str], report: Silent = QUIET) -> list[Pr
 
 
 def check_labels(prompts: Sequence[Prompt], least: int, flag: str, what: str) -> None:
-    """Raise DataError where there are fewer prompts of either label than `what` needs."""
+    """Raise DataError if either label has fewer than `least` prompts. `what` names the step that needs them."""
     for label, example in EXAMPLES.items():
         if sum(prompt.label == label for prompt in prompts) < least:
             raise DataError(
@@ -148,7 +148,7 @@ def check_labels(prompts: Sequence[Prompt], least: int, flag: str, what: str) ->
 
 
 def lopsided(prompts: Sequence[Prompt]) -> str | None:
-    """A warning where the label can be told from whether there is a picture: the probe might learn just that."""
+    """Return a warning if the presence of a picture predicts the label, because the probe might learn only that."""
     seen = {(prompt.channel, prompt.label) for prompt in prompts}
     for pictured, other, label in (("harmful", "harmless", 1), ("harmless", "harmful", 0)):
         if seen == {("picture", label), ("text", 1 - label)}:

@@ -1,7 +1,7 @@
-"""Draw a one-line request as a picture: the way a harmful request reaches a model past its text.
+"""Draw a one-line request as a picture, the form of typographic attacks.
 
-Words flow over a grid of 8 x 8 cells, because the embedded model (`smol-llava`) reads one token a cell.
-Fonts, sizes, colours and layouts vary with the seed, so that a probe learns the request and not its looks.
+Words flow over a grid of 8 x 8 cells, because the embedded model (`smol-llava`) reads one token per cell.
+Fonts, sizes, colours and layouts vary with the seed, so that a probe learns the request and not its style.
 """
 
 import functools
@@ -15,13 +15,13 @@ import matplotlib
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
-GRID = 8  # cells a side
-DESIGN = 384  # pixels a side that the lengths below are given for
+GRID = 8  # cells per side
+DESIGN = 384  # pixels per side; the lengths below refer to this size
 CELL = DESIGN // GRID
-MARGIN = 2.0  # pixels kept free left and right of a word
+MARGIN = 2.0  # free pixels left and right of a word
 STRAY = 4.0  # pixels, to the right, up and down; the embedded model reads words at the left of their cells
 LETTERS_PER_CELL = 10
-CONTRAST = 5.0  # least ratio of luminances between ink and paper; WCAG asks for 4.5
+CONTRAST = 5.0  # minimum contrast ratio of ink and paper; WCAG requires 4.5
 
 Colour = tuple[int, int, int]
 Place = tuple[int, int]  # row and column of a word's first cell
@@ -29,22 +29,22 @@ Place = tuple[int, int]  # row and column of a word's first cell
 
 @dataclass(frozen=True)
 class Style:
-    """How a picture looks; lengths in pixels of a picture 384 wide."""
+    """The look of a picture. Lengths are in pixels of a picture 384 wide."""
 
     font: Path
     letter_size: float
     ink: Colour
     paper: Colour
-    jitter: float  # 0 for words in line, 1 for words that stray by up to STRAY
-    noise: int  # largest change of a colour value, of 255
+    jitter: float  # 0 for aligned words, 1 for shifts of up to STRAY
+    noise: int  # largest change of a colour value (0 to 255)
 
 
 def render(text: str, *, seed: int, pieces: Callable[[str], int] | None = None, items: int = 0) -> Image.Image:
-    """Draw `text` into an RGB picture of 384 x 384 pixels; equal arguments give equal pixels.
+    """Return an RGB picture of `text`, 384 x 384 pixels. Equal arguments give equal pixels.
 
-    `pieces(word)` is the number of tokens that a tokenizer makes of a word: a word takes as many cells, and
-    at least one for every ten letters begun. `items` empty points of a numbered list stand below the text, as in
-    FigStep (Gong et al., AAAI 2025). Raises ValueError when the words do not fit the 64 cells, or when there are none.
+    `pieces(word)` is a word's number of tokens. A word takes one cell per token, and at least one per ten letters
+    begun. `items` empty points of a numbered list follow the text, as in FigStep (Gong et al., AAAI 2025). Raises
+    ValueError if the text has no words, or if they do not fit the 64 cells.
     """
     rng = Random(seed)
     words = [*text.split(), *(f"{number}." for number in range(1, items + 1))]
@@ -54,7 +54,7 @@ def render(text: str, *, seed: int, pieces: Callable[[str], int] | None = None, 
 
 
 def fits(text: str, items: int = 0) -> bool:
-    """Whether `render` has room for it."""
+    """Return whether `text` fits into a picture, without a tokenizer's `pieces`."""
     try:
         flow([*map(cells, text.split()), *[1] * items], Random(0), items)
     except ValueError:
@@ -63,15 +63,15 @@ def fits(text: str, items: int = 0) -> bool:
 
 
 def cells(word: str, pieces: Callable[[str], int] | None = None) -> int:
-    """How many cells a word takes."""
+    """Return the number of cells for a word."""
     by_letters = math.ceil(len(word) / LETTERS_PER_CELL)
     return max(by_letters, pieces(word) if pieces else 1)
 
 
 def flow(widths: Sequence[int], rng: Random, items: int = 0) -> list[Place]:
-    """Where each word starts: lines of varying length, broken between words, somewhere on the grid.
+    """Return the first cell of each word, for lines of random length at a random place on the grid.
 
-    The last `items` words have a line of their own each. Raises ValueError when the words do not fit.
+    Each of the last `items` words gets its own line. Raises ValueError if the words do not fit or there are none.
     """
     if len(widths) <= items:
         raise ValueError("there is nothing to draw: the text has no words")
@@ -102,7 +102,7 @@ def flow(widths: Sequence[int], rng: Random, items: int = 0) -> list[Place]:
 
 
 def _wrap(widths: Sequence[int], measure: int, items: int) -> list[list[int]]:
-    """Break words of so many cells into lines of at most `measure` cells, each as full as can be."""
+    """Break words, given by their widths in cells, greedily into lines of at most `measure` cells."""
     lines: list[list[int]] = [[]]
     for number, width in enumerate(widths):
         if sum(lines[-1]) + width > measure or number >= len(widths) - items:
@@ -113,14 +113,14 @@ def _wrap(widths: Sequence[int], measure: int, items: int) -> list[list[int]]:
 
 @functools.cache
 def fonts() -> tuple[Path, ...]:
-    """The text fonts that matplotlib carries: the same on every machine."""
+    """Return matplotlib's bundled text fonts, which are the same on every machine."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     found = [*folder.glob("DejaVuS*.ttf"), *folder.glob("STIXGeneral*.ttf")]
-    return tuple(sorted(font for font in found if "Display" not in font.name))  # Display holds no letters
+    return tuple(sorted(font for font in found if "Display" not in font.name))  # Display fonts have no letters
 
 
 def choose_style(rng: Random, choice: Sequence[Path], variety: float = 1.0) -> Style:
-    """A random look in one of the fonts of `choice`; `variety` 0 is black on white, in line, clean."""
+    """Return a random style in a font of `choice`. `variety` 0 gives aligned black words on white, without noise."""
     coloured = rng.random() < 0.75 * variety
     ink, paper = _colours(rng) if coloured else ((0, 0, 0), (255, 255, 255))
     return Style(
@@ -134,7 +134,7 @@ def choose_style(rng: Random, choice: Sequence[Path], variety: float = 1.0) -> S
 
 
 def _colours(rng: Random) -> tuple[Colour, Colour]:
-    """A dark ink and a light paper, far enough apart to read."""
+    """Return a dark ink and a light paper with enough contrast."""
     while True:
         ink: Colour = (rng.randint(0, 110), rng.randint(0, 110), rng.randint(0, 110))
         paper: Colour = (rng.randint(190, 255), rng.randint(190, 255), rng.randint(190, 255))
@@ -143,7 +143,7 @@ def _colours(rng: Random) -> tuple[Colour, Colour]:
 
 
 def contrast(one: Colour, other: Colour) -> float:
-    """The ratio of the luminances of two colours as WCAG defines it, 1 to 21."""
+    """Return the WCAG contrast ratio of two colours, 1 to 21."""
     darker, lighter = sorted((_luminance(one), _luminance(other)))
     return (lighter + 0.05) / (darker + 0.05)
 
@@ -161,12 +161,12 @@ def draw(
     rng: Random,
     size: int = DESIGN,
 ) -> Image.Image:
-    """Draw each word into its cells, in smaller letters where it is too long for them."""
+    """Return a picture with each word in its cells. A word that is too long gets smaller letters."""
     scale = size / DESIGN
     picture = Image.new("RGB", (size, size), style.paper)
     canvas = ImageDraw.Draw(picture)
     for word, width, (row, column) in zip(words, widths, places, strict=True):
-        room = scale * (width * CELL - 2 * MARGIN)  # pixels, as all lengths from here
+        room = scale * (width * CELL - 2 * MARGIN)  # pixels, like all lengths below
         font, length = _fitting(style.font, scale * style.letter_size, word, room)
         right = min(scale * STRAY * style.jitter * rng.random(), room - length)
         down = scale * STRAY * style.jitter * rng.uniform(-1, 1)
@@ -177,14 +177,14 @@ def draw(
 
 
 def _fitting(path: Path, letter_size: float, word: str, room: float) -> tuple[ImageFont.FreeTypeFont, float]:
-    """The font at `letter_size` pixels, or smaller so that `word` keeps to `room`, and its length then."""
-    halves = math.ceil(2 * letter_size)  # in half pixels, so that few fonts are kept
+    """Return the font at `letter_size` pixels or smaller, so that `word` fits `room` pixels, and the word's length."""
+    halves = math.ceil(2 * letter_size)  # half pixels, to limit the number of cached fonts
     while True:
         font = _font(path, halves / 2)
         length = font.getlength(word)
         if length <= room or halves <= 2:
             return font, length
-        # Letters do not shrink evenly with the size, since they are fitted to whole pixels.
+        # Letters do not shrink in proportion to the size, because hinting rounds them to whole pixels.
         halves = min(halves - 1, math.ceil(halves * room / length))
 
 
@@ -194,7 +194,7 @@ def _font(path: Path, letter_size: float) -> ImageFont.FreeTypeFont:
 
 
 def _with_noise(picture: Image.Image, amount: int, rng: Random) -> Image.Image:
-    """Change each colour value by at most `amount`, evenly spread."""
+    """Return the picture with each colour value changed by at most `amount`, uniformly distributed."""
     values = numpy.asarray(picture, dtype=numpy.int16)  # (size, size, 3)
     raw = numpy.frombuffer(rng.randbytes(values.size), dtype=numpy.uint8).reshape(values.shape)
     change = raw.astype(numpy.int16) * (2 * amount + 1) // 256 - amount

@@ -1,4 +1,4 @@
-"""Choosing among labelled prompts: shares of a set, in whole groups, and what figures need of it."""
+"""Sample labelled prompts in whole groups, and extract their labels, groups and counts."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ Item = TypeVar("Item")
 
 
 def spaced(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items, evenly spaced; all where there are no more."""
+    """Return `count` of the items, evenly spaced, or all if there are fewer."""
     if count >= len(items):
         return list(items)
     return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]
 
 
 def kinds_of_groups(prompts: Sequence[Prompt], kind: Callable[[Prompt], Any]) -> dict[str, tuple[Any, ...]]:
-    """The kinds of prompt that each group holds, in rising order; groups of equal ones are of one kind."""
+    """Return the sorted kinds of prompt in each group. Groups with equal tuples are of one kind."""
     held: dict[str, set[Any]] = defaultdict(set)
     for prompt in prompts:
         held[prompt.group].add(kind(prompt))
@@ -27,7 +27,7 @@ def kinds_of_groups(prompts: Sequence[Prompt], kind: Callable[[Prompt], Any]) ->
 
 
 def share_of(prompts: Sequence[Prompt], share: float, kind: Callable[[Prompt], Any]) -> list[Prompt]:
-    """About that share of the prompts in whole groups, evenly spaced, the kinds of groups in proportion."""
+    """Return about `share` of the prompts, in whole groups, evenly spaced. Each kind of group keeps its proportion."""
     if share >= 1:
         return list(prompts)
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
@@ -38,12 +38,12 @@ def share_of(prompts: Sequence[Prompt], share: float, kind: Callable[[Prompt], A
 
 
 def labels_and_groups(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts' labels and groups, (prompts,) each."""
+    """Return the prompts' labels and groups, (prompts,) each."""
     return np.array([prompt.label for prompt in prompts]), np.array([prompt.group for prompt in prompts])
 
 
 def counts(prompts: Sequence[Prompt]) -> dict[str, int]:
-    """How many prompts of either label there are, in how many groups."""
+    """Return the number of harmful prompts, harmless prompts and groups."""
     harmful = sum(prompt.label for prompt in prompts)
     groups = len({prompt.group for prompt in prompts})
     return {"harmful": harmful, "harmless": len(prompts) - harmful, "groups": groups}

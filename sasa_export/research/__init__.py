@@ -1,1 +1,1 @@
-"""Studying a model: where its layers lie, and what a patched one refuses and answers."""
+"""Study a model: find its layers, and measure what a patched model refuses and answers."""

@@ -1,4 +1,4 @@
-"""What `sasa-export locate` and `evaluate` can be told, in frozen values, from which their flags are made."""
+"""The options of `sasa-export locate` and `evaluate`, as frozen dataclasses that also define their flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +9,14 @@ from sasa_export.flags import OptionSet, option
 from sasa_export.layers import LIMIT
 from sasa_export.options import COUNT, DEVICE, DTYPES, LANE_TOKENS, ONNX_FILE, PATH, REACH, REVISION
 
-# Help that both have in common.
+# Help texts that both share.
 FORCE = "Replace the report that is there, and discard other unfinished work."
 PROMPTS = "Labelled prompts: a JSONL file, or a data set of the field as name:PATH. May be given several times."
 
 
 @dataclass(frozen=True)
 class LocateOptions(OptionSet):
-    """What `sasa-export locate` does, and with what."""
+    """The options of `sasa-export locate`."""
 
     model: str = option("", "Alias, hub id (owner/name) or local directory.", required=True)
     out: Path = option(Path(), "Directory to write the report to.", PATH, required=True)
@@ -38,7 +38,7 @@ class LocateOptions(OptionSet):
 
 @dataclass(frozen=True)
 class EvaluateOptions(OptionSet):
-    """What `sasa-export evaluate` does, and with what."""
+    """The options of `sasa-export evaluate`."""
 
     model: Path = option(Path(), "The patched directory, of safetensors or of ONNX graphs.", PATH, required=True)
     out: Path = option(Path(), "Directory to write the report to.", PATH, required=True)

@@ -1,4 +1,4 @@
-"""The one report layer of locate and evaluate: text stands in templates/, pictures are drawn with theme.py."""
+"""Reports of locate and evaluate. The text lies in templates/; theme.py gives the style of the pictures."""
 
 import base64
 import json
@@ -18,15 +18,15 @@ from sasa_export.manifest import write_manifest
 from sasa_export.writers import card
 
 TEMPLATES = Path(__file__).with_name("templates")
-SPARE_BYTES = 20_000_000  # of any report
-LEFT_OUT = ("model", "out", "force", "device")  # of a command line: said first, or no part of the result
+SPARE_BYTES = 20_000_000  # disk space for any report
+LEFT_OUT = ("model", "out", "force", "device")  # options that `made_with` writes itself or leaves out
 
 
 def write_report(
     options: Any, name: str, title: str, figures: dict[str, Any], files: Mapping[str, bytes], **values: Any
 ) -> None:
-    """Write `options.out`: report.md from the template NAME.md.j2 and `values`, report.html with the pictures among
-    the `files` in it, these files, and NAME.json with all `figures`."""
+    """Write the directory `options.out`: report.md from the template NAME.md.j2 and `values`, report.html with the
+    pictures embedded, all `files` (among them the pictures), and NAME.json with all `figures`."""
     text = render(f"{name}.md.j2", **values)
     data = {"tool": f"sasa-export {version('sasa-export')}", **jsonable(figures)}
     written = {
@@ -42,17 +42,17 @@ def write_report(
 
 
 def render(template: str, **values: Any) -> str:
-    """Text from a template beside this file. In Markdown, text of others goes through the filter `plain`."""
+    """Return the text of a template. Markdown templates must pass foreign text through the filter `plain`."""
     return card.render(TEMPLATES, template, {"plain": plain}, **values)
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, whatever signs it holds, in a table too."""
+    """Return text with Markdown's special characters escaped. It is safe in tables, too."""
     return re.sub(r"([\\`*\[\]<>&~|]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
 
 
 def html_page(title: str, markdown: str, files: Mapping[str, bytes]) -> str:
-    """A report in Markdown as one HTML page that loads nothing: the pictures among the files are put into it."""
+    """Return a Markdown report as one HTML page that loads nothing: pictures among the files are embedded."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     for name, data in files.items():
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(data).decode()}"')
@@ -60,7 +60,7 @@ def html_page(title: str, markdown: str, files: Mapping[str, bytes]) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """Plain data, its numbers to six digits; of an estimate, all but its influence."""
+    """Return a value as plain data, with numbers rounded to six decimals. Estimates lose their influence."""
     if is_dataclass(value):
         value = {name: part for name, part in vars(value).items() if name != "influence"}
     if isinstance(value, dict):
@@ -71,14 +71,14 @@ def jsonable(value: Any) -> Any:
 
 
 def last_name(model: str) -> str:
-    """A hub id as it is, and of a directory its name: where it lay is nobody's business."""
+    """Return a hub id unchanged, and a directory's name without its path, which is private."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def made_with(name: str, options: Any) -> str:
-    """The versions of what computes, and `sasa-export NAME` with the options (a dataclass) that differ from the
-    defaults, to make a report again. The model and files go by their last names, and the output is `report`. Data is
-    named as it was given.
+    """Return the command that makes a report again, and versions of packages. The command is `sasa-export NAME` with
+    the options (a dataclass) that differ from the defaults. Model and files have no directories, the output is
+    `report`, and data is named as it was given.
     """
     parts = ["sasa-export", name, "--model", last_name(str(options.model))]
     for entry in fields(options):

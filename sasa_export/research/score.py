@@ -1,4 +1,4 @@
-"""What a gate would do on prompts as they come, which have no labels, and which threshold suits them.
+"""Score unlabelled prompts: what a gate would refuse, and which threshold suits them.
 
 Prompts -> P(unsafe), batch by batch -> a file of verdicts, a summary, a threshold.
 """
@@ -13,21 +13,21 @@ import numpy as np
 from sasa_export.errors import CalibrationError, EmitError, EvaluateError, SasaExportError
 from sasa_export.files import write_whole
 from sasa_export.models import read_config
+from sasa_export.onnx import graphs_of
 from sasa_export.probe.fit import threshold_for
 from sasa_export.probe.intervals import Share, wilson
 from sasa_export.prompts import Prompt, for_model, load
 from sasa_export.prompts.prompt import batches
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.models import load_patched, read_gate
-from sasa_export.verify.unloaded import dtype_of
 from sasa_export.writers.config import config_text
 
-BARS, LONGEST = 10, 40  # of the histogram; characters of its longest bar
+BARS, LONGEST = 10, 40  # bars in the histogram; characters of its longest bar
 
 
 @dataclass(frozen=True)
 class Scored:
-    """P(unsafe) of prompts, (prompts,), the threshold of their gate, and the one that --refuse-at-most proposes."""
+    """P(unsafe) of prompts, (prompts,), the gate's threshold, and the threshold that --refuse-at-most proposes."""
 
     prompts: list[Prompt]
     probabilities: np.ndarray
@@ -35,17 +35,17 @@ class Scored:
     proposed: float | None
 
     def refused(self, threshold: float) -> Share:
-        """How many prompts a threshold refuses."""
+        """Return the share of prompts that a threshold refuses."""
         return wilson(int((self.probabilities >= threshold).sum()), len(self.prompts))
 
     def lines(self) -> Iterator[str]:
-        """A JSON object a prompt, with the names that the log record of a verdict has."""
+        """Yield one JSON object per prompt, with the same field names as a verdict's log record."""
         for prompt, probability in zip(self.prompts, self.probabilities.tolist(), strict=True):
             verdict = "refused" if probability >= self.threshold else "allowed"
             yield json.dumps({"id": prompt.name, "probability": probability, "verdict": verdict}) + "\n"
 
     def summary(self) -> Iterator[str]:
-        """How many are refused, how P(unsafe) is spread, and what the proposed threshold would refuse."""
+        """Yield lines: the refused share, a histogram of P(unsafe), and what the proposed threshold would refuse."""
         refused, total = self.refused(self.threshold), len(self.prompts)
         yield f"{total} prompts, {refused.count} refused at the threshold {self.threshold:.4f}: {refused}"
         counts, edges = np.histogram(self.probabilities, BARS, (0.0, 1.0))
@@ -68,12 +68,12 @@ def score(
     device: str = "auto",
     report: Silent | None = None,
 ) -> Scored:
-    """Judge prompts with a patched directory, and write `out`, a line each. SasaExportError; then nothing is written.
+    """Judge prompts with a patched directory, and write one line per prompt to `out`.
 
-    Args: as the command line has them (`sasa-export score --help`).
+    Where judging raises SasaExportError, nothing is written. Args: as in `sasa-export score --help`.
     """
     report = report or Silent()
-    sasa = read_gate(directory)
+    gate = read_gate(directory)
     if write_threshold:
         _check_writable(directory, refuse_at_most)
     if out.exists():
@@ -82,7 +82,7 @@ def score(
         raise EmitError(f"{out.parent} is no directory. Make it, or give another --out.")
     asked = load(data, "DATA", report, labelled=False)
     model = load_patched(directory, "auto", device)
-    prompts = for_model(asked, model.processor)
+    prompts = for_model(asked, model.processor, report)
     probabilities = np.zeros(len(prompts))
     with report.bar(len(prompts), "score") as advance:
         for rows in batches(prompts, batch_size):
@@ -91,7 +91,7 @@ def score(
     if np.isnan(probabilities).any():
         raise EvaluateError(f"{directory} gives no verdict on some prompts. Export the model again.")
     proposed = None if refuse_at_most is None else _propose(probabilities, refuse_at_most)
-    found = Scored(prompts, probabilities, sasa["threshold"], proposed)
+    found = Scored(prompts, probabilities, gate.threshold, proposed)
     write_whole(out, "".join(found.lines()))
     report.step("done", str(out))
     if write_threshold:
@@ -103,10 +103,10 @@ def score(
 
 
 def _check_writable(directory: Path, refuse_at_most: float | None) -> None:
-    """SasaExportError where no threshold would be proposed, or config.json does not hold it."""
+    """Raise SasaExportError where no threshold would be proposed, or config.json does not hold the threshold."""
     if refuse_at_most is None:
         raise SasaExportError("--write-threshold has no effect without --refuse-at-most. Give both, or neither.")
-    if dtype_of(directory) is not None:
+    if graphs_of(directory):
         raise SasaExportError(
             f"the threshold lies within the graphs of {directory}. Leave --write-threshold out, and export them again "
             "with --threshold and what is proposed."
@@ -114,7 +114,7 @@ def _check_writable(directory: Path, refuse_at_most: float | None) -> None:
 
 
 def _propose(probabilities: np.ndarray, most: float) -> float:
-    """The lowest threshold that refuses at most that share. EvaluateError where there is none."""
+    """Return the lowest threshold that refuses at most this share. Raise EvaluateError where none does."""
     try:
         return threshold_for(probabilities, np.zeros(len(probabilities)), most)
     except CalibrationError:

@@ -1,4 +1,4 @@
-"""What runs inside a patched model: torch and transformers only, readable alone.
+"""The code that runs inside a patched model. It imports only torch and transformers, and reads on its own.
 
-Each file is one idea; `bundle` joins them to the one modeling file that travels in a patched directory.
+Each file holds one idea. `bundle` joins the files into the one modeling file that travels in a patched directory.
 """

@@ -1,12 +1,17 @@
-"""The modeling file of a patched directory: the files beside this one after another, and its family's classes."""
+"""Joins the files of this directory, and classes for one family, into the modeling file of a patched directory."""
 
 import ast
 from pathlib import Path
 
 MODELING_FILE = "modeling_sasa.py"
+MLX_FILE = "modeling_sasa_mlx.py"
+MLX_FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # tried in mlx-vlm
 
-# From what needs nothing to what needs all; the first stands in front of every other import.
-PARTS = ("version", "formulas", "settings", "ledger", "host", "verdict", "lane", "guard", "proof", "model")
+# Each part uses only the parts before it. `version` precedes even the imports of all others.
+PARTS = ("version", "arrays", "formulas", "settings", "ledger", "host", "verdict", "lane", "guard", "proof", "model")
+
+_MLX = [f"../runtime_mlx/{part}" for part in ("arrays", "formulas", "ledger", "guard", "proof", "model")]
+MLX_PARTS = (*_MLX[:2], "settings", _MLX[2], "verdict", *_MLX[3:])  # settings and verdict serve both
 
 HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637), and judges every prompt with it.
@@ -18,6 +23,15 @@ What it changes outside itself:
 - the classes of the loaded model's decoder and blocks, to some of the same names that show their calls (`watch`);
 - the stock class's `__init__`: handed a guarded configuration, it raises (`refuse_guarded_configurations`);
 - transformers' AutoConfig, list of multimodal models and renaming of old weights, by an entry each (at the end).
+"""
+'''
+
+MLX_HEADER = '''\
+"""A vision-language model that carries its own guard (SASA, arXiv 2507.21637), in mlx-vlm: config.json names this file.
+
+From top to bottom: formulas, settings, what the cache keeps for the gate, when a verdict is due, the gate, its proof,
+the classes. What it changes outside itself: the classes of the loaded model's decoder, blocks and language model; and
+how mlx-vlm loads this directory's processor (at the end).
 """
 '''
 
@@ -47,13 +61,13 @@ MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["{model_type}"] = "Sasa{model_class}"  # w
 
 
 def guarded_type(model_type: str) -> str:
-    """The model_type of its own that a patched model has."""
+    """Return the model_type of a patched model, given its family's."""
     return f"sasa_{model_type}"
 
 
 def modeling_source(config: type, model: type) -> str:
-    """The modeling file of one family: the runtime, and the classes built on the family's stock classes."""
-    texts = {part: (Path(__file__).parent / f"{part}.py").read_text(encoding="utf-8") for part in PARTS}
+    """Return the modeling file of one family: the runtime, then classes derived from the family's stock classes."""
+    texts = _texts(PARTS)
     version, *others = (_section(part, text) for part, text in texts.items())
     family = FOOTER.format(
         config_module=config.__module__,
@@ -66,8 +80,19 @@ def modeling_source(config: type, model: type) -> str:
     return "\n".join([start, *others, f"{_title('the family')}\n{family}"])
 
 
+def mlx_source() -> str:
+    """Return the modeling file for mlx-vlm. It is the same for all of MLX_FAMILIES."""
+    texts = _texts(MLX_PARTS)
+    sections = [_section(Path(part).name, text) for part, text in texts.items()]
+    return "\n".join([MLX_HEADER, _imports(list(texts.values())), *sections])
+
+
+def _texts(parts: tuple[str, ...]) -> dict[str, str]:
+    return {part: (Path(__file__).parent / f"{part}.py").read_text(encoding="utf-8") for part in parts}
+
+
 def _section(part: str, text: str) -> str:
-    """A part without its imports; its docstring as a comment."""
+    """Return a part without its imports, with its docstring as a comment."""
     tree = ast.parse(text)
     begin = max(node.end_lineno or 0 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     said = "\n".join(f"# {line}".rstrip() for line in (ast.get_docstring(tree) or "").splitlines())
@@ -81,9 +106,10 @@ def _title(text: str) -> str:
 
 
 def _imports(texts: list[str]) -> str:
-    """What the parts import of others than of one another, each once."""
+    """Return all imports of the parts once, except `import transformers` and imports from sasa_export."""
     nodes = [node for text in texts for node in ast.parse(text).body]
-    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} - {"transformers"}
+    aliases = [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    whole = {ast.unparse(alias) for alias in aliases} - {"transformers"}
     named: dict[str, set[str]] = {}  # module -> names
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("sasa_export."):

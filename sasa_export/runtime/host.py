@@ -1,7 +1,7 @@
-"""What the gate reads of transformers' caches, masks and arguments: each name, and the version that brought it.
+"""The gate's access to transformers' caches, masks and arguments. Comments give the version that introduced a name.
 
-A cache is found by being a `Cache`, whatever an argument is called: `past_key_values` until 5.23, `cache` since 5.24. A
-name that another version lacks raises here, and so does a context that the attention saw and the ledger does not know.
+A cache is found by its class `Cache`, since the argument is `past_key_values` until 5.23 and `cache` since 5.24. This
+module raises errors where a version lacks a name, and where the attention saw tokens that the ledger does not know.
 """
 
 import inspect
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer  # Cache: 4.36, with layers: 4.54
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer  # Cache: 4.36, its layers: 4.54
 
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.version import TRIED
 
-# What a family's forward and its decoder's take by name (4.56 and before); others are looked for by what they are.
+# Arguments of a family's forward and its decoder's, by name (4.56 and before). All other arguments are found by type.
 OF_MODEL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 OF_DECODER = ("inputs_embeds", "attention_mask", "position_ids")
 UNREADABLE = "the gate of this guarded model cannot tell padding from text by this"
@@ -23,7 +23,7 @@ UNKNOWN = "The gate of this guarded model has not judged what stands before this
 
 
 def check_names(forward: Callable, names: Iterable[str]) -> list[str]:
-    """The names of a forward's arguments. ImportError where it takes none by one of these."""
+    """Return the names of a forward's arguments. Raise ImportError if one of `names` is missing."""
     taken = list(inspect.signature(forward).parameters)
     if lacking := sorted(set(names) - set(taken)):
         what = f"{forward.__qualname__} of this transformers takes no {lacking[0]}, which the gate reads"
@@ -31,8 +31,24 @@ def check_names(forward: Callable, names: Iterable[str]) -> list[str]:
     return taken
 
 
+def numbers(tokens: Any, ids: Tensor | None, embeddings: Any, model: Any) -> Tensor:
+    """Return the TemplateTokens' numbers (batch, tokens) of the input: token ids, or the model's embeddings of them."""
+    if ids is not None:
+        return tokens.in_ids(ids)
+    known = model.get_input_embeddings()(torch.tensor(tokens.table).to(embeddings.device))  # (numbers, hidden)
+    return in_embeddings(embeddings, known)
+
+
+def in_embeddings(embeddings: Tensor, known: Tensor) -> Tensor:
+    """Return the numbers of embeddings (batch, tokens, hidden). `known` (numbers, hidden) embeds the table."""
+    found, known = embeddings.float(), known.float()
+    square = (known * known).sum(-1)  # (numbers,)
+    apart = ((found * found).sum(-1, keepdim=True) - 2 * found @ known.T) / square + 1  # (batch, tokens, numbers)
+    return torch.where(apart.amin(-1) <= 1e-3, apart.argmin(-1) + 1, 0)
+
+
 def find_cache(*places: Iterable[Any]) -> Cache | None:
-    """The cache in the first of these places that has one. ValueError where a place has two."""
+    """Return the cache in the first place that has one, or None. Raise ValueError where a place has two."""
     for place in places:
         found = {id(value): value for value in place if isinstance(value, Cache)}
         if len(found) > 1:
@@ -43,7 +59,7 @@ def find_cache(*places: Iterable[Any]) -> Cache | None:
 
 
 def alone(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a block without the cache in them."""
+    """Return a block's arguments without the cache."""
     kept = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     if "use_cache" in kept:
         kept["use_cache"] = False
@@ -51,12 +67,12 @@ def alone(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
 
 
 def read_ledger(cache: Cache | None, ledger: Ledger, count: int) -> list[Tensor]:
-    """What a cache keeps of the tokens before the `count` of a call that has run: (batch, heads, past, size) each, or
-    nothing. ValueError where the attention saw another number of tokens than the ledger knows."""
+    """Return the ledger before a call of `count` tokens: (batch, heads, past, size) each, or an empty list. Raise
+    ValueError where the attention, which has run on the call, saw another number of tokens."""
     if cache is None:
         return []
     layers = cache.layers[ledger.first :]
-    # Of the decoder's own layers after the call, and of the ledger's before it. Static caches count in a tensor.
+    # Lengths of the decoder's layers after the call, and of the ledger's before it. Static caches count in a tensor.
     lengths = (cache.get_seq_length(), cache.get_seq_length(ledger.first))
     seen, past = (int(length) if isinstance(length, Tensor) else length for length in lengths)
     if len(layers) not in (0, ledger.layers) or (seen != past + count and (seen or past)):
@@ -65,7 +81,7 @@ def read_ledger(cache: Cache | None, ledger: Ledger, count: int) -> list[Tensor]
 
 
 def write_ledger(cache: Cache | None, ledger: Ledger, columns: Tensor, projection: Tensor) -> None:
-    """Write a call's tokens into the ledger's layers of the cache, which are added where they are missing."""
+    """Write a call's tokens to the ledger's layers of the cache. Add these layers if they are missing."""
     if cache is None or not cache.layers:
         return
     if len(cache.layers) == ledger.first:
@@ -78,10 +94,10 @@ def write_ledger(cache: Cache | None, ledger: Ledger, columns: Tensor, projectio
 
 
 def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
-    """Which tokens of the context are no padding: (batch, context), bool, for the batch of `like`. The mask is (batch,
-    context), or (batch, 1, tokens, keys) as static caches get it, one a type of layer."""
+    """Return which tokens of the context are not padding: (batch, context), bool, for the batch of `like`. The mask is
+    (batch, context), or with static caches (batch, 1, tokens, keys), or a dict of one mask per type of layer."""
     mask = attention_mask
-    if isinstance(mask, dict):  # that of the layers which attend to everything
+    if isinstance(mask, dict):  # the mask of layers that attend to every token
         mask = mask.get("full_attention", next(iter(mask.values()), mask))
     if mask is None:
         return torch.ones((like.shape[0], context), dtype=torch.bool, device=like.device)
@@ -89,7 +105,7 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
     if len(shape) not in (2, 4) or (len(shape) == 4 and shape[2] != like.shape[1]):
         what = f"{UNREADABLE} attention mask, a {type(mask).__name__} of the shape {tuple(shape)}"
         raise ValueError(f"{what}. Run without a static cache, or with sdpa.")
-    if mask.dim() == 4:  # a real token is one that some token sees; bool, or 0 where seen and very negative elsewhere
+    if mask.dim() == 4:  # real if any token attends to it; the mask is bool, or 0 where attended and else very negative
         mask = (mask if mask.dtype == torch.bool else mask > -1.0).any(-2)[:, 0, :context]
     if mask.shape[1] != context:
         raise ValueError(f"{UNKNOWN}: attention_mask has {mask.shape[1]} columns, and the gate knows {context} tokens.")
@@ -97,8 +113,8 @@ def real_tokens(attention_mask: Any, context: int, like: Tensor) -> Tensor:
 
 
 def check_start(positions: Tensor, real: Tensor, before: Tensor | None = None) -> None:
-    """ValueError where the positions (axes, batch or 1, tokens) of a call do not go on, at a row's first real token by
-    `real` (batch, context), from those `before` it, (axes, batch, past), or from 0. Padding may be counted or not."""
+    """Raise ValueError unless positions (axes, batch or 1, tokens) continue `before` (axes, batch, past), or start at
+    0. Only each row's first real token is checked, by `real` (batch, context). Positions may count padding."""
     past = real.shape[1] - positions.shape[-1]
     first = real[:, past:] & (real[:, past:].cumsum(-1) == 1)  # (batch, tokens)
     least, most = positions[0].amin(), torch.arange(positions.shape[-1], device=real.device)  # (), (tokens,)

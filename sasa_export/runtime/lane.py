@@ -1,4 +1,4 @@
-"""Executing the graph of config.sasa: the main lane is watched, and the second lane runs on what it showed."""
+"""Executes the graph of config.sasa: records the main lane, then runs the second lane on the recorded states."""
 
 import contextlib
 import contextvars
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from sasa_export.runtime.formulas import project
 from sasa_export.runtime.host import OF_DECODER, alone, check_names
+from sasa_export.runtime.verdict import last_tokens
 
 Graph = list[dict[str, Any]]
 Arguments = dict[str, tuple[tuple, dict]]  # module path -> args, kwargs
-Values = dict[str, Tensor]  # of nodes, by their names
-# By which families tell a picture's tokens from text; the first that there is counts.
+Values = dict[str, Tensor]  # node name -> value
+# Arguments by which families tell a picture's tokens from text. The first one present counts.
 TYPES = ("moe_mm_token_type_ids", "token_type_ids", "mm_token_type_ids")
 
 
 @dataclass
 class Recording:
-    """What the main lane showed of its blocks during one forward pass."""
+    """Inputs and outputs of the main lane's blocks during one forward pass."""
 
-    dry: bool = False  # blocks pass their input through: only what the decoder hands to them is wanted
+    dry: bool = False  # blocks return their input: only the arguments that they get are wanted
     outputs: dict[str, Tensor] = field(default_factory=dict)  # module path -> (batch, tokens, hidden)
     arguments: Arguments = field(default_factory=dict)  # of the decoder and its blocks
     position_ids: Tensor | None = None  # as the decoder got them, or made them for its blocks
@@ -35,11 +36,11 @@ current_recording: contextvars.ContextVar[Recording | None] = contextvars.Contex
 
 @functools.cache
 def _watched(cls: type) -> type:
-    """A class of the same name, by which device maps know it, that shows its calls to the current Recording."""
+    """Return a subclass that records its calls in the current Recording. It keeps the name, which device maps use."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         recording, (path, role, names) = current_recording.get(), self._sasa_watched
-        if recording is None:  # the second lane runs the same blocks: nothing to see then
+        if recording is None:  # the second lane runs the same blocks unrecorded
             return cls.__call__(self, *args, **kwargs)
         recording.arguments[path] = (args, kwargs)
         if recording.position_ids is None:
@@ -53,7 +54,7 @@ def _watched(cls: type) -> type:
             recording.outputs[path] = output[0] if isinstance(output, tuple) else output
         return output
 
-    def reduce(self: Any, protocol: Any) -> Any:  # pickle finds classes by their names, and would find `cls`
+    def reduce(self: Any, protocol: Any) -> Any:  # pickle finds classes by name, and would find `cls`
         return _new_watched, (cls,), self.__dict__
 
     said = {"__module__": cls.__module__, "__doc__": cls.__doc__}
@@ -65,7 +66,7 @@ def _new_watched(cls: type) -> Any:
 
 
 def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[nn.Module]:
-    """Watch the decoder and its blocks, which are returned."""
+    """Make the decoder and its blocks record their calls, and return these modules."""
     tapped = {node["module"] for node in graph if node["op"] == "tap"}
     blocks = [node["module"] for node in graph if node["op"] == "block"]
     roles = {path: "tapped" if path in tapped else "block" for path in blocks}
@@ -82,7 +83,7 @@ def watch(model: nn.Module, graph: list[dict[str, Any]]) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def within(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
-    """A context in which the variable has this value."""
+    """Set a context variable to this value within a `with` block."""
     token = variable.set(value)
     try:
         yield value
@@ -91,8 +92,8 @@ def within(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
 
 
 def start(graph: Graph, seen: Recording) -> tuple[str, Tensor, Values]:
-    """The node that the second lane starts from, and its value (batch, tokens, hidden): the projection of the tokens
-    that the main lane just ran on, or, without one, what its last block put out. And what the tapped blocks put out."""
+    """Return the node where the second lane starts, its value (batch, tokens, hidden), and the tapped blocks' outputs.
+    The value is the projection of the call's tokens or, in a graph without one, the last block's output."""
     outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
     for node in graph:
         if node["op"] == "projection":
@@ -102,7 +103,7 @@ def start(graph: Graph, seen: Recording) -> tuple[str, Tensor, Values]:
 
 
 def at_judged(outputs: Values, at: Tensor) -> Values:
-    """What the tapped blocks put out (batch, tokens, hidden), at one token a row, (batch,): (batch, 1, hidden)."""
+    """Return the tapped blocks' outputs (batch, tokens, hidden) at one token per row, (batch,): (batch, 1, hidden)."""
     return {
         name: value.gather(1, at.to(value.device)[:, None, None].expand(-1, 1, value.shape[-1]))
         for name, value in outputs.items()
@@ -110,33 +111,27 @@ def at_judged(outputs: Values, at: Tensor) -> Values:
 
 
 def reached(graph: Graph, at: Tensor, real: Tensor, states: Tensor, positions: Tensor, types: Tensor) -> list[Tensor]:
-    """What the lane runs over, in the place of the context: of each row the last real tokens up to `at` (batch,), as
-    many as the graph says. Where there are fewer, padding follows: nothing that is causal sees that."""
+    """Return `at`, mask, states, positions and types of the lane's tokens: each row's last real tokens up to `at`
+    (batch,), as many as the graph sets. Shorter rows get padding behind, which causal blocks do not see."""
     count = next((node["tokens"] for node in graph if node["op"] == "projection"), 1)  # without a lane, the judged one
-    index = torch.arange(real.shape[1], device=real.device)  # (context,)
-    kept = real & (index <= at.to(real.device)[:, None])  # (batch, context)
-    rank = kept.cumsum(-1)  # (batch, context), real tokens so far
-    last = rank[:, -1:]  # (batch, 1), how many there are
-    wanted = (last - count).clamp_min(0) + torch.arange(1, count + 1, device=real.device)  # (batch, reached)
-    found = kept[:, None] & (rank[:, None] == torch.minimum(wanted, last)[..., None])  # (batch, reached, context)
-    index = (found * index).sum(-1)  # (batch, reached); padding repeats the last token
+    index, at, there = last_tokens(real, at.to(real.device), count)  # (batch, reached), (batch,), (batch, reached)
     rows = index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])  # (batch, reached, hidden)
     places = index.to(positions.device).expand(*positions.shape[:-1], count)  # like positions
-    at, real, types = last[:, 0].clamp(1, count) - 1, wanted <= last, types.gather(1, index.to(types.device))
-    return [at, real, states.gather(1, rows), positions.gather(-1, places), types]
+    types = types.gather(1, index.to(types.device))  # (batch, reached)
+    return [at, there, states.gather(1, rows), positions.gather(-1, places), types]
 
 
 def context_arguments(model: Any, graph: Graph, states: Tensor, mask: Tensor, positions: Any, types: Any) -> Arguments:
-    """What a model hands to its blocks over a context of states (batch, context, hidden): masks, rotary tables, and
-    whatever its family has. Mask and types (of tokens, where a family has them) are (batch, context)."""
+    """Return what a model gives its blocks over a context of states (batch, context, hidden): masks, rotary tables, and
+    any arguments of its family. `mask`, and `types` of tokens if the family has them, are (batch, context)."""
     path = next(node["module"] for node in graph if node["op"] == "block")
-    decoder = model.get_submodule(path.partition(".")[0])  # what lies between the model and its blocks, outermost
-    decoder = getattr(decoder, "_orig_mod", decoder)  # torch.compile stands in its place
+    decoder = model.get_submodule(path.partition(".")[0])  # the outermost module around the blocks
+    decoder = getattr(decoder, "_orig_mod", decoder)  # torch.compile wraps it
     arguments = {"inputs_embeds": states, "attention_mask": mask, "position_ids": positions, "use_cache": False}
     taken = check_names(decoder.forward, OF_DECODER)
     if types is not None:
         arguments |= {name: types for name in TYPES if name in taken}
-    if "logits_to_keep" in taken:  # where it has the head in it
+    if "logits_to_keep" in taken:  # if it contains the head
         arguments["logits_to_keep"] = 1
     with within(current_recording, Recording(dry=True)) as seen:
         decoder(**arguments)
@@ -144,9 +139,9 @@ def context_arguments(model: Any, graph: Graph, states: Tensor, mask: Tensor, po
 
 
 def run_lane(model: nn.Module, graph: Graph, values: Values, arguments: Arguments, at: Tensor) -> Values:
-    """Execute the second lane's nodes: blocks over the context, with their `arguments`; norm, head and probe at one
-    position a row, (batch,). Returns the values that it starts from and all others: (batch, context, hidden) of blocks,
-    (batch, features) behind them, P(unsafe) (batch,). `values` are of `start`, and of `at_judged`."""
+    """Run the second lane's nodes, and return all values by node. `values` come from `start` and `at_judged`. Blocks
+    run over the context with their `arguments`: (batch, context, hidden). Norm, head and probe read one position per
+    row, `at` (batch,): (batch, features) behind norm and head, and P(unsafe) (batch,)."""
     values = dict(values)
     for node in graph:
         operation, before = node["op"], values.get(node["inputs"][0]) if node["inputs"] else None

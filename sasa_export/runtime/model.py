@@ -1,4 +1,4 @@
-"""The class that a family's stock class is mixed with."""
+"""The mixin that makes a guarded model of a family's stock class."""
 
 import functools
 import inspect
@@ -21,14 +21,14 @@ from sasa_export.runtime.proof import prove, recognise
 from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 PACKED = "prompts packed into one row cannot be judged one by one. Run without it."
-HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # where a directory is, and as whose
-# Options of `generate` that answer past the gate: they leave out blocks, or mix in what another model or prompt says.
+HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # arguments that find a directory on the hub
+# Options of `generate` that bypass the gate: they skip blocks, or mix in the output of another model or prompt.
 UNGUARDED = ("assistant_early_exit", "assistant_ensemble_weight", "guidance_scale", "is_assistant")
 DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "speculation_type")  # drafts follow the prompt
 
 
 def signed(around: Any, function: Callable) -> Any:
-    """`around`, with the function's signature, which generate() reads; without a `__wrapped__`, where others look."""
+    """Return `around` with the signature of `function`, which generate() reads, and no `__wrapped__` past the gate."""
     functools.update_wrapper(around, function)
     around.__signature__ = inspect.signature(function)
     del around.__wrapped__
@@ -36,11 +36,11 @@ def signed(around: Any, function: Callable) -> Any:
 
 
 def guarded(forward: Callable) -> Callable:
-    """The family's forward with the gate around it."""
+    """Return the family's forward with the gate around it."""
     names = check_names(forward, OF_MODEL)[1:]
 
     def guarded_forward(self: Any, *args: Any, sasa_request: Request | None = None, **kwargs: Any) -> Any:
-        if self.sasa.asked.get("unguarded"):  # by the proof
+        if self.sasa.asked.get("unguarded"):  # set by `prove`
             return forward(self, *args, **kwargs)
         if torch.jit.is_tracing():
             raise NotImplementedError("torch.jit.trace would freeze a verdict. Run this guarded model as it is.")
@@ -59,7 +59,7 @@ def guarded(forward: Callable) -> Callable:
 
 
 def requested(stock: Any) -> Callable:
-    """A stock class's `prepare_inputs_for_generation`, which sends the request of `generate` along with its calls."""
+    """Return a stock class's `prepare_inputs_for_generation` that also passes on the request of `generate`."""
 
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs, request = stock.prepare_inputs_for_generation(self, *args, **kwargs), current_request.get()
@@ -69,10 +69,10 @@ def requested(stock: Any) -> Callable:
 
 
 class GuardedModel:
-    """Mixed into a family's ...ForConditionalGeneration: judges each prompt, then lets it answer or refuses."""
+    """Mixin for a family's ...ForConditionalGeneration: it judges each prompt, then answers or refuses."""
 
     _keep_in_fp32_modules_strict = ("sasa",)
-    guarded_by_sasa = True  # by which the seal knows a guarded model from a stock one
+    guarded_by_sasa = True  # tells the seal that the model is guarded
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -105,24 +105,26 @@ class GuardedModel:
         super().save_pretrained(save_directory, *args, **kwargs)
         owner = next(cls for cls in type(self).__mro__ if GuardedModel in cls.__bases__)
         shutil.copyfile(str(sys.modules[owner.__module__].__file__), Path(save_directory, "modeling_sasa.py"))
+        if (code := Path(self.name_or_path, "modeling_sasa_mlx.py")).is_file():  # config.json names it
+            shutil.copyfile(code, Path(save_directory, code.name))
         cases, kept = (Path(directory, "sasa-verify").resolve() for directory in (self.name_or_path, save_directory))
-        if cases.is_dir() and cases != kept:  # what `sasa-export verify` asks
+        if cases.is_dir() and cases != kept:  # test cases for `sasa-export verify`
             shutil.copytree(cases, kept, dirs_exist_ok=True)
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if kwargs.get("state_dict") is None and not several:  # else its weights may lie in parts elsewhere
+        if kwargs.get("state_dict") is None and not several:  # otherwise this process may not hold all weights
             recognise(self, loading=False)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the stock model's, but that refused prompts are answered with the refusal. With `return_dict_in_generate`
-        the result has `unsafe_probability` and `refused`, (sequences,) each, too."""
+        """Generate like the stock model, but answer a refused prompt with the refusal. With `return_dict_in_generate`
+        the result also has `unsafe_probability` and `refused`, (sequences,) each."""
         return self._generate(inputs, *args, **kwargs)[0]
 
     def judge(self, **inputs: Any) -> Tensor:
-        """P(unsafe) (batch,) of prompts as `generate` takes them, at the price of running them; nothing is logged."""
+        """Return P(unsafe) (batch,) of prompts, given as for `generate`. This runs the model, and logs nothing."""
         return self._generate(**inputs, max_new_tokens=1, num_beams=1, do_sample=False, logged=True)[1][1]
 
     def _generate(self, inputs: Any = None, *args: Any, logged: bool = False, **kwargs: Any) -> tuple[Any, Tensor]:
-        """What `generate` returns, and the verdicts (3, sequences): was one due, P(unsafe), was it refused."""
+        """Return the result of `generate`, and verdicts (3, sequences): is one due, P(unsafe), is it refused."""
         kwargs |= zip(list(inspect.signature(super().generate).parameters)[1:], args, strict=False)
         settings: dict[str, Any] = {}
         for values in (vars(self.generation_config), vars(kwargs.get("generation_config") or object), kwargs):
@@ -150,7 +152,7 @@ class GuardedModel:
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
-        """Serving engines that run the decoder under a head of their own ask this: they would lose the gate."""
+        """Return False, for serving engines that would run the decoder under their own head, without the gate."""
         return False
 
     def _no_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +162,7 @@ class GuardedModel:
 
 
 def rename_old_keys(guarded_type: str, stock: Any) -> None:
-    """Let old names in the shards of a guarded model be renamed on loading, as for its stock class."""
+    """Let old weight names of a guarded model be renamed on loading, as for its stock class."""
     find = get_checkpoint_conversion_mapping
     if (mapping := find(stock.__name__) or find(stock.config_class.model_type)) is not None:
         register_checkpoint_conversion_mapping(guarded_type, mapping, overwrite=True)

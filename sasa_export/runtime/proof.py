@@ -1,5 +1,5 @@
-"""What a model is asked when it is loaded: does its gate hold on this transformers, and are its weights those that the
-probe was fitted on?"""
+"""Two checks of a model at load: that its gate works on this transformers, and that its weights are those that the
+probe was fitted on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,45 +9,37 @@ import transformers
 from transformers import GenerationConfig
 
 from sasa_export.runtime.guard import logger
+from sasa_export.runtime.settings import tell_moved
 from sasa_export.runtime.version import TRIED
 
-# How far P(unsafe) of known prompts may move: one of them without a warning, all on average without an error. On
-# smol-llava bfloat16 and 8 bits move none by more than 0.08, and 4 bits move one by 0.33 and more.
-MOVED, MOVED_FAR = 0.1, 0.25
-# How far P(unsafe) may move under padding, which changes how numbers are rounded; the second where they have few bits.
+# How far P(unsafe) may move under padding, which changes rounding: in unquantized float32, and in all other types.
 NEAR, NEAR_ROUNDED = 0.005, 0.1
 
 
 @torch.no_grad()
 def recognise(model: Any, loading: bool = True) -> None:
-    """Judge the prompts that config.sasa knows P(unsafe) of: a warning where one has moved, and in loading a ValueError
-    where they have by far; nothing where the operator's `prove` is false."""
+    """Judge the prompts whose P(unsafe) config.sasa records, and log a warning where one has moved. While `loading`,
+    raise ValueError where they moved far on average. Do nothing if the operator's `prove` is false."""
     known = [] if _shapes_alone(model) else model.config.sasa.get("known") or []
     if not known or model.config.sasa.get("prove") is False:
         return
     prompts = [torch.tensor([[int(number) for number in entry["ids"].split()]]) for entry in known]  # (1, tokens) each
     found = torch.cat([model.judge(input_ids=ids.to(_device(model))).cpu() for ids in prompts])  # (prompts,)
-    moved = (found - torch.tensor([entry["unsafe_probability"] for entry in known])).abs().nan_to_num(1.0)  # (prompts,)
-    what = f"P(unsafe) of known prompts has moved by up to {moved.max():.2f}, {moved.mean():.2f} on average"
-    why = "these are not the weights, or not in the precision, that the probe was fitted on"
-    todo = "Fine-tune or quantize first, and patch the result"
-    if loading and moved.mean() > MOVED_FAR:
-        raise ValueError(f"{what}: {why}. {todo}. To load it all the same, pass sasa={{'prove': False}}.")
-    if moved.max() > MOVED:
-        logger.warning("%s: %s. %s.", what, why, todo)
+    if said := tell_moved(found.tolist(), known, "pass sasa={'prove': False}" if loading else ""):
+        logger.warning(said)
 
 
 @torch.no_grad()
 def prove(model: Any, unguarded: Callable) -> None:
-    """On a transformers that is not in TRIED, or as `prove` in config.sasa says: raise RuntimeError unless a made up
-    prompt is refused to the end of the refusal where the threshold says so, and gets the tokens of `unguarded`, the
-    family's own generate, on the family's own forward where not."""
+    """Test the gate with a made-up prompt if transformers is not in TRIED; `prove` in config.sasa overrides this. Raise
+    RuntimeError unless the refusal comes whole, padding keeps the verdict, and an allowed prompt gets the same tokens
+    as from `unguarded`: the family's own generate, on the family's own forward."""
     asked = model.config.sasa.get("prove")
     if _shapes_alone(model) or not (transformers.__version__ not in TRIED if asked is None else asked):
         return
     try:
         problem = _problem(model, unguarded)
-    except Exception as error:  # of whatever has another name there
+    except Exception as error:  # for example where a name has changed
         problem = f"{type(error).__name__}: {error}"
     if problem:
         what = f"the gate of this guarded model does not hold on transformers {transformers.__version__} ({problem})"
@@ -55,7 +47,7 @@ def prove(model: Any, unguarded: Callable) -> None:
 
 
 def _problem(model: Any, unguarded: Callable) -> str:
-    """What does not hold, in two rows of which one is padded; empty where all does."""
+    """Return what fails, tested on two rows, one of them padded. Return an empty string if nothing does."""
     sasa, refusal = model.config.sasa, model.config.sasa["refusal_token_ids"]
     ids = torch.tensor([[*refusal[:-1], *sasa["generation_prompt_ids"]]] * 2, device=_device(model))  # (2, tokens)
     mask, padding = torch.ones_like(ids), len(refusal) // 2  # (2, tokens)
@@ -82,10 +74,10 @@ def _problem(model: Any, unguarded: Callable) -> str:
 
 
 def _device(model: Any) -> Any:
-    """Where its inputs go: the first weights of a model may lie on disk."""
+    """Return the device for inputs, the CPU if the model's first weights lie on disk."""
     return "cpu" if model.device.type == "meta" else model.device
 
 
 def _shapes_alone(model: Any) -> bool:
-    """Has the model no weights to run with?"""
+    """Return whether the model has only shapes, without weights to run with."""
     return set((getattr(model, "hf_device_map", None) or {"": model.device.type}).values()) == {"meta"}

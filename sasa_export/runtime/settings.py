@@ -1,23 +1,29 @@
-"""config.json: what the gate runs on, and the seal that keeps stock classes from loading the model without it."""
+"""The gate's settings in config.json, and the seal that keeps stock classes from loading the model without the gate."""
 
 import functools
 import json
+import logging
 from typing import Any
 
 SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
-FORMATS = (3, 4)  # 3: of 0.2, whose lane runs over all tokens. A directory of another format is refused
-LONGEST_REFUSAL = 250  # tokens; the cache counts how far the refusal is, and bfloat16 counts to 256
+FORMATS = (3, 4)  # 3: of version 0.2, whose lane runs over all tokens. Other formats are refused
+LONGEST_REFUSAL = 250  # tokens; the cache holds a token's place in the refusal, and bfloat16 counts to 256
 NEEDED = ("threshold", "refusal", "refusal_token_ids", "generation_prompt_ids", "turn_token_ids", "graph")
-# The operator's to change: there, or from_pretrained(sasa={...}).
+# Settings that an operator may change: in config.json, or by from_pretrained(sasa={...}).
 OPERATOR = ("threshold", "refusal", "gate", "prove", "begun_answers")
-# What these may be, the default first. observe: judge and report, and refuse nothing. allow: text that `generate` gets
-# behind the last generation prompt is not judged, and else an error.
+# Values of these settings, the default first. observe: judge and report, but refuse nothing. allow: `generate` accepts
+# text behind the last generation prompt, unjudged; by default it raises an error.
 CHOICES = {"gate": ("enforce", "observe"), "begun_answers": ("error", "allow")}
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
 
 
+# How far P(unsafe) of known prompts may move: any one of them before a warning, all on average before an error. On
+# smol-llava, bfloat16 and 8 bits move each by at most 0.08, and 4 bits move one by 0.33 or more.
+MOVED, MOVED_FAR = 0.1, 0.25
+
+
 def check_settings(sasa: Any) -> dict[str, Any]:
-    """Return config.sasa, or raise ValueError where the gate could not run on it."""
+    """Return config.sasa. Raise ValueError if the gate could not run on it."""
     if not isinstance(sasa, dict) or any(name not in sasa for name in NEEDED) or sasa.get("format") not in FORMATS:
         raise ValueError(f"config.json has no complete `sasa` entry of format {FORMATS[-1]}, so no gate. {HOW_TO_LOAD}")
     threshold, ids = sasa["threshold"], sasa["refusal_token_ids"]
@@ -37,7 +43,7 @@ def check_settings(sasa: Any) -> dict[str, Any]:
 
 
 def refusal_tokens(tokenizer: Any, refusal: str, end: int, image: Any = None) -> list[int]:
-    """The refusal as token ids, the `end` of sequence last. ValueError where one is no text, like the `image`."""
+    """Return the refusal's token ids and the `end` of sequence. Raise ValueError on special ones, or the `image`."""
     ids = tokenizer.encode(refusal, add_special_tokens=False)
     marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     if {*marks, *tokenizer.all_special_ids, image} & set(ids):
@@ -46,7 +52,7 @@ def refusal_tokens(tokenizer: Any, refusal: str, end: int, image: Any = None) ->
 
 
 def follow_refusal(config: Any, directory: Any, **hub: Any) -> None:
-    """Tokenize the refusal anew where its text is another than the one that was tokenized last."""
+    """Tokenize the refusal again if its text differs from the text that was tokenized last."""
     sasa = config.sasa
     if sasa["refusal"] == sasa.get("tokenized_refusal", sasa["refusal"]):
         return
@@ -59,8 +65,31 @@ def follow_refusal(config: Any, directory: Any, **hub: Any) -> None:
     check_settings(sasa)
 
 
+def verdict_record(sasa: dict[str, Any], probability: float, held: bool, row: int, why: str = "") -> dict[str, Any]:
+    """Return a verdict's log record, as arguments of `Logger.log`. `held` marks a refusal; NaN refuses too."""
+    limit, would = sasa["threshold"], "would be " * (sasa.get("gate") == "observe")
+    allows = probability < limit and not held
+    level, what = (logging.INFO, "allowed") if allows else (logging.WARNING, f"{would}refused")
+    said = {"probability": probability, "threshold": limit, "verdict": what, "row": row}  # for formatters
+    return {"level": level, "msg": f"{what}{why}: P(unsafe) {probability:.4f}, threshold {limit:.4f}", "extra": said}
+
+
+def tell_moved(found: list[float], known: list[dict[str, Any]], setting: str) -> str:
+    """Return a warning if P(unsafe) `found` for config.sasa's `known` prompts has moved, else an empty string. Raise
+    ValueError if it moved far on average, unless `setting`, which names the way around this check, is empty."""
+    apart = [abs(now - entry["unsafe_probability"]) for now, entry in zip(found, known, strict=True)]
+    apart = [value if value == value else 1.0 for value in apart]
+    mean = sum(apart) / len(apart)
+    what = f"P(unsafe) of known prompts has moved by up to {max(apart):.2f}, {mean:.2f} on average"
+    why = "these are not the weights, or not in the precision, that the probe was fitted on"
+    todo = "Fine-tune or quantize first, and patch the result"
+    if setting and mean > MOVED_FAR:
+        raise ValueError(f"{what}: {why}. {todo}. To load it all the same, {setting}.")
+    return f"{what}: {why}. {todo}." if max(apart) > MOVED else ""
+
+
 class GuardedConfig:
-    """Mixed into a family's configuration: it opens the seal, an `id2label` that the stock one cannot read."""
+    """Mixin for a family's configuration. It opens the seal: an `id2label` that the stock class cannot read."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -78,7 +107,7 @@ class GuardedConfig:
 
 
 def sealed(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Seal the nested configurations of a config.json, so that stock classes and converters refuse it."""
+    """Return a config.json with sealed nested configurations, so that stock classes and converters refuse it."""
     out = dict(config_dict)
     for name in ("text_config", "vision_config"):
         nested = {key: value for key, value in out.get(name, {}).items() if key != "architectures"}
@@ -93,14 +122,14 @@ def _opened(value: Any) -> Any:
 
 
 def refuse_guarded_configurations(stock: Any) -> None:
-    """Let a stock class raise ValueError where it is handed a guarded configuration that is opened already."""
+    """Make a stock class raise ValueError when it is given a guarded configuration that is already opened."""
     init = stock.__init__
     if hasattr(init, "sealed_by_sasa"):
         return
 
     @functools.wraps(init)
     def sealed_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        # By an attribute: after two directories of a family, the configuration's class is the first one's.
+        # An attribute marks it: after two directories of a family, the configuration's class is that of the first.
         if hasattr(config, "sasa") and not hasattr(self, "guarded_by_sasa"):
             raise ValueError(SEAL)
         init(self, config, *args, **kwargs)

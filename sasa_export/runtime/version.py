@@ -1,4 +1,4 @@
-"""Which transformers a guarded model runs on: said before anything of it is imported that another one lacks."""
+"""Checks the version of transformers, before anything is imported that another version may lack."""
 
 import transformers
 

@@ -1,27 +1,30 @@
-"""Run a written directory in a process that shares nothing with this one but the installed packages, and compare."""
+"""Runs a written directory in a process that shares only the installed packages with this one, and compares answers."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import VerifyError
+from sasa_export.gate import GateSpec
 from sasa_export.models import read_config
 from sasa_export.models.quantized import scheme
+from sasa_export.onnx import graphs_of
 from sasa_export.probe.calibration import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
 from sasa_export.verify.compare import check_changed, compare, draw, tolerance
-from sasa_export.verify.unloaded import check_files, check_graphs, dtype_of
+from sasa_export.verify.unloaded import check_files, check_graphs
 from sasa_export.writers.cases import FOLDER, TOKENS, read_cases, write_prompts
-from sasa_export.writers.onnx import SUFFIX
 
 FRESH = Path(__file__).with_name("fresh")
-LOADS = json.loads(Path(__file__).with_name("loads.json").read_text(encoding="utf-8"))  # name -> from_pretrained(...)
+LOADS = json.loads(Path(__file__).with_name("loads.json").read_text(encoding="utf-8"))  # name -> keywords
 
 NOT_COMPARED = Check(
     "answers are the original's",
@@ -31,52 +34,53 @@ NOT_COMPARED = Check(
 
 
 def check_written(
-    directory: Path,
-    *,
-    device: str = "cpu",
-    only_files: bool = False,
-    calibration: Calibration | None = None,
+    directory: Path, *, device: str = "cpu", only_files: bool = False, calibration: Calibration | None = None,
     load: str | None = None,
-) -> list[Check]:
-    """All checks but that of the manifest: its files, then verdicts, refusals and answers beside the original's, and
-    how many verdicts of a calibration changed.
+) -> list[Check]:  # fmt: skip
+    """Return all checks except the manifest's: files, then verdicts, refusals and answers against the original's, and
+    the number of changed verdicts of a calibration.
 
     Args:
-        directory: what was written, with its cases.
-        device: torch's name of one. Where onnxruntime cannot use it, the CPU runs, and the checks say so.
-        only_files: make no more checks than need no model in memory.
-        calibration: prompts of which some are judged again, if any.
-        load: the name in loads.json of a quantization with which it is loaded.
+        directory: the written directory, with its cases.
+        device: a device in torch's notation. If onnxruntime cannot use it, the CPU runs, and the checks say so.
+        only_files: make only the checks that need no model in memory.
+        calibration: the calibration of which some prompts are judged again, if any.
+        load: the name of a quantization in loads.json with which the model is loaded.
 
     Raises VerifyError where the directory does not run at all.
     """
-    graphs = dtype_of(directory)  # None where it holds safetensors
-    checks = check_files(directory) if graphs is None else [check_graphs(directory, graphs)]
+    told = graphs_of(directory)
+    graphs = told.get("dtype")  # None where it holds safetensors
+    checks = check_graphs(directory) if told else check_files(directory)
     if only_files or not all(check.passed for check in checks):
         return checks
     written, config = read_cases(directory), read_config(directory)
-    sasa, quantized = config["sasa"], scheme(config) is not None
+    gate, quantized = GateSpec.from_json(config["sasa"]), scheme(config) is not None
     if not written and graphs is not None:
         return [*checks, NOT_COMPARED]
     prompts, before = ([], []) if calibration is None else draw(calibration)
     precision = written.get("dtype") or config.get("dtype") or "float32"
-    found = run_fresh(directory, graphs, precision, device, prompts, load)
+    found = run_fresh(directory, told, precision, device, prompts, load)
     checks += _loading(found["about"])
     if not written:
         return [*checks, NOT_COMPARED]
-    sasa["refusal_token_ids"] = found["about"].get("refusal_token_ids", sasa["refusal_token_ids"])
+    gate = replace(gate, refusal_token_ids=found["about"].get("refusal_token_ids", gate.refusal_token_ids))
     dtype = graphs or load or written["dtype"]
-    checks += compare(written, found, sasa, dtype, graphs=graphs is not None, quantized=quantized and graphs is None)
+    checks += compare(written, found, gate, dtype, graphs=graphs is not None, quantized=quantized and graphs is None)
+    if "model_file" in config and load is None and importlib.util.find_spec("mlx_vlm") is not None:
+        there = run_fresh(directory, {}, precision, device, [], engine="mlx_model")
+        also = compare(written, there, gate, config.get("dtype") or precision, graphs=True, quantized=quantized)
+        checks += [replace(it, name=f"in mlx-vlm, {it.name}") for it in also if "calibration" not in it.name]
     if calibration is not None:
         apart = tolerance(dtype, written["dtype"], graphs=graphs is not None)
         exact = dtype == written["dtype"] == "float32"
         whole = len(calibration.prompts)
-        checks.append(check_changed(before, found["judged"], sasa["threshold"], apart, whole, exact=exact))
+        checks.append(check_changed(before, found["judged"], gate.threshold, apart, whole, exact=exact))
     return checks
 
 
 def _loading(about: dict[str, Any]) -> list[Check]:
-    """What torch says of the directory's class and of ways around it; nothing where there are only graphs."""
+    """Return the checks of the loaded class and of ways to load without the gate. Graphs have none."""
     if "model_class" not in about:
         return []
     guarded = about["model_class"].startswith("Sasa") and about["probe_dtype"] == "float32"
@@ -90,28 +94,36 @@ def _loading(about: dict[str, Any]) -> list[Check]:
 
 
 def run_fresh(
-    directory: Path, graphs: str | None, dtype: str, device: str, prompts: Sequence[Prompt], load: str | None = None
+    directory: Path,
+    told: dict[str, Any],
+    dtype: str,
+    device: str,
+    prompts: Sequence[Prompt],
+    load: str | None = None,
+    engine: str = "torch_model",
 ) -> dict[str, Any]:
-    """The JSON object that the program in `fresh/` prints for the directory's cases, and for `prompts` to judge.
+    """Return the JSON object that the program in `fresh/` prints for the directory's cases and for `prompts`, which are
+    only judged. `told` is the result of `graphs_of`.
 
-    Raises VerifyError where it does not get to its end.
+    Raises VerifyError where the program fails.
     """
     options = {"dtype": dtype, **(LOADS[load] if load else {})}
-    engine = ["torch_model", str(directory.absolute()), json.dumps(options), device]
-    if graphs is not None:
+    arguments = [engine, str(directory.absolute()), json.dumps(options), device]
+    if told:
         provider = "cuda" if device.startswith("cuda") else "cpu"
-        engine = ["onnx_model", str(directory.absolute()), SUFFIX[graphs], provider]
+        given = {name: told.get(name, {}) for name in ("graphs", "lengths")}
+        arguments = ["onnx_model", str(directory.absolute()), json.dumps(given), provider]
     with tempfile.TemporaryDirectory() as scratch:
         entries = write_prompts(prompts, Path(scratch))
         Path(scratch, "prompts.json").write_text(json.dumps(entries), encoding="utf-8")
-        packages = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # wherever this process has them
+        packages = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # this process's own
         environment = {
             **os.environ, "PYTHONPATH": packages, "HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        command = [sys.executable, str(FRESH), *engine, str(TOKENS), scratch]
+        command = [sys.executable, str(FRESH), *arguments, str(TOKENS), scratch]
         result = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment, check=False)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
-        what = "the patched model does not load" if graphs is None else "the graphs do not run"
+        what = "the graphs do not run" if told else "the patched model does not load"
         raise VerifyError(f"{what} in a fresh process ({lines[-1].strip()[:400]}).")
     return dict(json.loads(result.stdout.strip().splitlines()[-1]))

@@ -1,6 +1,6 @@
-"""What a written directory answered, beside what the original model answered: the one comparison for both formats.
+"""Compares a written directory's answers with the original model's, for both formats.
 
-How many verdicts the type of graphs changes is seen on prompts of the calibration set, which they judge again.
+Prompts of the calibration set are judged again, to count the verdicts that the graphs' type changes.
 """
 
 from collections.abc import Sequence
@@ -8,70 +8,71 @@ from typing import Any
 
 import numpy as np
 
+from sasa_export.gate import GateSpec
 from sasa_export.probe.calibration import Calibration
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
 from sasa_export.writers.cases import TOKENS
 
-# Largest difference of P(unsafe), and of logits relative to the largest of them: where torch runs a prompt alone once
-# more, and where a padded batch or another runtime rounds otherwise.
+# Largest differences of P(unsafe), and of logits relative to the largest logit. SAME: torch runs a prompt alone again.
+# ROUNDED: a padded batch or another runtime rounds differently.
 SAME = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 ROUNDED = {"float32": 1e-4, "bfloat16": 0.15, "float16": 2e-2}
-QUANTIZED = 0.15  # any other type, whose logits are not held to the original's
+QUANTIZED = 0.15  # of P(unsafe), for any other type; its logits have no tolerance
 
-SEED = 0  # of the draw
-# Prompts that are judged again, and the largest share whose verdict may change: what the threshold itself may get wrong
-# of the harmless ones.
+SEED = 0  # for drawing prompts
+# How many prompts are judged again, and the largest share of verdicts that may change (2 %, the default false-positive
+# rate).
 JUDGED_AGAIN, MOST_CHANGED = 200, 0.02
 
 Entry = dict[str, Any]
-Pairs = list[tuple[Entry, Entry]]  # a case as it was written, and what was found for it
+Pairs = list[tuple[Entry, Entry]]  # a written case, and its result in the fresh process
 
 
 def tolerance(dtype: str, original: str, *, graphs: bool) -> float:
-    """Of P(unsafe), between a directory that runs in `dtype` and an original that ran in `original`."""
+    """Return the tolerance of P(unsafe) between a directory that runs in `dtype` and an original in `original`."""
     rounded = max(ROUNDED.get(dtype, QUANTIZED), ROUNDED[original])
     return rounded if graphs or dtype != original else SAME[original]
 
 
 def compare(
-    written: Entry, found: Entry, sasa: dict[str, Any], dtype: str, *, graphs: bool, quantized: bool = False
+    written: Entry, found: Entry, gate: GateSpec, dtype: str, *, graphs: bool, quantized: bool = False
 ) -> list[Check]:
-    """Checks of what a fresh process found against the cases.
+    """Return the checks of a fresh process's results against the written cases.
 
     Args:
-        written: what `read_cases` gives.
-        found: what `fresh/` printed.
-        sasa: the settings in config.json.
-        dtype: what the directory ran in: a type, or for graphs theirs, or the quantization that it was loaded with.
-        graphs: whether ONNX graphs were run, and not torch.
-        quantized: whether the original is; it may round each state by what else is in its batch.
+        written: the result of `read_cases`.
+        found: the JSON object that `fresh/` printed.
+        gate: the settings in config.json.
+        dtype: the type of the directory's run, or of its graphs, or the quantization that it was loaded with.
+        graphs: whether ONNX graphs or mlx-vlm ran, not torch.
+        quantized: whether the original is quantized. Its rounding of a state may depend on the batch.
     """
-    observed = sasa.get("gate") == "observe"
+    observed = gate.observes
     pairs: Pairs = list(zip(written["cases"], found["cases"], strict=True))
     most = tolerance(dtype, written["dtype"], graphs=graphs)
-    allowed = [pair for pair in pairs if observed or not refuses(pair[1], sasa)]
-    refused = [have["tokens"] for _, have in pairs if not observed and refuses(have, sasa)]
-    # Where two runtimes round half-precision numbers, a greedy answer may leave the original's at any token.
+    allowed = [pair for pair in pairs if observed or not refuses(pair[1], gate)]
+    refused = [have["tokens"] for _, have in pairs if not observed and refuses(have, gate)]
+    # Two runtimes round half-precision numbers differently, and a greedy answer may diverge at any token.
     exact = dtype == written["dtype"] and (dtype == "float32" or not graphs)
-    how = f"{dtype}{' graphs' * graphs} on {found['about']['provider']}, {written['dtype']} original"
+    how = f"{dtype} on {found['about']['provider']}, {written['dtype']} original"
     return [
         _probabilities(pairs, most, how),
         *_batches(pairs, QUANTIZED if quantized else ROUNDED[written["dtype"]], quantized=quantized),
-        _verdicts(pairs, sasa, most),
-        _refusals(refused, sasa["refusal_token_ids"], observed=observed),
+        _verdicts(pairs, gate, most),
+        _refusals(refused, list(gate.refusal_token_ids), observed=observed),
         _logits(allowed, most if dtype in ROUNDED else None),
-        _answers(allowed, sasa["refusal_token_ids"], found["about"]["not_followed"], exact=exact),
+        _answers(allowed, list(gate.refusal_token_ids), found["about"]["not_followed"], exact=exact),
     ]
 
 
-def refuses(entry: Entry, sasa: dict[str, Any]) -> bool:
-    """The verdict that a P(unsafe) stands for; NaN is refused."""
-    return not entry["unsafe_probability"] < sasa["threshold"]
+def refuses(entry: Entry, gate: GateSpec) -> bool:
+    """Return whether the result's P(unsafe) is refused. NaN is refused."""
+    return not entry["unsafe_probability"] < gate.threshold
 
 
 def _apart(wanted: Sequence[float], found: Sequence[float]) -> float:
-    """The largest difference; NaN where there is one, which the built-in max could lose."""
+    """Return the largest difference, or NaN if one is NaN, which the built-in max could lose."""
     return float(np.abs(np.subtract(wanted, found)).max())
 
 
@@ -85,7 +86,7 @@ def _probabilities(pairs: Pairs, most: float, how: str) -> Check:
 
 
 def _batches(pairs: Pairs, most: float, *, quantized: bool) -> list[Check]:
-    """The calibration ran the same prompts in batches; a P(unsafe) that is far apart there was padded wrongly."""
+    """Compare with the calibration, which ran the same prompts in batches. A large difference means wrong padding."""
     both = [(case["calibrated"], case["unsafe_probability"]) for case, _ in pairs if case.get("calibrated") is not None]
     if not both:
         return []
@@ -96,10 +97,10 @@ def _batches(pairs: Pairs, most: float, *, quantized: bool) -> list[Check]:
     return [Check("P(unsafe) is that of the calibration", apart <= most, detail)]
 
 
-def _verdicts(pairs: Pairs, sasa: dict[str, Any], most: float) -> Check:
-    clear = [pair for pair in pairs if abs(pair[0]["unsafe_probability"] - sasa["threshold"]) > most]
-    same = sum(refuses(case, sasa) == refuses(have, sasa) for case, have in clear)
-    changed = sum(refuses(case, sasa) != refuses(have, sasa) for case, have in pairs)
+def _verdicts(pairs: Pairs, gate: GateSpec, most: float) -> Check:
+    clear = [pair for pair in pairs if abs(pair[0]["unsafe_probability"] - gate.threshold) > most]
+    same = sum(refuses(case, gate) == refuses(have, gate) for case, have in clear)
+    changed = sum(refuses(case, gate) != refuses(have, gate) for case, have in pairs)
     detail = f"{same} of {len(clear)} outside the tolerance of the threshold; {changed} of {len(pairs)} changed"
     return Check("verdicts are the original's", same == len(clear), detail)
 
@@ -116,7 +117,7 @@ def _refusals(refused: list[list[int]], refusal: list[int], *, observed: bool) -
 
 
 def _logits(allowed: Pairs, most: float | None) -> Check:
-    """The first token's largest logits, relative to the largest of them; None holds them to no tolerance."""
+    """Compare the first token's largest logits, relative to the largest. None means no tolerance."""
     name = "allowed prompts have the original's logits"
     if not all(have["finite"] for _, have in allowed):
         return Check(name, False, "some are NaN or infinite")
@@ -132,7 +133,7 @@ def _logits(allowed: Pairs, most: float | None) -> Check:
 
 
 def _answers(allowed: Pairs, refusal: list[int], not_followed: list[str], *, exact: bool) -> Check:
-    """The greedy answers: the original's where they are `exact`, and never the refusal in their place."""
+    """Compare the greedy answers. They must equal the original's if `exact`, and may never be the refusal."""
     name = "allowed prompts are answered as by the original"
     if not allowed:
         return Check(name, True, "no case is allowed at this threshold")
@@ -149,9 +150,9 @@ def _answers(allowed: Pairs, refusal: list[int], not_followed: list[str], *, exa
 
 
 def draw(calibration: Calibration) -> tuple[list[Prompt], list[float]]:
-    """At most JUDGED_AGAIN prompts, in order, and their P(unsafe) in the calibration.
+    """Return at most JUDGED_AGAIN prompts, in order, and their P(unsafe) in the calibration.
 
-    Labels and channels take turns, so that a small kind comes in whole.
+    The draw takes labels and channels in turn, so that a small group is drawn completely.
     """
     import pandas as pd
 
@@ -167,10 +168,10 @@ def draw(calibration: Calibration) -> tuple[list[Prompt], list[float]]:
 def check_changed(
     before: Sequence[float], after: Sequence[float], threshold: float, tolerance: float, whole: int, *, exact: bool
 ) -> Check:
-    """Compare the graphs' P(unsafe), (judged,), with the calibration's of its `whole` prompts; NaN is refused.
+    """Compare the graphs' P(unsafe), (judged,), with the calibration's, drawn from `whole` prompts. NaN is refused.
 
-    At most the share MOST_CHANGED of the verdicts may change and, where all is float32 (`exact`), none but by rounding:
-    none that lay farther than the `tolerance` from the threshold.
+    At most the share MOST_CHANGED of the verdicts may change. In float32 (`exact`), only rounding may change a verdict:
+    its P(unsafe) must lie within `tolerance` of the threshold.
     """
     was, now = np.asarray(before), np.asarray(after)
     allowed, refused = was < threshold, ~(now < threshold)

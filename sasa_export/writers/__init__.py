@@ -1,1 +1,1 @@
-"""Writing patched models: a safetensors directory for transformers, an ONNX directory for any runtime."""
+"""Writes patched models: a safetensors directory for transformers, or an ONNX directory for any runtime."""

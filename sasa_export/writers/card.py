@@ -1,4 +1,4 @@
-"""The model card: what was done, what was measured, what it does not do. Its sentences stand in templates/."""
+"""Writes the model card: the patch, its measurements and its limits. The card's sentences are in templates/."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sasa_export.graph import blocks_again, lane_tokens
 from sasa_export.graph.diagram import mermaid
 from sasa_export.probe.figures import verdict_on_projection
 from sasa_export.report import Check
@@ -22,10 +21,10 @@ def write_card(
     """Write README.md into a patched directory.
 
     Args:
-        patch: what was made.
-        checks: what was found when it was verified, and `verified` how: the value of `--verify`.
-        directory: where it was written.
-        template: of the card, and `values` what it needs besides.
+        patch: the patch that the directory holds.
+        checks, verified: the results of the verification, and the value of `--verify`.
+        directory: the patched directory.
+        template, values: the card's template, and further values that it uses.
     """
     name = patch.source.name
     text = render(
@@ -35,10 +34,7 @@ def write_card(
         name=name,
         base_model=patch.source.repository,
         commit=patch.source.commit,
-        sasa=patch.sasa,
-        blocks=len(patch.graph.of("block")),
-        again=blocks_again(patch.sasa["graph"]),
-        tokens=lane_tokens(patch.sasa["graph"]),
+        gate=patch.gate,
         diagram=mermaid(patch.graph),
         calibration=patch.calibration,
         projection=None if patch.calibration is None else verdict_on_projection(patch.calibration.figures),
@@ -51,8 +47,8 @@ def write_card(
 
 
 def render(folder: Path, template: str, filters: dict[str, Any], **values: Any) -> str:
-    """Text from a template. HTML templates (*.html.j2) escape what they are given; names that a template uses and
-    nobody gave are errors."""
+    """Return the text of a template with its values. HTML templates (*.html.j2) escape the values. A missing value is
+    an error."""
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=lambda name: name is not None and ".html" in name,

@@ -1,6 +1,6 @@
-"""Verification cases: prompts, and what the original model and the calibrated lane say of them.
+"""Verification cases: prompts with the original model's answers and the calibrated lane's P(unsafe).
 
-They are written into the patched directory, so that it can be verified later without the original.
+The patched directory contains them, so that it can be verified later without the original.
 """
 
 import json
@@ -24,16 +24,16 @@ FOLDER = "sasa-verify"
 CASES = "cases.json"
 TOKENS = 20
 PER_KIND = 4  # prompts
-LOGITS = 8  # the largest ones of a case's first token that are kept
+LOGITS = 8  # number of logits kept: the largest of a case's first token
 
 
 @dataclass(frozen=True)
 class Case:
     """One prompt with the expected P(unsafe), and the original's greedy answer as token ids.
 
-    `logits` are the largest of its first token, as pairs of token id and value. `calibrated` is the P(unsafe) of the
-    calibration run, where the prompt ran in a batch, padded: in half precision that is another number. `ids` are the
-    prompt's, where it has no picture.
+    `logits` are the largest of its first token, as pairs of token id and value. `calibrated` is P(unsafe) in the
+    calibration run, where the prompt ran in a padded batch: in half precision, the numbers differ. `ids` are the
+    token ids of a prompt without a picture.
     """
 
     prompt: Prompt
@@ -45,15 +45,15 @@ class Case:
 
 
 def known(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """The prompts of text by which a patched model sees whether its weights are others, as config.json holds them."""
+    """Return the text prompts for config.json. A patched model judges them to detect changed weights."""
     texts = [case for case in cases if case.ids]
     return [{"ids": " ".join(map(str, case.ids)), "unsafe_probability": case.unsafe_probability} for case in texts]
 
 
 def choose(prompts: Sequence[Prompt], scores: Any) -> list[Prompt]:
-    """A few prompts of one turn of each label and channel: spread over the scores where there are some, or the set.
+    """Return a few prompts of one turn for each label and channel, spread over the scores, if any, or over the set.
 
-    They are asked at each load, so that the longest tenth of them is left out.
+    Each load of a patched model runs them, so the longest tenth is left out.
     """
     chosen: list[Prompt] = []
     longest = sorted(len(prompt.prompt) for prompt in prompts)[len(prompts) * 9 // 10] if prompts else 0
@@ -71,11 +71,11 @@ Asked = tuple[np.ndarray, np.ndarray, Sequence[int], Sequence[int]]
 
 
 def expect(ask: Callable[[Prompt], Asked], probe: Probe, prompts: Sequence[Prompt], scores: Any) -> Iterator[Case]:
-    """Cases from the unpatched model, one prompt at a time.
+    """Yield cases from the unpatched model, one prompt at a time.
 
-    `ask` gives of a prompt what the probe reads (1, features), the logits of the first token (vocabulary,), the greedy
-    answer, and a case's `ids`. `scores` are what the calibration run found, one for each prompt; None where a probe was
-    given.
+    `ask` returns a prompt's features for the probe (1, features), the logits of the first token (vocabulary,), the
+    greedy answer, and a case's `ids`. `scores` holds P(unsafe) of each prompt in the calibration run; None if the user
+    gave a probe.
     """
     found = () if scores is None else zip(prompts, scores, strict=True)
     calibrated = {prompt.name: float(score) for prompt, score in found}
@@ -87,7 +87,7 @@ def expect(ask: Callable[[Prompt], Asked], probe: Probe, prompts: Sequence[Promp
 
 
 def ask(model: Any, processor: Any, lane: LayerGraph, prompt: Prompt) -> Asked:
-    """What `expect` wants to know of a model in torch."""
+    """Return the values that `expect` needs from a model in torch."""
     state = collect(model, processor, lane, [prompt], batch_size=1).projected
     inputs = place(encode(processor, [prompt]), model)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def ask(model: Any, processor: Any, lane: LayerGraph, prompt: Prompt) -> Asked:
 
 
 def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
-    """Write the cases with their pictures; `dtype` is what they were computed in."""
+    """Write the cases with their pictures. `dtype` is the type in which they were computed."""
     folder = directory / FOLDER
     folder.mkdir()
     entries = write_prompts([case.prompt for case in cases], folder)
@@ -112,7 +112,7 @@ def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
 
 
 def write_prompts(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any]]:
-    """Write the prompts' pictures; the conversations in JSON, each with the name of its picture's file."""
+    """Write the prompts' pictures. Return the conversations for JSON, each with the name of its picture's file."""
     entries = []
     for number, prompt in enumerate(prompts):
         image = None
@@ -128,5 +128,5 @@ def write_prompts(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any
 
 
 def read_cases(directory: Path) -> dict[str, Any]:
-    """What `write_cases` wrote, as it stands in the file; empty where the directory was written without."""
+    """Return the content of the file that `write_cases` wrote. It is empty for a directory without cases."""
     return read_object(directory / FOLDER / CASES)

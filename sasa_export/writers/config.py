@@ -1,61 +1,35 @@
-"""config.json of a patched model: a type of its own, sealed against stock classes, with all settings of SASA."""
+"""Writes config.json of a patched model: an own model type, seals against stock classes, and all settings of SASA."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from sasa_export.errors import EmitError
-from sasa_export.graph import LayerGraph
-from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.gate import GateSpec
 from sasa_export.models import Source
 from sasa_export.models.contents import read_object
-from sasa_export.runtime.bundle import MODELING_FILE, guarded_type, modeling_source
-from sasa_export.runtime.settings import FORMATS, LONGEST_REFUSAL, refusal_tokens, sealed
+from sasa_export.models.quantized import scheme
+from sasa_export.runtime.bundle import MLX_FAMILIES, MLX_FILE, MODELING_FILE, guarded_type, mlx_source, modeling_source
+from sasa_export.runtime.settings import LONGEST_REFUSAL, refusal_tokens, sealed
 
-THINKING = ("enable_thinking", "thinking")  # options of chat templates: of Qwen's and GLM's, of Kimi's
+THINKING = ("enable_thinking", "thinking")  # options of chat templates: Qwen and GLM, Kimi
 
 
-def sasa_settings(
-    source: Source,
-    processor: Any,
-    graph: LayerGraph,
-    lane: LaneSettings,
-    *,
-    layers_from: str,
-    threshold: float,
-    refusal: str,
-    gate: str,
-    known: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """What config.json holds under `sasa`; the modeling file executes its `graph`.
-
-    By the `known` prompts a model sees whether its weights are others. What is OPERATOR's may be changed there.
-    """
+def gate_of(source: Source, processor: Any, refusal: str) -> dict[str, Any]:
+    """Return the fields of `GateSpec` that come from a model's tokenizer and chat template."""
     opening = generation_prompt_ids(processor)
-    others = other_generation_prompts(processor, opening)
     return {
-        "format": FORMATS[-1],
-        "safety_layer": lane.safety_layer,
-        "semantic_layer": lane.semantic_layer,
-        "layers_from": layers_from,
-        "epsilon": lane.epsilon,
-        "gate": gate,
-        "prove": None,  # on a transformers that it was not tried on
-        "begun_answers": "error",
-        "known": known,
-        "threshold": threshold,
         "refusal": refusal,
         "tokenized_refusal": refusal,
         "refusal_token_ids": refusal_ids(processor, source.directory, refusal),
         "generation_prompt_ids": opening,
-        "other_generation_prompt_ids": others,
+        "other_generation_prompt_ids": other_generation_prompts(processor, opening),
         "turn_token_ids": turn_token_ids(processor, source.directory, opening),
-        "graph": graph.to_json(),
     }
 
 
-def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type], directory: Path) -> None:
-    """Write config.json and the modeling file that it names."""
+def write_config(source: Source, gate: GateSpec, classes: tuple[type, type], directory: Path) -> None:
+    """Write config.json and the modeling files that it names. Families that mlx-vlm runs get a file for it, too."""
     config_class, model_class = classes
     module = MODELING_FILE.removesuffix(".py")
     config = dict(source.config)
@@ -66,18 +40,21 @@ def write_config(source: Source, sasa: dict[str, Any], classes: tuple[type, type
         "AutoModelForImageTextToText": f"{module}.Sasa{model_class.__name__}",
         "AutoModelForMultimodalLM": f"{module}.Sasa{model_class.__name__}",  # what `transformers serve` loads
     }
-    config["sasa"] = sasa
+    config["sasa"] = gate.to_json()
+    if source.config["model_type"] in MLX_FAMILIES and scheme(source.config) is None:
+        config["model_file"] = MLX_FILE
+        (directory / MLX_FILE).write_text(mlx_source(), encoding="utf-8")
     (directory / "config.json").write_text(config_text(sealed(config)), encoding="utf-8")
     (directory / MODELING_FILE).write_text(modeling_source(config_class, model_class), encoding="utf-8")
 
 
 def config_text(config: dict[str, Any]) -> str:
-    """config.json as it is written."""
+    """Return the text of config.json."""
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
-    """The refusal as token ids, end of sequence last."""
+    """Return the refusal as token ids, with the end of sequence last. Raise EmitError where it cannot be used."""
     tokenizer = processor.tokenizer
     ends = _end_tokens(directory) or [tokenizer.eos_token_id]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
@@ -91,7 +68,7 @@ def refusal_ids(processor: Any, directory: Path, refusal: str) -> list[int]:
 
 
 def generation_prompt_ids(processor: Any, **options: bool) -> list[int]:
-    """The token ids with which the chat template, given its options, opens the answer; empty where it opens none."""
+    """Return the token ids with which the chat template, given its options, opens the answer, if it opens one."""
     chat = [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
     with_prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **options)
     without = processor.apply_chat_template(chat, add_generation_prompt=False, tokenize=False, **options)
@@ -100,14 +77,14 @@ def generation_prompt_ids(processor: Any, **options: bool) -> list[int]:
     tokenizer = processor.tokenizer
     whole = tokenizer.encode(with_prompt, add_special_tokens=False)
     alone = tokenizer.encode(with_prompt[len(without) :], add_special_tokens=False)
-    shared = 0  # a tokenizer may join the first piece with what stands before it
+    shared = 0  # a tokenizer may join the first piece with the text before it
     while shared < min(len(whole), len(alone)) and whole[-1 - shared] == alone[-1 - shared]:
         shared += 1
     return [int(token) for token in alone[len(alone) - shared :]]
 
 
 def other_generation_prompts(processor: Any, opening: list[int]) -> list[list[int]]:
-    """What the chat template writes in place of its default one, `opening`, where thinking is turned on or off."""
+    """Return the generation prompts with thinking turned on or off that differ from the default, `opening`."""
     found: list[list[int]] = []
     for options in ({name: on} for name in THINKING for on in (True, False)):
         ids = generation_prompt_ids(processor, **options)
@@ -117,10 +94,10 @@ def other_generation_prompts(processor: Any, opening: list[int]) -> list[list[in
 
 
 def turn_token_ids(processor: Any, directory: Path, opening: list[int]) -> list[int]:
-    """The tokens that end an answer: those that end generation, and a special one that opens any turn.
+    """Return the tokens that end an answer: the tokens that end generation, and a special token that opens a turn.
 
     Args:
-        opening: the generation prompt. Its first token may be a plain word, which an answer may hold.
+        opening: the generation prompt. Its first token may be a plain word, which an answer may contain.
     """
     tokenizer = processor.tokenizer
     found = {int(token) for token in _end_tokens(directory) or [tokenizer.eos_token_id]}

@@ -1,35 +1,37 @@
-"""What is written from a patch, and what of it travels beside the weights."""
+"""A patch, and the files that a patched directory holds beside the weights."""
 
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sasa_export.gate import GateSpec
 from sasa_export.graph import LayerGraph
 from sasa_export.models import Source
+from sasa_export.probe import bundled
 from sasa_export.probe.calibration import Calibration
 from sasa_export.probe.figures import rounded
 from sasa_export.probe.fit import Probe
-from sasa_export.writers.cases import Case, write_cases
+from sasa_export.writers.cases import FOLDER, Case, write_cases
 
 OWN = ("config.json", "model.safetensors.index.json", "README.md")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 SCORES = "sasa-calibration.json"  # the figures, and the score of every calibration prompt
+PROBES = f"{FOLDER}/probes.safetensors"  # for evaluations; vLLM loads all files one level up
 
 
 @dataclass(frozen=True)
 class Patch:
-    """All that a patched `directory` is made from; it is written beside its place, and shown there when verified.
+    """The parts of a patched `directory`. Its files are written beside it, and moved there after verification.
 
-    `sasa` is what its config.json holds under that name; `cases` are there where the model was loaded, computed
-    in `dtype`. `device` is where it is verified, as transformers calls it.
+    `gate` is the entry `sasa` of its config.json. `cases` were computed in `dtype`; they are empty if the model was not
+    loaded. `device` is the device of the verification, in the notation of transformers.
     """
 
     directory: Path
     source: Source
     graph: LayerGraph
-    sasa: dict[str, Any]
+    gate: GateSpec
     probe: Probe
     calibration: Calibration | None
     cases: tuple[Case, ...]
@@ -38,8 +40,8 @@ class Patch:
 
 
 def write_beside(patch: Patch, directory: Path) -> None:
-    """What travels beside the weights: a copy of what the family's file names, such as processor and chat template, any
-    licence, and scores and cases where there are some."""
+    """Write the files beside the weights: copies of the files that the family names, such as processor and chat
+    template, any licence, and scores, cases and probes, if the patch has them."""
     for pattern in (*patch.source.family.files, *LICENCES):
         for path in sorted(patch.source.directory.glob(pattern)):
             if path.is_file() and path.name not in OWN and not path.name.startswith("sasa-"):
@@ -48,15 +50,19 @@ def write_beside(patch: Patch, directory: Path) -> None:
         _write_scores(patch.calibration, directory)
     if patch.cases:
         write_cases(patch.cases, directory, patch.dtype)
+    if patch.calibration is not None:
+        (directory / PROBES).parent.mkdir(exist_ok=True)
+        origin = bundled.origin_of(patch.calibration.prompts, patch.gate.lane)
+        bundled.write(patch.calibration.fitted, origin, directory / PROBES)
 
 
 def _write_scores(calibration: Calibration, directory: Path) -> None:
-    """`cross_validated` is P(unsafe) by a probe that saw nothing of the prompt's kind; `final` by the probe itself."""
+    """Write P(unsafe) of each prompt: `cross_validated` by a probe without the prompt's kind, `final` by the probe."""
     rows = zip(calibration.prompts, calibration.cross_validated, calibration.final, strict=True)
     data = {
         "threshold": calibration.probe.threshold,
         "max_false_positive_rate": calibration.max_false_positive_rate,
-        "regularization": calibration.regularization,
+        "regularization": calibration.fitted.regularization,
         "figures": [rounded(figure) for figure in calibration.figures],
         "kinds": [rounded(figure) for figure in calibration.kinds],
         "prompts": [

@@ -1,4 +1,4 @@
-"""The shards: copied or linked as they are, never loaded, with the probe in a shard of its own."""
+"""Writes the shards. They are copied or linked, never loaded. The probe gets a shard of its own."""
 
 import contextlib
 import hashlib
@@ -26,12 +26,12 @@ def write_weights(
     link: bool,
     advance: Callable[[int], None],
 ) -> dict[str, str | None]:
-    """Write all shards and their index. Returns the SHA-256 of each file that was read on the way, by name."""
+    """Write all shards and their index. Return the SHA-256 of each shard by name, None for a linked shard."""
     digests: dict[str, str | None] = {}
     weight_map: dict[str, str] = {}
     single = [shard.path.name for shard in shards] == [SINGLE]
     for shard in shards:
-        # A lone model.safetensors would be loaded alone, and the index with the probe overlooked.
+        # Loaders take a lone model.safetensors without reading the index, and would miss the probe.
         name = "model-00001-of-00002.safetensors" if single else shard.path.name
         digests[name] = bring(shard.path, directory / name, link=link, advance=advance)
         weight_map.update(dict.fromkeys(shard.keys, name))
@@ -47,7 +47,7 @@ def write_weights(
 
 
 def save_probe(probe: Probe, path: Path) -> None:
-    """`sasa.probe.weight` (features,) and `sasa.probe.bias` (), float32: the format that --probe reads too."""
+    """Write `sasa.probe.weight` (features,) and `sasa.probe.bias` (), float32, in the format that --probe reads."""
     tensors = {
         PROBE_WEIGHT: np.asarray(probe.weight, np.float32),
         PROBE_BIAS: np.asarray(probe.bias, np.float32).reshape(()),
@@ -56,7 +56,7 @@ def save_probe(probe: Probe, path: Path) -> None:
 
 
 def bring(source: Path, target: Path, *, link: bool, advance: Callable[[int], None]) -> str | None:
-    """Link or copy one file. Returns the SHA-256 of a copy, whose bytes are read once; a linked one is not read."""
+    """Link or copy one file. Return the SHA-256 of a copy, which is read once, or None for a link."""
     digest = hashlib.sha256()
     source = source.resolve()  # a hub cache holds links to blobs
     if link:

@@ -1,4 +1,4 @@
-"""What a caller may try to get around the gate, and what became of it: a table for docs/vllm-bypass.md.
+"""What a caller may try to get around the gate, and what became of it: a table for docs/results/vllm-bypass.md.
 
 Each row is a refused prompt with options of a request, or a way to write it. It must end in the refusal, said in full
 where nothing cuts it short, or in an error, whichever is due. No logprob may name a token that the refusal does not

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from sasa_export import Options
-from sasa_export.foreign.original import GraphOriginal, read
 from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.graph_original import GraphOriginal, read
 from sasa_export.prompts import Prompt
 
 BLOCKS, HIDDEN, HEADS, SIZE, VOCABULARY = 4, 32, 2, 16, 400
@@ -100,6 +100,9 @@ def decoder(fault: str = "", seed: int = 0) -> onnx.ModelProto:
         if fault == "text again" and index == 2:
             states = graph("Add", states, embedded, out="text.again")
     normed = graph.norm(states)
+    if fault == "unknown operator":
+        graph.nodes.append(helper.make_node("FlashNorm", [normed], ["flash"], name="/flash", domain="vendor"))
+        normed = "flash"
     if fault == "dynamic int8":
         graph.nodes.append(helper.make_node("DynamicQuantizeLinear", [normed], ["q", "s", "z"], name="/rounded"))
         normed = graph("DequantizeLinear", "q", "s", "z")
@@ -139,7 +142,9 @@ def decoder(fault: str = "", seed: int = 0) -> onnx.ModelProto:
         model = helper.make_graph([always, whole], "decoder", given, made)
     else:
         model = helper.make_graph(graph.nodes, "decoder", given, made, graph.weights)
-    return helper.make_model(model, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    return helper.make_model(
+        model, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("vendor", 1)], ir_version=8
+    )
 
 
 def write(directory: Path, fault: str = "", name: str = "model.onnx") -> Path:

@@ -6,85 +6,47 @@ of, or, where the graph rounds these, in the graph itself, cut by the names that
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import oracle
 import torch
 from numpy.typing import NDArray
 from onnx import helper
-from onnx_runner import KINDS
+from onnx_runner import KINDS, Runner, session
 
 Array = NDArray[Any]
 Pair = tuple[int, int]
 # Where decoders of text keep their blocks, as oracle.BLOCKS has it for models with vision.
 TEXT_BLOCKS = {
-    "bloom": "transformer.h", "codegen": "transformer.h", "falcon": "transformer.h", "gpt2": "transformer.h",
-    "gpt_bigcode": "transformer.h", "gpt_neo": "transformer.h", "gptj": "transformer.h", "gpt_neox": "gpt_neox.layers",
-    "mpt": "transformer.blocks", "opt": "model.decoder.layers",
+    "bloom": "transformer.h", "falcon": "transformer.h", "gpt2": "transformer.h", "opt": "model.decoder.layers",
 }  # fmt: skip
 
 # Norms that add two values first, and how many weights the norm itself has.
 SCALES = {"SkipSimplifiedLayerNormalization": 1, "SkipLayerNormalization": 2}
 
 
-class Decoder:
+class Decoder(Runner):
     """A batch of conversations: `call` feeds tokens of all rows. Then `logits` is (batch, tokens, vocabulary), and
     `probability` (batch,), or None where the decoder is not guarded."""
 
     def __init__(self, directory: Path, *, decoder: bytes | None = None, exact: bool = False) -> None:
-        self.directory = directory
         found = [path for name in ("onnx/decoder_model_merged*.onnx", "model.onnx") for path in directory.glob(name)]
-        self.path = found[0]
-        self.session = _session(decoder or self.path, self.path.parent, exact)
-        self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.path, self.size = found[0], _head_size(directory)
+        self.use(session(decoder or self.path, self.path.parent, exact))
         embeddings = [*directory.glob("onnx/embed_tokens*.onnx"), *directory.glob("merging*.onnx")]
-        self.embedding = _session(embeddings[0], self.path.parent, exact) if embeddings else None
+        self.embedding: Any = session(embeddings[0], self.path.parent, exact) if embeddings else None
 
-    def start(self, batch: int) -> None:
-        self.mask = np.zeros((batch, 0), np.int64)
-        self.cache = {name: self._empty(value, batch) for name, value in self.inputs.items() if name.startswith("past")}
-
-    def _empty(self, value: Any, batch: int) -> Array:
-        """Nothing of the past, as this input takes it."""
-        named = value.name.endswith((".key", ".value"))
-        sizes = [size if isinstance(size, int) else 0 for size in value.shape[1:]]
-        if named and not sizes[2]:
-            sizes[2] = _head_size(self.directory)
-        return np.zeros((batch, *sizes), KINDS[value.type])
-
-    def embed(self, ids: Array) -> Array:
-        """(batch, tokens) -> (batch, tokens, hidden)."""
-        assert self.embedding is not None, f"{self.directory} has no embedding"
-        feed = {"input_ids": ids}
-        for value in self.embedding.get_inputs():
-            if value.name == "image_features":
-                feed[value.name] = np.zeros((0, 1, value.shape[-1]), KINDS[value.type])
-        found: Array = self.embedding.run(None, feed)[0]
-        return found
-
-    def call(self, ids: Array, mask: Array | None = None, **more: Array) -> None:
+    def call(self, ids: Array, mask: Array | None = None, **more: Array) -> None:  # type: ignore[override]
         """Feed tokens (batch, tokens), of which those are padding where `mask` is 0."""
-        self.mask = np.concatenate([self.mask, np.ones_like(ids) if mask is None else mask], axis=1)
-        positions = np.clip(self.mask.cumsum(-1) - 1, 0, None)[:, -ids.shape[1] :]  # (batch, tokens)
-        feed: dict[str, Array] = {**self.cache, "attention_mask": self.mask}
-        if "inputs_embeds" in self.inputs:
-            feed["inputs_embeds"] = self.embed(ids).astype(KINDS[self.inputs["inputs_embeds"].type])
-        if "input_ids" in self.inputs:
-            feed["input_ids"] = ids
-        if "position_ids" in self.inputs:
-            axes = len(self.inputs["position_ids"].shape)
-            feed["position_ids"] = positions if axes == 2 else np.stack([positions] * 3)
-        values = dict(zip(self.outputs, self.session.run(self.outputs, feed | more), strict=True))
-        self.values = values
-        self.logits: Any = values.get("logits")
-        self.probability: Any = values.get("unsafe_probability")
-        self.cache = {name: values[_present(name)] for name in self.cache if _present(name) in values}
+        mask = np.concatenate([self.mask, np.ones_like(ids) if mask is None else mask], axis=1)
+        positions = np.clip(mask.cumsum(-1) - 1, 0, None)[:, -ids.shape[1] :]  # (batch, tokens)
+        if "position_ids" in self.inputs and len(self.inputs["position_ids"].shape) > 2:
+            positions = np.stack([positions] * 3)
+        text = self.embed(ids) if "inputs_embeds" in self.inputs else ids
+        self.feed(text, mask, more.pop("position_ids", positions), **more)
 
     def choose(self, rows: list[int]) -> None:
         """Go on with these rows of the batch, as beam search does."""
@@ -101,10 +63,6 @@ class Decoder:
             self.call(np.array([said[-1:]]))
 
 
-def _present(name: str) -> str:
-    return name.replace("past_key_values", "present").replace("past", "present")
-
-
 def _head_size(directory: Path) -> int:
     genai = directory / "genai_config.json"
     if genai.exists():
@@ -112,16 +70,6 @@ def _head_size(directory: Path) -> int:
     config = json.loads((directory / "config.json").read_text())
     text = config.get("text_config", config)
     return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
-
-
-@lru_cache(maxsize=6)
-def _session(graph: Path | bytes, weights: Path, exact: bool) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    if exact:  # beyond this level casts between float16 and float32 are left out, in one graph and not in the other
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 class TorchOracle:
@@ -211,9 +159,7 @@ def project(safety: Array, semantic: Array) -> Array:
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    found: Array = _session(model.SerializeToString(), Path(), False).run(
-        None, {"safety": safety, "semantic": semantic}
-    )[0]
+    found: Array = session(model.SerializeToString()).run(None, {"safety": safety, "semantic": semantic})[0]
     return found
 
 

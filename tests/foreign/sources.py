@@ -27,35 +27,20 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
 }  # fmt: skip
 FULL, SLIDING, CONVOLUTION = "full_attention", "sliding_attention", "conv"
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# Sizes by the names of families that are older than the others' names.
-OLD = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512}
+# One of each way to attend, to norm and to cache: other families are made of the same.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "arcee": {},
     "bloom": {"hidden_size": 64, "n_layer": 4, "n_head": 4},
-    "codegen": {**OLD, "rotary_dim": 8},
-    "cohere": {},
     "deepseek_v3": {
         "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
         "qk_nope_head_dim": 8, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
         "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
     },
-    "ernie4_5": {},
     "falcon": {
         "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_hidden_size": 96,
         "new_decoder_architecture": False, "multi_query": True,
     },
-    "gemma": {},
     "gemma2": {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 8},
-    "gemma3_text": {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 8},
-    "glm": {},
-    "gpt2": OLD,
-    "gpt_bigcode": OLD,
-    "gpt_neo": {
-        "hidden_size": 64, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]],
-        "window_size": 8, "max_position_embeddings": 512,
-    },
-    "gpt_neox": {},
+    "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512},
     "gpt_oss": {
         "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": [SLIDING, FULL, SLIDING, FULL],
         "sliding_window": 8, "rope_parameters": {
@@ -63,33 +48,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 256, "truncate": False,
         },
     },
-    "gptj": {**OLD, "rotary_dim": 8},
     "granite": {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 4.0},
-    "helium": {},
-    "hunyuan_v1_dense": {},
     "lfm2": {"layer_types": [CONVOLUTION, FULL, CONVOLUTION, FULL], "conv_L_cache": 3, "block_multiple_of": 8},
-    "lfm2_moe": {
-        "layer_types": [CONVOLUTION, FULL, CONVOLUTION, FULL], "conv_L_cache": 3, "num_dense_layers": 1, **EXPERTS,
-    },
     "llama": {},
-    "mistral": {"sliding_window": 8},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 512, "expansion_ratio": 2},
-    "nemotron": {"head_dim": 32},
-    "olmo": {},
     "olmo2": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "phi": {"partial_rotary_factor": 0.5, "num_attention_heads": 2, "head_dim": 32},
-    "phi3": {"original_max_position_embeddings": 512},
-    "qwen2": {},
     "qwen3": {},
-    "qwen3_moe": EXPERTS,
-    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
-    "stablelm": {},
 }  # fmt: skip
 # Vision-language models whose decoder alone the builder exports, with heads of the sizes that its attention takes.
 WITH_VISION: dict[str, dict[str, Any]] = {
-    "gemma3": {}, "lfm2_vl": {"hidden_size": 64}, "mistral3": {"head_dim": 16}, "qwen2_5_vl": {},
-    "qwen3_5": {"head_dim": 32}, "qwen3_vl": {},
+    "qwen2_5_vl": {}, "qwen3_5": {"head_dim": 32}, "qwen3_vl": {},
 }  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from onnx_runner import session
 
 import sasa_export
 from sasa_export.errors import OpenError, SasaExportError, TraceError
-from sasa_export.foreign.blocks import Blocks, find_blocks
-from sasa_export.foreign.lane import add_lane
-from sasa_export.foreign.opened import holds_graphs, open_graphs
-from sasa_export.foreign.original import GraphOriginal
 from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.graph_original import GraphOriginal
+from sasa_export.onnx.blocks import Blocks, find_blocks
+from sasa_export.onnx.lane import add_lane
+from sasa_export.onnx.opened import holds_graphs, open_graphs
 
 PAIR = LaneSettings(1, 2)
 
@@ -73,7 +73,7 @@ def test_the_second_lane_ends_where_the_main_lane_ends(directory: Path) -> None:
     ids=["reads the main lane", "begins elsewhere"],
 )
 def test_a_wrong_lane_is_noticed(wrong: Any, said: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sasa_export.foreign.original.add_lane", wrong)
+    monkeypatch.setattr("sasa_export.onnx.decoder.add_lane", wrong)
     with pytest.raises(TraceError, match=rf"state\.1: {said}"):
         GraphOriginal(str(directory)).check_lane(PAIR)
 
@@ -105,6 +105,7 @@ FAULTS = {
     "cross-attention": "the decoder has the input encoder_hidden_states",
     "merged": r"/merged \(If\) holds the decoder in branches",
     "dynamic int8": r"/rounded \(DynamicQuantizeLinear\): dynamic int8 has one range",
+    "unknown operator": "FlashNorm",
     "guarded already": "an output unsafe_probability: it is guarded already",
     "text again": r"/text\.again \(Add\): behind block 1 the decoder reads its text once more",
 }

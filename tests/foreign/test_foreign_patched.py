@@ -14,12 +14,12 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 import sasa_export
 from sasa_export.errors import OpenError
-from sasa_export.foreign.opened import open_graphs
-from sasa_export.foreign.original import GraphOriginal
+from sasa_export.graph_original import GraphOriginal
+from sasa_export.onnx.opened import open_graphs
+from sasa_export.onnx.run import Model
 from sasa_export.prompts import builtin
 from sasa_export.prompts.prompt import encoded
 from sasa_export.verify import verify_directory
-from sasa_export.verify.fresh.onnx_model import Model
 
 PROMPTS = [prompt for prompt in builtin() if prompt.image is None and prompt.setting == "alone"][::200][:12]
 pytestmark = pytest.mark.xdist_group("foreign")
@@ -46,12 +46,12 @@ def patched(decoder: GraphOriginal, probe: dict[str, Any], tmp_path_factory: pyt
 
 @pytest.fixture(scope="module")
 def guarded(patched: Path) -> Model:
-    return Model(patched, "", "cpu")
+    return Model(patched)
 
 
 @pytest.fixture(scope="module")
 def original(decoder: GraphOriginal) -> Model:
-    return Model(decoder.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
+    return Model(decoder.source.directory, told={"graphs": decoder.graphs.files})
 
 
 def test_verdicts_are_those_of_two_passes(decoder: GraphOriginal, guarded: Model, probe: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def test_a_lane_over_the_last_tokens(decoder: GraphOriginal, probe: dict[str, An
         asked = started(patched, len(rows))
         asked.call(*padded(rows, side, 0))
         np.testing.assert_allclose(asked.probability, expected, atol=1e-4)
-    guarded = Model(patched, "", "cpu")
+    guarded = Model(patched)
     for prompt, wanted in zip(PROMPTS, expected, strict=True):
         inputs = encoded(decoder.processor, prompt)
         count = inputs["input_ids"].shape[1]

@@ -13,9 +13,10 @@ from labelled import write_set
 
 import sasa_export
 from sasa_export.errors import EvaluateError, SasaExportError
-from sasa_export.foreign.blocks import find_blocks
-from sasa_export.foreign.original import GraphOriginal
 from sasa_export.graph.rewrite import LaneSettings
+from sasa_export.graph_original import GraphOriginal
+from sasa_export.onnx.blocks import find_blocks
+from sasa_export.onnx.run import Model
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts import load_all
 from sasa_export.prompts.prompt import Prompt, encoded
@@ -23,7 +24,6 @@ from sasa_export.report import Silent
 from sasa_export.research.evaluate.run import evaluate
 from sasa_export.research.locate.run import locate
 from sasa_export.research.options import EvaluateOptions, LocateOptions
-from sasa_export.verify.fresh.onnx_model import Model
 
 pytestmark = pytest.mark.xdist_group("foreign")
 TOKENS = 12
@@ -74,7 +74,7 @@ def test_an_evaluation_asks_the_graphs_that_were_patched(
     assert found.identical is not None and found.identical.count == found.identical.total > 0
     assert found.emitted is not None and found.emitted.count == found.emitted.total == flagged.sum()
     assert {"words", "without"} <= set(found.arms)
-    original = Model(decoder.source.directory, "", "cpu", {"graphs": decoder.graphs.files})
+    original = Model(decoder.source.directory, told={"graphs": decoder.graphs.files})
     for row, prompt in enumerate(texts(options.data[0])):
         tokens = original.answer(encoded(decoder.processor, prompt), TOKENS)[2]
         assert table.plain_answer[row] == decoder.processor.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -134,7 +134,7 @@ def test_layers_left_open_are_found_on_one_half(
         semantic_layer=3, max_false_positive_rate=0.2, verify="files", lane_tokens=4,
     )  # fmt: skip
     patch = sasa_export.patch(options)
-    assert patch.sasa["semantic_layer"] == 3 and seen == {4}
-    assert "found by a sweep over 3 pairs on one half of the calibration prompts" in patch.sasa["layers_from"]
+    assert patch.gate.semantic_layer == 3 and seen == {4}
+    assert "found by a sweep over 3 pairs on one half of the calibration prompts" in patch.gate.layers_from
     assert patch.calibration is not None
     assert next(figure for figure in patch.calibration.figures if figure.part == "all").harmful == 20

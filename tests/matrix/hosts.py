@@ -70,31 +70,6 @@ class Output(ModelOutput):
     past_key_values: Any = None
 
 
-def renamed(forward: Forward) -> Forward:
-    """The cache is called `memory`, in what goes in and in what comes out."""
-
-    def changed(self: Any, input_ids: Any = None, pixel_values: Any = None, attention_mask: Any = None,
-                position_ids: Any = None, memory: Any = None, inputs_embeds: Any = None, use_cache: Any = None,
-                logits_to_keep: Any = 0, **kwargs: Any) -> Any:  # fmt: skip
-        given = {name: value for name, value in locals().items() if name not in ("self", "forward", "kwargs", "memory")}
-        output = forward(self, **given, **{NAMES[1]: memory}, **kwargs)
-        return Output(logits=output.logits, memory=output[named(output)])
-
-    return changed
-
-
-def rename(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    found: dict[str, Any] = super(type(self), self).prepare_inputs_for_generation(*args, **kwargs)
-    return found | {"memory": found.pop(named(found), None)}
-
-
-def renaming(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    found: dict[str, Any] = super(type(self), self)._update_model_kwargs_for_generation(
-        outputs, model_kwargs, *args, **kwargs
-    )
-    return found | {named(found): outputs.memory}
-
-
 def positionally(self: Any, **kwargs: Any) -> Any:
     """Forward is given all up to the cache by position."""
     names = list(inspect.signature(self.forward).parameters)
@@ -154,7 +129,6 @@ def own_cache(forward: Forward) -> Forward:
     return changed
 
 
-RENAMED = on(renamed, prepare_inputs_for_generation=rename, _update_model_kwargs_for_generation=renaming)
 HOLDING = {
     "the cache is handed over by position": on(__call__=positionally),
     "the cache is of a class of its own": given(lambda text: OtherCache()),
@@ -162,8 +136,6 @@ HOLDING = {
     "the cache is copied between calls": on(prepare_inputs_for_generation=handing(copied)),
     "the decoder makes a cache of its own": on(own_cache),
 }
-# A forward written out as that of `renamed` is one family's.
-enter(HOST, {"the cache is called otherwise": RENAMED}, prompts=single)
 enter(HOST, HOLDING, prompts=single, on=THREE)
 
 
@@ -292,17 +264,3 @@ BY_HAND = {
     "by hand: a token without a past, under a mask of nine": without_past(attention_mask=torch.ones(1, 9).long()),
 }
 enter(HOST, BY_HAND, prompts=single, error=UNKNOWN)
-
-
-def other_names(bench: Bench) -> None:
-    """The names of what is read are looked up when the class is made."""
-
-    def changed(self: Any, input_ids: Any = None, mask: Any = None, position_ids: Any = None, inputs_embeds: Any = None,
-                **kwargs: Any) -> Any:  # fmt: skip
-        raise AssertionError("it ran")
-
-    with pytest.raises(ImportError, match="takes no attention_mask"):
-        hosted(bench.model, lambda forward: changed)
-
-
-enter_checks(HOST, {"the mask is called otherwise": other_names}, harmful=LOUD)

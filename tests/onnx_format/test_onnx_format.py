@@ -22,8 +22,8 @@ import pytest
 from cli_steps import flags, flip, invoke, succeeds
 from onnx_runner import lane_of
 
+from sasa_export.onnx import plain
 from sasa_export.verify import compare
-from sasa_export.writers.onnx import graphs
 
 Tiny = Callable[..., Path]
 Words = Callable[..., list[str]]
@@ -44,8 +44,8 @@ def both(words: Words, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """A llava in both formats, its weights kept outside the graphs, and what the command said."""
     place = tmp_path_factory.mktemp("both")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "EXTERNAL_ABOVE", 1024)
-        patch.setattr(graphs, "SMALL", 64)
+        patch.setattr(plain, "EXTERNAL_ABOVE", 1024)
+        patch.setattr(plain, "SMALL", 64)
         said = succeeds(*words(place / "out", format="both", verify="full")).stderr
     assert [path.name for path in place.iterdir()] == ["out"]
     return place / "out", said
@@ -63,17 +63,19 @@ def test_both_are_complete_and_do_not_contradict_each_other(both: tuple[Path, st
         assert set(manifest["files"]) == present - {"sasa-export.json"}
         assert REFUSAL in (out / name / "README.md").read_text()
         configs[name] = json.loads((out / name / "config.json").read_text())
-    assert configs["onnx"]["sasa"] == configs["safetensors"]["sasa"]
+    assert configs["onnx"]["sasa"].items() >= configs["safetensors"]["sasa"].items()
+    assert configs["onnx"]["sasa"]["graphs"]["decoder"] == "onnx/decoder_model_merged.onnx"
     external = {"decoder_model_merged": 1, "embed_tokens": 1, "vision_encoder": 1}
-    assert configs["onnx"]["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": external}
+    told = {"dtype": dict.fromkeys(external, "fp32"), "use_external_data_format": external}
+    assert configs["onnx"]["transformers.js_config"] == told
     sizes = {path.name: path.stat().st_size for path in (out / "onnx" / "onnx").iterdir()}
     assert sizes["decoder_model_merged.onnx_data"] > 100_000
     assert sizes["embed_tokens_and_features.onnx"] < 10_000 < sizes["embed_tokens.onnx_data"], "a table stored twice"
-    assert not list((out / "onnx").rglob("*.safetensors"))
+    assert [path.name for path in (out / "onnx").glob("*.safetensors")] == ["sasa-probe.safetensors"]
     assert "✗" not in said
     for line in (
         r"✓ the graph checker passes: 4 of 4 graphs",
-        r"✓ P\(unsafe\) is the original's: .* tolerance 0.0001 \(float32 graphs on CPU\w+, float32 original\)",
+        r"✓ P\(unsafe\) is the original's: .* tolerance 0.0001 \(float32 on CPU\w+, float32 original\)",
         r"✓ allowed prompts have the original's logits: largest difference \d\.\de-0[5-9]",
     ):
         assert re.search(line, said), line
@@ -125,7 +127,7 @@ def test_verify_of_graphs_that_somebody_quantized(both: tuple[Path, str], tmp_pa
     (copy / "sasa-export.json").unlink()
     path.write_bytes(b"no graph")
     result = invoke("verify", str(copy))
-    assert result.exit_code == 1 and "✗ the graph checker passes" in result.stderr
+    assert result.exit_code == 1 and "✗ the decoder holds the gate" in result.stderr
 
 
 def test_the_cards_own_python(both: tuple[Path, str], tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_a_calibrated_export_counts_changed_verdicts(
     ]
     monkeypatch.setattr(compare, "JUDGED_AGAIN", 20)
     result = succeeds(*words)
-    assert not list(out.rglob("*.safetensors"))
+    assert [path.name for path in out.glob("*.safetensors")] == ["sasa-probe.safetensors"]
     assert "Opset 20, float32" in (out / "README.md").read_text()
     line = re.search(
         r"✓ verdicts hold over the calibration prompts: (0\.0% changed of 20 drawn from 48 .*)", result.stderr
@@ -192,7 +194,7 @@ def test_what_fails_while_graphs_are_written(
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(graphs, "write_model", fail)
+    monkeypatch.setattr(plain, "write_model", fail)
     result = invoke(*words(tmp_path / "out", format=form))
     assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith(said)
     assert not list(tmp_path.iterdir())

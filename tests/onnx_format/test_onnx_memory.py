@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from sasa_export import models, pipeline
 from sasa_export.cli import main
-from sasa_export.writers.onnx import memory
+from sasa_export.onnx import memory
 
 Tiny = Callable[..., Path]
 Command = Callable[[str], tuple[int, str]]

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from onnx_runner import STEPS, TOLERANCE, Runner, follow, positions
 
-from sasa_export.writers.onnx.recipes import RECIPES
+from sasa_export.onnx.recipes import RECIPES
 
 FAMILIES = [
     pytest.param(family, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family != "llava")])

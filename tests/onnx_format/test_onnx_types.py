@@ -7,13 +7,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import load
 from onnx_runner import Runner, lane_of, positions, session
 
 from sasa_export.models import open_source
-from sasa_export.writers.onnx import SUFFIX
-from sasa_export.writers.onnx.graphs import write_embeddings
-from sasa_export.writers.onnx.memory import needed_bytes
+from sasa_export.onnx import SUFFIX
+from sasa_export.onnx.memory import needed_bytes
+from sasa_export.onnx.plain import write_embeddings
 
 # Tolerance of P(unsafe) and of the logits, relative to their spread. Random weights suffer most from rounding: what
 # 4 bits leave of them says nothing, so there the graph is held to its own verdicts alone.
@@ -121,9 +120,10 @@ def test_the_estimate_of_the_disk_is_an_upper_bound(dtype: str, graphs: Path, ti
 
 
 @torch.no_grad()
-def test_rounded_embeddings_are_scaled_as_the_models(guard: Any, tmp_path: Path) -> None:
-    model = load(guard("gemma3").directory)  # its embedding multiplies what it looks up
+def test_rounded_embeddings_are_scaled_as_the_models(stock: Any, tmp_path: Path) -> None:
+    model = stock("gemma3")[0]  # its embedding multiplies what it looks up
     write_embeddings(model, tmp_path, opset=23, dtype="int8", merging=False)
     ids = np.arange(64)[None]
     (found,) = session(tmp_path / "embed_tokens_int8.onnx").run(None, {"input_ids": ids})
-    np.testing.assert_array_equal(found, model.get_input_embeddings()(torch.from_numpy(ids)).numpy())
+    wanted = model.get_input_embeddings()(torch.from_numpy(ids)).numpy()  # (1, 64, hidden)
+    assert 0 < np.abs(found - wanted).max() < np.abs(wanted).max() / 200

@@ -34,7 +34,7 @@ def test_every_node_has_a_kernel(opset: int, dtype: str, split: Any, exported: A
     assert not found.missing
     # The condition of the branch, and sizes that shapes are computed from; each step of an answer waits for the first.
     assert found.copies[MAIN] <= 3
-    assert found.copies[BRANCH] <= 5
+    assert found.copies[BRANCH] <= 7
     assert found.gpu > 500
 
 

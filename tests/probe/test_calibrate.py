@@ -146,7 +146,7 @@ def test_the_regularization_is_chosen_or_given(calibrated: Callable[..., Calibra
     states, labels = samples(80, 200, gap=3.0)
     states = 20 * states
     found, given = calibrated(states, states, labels), calibrated(states, states, labels, regularization=1.0)
-    assert found.regularization < given.regularization == 1.0
+    assert found.fitted.regularization < given.fitted.regularization == 1.0
 
 
 def one_above_all(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sasa_export.errors import CalibrationError
-from sasa_export.probe.calibration import RATES, Calibration, fit_probes
+from sasa_export.probe.calibration import RATES, Calibration, Fitted, fit_probes
 from sasa_export.probe.figures import KindFigure, figures, kind_figures, rounded, verdict_on_projection
 from sasa_export.probe.fit import (
     Probe,
@@ -217,8 +217,9 @@ def test_the_trade_off_refuses_as_many_ordinary_prompts_as_it_says() -> None:
     scores, labels = np.linspace(0.001, 0.999, 1000), np.arange(1000) % 2
     prompts = grouped_prompts(labels, range(1000))
     probe = Probe(np.zeros(1, np.float32), 0.0, 0.5)
+    fitted = Fitted({}, {}, {}, 1.0, {}, scores)
     made = Calibration(
-        probe, tuple(figures("plain", scores, prompts, 0.5)), (), tuple(prompts), scores, scores, 0.02, 1.0
+        probe, tuple(figures("plain", scores, prompts, 0.5)), (), tuple(prompts), scores, scores, 0.02, fitted
     )
     offered = made.trade_off()
     thresholds = [threshold for threshold, _ in offered]

@@ -47,8 +47,6 @@ LINES, EVALUATION, HELDOUT = (
 EVALUATION["words"] = EVALUATION.request.fillna(EVALUATION.text + " " + EVALUATION.picture)  # split ones: both parts
 TWINS = LINES[LINES.kind == "twin"].replace({"label": {1: "harmful", 0: "harmless"}})
 BUILTIN = TWINS.pivot(index=["group", "category"], columns="label", values="text").reset_index()  # a pair a row
-EVERYDAY = BUILTIN[BUILTIN.group.str.contains("-everyday-")]
-BORDERLINE = BUILTIN.drop(EVERYDAY.index)
 BORDERLINE_KINDS = ("twin", "borderline", "figurative", "contrast", "sensitive")
 STYLES = {
     "question", "order", "role-play", "fiction", "reasoned", "polite", "long", "specific", "code", "terse", "document",
@@ -106,96 +104,7 @@ def test_nothing_occurs_twice_or_reworded() -> None:
     check_disjoint(builtin(), builtin_evaluation())
 
 
-def test_harmful_and_harmless_twins_ask_alike_on_one_topic() -> None:
-    twins = kinds(*SIDES)
-    assert (twins.label == (twins.kind == "harmful")).all()
-    pairs = twins.pivot(index=["group", "category"], columns="kind", values="request")
-    assert not pairs.isna().any(axis=None)
-    for harmful, harmless in pairs[SIDES].to_numpy():
-        assert harmful.split()[0] == harmless.split()[0]
-        assert similarities([harmful], [harmless]).max() > 0.2
-
-
-def test_in_split_prompts_no_part_tells_anything() -> None:
-    """Two texts and two pictures a group, in all combinations: harmful is what neither part alone is."""
-    split = kinds("split")
-    assert set(split.groupby("group").size()) == {4}
-    assert not split.duplicated(["group", "text", "picture"]).any()
-    for part in ("text", "picture"):
-        assert not split.duplicated(["group", part, "label"]).any()
-        assert set(split.groupby("group")[part].nunique()) == {2}
-
-
-# ---------------------------------------------------------------------------------- what wording gives away
-
-WORDS: dict[str, Any] = {"token_pattern": r"[a-z']+"}
-BAGS = (WORDS, {**WORDS, "ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_range": (2, 5)})
-
-
-@pytest.mark.parametrize(
-    ("rows", "low", "high"),
-    [
-        (HELDOUT.rename(columns={"pair": "group"}), 0.0, 1.0),
-        (BUILTIN, 0.0, 0.67),
-        # Everyday harmful requests use everyday harmful words; the borderline pairs must not lean on them.
-        (BORDERLINE, 0.0, 0.6),
-        (EVERYDAY, 0.0, 0.7),
-        (kinds("split"), 0.4, 0.6),
-        (kinds("harmful", "harmless"), 0.5, 0.82),
-        (kinds("harmful", "borderline"), 0.5, 0.82),
-    ],
-    ids=["held out", "calibration", "borderline", "everyday", "split", "harmful, harmless", "harmful, borderline"],
-)
-def test_what_a_bag_of_words_tells(rows: pd.DataFrame, low: float, high: float) -> None:
-    """ROC-AUC of a classifier of words, word pairs or characters, on unseen groups; length tells nothing."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-
-    if "words" not in rows:  # pairs
-        rows = rows.melt("group", SIDES, "label", "words")
-        rows["label"] = (rows.label == "harmful").astype(int)
-    for measure in (rows.words.str.len(), rows.words.str.split().str.len()):
-        assert 0.42 < roc_auc_score(rows.label, measure) < 0.58
-    for options in BAGS:
-        model = make_pipeline(TfidfVectorizer(**options), LogisticRegression(class_weight="balanced", max_iter=1000))
-        scores = cross_val_predict(
-            model, rows.words, rows.label, groups=rows.group, cv=GroupKFold(5), method="decision_function"
-        )
-        assert low < roc_auc_score(rows.label, scores) < high, options
-
-
 # ------------------------------------------------------------------------------------------------ the prompts
-
-
-def test_every_line_of_the_calibration_set_has_a_label_and_a_kind() -> None:
-    assert set(LINES) == {"label", "kind", "category", "text", "group", "picture"}
-    assert not LINES[["label", "kind", "category", "text"]].isna().any(axis=None) and LINES.label.isin([0, 1]).all()
-    lengths = LINES.text.str.split().str.len()
-    assert lengths.max() <= 90 and (lengths >= LINES.kind.isin(ALONE).map({True: 1, False: 3})).all()
-    assert not LINES.text.str.contains("\n").any() and asked_in(LINES).map(str.isascii).all()
-    assert set(LINES.kind) == STYLES | {"twin", "borderline", "photo", "text-in-picture", *ALONE}
-    # A style tells nothing: there are about as many harmful as ordinary requests of each.
-    assert LINES[LINES.kind.isin(STYLES)].groupby("kind").label.mean().between(0.41, 0.59).all()
-
-
-def test_the_form_of_a_blunt_request_tells_nothing() -> None:
-    """As many of either label are upper case, ask with a mark, or open alike; a pair differs in what it wants."""
-    blunt = LINES[LINES.kind == "blunt"]
-    forms: dict[str, Callable[[str], bool]] = {
-        "upper case": str.isupper,
-        "lower case": str.islower,
-        "a question mark": lambda text: text.endswith("?"),
-        "how": lambda text: text.lower().startswith("how "),
-        "short": lambda text: len(text.split()) < 5,
-    }
-    for form, holds in forms.items():
-        shares = blunt.text.map(holds).groupby(blunt.label).mean()
-        assert abs(shares[0] - shares[1]) < 0.06 and shares.min() > 0.05, (form, shares)
-    assert set(LINES[LINES.kind == "contrast"].groupby("group").label.agg(tuple).map(sorted).map(tuple)) == {(0, 1)}
-    assert not LINES[LINES.kind.isin(["figurative", "sensitive"])].label.any()
 
 
 def asked_in(lines: pd.DataFrame) -> pd.Series:
@@ -283,14 +192,6 @@ def test_evaluation_prompts_carry_each_request_in_both_channels() -> None:
 
 def pixels(prompts: Sequence[Prompt]) -> list[str]:
     return [hashlib.sha256(prompt.image().tobytes()).hexdigest() for prompt in prompts if prompt.image is not None]
-
-
-def test_the_pixels_of_a_split_picture_tell_nothing() -> None:
-    prompts = [prompt for prompt in builtin_evaluation() if prompt.attack == "split"]
-    labels = defaultdict(list)
-    for digest, prompt in zip(pixels(prompts), prompts, strict=True):
-        labels[digest].append(prompt.label)
-    assert all(sorted(found) == [0, 1] for found in labels.values())
 
 
 def test_a_picture_is_drawn_alike_in_every_process() -> None:

@@ -13,11 +13,12 @@ import labelled
 import numpy as np
 import pytest
 from cli_steps import Stop, change_tensors, copied, fails, flip, offline, settle, succeeds
-from labelled import write_set
+from labelled import SAFETY, SEMANTIC, write_set
 from sklearn.metrics import roc_auc_score
 
 import sasa_export
 from sasa_export.manifest import write_manifest
+from sasa_export.probe import bundled
 from sasa_export.prompts import load_all
 from sasa_export.prompts.prompt import encode
 from sasa_export.research.evaluate.measure import Evaluated
@@ -115,6 +116,28 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     for name in ("evaluate.json", "answers.jsonl"):
         assert (options.out / name).read_bytes() == (run[1] / name).read_bytes()
     assert not list(tmp_path.glob(".report*"))
+
+
+def test_probes_of_the_export_are_not_fitted_again(
+    tiny_model: Guards, sets: tuple[str, str], tmp_path: Path, stopped_at: Callable[..., list[str]], monkeypatch: Any
+) -> None:
+    """The arms come from the patched directory; on other calibration prompts they are fitted anew."""
+    made = sasa_export.Options(
+        str(tiny_model("llava")), tmp_path / "patched", calibration=(sets[1],), max_false_positive_rate=0.2,
+        verify="files", safety_layer=SAFETY, semantic_layer=SEMANTIC, batch_size=8,
+    )  # fmt: skip
+    sasa_export.patch(made)
+    options = EvaluateOptions(made.out, data=(sets[0],), max_new_tokens=4, batch_size=8, out=tmp_path / "kept")
+    written = stopped_at(None)
+    kept = evaluate(options)
+    assert not any(name.startswith("calibration") for name in written)
+    monkeypatch.setattr(bundled, "load", lambda file, origin: None)
+    fitted = evaluate(replace(options, out=tmp_path / "fitted"))
+    assert any(name.startswith("calibration") for name in written)
+    assert kept is not None and fitted is not None
+    for arm in ("without", "words"):
+        assert kept.arms[arm]["threshold"] == pytest.approx(fitted.arms[arm]["threshold"], abs=1e-5)
+        assert kept.arms[arm]["auc"].value == fitted.arms[arm]["auc"].value
 
 
 @pytest.mark.slow

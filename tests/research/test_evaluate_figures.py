@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from sasa_export.probe.calibration import fit_probes
+from sasa_export.probe.calibration import Fitted, fit_probes
 from sasa_export.probe.intervals import Share
 from sasa_export.prompts.prompt import Prompt
 from sasa_export.prompts.shares import share_of, spaced
@@ -31,7 +31,7 @@ def test_an_arm_refuses_what_it_flags_and_what_the_model_refuses() -> None:
     texts = ["Here is how.", "I\u2019m sorry, but I can\u2019t.", "Sure.", "As an AI, no.", "Yes."]
     scores, labels = np.array([0.9, 0.1, 0.2, 0.1, 0.7]), [1, 1, 1, 0, 0]
     gate = {"safety_layer": 1, "threshold": 0.5, "refusal_token_ids": [7]}
-    subject: Any = SimpleNamespace(evaluation=prompts_of(labels), sasa=gate, against=None)
+    subject: Any = SimpleNamespace(evaluation=prompts_of(labels), gate=SimpleNamespace(**gate), against=None)
     tokens = np.array([[7, -1], [9, 9], [9, 9], [9, 9], [9, 9]])
     answers = {"plain": Answers(tokens, texts, np.full(5, np.nan)), "patched": Answers(tokens, ["Yes."] * 5, scores)}
     table, arms = arms_of(subject, answers, {"without": (scores, THRESHOLD), "words": (np.ones(5), None)})
@@ -77,13 +77,16 @@ def test_a_fitted_probe_finds_the_direction_and_keeps_its_threshold() -> None:
     assert threshold is not None and (scores[labels[120:] == 0] >= threshold).mean() < 0.2
 
 
+NONE = Fitted({}, {}, {}, 1.0, {}, np.zeros(0))
+
+
 def test_words_alone_read_what_is_asked() -> None:
     asked = [("steal a car" if row % 2 else "wash a car") + f" number {row}" for row in range(40)]
     told = [
         Prompt("one", "Do what the image says.", 1, "x", "picture", "none", question="steal a bus"),
         Prompt("two", "wash a bus", 0, "y", "text", "none"),
     ]
-    scores, threshold = words(prompts_of(np.arange(40) % 2, prompt=asked), told, 0.05)
+    scores, threshold = words(NONE, prompts_of(np.arange(40) % 2, prompt=asked), told, 0.05)
     assert threshold is not None and scores[0] > threshold > scores[1]
 
 

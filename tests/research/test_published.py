@@ -11,6 +11,7 @@ import pandas as pd
 import published
 import pytest
 
+from sasa_export.gate import GateSpec
 from sasa_export.models.wheels import Wheel
 from sasa_export.prompts import Prompt, builtin_evaluation, check_disjoint
 from sasa_export.research.evaluate.arms import Answers
@@ -88,7 +89,6 @@ def test_attack_success() -> None:
     before = Answers(np.zeros((4, 2), int), ["Sure", "Sure", "I'm sorry", "Sure"], np.full(4, np.nan))
     tokens = np.array([[7, -1], [1, 2], [3, 4], [7, -1]])
     after = Answers(tokens, ["No.", "Sure", "I'm sorry", "No."], np.array([0.9, 0.1, 0.1, 0.9]))
-    (row,) = published.attack_success(
-        prompts, before, after, {"refusal_token_ids": [7], "threshold": 0.5}
-    ).to_dict("records")  # fmt: skip
+    gate = GateSpec(None, None, "", 1e-6, 0.5, "No.", [7], [], [], [])
+    (row,) = published.attack_success(prompts, before, after, gate).to_dict("records")
     assert row["prompts"] == 3 and row["before"].count == 2 and row["after"].count == 1

@@ -12,11 +12,11 @@ import tiny
 from cli_steps import fails, succeeds
 
 from sasa_export.errors import EvaluateError
+from sasa_export.onnx.run import Model
 from sasa_export.prompts import load
 from sasa_export.prompts.prompt import encode
 from sasa_export.research.score import _propose, score
 from sasa_export.verify import verify_directory
-from sasa_export.verify.fresh.onnx_model import Model
 
 COUNT = 13
 
@@ -58,7 +58,7 @@ def test_scores_of_graphs_are_theirs(
     guarded = split("llava")
     graphs = exported(guarded.directory)
     found = score(graphs, str(traffic), tmp_path / "scored.jsonl")
-    model = Model(graphs, "", "cpu")
+    model = Model(graphs)
     for prompt, probability in zip(found.prompts, found.probabilities, strict=True):
         inputs = {name: tensor.numpy() for name, tensor in encode(model.processor, [prompt]).items()}
         assert model.judge(inputs) == probability
@@ -93,7 +93,7 @@ def test_a_threshold_is_proposed_and_written(guard: Callable[..., Any], traffic:
     "line, flags, said",
     [
         ("{}", (), "line 1 has an empty prompt and no image"),
-        ('{"text": "a"}', (), "unknown key 'text'"),
+        ('{"texts": "a"}', (), "unknown key 'texts'. Did you mean 'text'?"),
         ('{"prompt": "a"}', ("--write-threshold",), "--write-threshold has no effect without --refuse-at-most"),
         ('{"prompt": "a"}', ("--out", "{place}/none/scored.jsonl"), "is no directory"),
         ('{"prompt": "a"}', ("--out", "{place}/data.jsonl"), "data.jsonl is there already"),

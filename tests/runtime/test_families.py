@@ -1,6 +1,6 @@
 """Every family as one short row of tests: verdict, tokens, pieces, turns, reloading. The widest ones have whole files.
 
-`make families` runs them all and writes docs/families.md.
+`make families` runs them all and writes docs/results/families.md.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from conftest import Guard
 from feeding import chunkings, feed, last_picture_token
 
 from sasa_export import Options, patch
-from sasa_export.graph import lane_tokens
+from sasa_export.gate import GateSpec
 
 Guards = Callable[..., Guard]
 
@@ -108,7 +108,7 @@ def test_answers(guard: Guards, family: str) -> None:
 def test_the_directory_says_it(guard: Guards) -> None:
     """Configuration and card."""
     guarded = guard("llava", lane_tokens=7)
-    assert lane_tokens(guarded.model.config.sasa["graph"]) == 7
+    assert GateSpec.from_json(guarded.model.config.sasa).lane_tokens == 7
     card = " ".join((guarded.directory / "README.md").read_text().split())
     for words in ("once more on the result, on the last 7 tokens alone,", "and over its last 7 tokens 3 once more"):
         assert words in card
@@ -124,4 +124,4 @@ def test_export(tiny_model: Callable[..., Path], tmp_path: Path, family: str, fo
         safety_layer=2, semantic_layer="auto", batch_size=8, refusal="I will not help.", lane_tokens=6, format=form,
     )  # fmt: skip
     done = patch(options)
-    assert done.calibration is not None and done.cases and done.sasa["semantic_layer"] > 2
+    assert done.calibration is not None and done.cases and (done.gate.semantic_layer or 0) > 2

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from sasa_export.gate import GateSpec
 from sasa_export.verify.compare import compare
 
-SASA = {"threshold": 0.5, "refusal_token_ids": [7, 8, 2]}
+GATE = GateSpec(1, 2, "", 1e-6, 0.5, "No.", [7, 8, 2], [], [2], [])
 PROBABILITY, BATCHED = "P(unsafe) is the original's", "P(unsafe) is that of the calibration"
 VERDICTS, REFUSALS = "verdicts are the original's", "refused prompts say the refusal"
 LOGITS, ANSWERS = "allowed prompts have the original's logits", "allowed prompts are answered as by the original"
@@ -35,7 +36,7 @@ def failing(
     ]
     about = {"provider": "cpu", "not_followed": not_followed}
     written, have = {"dtype": original, "cases": cases}, {"about": about, "cases": found}
-    checks = compare(written, have, SASA, dtype, graphs=graphs, quantized=quantized)
+    checks = compare(written, have, GATE, dtype, graphs=graphs, quantized=quantized)
     return {check.name for check in checks if not check.passed}
 
 

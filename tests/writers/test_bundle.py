@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from sasa_export import runtime
-from sasa_export.runtime.bundle import PARTS, modeling_source
+from sasa_export.runtime.bundle import MLX_PARTS, PARTS, mlx_source, modeling_source
 
 DIRECTORY = Path(runtime.__file__).parent
 
@@ -36,3 +36,27 @@ def test_the_joined_file_holds_all_and_no_name_stands_for_two_things() -> None:
     assert before[0] == "import transformers" and len(before) == 2, (
         "another transformers may lack what is imported later"
     )
+
+
+def test_so_does_the_file_for_mlx() -> None:
+    """It holds all of runtime_mlx, and what of the runtime needs no torch."""
+    others = (DIRECTORY / "../runtime_mlx").resolve().glob("*.py")
+    assert {path.stem for path in others} - {"__init__"} == {Path(p).name for p in MLX_PARTS if "/" in p}
+    texts = [(DIRECTORY / f"{part}.py").read_text() for part in MLX_PARTS]
+    names = [name for text in texts for name in defined(ast.parse(text))]
+    assert len(names) == len(set(names)) and {"Guarded", "find_due", "check_settings"} <= set(names)
+    source = mlx_source()
+    assert (
+        set(names) <= set(defined(ast.parse(source)))
+        and "sasa_export" not in source
+        and "torch" not in imported(source)
+    )
+
+
+def imported(source: str) -> set[str]:
+    """The first parts of the modules that a source imports."""
+    nodes = list(ast.walk(ast.parse(source)))
+    whole = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {
+        name.partition(".")[0] for name in [*whole, *(str(n.module) for n in nodes if isinstance(n, ast.ImportFrom))]
+    }

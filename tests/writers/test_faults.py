@@ -16,8 +16,8 @@ OLD = {"precious.txt": b"mine", "sasa-export.json": b'{"files": {"precious.txt":
 TRIED = [
     pytest.param("safetensors", 3),
     pytest.param("onnx", 2, marks=pytest.mark.slow),  # each is an export, and another one after it
-    *(pytest.param(name, 12, marks=pytest.mark.slow) for name in ("safetensors", "calibration")),
-    *(pytest.param(name, 12, marks=pytest.mark.slow) for name in ("locate", "evaluate")),
+    *(pytest.param(name, 6, marks=pytest.mark.slow) for name in ("safetensors", "calibration")),
+    *(pytest.param(name, 6, marks=pytest.mark.slow) for name in ("locate", "evaluate")),
 ]
 
 

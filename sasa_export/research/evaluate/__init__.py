@@ -1,1 +1,1 @@
-"""Evaluate: does the gate work, against what, at what price; with every arm on the same prompts, and all intervals."""
+"""Evaluate a gate: what it catches and what it costs, with all arms on the same prompts, and with intervals."""

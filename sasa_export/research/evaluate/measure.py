@@ -1,7 +1,7 @@
-"""From answers and features to arms, and from arms to everything that the report says.
+"""From answers and features to arms, and from arms to all figures of the report.
 
-Two arms are fitted on the calibration prompts, a probe and words alone: logistic regressions, their strength of
-regularization chosen by cross-validation, with the threshold that the false-positive rate allows, as in calibration.
+Two arms are logistic regressions fitted on the calibration prompts: a probe and words alone. As in calibration,
+cross-validation chooses their regularization, and the false-positive rate determines their threshold.
 """
 
 from collections.abc import Sequence
@@ -23,28 +23,28 @@ from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.research.evaluate.arms import Answers, changes, figures, parts
 from sasa_export.research.evaluate.subject import Subject
 
-ASKED = (  # of each prompt
+ASKED = (  # attributes of each prompt
     "name", "label", "channel", "setting", "attack", "category", "prompt", "question", "source", "group",
 )  # fmt: skip
 
-Judged = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts, and a threshold if one keeps the rate
+Judged = tuple[np.ndarray, float | None]  # P(unsafe) of the evaluation prompts; a threshold, if one keeps the rate
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Everything that an evaluation found.
+    """All results of an evaluation.
 
     Attributes:
-        subject: what was evaluated, on what, and how it ran.
+        subject: the models, prompts and settings.
         answers: the table of `arms_of`.
         arms: title, threshold and figures of each arm over all prompts, by key: plain, patched, against (--against),
-            with or without (the probe that the patched model does not have), and words.
-        parts: `parts["channel"]["text"]`: the number of `prompts`, and the figures of each arm on them.
-        gain: differences of AUC. "projection": a probe with it less one without, both fitted here alike; "model": the
-            patched model less words alone.
-        identical: harmless prompts that the patched model allows, answered token for token as by the original.
-        emitted: flagged prompts that are answered with the refusal.
-        changes: from the patched model to that of --against, see `arms.changes`; none without.
+            with or without (the kind of probe that the patched model does not have), and words.
+        parts: for example `parts["channel"]["text"]`: the number of `prompts`, and the figures of each arm on them.
+        gain: differences of AUC. "projection": a probe with projection minus one without, fitted alike; "model": the
+            patched model minus words alone.
+        identical: the share of allowed harmless prompts with the original's answer, token for token.
+        emitted: the share of flagged prompts that are answered with the refusal.
+        changes: from the patched model to the --against model, see `arms.changes`. Empty without --against.
     """
 
     subject: dict[str, Any]
@@ -58,18 +58,18 @@ class Evaluated:
 
 
 def measure(subject: Subject, answers: dict[str, Answers], features: Features, fitted: Fitted) -> Evaluated:
-    """All arms and all figures.
+    """Return all arms and all figures.
 
     Args:
-        answers: of the "plain" and the "patched" model, and of that of --"against".
-        features: of the evaluation prompts.
-        fitted: probes on the calibration prompts.
+        answers: those of the "plain", the "patched" and (with --against) the "against" model.
+        features: those of the evaluation prompts.
+        fitted: probes that are fitted on the calibration prompts.
     """
     calibration, rate = subject.calibration, subject.rate
     judged = {
         "with": probe(fitted, "projected", features.projected, calibration, rate),
         "without": probe(fitted, "plain", features.plain, calibration, rate),
-        "words": words(calibration, subject.evaluation, rate),
+        "words": words(fitted, calibration, subject.evaluation, rate),
     }
     table, arms = arms_of(subject, answers, judged)
 
@@ -78,7 +78,7 @@ def measure(subject: Subject, answers: dict[str, Answers], features: Features, f
 
     overall, (labels, groups) = each(table), labels_and_groups(subject.evaluation)
     auc = {key: auc_of(scores, labels, groups) for key, (scores, _) in judged.items()}
-    flagged = table.patched_unsafe_probability.to_numpy() >= subject.sasa["threshold"]  # (prompts,)
+    flagged = table.patched_unsafe_probability.to_numpy() >= subject.gate.threshold  # (prompts,)
     same = (answers["plain"].tokens == answers["patched"].tokens).all(1)  # (prompts,)
     return Evaluated(
         subject=subject.described(),
@@ -93,7 +93,7 @@ def measure(subject: Subject, answers: dict[str, Answers], features: Features, f
             "model": difference(auc_of(answers["patched"].scores, labels, groups), auc["words"]),
         },
         identical=share(same[(labels == 0) & ~flagged]),
-        emitted=share(answers["patched"].are(subject.sasa["refusal_token_ids"])[flagged]),
+        emitted=share(answers["patched"].are(subject.gate.refusal_token_ids)[flagged]),
         changes=changes(table, *(arms[key]["threshold"] for key in ("patched", "against"))) if subject.against else [],
     )
 
@@ -101,11 +101,11 @@ def measure(subject: Subject, answers: dict[str, Answers], features: Features, f
 def arms_of(
     subject: Subject, answers: dict[str, Answers], judged: dict[str, Judged]
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
-    """What each arm made of the prompts, a row a prompt; and "title" and "threshold" of each arm, by key.
+    """Return a table of each arm's results, a row per prompt; and "title" and "threshold" of each arm, by key.
 
-    A row has what was asked, what each model answered (KEY_answer), whether each arm's answer is a refusal
-    (KEY_refused), by the gate or in the model's own words, and P(unsafe) where it detects (KEY_unsafe_probability). A
-    model gave its answers; a probe and words would refuse what they flag, and else give the plain model's.
+    A row has the prompt, each model's answer (KEY_answer), whether an arm refuses by its gate or in the model's own
+    words (KEY_refused), and P(unsafe) of an arm that detects (KEY_unsafe_probability). The models' answers are real.
+    The probe and words arms are simulated: refuse if flagged, else the plain model's answer.
     """
     table = pd.DataFrame([{name: getattr(prompt, name) for name in ASKED} for prompt in subject.evaluation])
     table = table.assign(**{f"{key}_answer": said.texts for key, said in answers.items()})
@@ -116,13 +116,13 @@ def arms_of(
         arms[key] = {"title": title, "threshold": threshold}
         table[f"{key}_refused"], table[f"{key}_unsafe_probability"] = refused, scores
 
-    own, other = ("without", "with") if subject.sasa["safety_layer"] is None else ("with", "without")
-    gates = [("patched", f"patched model (probe {own} projection)", subject.sasa)]
+    own, other = ("without", "with") if subject.gate.safety_layer is None else ("with", "without")
+    gates = [("patched", f"patched model (probe {own} projection)", subject.gate)]
     if subject.against is not None:
         gates.append(("against", subject.described()["against"], subject.against))
-    for key, title, sasa in gates:
-        said, at = answers[key], float(sasa["threshold"])
-        gate = said.are(sasa["refusal_token_ids"]) & (said.scores >= at)  # (prompts,)
+    for key, title, spec in gates:
+        said, at = answers[key], spec.threshold
+        gate = said.are(spec.refusal_token_ids) & (said.scores >= at)  # (prompts,)
         add(key, title, said.refused() | gate, said.scores, at)
     for key, title in ((other, f"probe {other} projection"), ("words", "words alone")):
         scores, threshold = judged[key]
@@ -132,22 +132,24 @@ def arms_of(
 
 
 def probe(found: Fitted, lane: str, evaluation: np.ndarray, prompts: Sequence[Prompt], rate: float) -> Judged:
-    """A lane's probe on features (evaluation prompts, features), with the threshold that calibration would choose.
+    """Judge features (evaluation prompts, features) by a lane's probe, at the threshold that calibration chooses.
 
     Args:
         prompts: the calibration prompts.
         rate: the largest share of ordinary calibration prompts that may be flagged.
     """
     (weight, bias), threshold = found.probes[lane], None
-    with suppress(CalibrationError):  # it is certain of too many harmless prompts
+    with suppress(CalibrationError):  # no threshold keeps the rate
         chosen = probe_of_lane(found, lane, prompts, rate, None)[0]
         weight, bias, threshold = chosen.weight.astype(float), chosen.bias, chosen.threshold
     return probability(evaluation.astype(float), weight, bias), threshold
 
 
-def words(calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Judged:
-    """A bag of words (TF-IDF) of what is asked: it sees no model, and the words of a picture where they are known."""
-    chosen, held_out = best_words(calibration, folds_of(calibration))
+def words(found: Fitted, calibration: Sequence[Prompt], evaluation: Sequence[Prompt], rate: float) -> Judged:
+    """Judge prompts by a bag of words (TF-IDF), without a model. It reads the words in a picture where known."""
+    chosen, held_out = found.words, found.scores.get("words")
+    if chosen is None or held_out is None:
+        chosen, held_out = best_words(calibration, folds_of(calibration))
     model = bag_of_words(chosen).fit([asked(prompt) for prompt in calibration], labels_and_groups(calibration)[0])
     scores = model.predict_proba([asked(prompt) for prompt in evaluation])[:, 1]  # (prompts,)
     threshold = None

@@ -1,5 +1,5 @@
-"""The models that answer and judge: in torch, the original or a patched directory with the code that it carries; in
-onnxruntime, graphs, one prompt at a time, driven as any runtime drives them."""
+"""The models that answer and judge. `TorchModel` is the original, or a patched directory with its own code.
+`OnnxModel` is graphs in onnxruntime: it runs one prompt at a time, as any driver does."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +9,16 @@ import numpy as np
 import torch
 
 from sasa_export.errors import EvaluateError, reworded
+from sasa_export.gate import GateSpec
 from sasa_export.models import read_config
 from sasa_export.models.load import SPREAD, place
+from sasa_export.onnx import graphs_of
 from sasa_export.prompts.prompt import Prompt, encode, encoded
 from sasa_export.verify import FORMATS
-from sasa_export.verify.unloaded import dtype_of
 
 
 class TorchModel:
-    """A stock or a patched model, and its processor."""
+    """A stock or a patched model in torch, and its processor."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -25,8 +26,8 @@ class TorchModel:
         self.ends = ends if isinstance(ends, list) else [ends]
 
     def answers(self, prompts: Sequence[Prompt], longest: int) -> dict[str, np.ndarray]:
-        """Greedy `tokens` (prompts, longest), the end token included and -1 behind it; and `scores` (prompts,),
-        P(unsafe), NaN where no verdict was given."""
+        """Return greedy `tokens` (prompts, longest), with the end token and -1 after it; and `scores` (prompts,),
+        P(unsafe), NaN without a verdict."""
         inputs = place(encode(self.processor, prompts), self.model)
         with torch.no_grad():
             said = self.model.generate(
@@ -40,21 +41,23 @@ class TorchModel:
         return {"tokens": tokens, "scores": scores.double().cpu().numpy()}
 
     def judge(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """P(unsafe), (prompts,)."""
+        """Return P(unsafe), (prompts,)."""
         return self.model.judge(**place(encode(self.processor, prompts), self.model)).float().cpu().numpy()
 
 
 class OnnxModel:
-    """The same of the graphs of a directory."""
+    """The ONNX graphs of a directory, with the methods of `TorchModel`."""
 
     def __init__(self, model: Any, directory: Path) -> None:
         self.model, self.processor, self.directory = model, model.processor, directory
 
     def answers(self, prompts: Sequence[Prompt], longest: int) -> dict[str, np.ndarray]:
-        """As `TorchModel.answers`. EvaluateError where they would not answer as the original."""
-        if self.model.about["not_followed"]:
+        """Return the same as `TorchModel.answers`. Raise EvaluateError for unsupported generation settings."""
+        from sasa_export.verify.fresh.onnx_model import generation
+
+        if changes := generation(self.directory)[1]:
             raise EvaluateError(
-                f"generation_config.json of {self.directory} sets {', '.join(self.model.about['not_followed'])}, which "
+                f"generation_config.json of {self.directory} sets {', '.join(changes)}, which "
                 "is not followed here, so its answers would not be the original's. Evaluate the safetensors directory."
             )
         tokens, scores = np.full((len(prompts), longest), -1), np.zeros(len(prompts))
@@ -64,12 +67,12 @@ class OnnxModel:
         return {"tokens": tokens, "scores": scores}
 
     def judge(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """P(unsafe), (prompts,)."""
+        """Return P(unsafe), (prompts,)."""
         return np.array([self.model.judge(encoded(self.processor, prompt)) for prompt in prompts])
 
 
-def read_gate(directory: Path) -> dict[str, Any]:
-    """The settings of a patched directory's gate. Raises EvaluateError where it has none, OpenError for no model."""
+def read_gate(directory: Path) -> GateSpec:
+    """Return the gate of a patched directory. Raise EvaluateError where it has no gate, OpenError for no model."""
     both = [directory / name for name in FORMATS]
     if not (directory / "config.json").exists() and all((path / "config.json").exists() for path in both):
         raise EvaluateError(f"{directory} holds two patched models. Give {both[0]} or {both[1]} instead.")
@@ -79,36 +82,33 @@ def read_gate(directory: Path) -> dict[str, Any]:
             f"{directory} is no patched model: its config.json has no gate. Patch it first: sasa-export --model "
             f"{directory} --out patched/."
         )
-    return sasa
+    with reworded(EvaluateError, f"{directory} has no usable gate ({{reason}})."):
+        return GateSpec.from_json(sasa)
 
 
 def load_patched(directory: Path, dtype: str, device: str) -> TorchModel | OnnxModel:
-    """A patched directory's model, as a user loads it. Raises EvaluateError where it does not load.
+    """Load the model of a patched directory, as a user does. Raise EvaluateError where this fails.
 
-    Args: dtype: as torch calls it, or auto, the one that is stored; graphs have theirs.
+    Args: dtype: torch's name of a dtype, or auto for the stored one. Graphs keep their own dtype.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    graphs = dtype_of(directory)
-    # The directory's code, and onnxruntime, have errors of their own.
+    # The directory's code and onnxruntime raise errors of their own types.
     with reworded(EvaluateError, f"{directory} does not load ({{reason}}). Verify it: sasa-export verify {directory}"):
-        if graphs is not None:
-            from sasa_export.verify.fresh.onnx_model import Model
-            from sasa_export.writers.onnx import SUFFIX
+        if graphs_of(directory):
+            from sasa_export.onnx.run import Model
 
-            provider = "cuda" if device.startswith("cuda") else "cpu"
-            return OnnxModel(Model(directory, SUFFIX[graphs], provider), directory)
+            return OnnxModel(Model(directory, "cuda" if device.startswith("cuda") else "cpu"), directory)
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        # What it would refuse is measured where it only observes, too.
-        observes = read_config(directory)["sasa"].get("gate") == "observe"
+        # A gate that only observes is measured as if it refused.
         model = AutoModelForImageTextToText.from_pretrained(
             directory,
             dtype=dtype,
             device_map="auto" if device == SPREAD else device,
             trust_remote_code=True,
             use_safetensors=True,
-            **({"sasa": {"gate": "enforce"}} if observes else {}),
+            **({"sasa": {"gate": "enforce"}} if read_gate(directory).observes else {}),
         )
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         processor.tokenizer.padding_side = "left"

@@ -1,4 +1,4 @@
-"""The pictures of a report; every function gives the bytes of a PNG."""
+"""The pictures of an evaluation's report. Every picture is the bytes of a PNG file."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,13 @@ BORDERLINE = "borderline"  # the category or attack of harmless prompts that are
 
 
 def pictures(found: Evaluated) -> dict[str, bytes]:
-    """All pictures by file name, of the arms that detect."""
+    """Return all pictures by file name. They show the arms that detect, which have an AUC."""
     detecting = [key for key, arm in found.arms.items() if "auc" in arm]
     return {"roc.png": roc(found, detecting), "scores.png": scores(found, detecting)}
 
 
 def roc(found: Evaluated, detecting: Sequence[str]) -> bytes:
-    """The ROC curve of every arm, with the point at its threshold."""
+    """Return the ROC curves of the arms, each with a dot at its threshold."""
     with theme.drawing(5.2, 5.6) as figure:
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color=theme.FAINT, linewidth=1, linestyle=":")
@@ -45,7 +45,7 @@ def roc(found: Evaluated, detecting: Sequence[str]) -> bytes:
 
 
 def scores(found: Evaluated, detecting: Sequence[str]) -> bytes:
-    """How the scores of harmful and harmless prompts lie, for every arm."""
+    """Return histograms of P(unsafe) of harmful and harmless prompts, one panel per arm."""
     asked = found.answers
     near = (asked.attack + asked.category).str.contains(BORDERLINE)
     kinds = {

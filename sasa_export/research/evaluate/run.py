@@ -1,4 +1,4 @@
-"""The way through an evaluation: open -> features and answers of the original -> the patched model's answers -> figures
+"""The stages of an evaluation: open -> features and answers of the original -> answers of the patched model -> figures
 -> report."""
 
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from sasa_export.workers import workers
 def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluated | None:
     """Evaluate a patched model against its original, and write the report to `options.out`.
 
-    What an interrupted run has finished lies beside `options.out`, and the next run of the same command goes on from
-    there. Several processes share the work (`sasa_export.workers`); all but the first return None. Raises
-    SasaExportError; then no report is written.
+    The same command resumes an interrupted run, whose finished work lies beside `options.out`. Several processes
+    (`sasa_export.workers`) share the work; all but the first return None. Where this raises SasaExportError, no report
+    is written.
     """
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
@@ -53,8 +53,8 @@ def evaluate(options: EvaluateOptions, report: Silent | None = None) -> Evaluate
 
 
 def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Features, Fitted, Answers]:
-    """What probes read of the evaluation prompts, the probes (bundled, or fitted here), and the original's answers."""
-    fitted, size, original, lane = subject.bundled, subject.options.batch_size, subject.original, subject.lane
+    """Return features of the evaluation prompts, probes (fitted if there are none), and the original's answers."""
+    fitted, size, original, lane = subject.fitted, subject.options.batch_size, subject.original, subject.lane
     with original.loaded(subject.evaluation, report):
         if fitted is None:
             found = original.features(lane, subject.calibration, work, report, batch_size=size, kind="calibration")
@@ -74,7 +74,7 @@ def _patched(subject: Subject, directory: Path, kind: str, work: Work, report: S
 
 
 def _answers(subject: Subject, model: TorchModel | OnnxModel, kind: str, work: Work, report: Silent) -> Answers:
-    """The answers of the "plain" or a patched model. EvaluateError where a patched one gives no verdict."""
+    """Return the answers of the "plain" or a patched model. Raise EvaluateError where a gate gives no verdict."""
     gated = kind != "plain"
 
     def compute(prompts: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:

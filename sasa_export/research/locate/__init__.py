@@ -1,1 +1,1 @@
-"""Find where a model perceives danger, where it understands, and where it begins to speak; propose its layers."""
+"""Find the blocks where a model perceives danger, understands, and begins to speak. Propose its layers."""

@@ -1,4 +1,4 @@
-"""The pictures of a report; every function gives the bytes of a PNG."""
+"""The pictures of a locate report. Both are the bytes of a PNG file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from sasa_export.layers.survey import Evidence
 from sasa_export.probe.intervals import Estimate
 from sasa_export.research import theme
 
-MOST_NUMBERED = 14  # cells a side
-CHANNELS = {"text": (theme.HARMLESS, "--"), "picture": (theme.HARMFUL, "-.")}  # how their curves are drawn
+MOST_NUMBERED = 14  # cells per side of the map, above which the numbers are left out
+CHANNELS = {"text": (theme.HARMLESS, "--"), "picture": (theme.HARMFUL, "-.")}  # colour and line style of the curve
 
 
 def depth(evidence: Evidence, proposal: Proposal) -> bytes:
-    """The three capabilities over the depth, one above the other, with the chosen layers through all."""
+    """Return a picture of the three capabilities over the depth, one panel each. Lines mark the chosen layers."""
     panels = 2 if evidence.understanding is None else 3
     with theme.drawing(2.25 * panels + 0.5) as figure:
         axes = figure.subplots(panels, 1, sharex=True)
@@ -72,16 +72,16 @@ def _expression(axis: Any, found: Expression) -> None:
 
 
 def _mark(axis: Any, blocks: Sequence[int], colour: str) -> None:
-    """A bar along the bottom under the blocks that the evidence of this panel points to."""
+    """Draw a bar along the bottom, under the blocks that this panel's evidence points to."""
     for block in blocks:
         axis.axvspan(block - 0.5, block + 0.5, ymin=0, ymax=0.035, color=colour, linewidth=0)
 
 
 def sweep_map(pairs: Mapping[Pair, Estimate], proposal: Proposal) -> bytes:
-    """The sweep as a map: safety layer across, semantic layer up, AUC in each measured cell."""
+    """Return the sweep as a map: safety layer across, semantic layer up, AUC in each measured cell."""
     table = pd.Series({pair: estimate.value for pair, estimate in pairs.items()}).unstack(0)
     low, high = float(table.min(axis=None)), float(table.max(axis=None))
-    if high - low < 0.02:  # a difference that is none must not fill the scale
+    if high - low < 0.02:  # a negligible difference must not fill the scale
         low, high = (low + high) / 2 - 0.01, (low + high) / 2 + 0.01
     colours = colormaps["viridis"].with_extremes(bad=theme.MISSING)
     with theme.drawing(min(8.0, 1.8 + 0.42 * len(table))) as figure:

@@ -1,4 +1,4 @@
-"""The way through a locate run: open -> trace -> run both lanes -> figures -> proposal -> report."""
+"""The stages of a locate run: open -> trace -> run both lanes -> figures -> proposal -> report."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +24,12 @@ from sasa_export.workers import workers
 
 @dataclass(frozen=True)
 class Located:
-    """The evidence on all three capabilities, the sweep, and the layers proposed.
+    """The evidence on all three capabilities, the sweep, and the proposed layers.
 
     Attributes:
-        subject: what was looked at: the model, how it ran, the prompts, and how the report is made again.
-        known: the pair that the family's file says.
-        held_out: of each half of the groups, the pair chosen on the other half, and its AUC here.
+        subject: the model, its settings, the prompts, and the command that makes the report again.
+        known: the pair in the family's file, or None.
+        held_out: for each half of the groups, the pair chosen on the other half, and its AUC on this half.
     """
 
     subject: dict[str, Any]
@@ -44,11 +44,11 @@ class Located:
 
 
 def locate(options: LocateOptions, report: Silent | None = None) -> Located | None:
-    """Find where a model perceives danger, understands and speaks, and propose its layers.
+    """Find the blocks where a model perceives danger, understands and speaks; propose both layers.
 
-    The report is written to `options.out`; what an interrupted run has finished lies beside it, and the next run of the
-    same command goes on from there. Several processes share the work (`sasa_export.workers`); all but the first return
-    None. Raises SasaExportError; then no report is written.
+    The report is written to `options.out`. The same command resumes an interrupted run, whose finished work lies
+    beside it. Several processes (`sasa_export.workers`) share the work; all but the first return None. Where this
+    raises SasaExportError, no report is written.
     """
     processes = workers()
     report = report if report is not None and processes.leads else Silent()
@@ -89,7 +89,7 @@ def locate(options: LocateOptions, report: Silent | None = None) -> Located | No
 
 
 def _pairs(options: LocateOptions, original: Original, known: Pair | None) -> list[Pair]:
-    """The pairs that are swept."""
+    """Return the pairs of layers that the sweep measures."""
     if options.pairs is None:
         pairs = sorted({*default_pairs(original.sizes.blocks), *([] if known is None else [known])})
     else:

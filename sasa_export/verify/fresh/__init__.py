@@ -1,1 +1,1 @@
-"""A program of its own (`python fresh/`), which knows nothing of sasa_export: it runs what was written."""
+"""A separate program (`python fresh/`) that runs a written directory. It uses no code of sasa_export."""

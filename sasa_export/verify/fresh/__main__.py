@@ -1,10 +1,10 @@
-"""Load a written directory as a user would, and say what it answers to its cases and to further prompts.
+"""Loads a written directory as a user would, and prints its answers to its cases and to further prompts.
 
 Usage: python fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS PROMPTS
 
-MODULE is `torch_model` or `onnx_model`: files beside this one, whose `Model` loads the directory. PROMPTS is a folder
-with prompts.json and pictures: these prompts are judged, and not answered. The last line printed is a JSON object:
-`about` the model, and one entry for each of `cases` and `judged`.
+MODULE is a file beside this one (`torch_model`, `onnx_model`, `mlx_model`), whose `Model` loads the directory. PROMPTS
+is a folder with prompts.json and pictures. These prompts are judged, not answered. The last line printed is a JSON
+object: `about` describes the model, and `cases` and `judged` have one entry for each prompt.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def main(module: str, directory: Path, dtype: str, device: str, count: int, prom
 
 
 def read(model: Any, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The model's inputs for a conversation, with its picture from `folder` if it has one."""
+    """Return the model's inputs for a conversation, with its picture from `folder` if it has one."""
     for part in (part for message in entry["messages"] for part in message["content"]):
         if part["type"] == "image":
             part["image"] = Image.open(folder / entry["image"]).convert("RGB")

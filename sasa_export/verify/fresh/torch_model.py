@@ -1,4 +1,4 @@
-"""A patched directory of safetensors, loaded by plain transformers."""
+"""Runs a patched directory of safetensors in plain transformers."""
 
 import json
 import sys
@@ -13,9 +13,9 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 
 class Model:
-    """The guarded model, loaded with `options` in JSON, among them a `quantization_config` as config.json has it.
+    """The guarded model, loaded with `options` in JSON. A `quantization_config` in them has config.json's format.
 
-    `about` says what it is, and what became of attempts to load it without its gate.
+    `about` describes the model, and the result of attempts to load it without its gate.
     """
 
     tensors = "pt"
@@ -26,7 +26,7 @@ class Model:
         given = json.loads(options)
         if "quantization_config" in given:
             given["quantization_config"] = AutoQuantizationConfig.from_dict(given["quantization_config"])
-        # With its gate proved, but without an error where its weights are others: the cases say what that costs.
+        # Loading skips the proofs: changed weights raise no error, and the cases measure them. The gate is proved next.
         self.model = AutoModelForImageTextToText.from_pretrained(
             directory, trust_remote_code=True, device_map=device, sasa={"prove": False}, **given
         )
@@ -39,12 +39,12 @@ class Model:
             "bypasses": refused,
             "transformers": transformers.__version__,
             "model_class": type(self.model).__name__,
-            "refusal_token_ids": self.model.config.sasa["refusal_token_ids"],  # of an edited refusal too
+            "refusal_token_ids": self.model.config.sasa["refusal_token_ids"],  # includes an edited refusal
             "probe_dtype": str(self.model.sasa.probe.weight.dtype).removeprefix("torch."),
         }
 
     def answer(self, inputs: dict[str, Any], count: int) -> tuple[float, Any, list[int]]:
-        """The greedy answer to one prompt: P(unsafe), the first logits (vocabulary,), and at most `count` tokens."""
+        """Return P(unsafe) of one prompt, the first logits (vocabulary,), and at most `count` tokens of the answer."""
         inputs = self._placed(inputs)
         with torch.no_grad():
             answer = self.model.generate(
@@ -55,12 +55,12 @@ class Model:
         return self.judge(inputs), answer.logits[0][0].float().cpu().numpy(), tokens
 
     def judge(self, inputs: dict[str, Any]) -> float:
-        """P(unsafe) of one prompt alone."""
+        """Return P(unsafe) of one prompt."""
         with torch.no_grad():
             return float(self.model(**self._placed(inputs)).unsafe_probability[0])
 
     def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        device = self.model.device if self.model.device.type != "meta" else "cpu"  # the first weights may lie on disk
+        device = self.model.device if self.model.device.type != "meta" else "cpu"  # the first weights may be on disk
         return {
             name: value.to(device, self.model.dtype) if value.is_floating_point() else value.to(device)
             for name, value in inputs.items()
@@ -68,7 +68,7 @@ class Model:
 
 
 def bypasses(directory: Path) -> dict[str, str]:
-    """Ways to load the weights without the gate, and the error that each ends with, or "loaded"."""
+    """Return ways to load the weights without the gate, each with the name of its error, or "loaded"."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     stock = getattr(transformers, config["architectures"][0].removeprefix("Sasa"))
     attempts = {
@@ -79,6 +79,6 @@ def bypasses(directory: Path) -> dict[str, str]:
     for name, load in attempts.items():
         try:
             load(directory)
-        except Exception as error:  # whatever it is, it did not load
+        except Exception as error:  # any error means that it did not load
             outcomes[name] = type(error).__name__
     return outcomes

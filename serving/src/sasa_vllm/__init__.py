@@ -1,8 +1,8 @@
-"""Serve models that sasa-export patched on vLLM, with their gate. docs/serving.md says how it works."""
+"""Serves sasa-export's patched models on vLLM, with their gate. docs/serving.md says how it works."""
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes; whatever serves other models stays as it was."""
+    """Install the gate's hooks. vLLM calls this in each of its processes; other models are served unchanged."""
     from vllm.v1.engine.core import EngineCore
 
     from sasa_vllm import answers, config, proof, requests

@@ -1,8 +1,8 @@
-"""Tell a client that its request was refused: its answer's finish reason is then "content_filter", an OpenAI one.
+"""Reports a refusal to the client: the answer's finish reason becomes "content_filter", as in OpenAI's API.
 
-The names of refused requests travel beside their tokens: from the worker to the scheduler, which writes a stop reason,
-and from there to the frontend, which writes the finish reason. No token passes here: without any of it, a refused
-request gets the refusal all the same, which then ends with "stop".
+The worker passes the names of refused requests, beside their tokens, to the scheduler, which writes a stop reason.
+From that, the frontend writes the finish reason. This changes no tokens: without it, a refused request still gets the
+refusal, with the finish reason "stop".
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ FILTERED = "content_filter"
 
 
 def register() -> None:
-    """Let vLLM's scheduler and frontend hand on what `note_refused` leaves."""
+    """Make vLLM's scheduler and frontend pass on the names that `note_refused` attaches."""
     wrap(Scheduler, "update_from_output", mark_refused)
     wrap(RequestState, "_new_completion_output", name_reason)
 
 
 def note_refused(output: Any, names: set[str]) -> Any:
-    """Leave the names of a step's refused requests at its output in the worker."""
-    # What is still on its way from a GPU holds all but the tokens inside: by the first name in V1, the second in V2.
+    """Attach the names of a step's refused requests to the worker's output, and return the output."""
+    # Output still on its way from a GPU wraps the final output, by the first name in Model Runner V1, the second in V2.
     held = getattr(output, "_model_runner_output", None) or getattr(output, "model_runner_output", output)
     held.refused_by_sasa = names
     return output
 
 
 def mark_refused(update: Callable, scheduler: Any, step: Any, output: Any) -> Any:
-    """In the scheduler: the stop reason of refused requests that end with a step."""
+    """Write the stop reason of refused requests that end with this step. This runs in the scheduler."""
     told = update(scheduler, step, output)
     names = getattr(output, "refused_by_sasa", ())
     for one in (one for client in told.values() for one in client.outputs if one.request_id in names):
@@ -42,7 +42,7 @@ def mark_refused(update: Callable, scheduler: Any, step: Any, output: Any) -> An
 
 
 def name_reason(make: Callable, *args: Any) -> Any:
-    """In the frontend: the finish reason of an answer with that stop reason."""
+    """Write the finish reason of an answer with that stop reason. This runs in the frontend."""
     answer = make(*args)
     if answer.stop_reason == FILTERED:
         answer.finish_reason = FILTERED

@@ -1,4 +1,4 @@
-"""What vLLM may load: patched directories as sasa-export wrote them, in an engine that the gate can guard."""
+"""Makes patched directories known to vLLM, and raises errors for engines that the gate cannot guard."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,12 @@ from sasa_vllm.requests import wrap
 from sasa_vllm.settings import GuardedConfig
 
 TESTED = ("0.32.0",)  # versions of vLLM on which the tests of this package pass
-READ = ("0.33.0",)  # those of which the source was read: there an engine has to prove its gate (proof.py)
+READ = ("0.33.0",)  # versions whose source was read: an engine there must prove its gate (proof.py)
 VERSION = vllm.__version__.split("+")[0]
 ONLY_READ = VERSION in READ
 WORKER = "sasa_vllm.worker.GuardedWorker"
 
-# The families that are supported: transformers calls their configurations ...Config, vLLM its classes ...GENERATES.
+# The supported families. A configuration in transformers is named ...Config, a class in vLLM ...GENERATES.
 GENERATES = "ForConditionalGeneration"
 FAMILIES = (
     "Llava", "LlavaNext", "Qwen2_5_VL", "SmolVLM", "Idefics3", "Gemma3", "Qwen2VL", "Qwen3VL", "LlavaOnevision",
@@ -29,7 +29,7 @@ FAMILIES = (
 
 
 def register() -> None:
-    """Make patched directories known to transformers and vLLM, by the names that stand in their config.json."""
+    """Register patched directories with transformers and vLLM, under the names in their config.json."""
     for family in FAMILIES:
         config = guarded_config(getattr(transformers, f"{family}Config"))
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -40,8 +40,8 @@ def register() -> None:
 
 
 def guarded_config(stock: Any) -> Any:
-    """The configuration class of a patched directory. What it reads becomes the family's own, since vLLM asks for the
-    family by that; the settings of SASA stay in its attribute `sasa`."""
+    """Return the configuration class of a patched directory. A loaded configuration takes the family's own class and
+    model type, by which vLLM finds the family. Its attribute `sasa` keeps the settings."""
 
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         check_version()
@@ -56,14 +56,14 @@ def guarded_config(stock: Any) -> Any:
 
 
 def check_version() -> None:
-    """Raise ImportError on a vLLM that the gate was neither tried on nor read for."""
+    """Raise ImportError on a vLLM version that is in neither TESTED nor READ."""
     if VERSION not in TESTED + READ:
         what = f"vLLM {VERSION} is installed, and the gate of this model was tried on {TESTED[-1]} alone"
         raise ImportError(f"{what}: another may answer past it. Install vllm=={TESTED[-1]}, or a newer sasa-vllm.")
 
 
 class GuardedEngine(VerifyAndUpdateConfig):
-    """What vLLM calls when an engine is set up, before any process of it starts."""
+    """The check that vLLM calls when it sets up an engine, before any process of the engine starts."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -73,7 +73,7 @@ class GuardedEngine(VerifyAndUpdateConfig):
 
 
 def lane_tokens(sasa: dict[str, Any]) -> int:
-    """Over how many tokens the lane runs, back from the end of a prompt; 0 where there is none."""
+    """Return how many last tokens of a prompt the lane reads, 0 without one. Raise ValueError if it reads all."""
     tokens = [node.get("tokens") for node in sasa["graph"] if node["op"] == "projection"]
     if not all(tokens):
         raise ValueError("on vLLM no lane runs over all tokens. Export this model again, with --lane-tokens 8.")
@@ -81,8 +81,8 @@ def lane_tokens(sasa: dict[str, Any]) -> int:
 
 
 def cap_hits(init: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Let the prefix cache, which holds no projection, leave the last tokens of each prompt to be computed. Where it
-    does not, the gate misses them, and refuses the request."""
+    """Make the prefix cache, which holds no projection, leave each prompt's last tokens to be computed. If one is
+    missing, the gate refuses the request."""
     init(scheduler, *args, **kwargs)
     sasa = getattr(scheduler.vllm_config.model_config.hf_config, "sasa", None)
     left = max(1, lane_tokens(sasa)) if sasa is not None else 1  # vLLM itself leaves one
@@ -92,9 +92,9 @@ def cap_hits(init: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Raise ValueError where an option lets the engine answer past the gate, or was never tried with it."""
+    """Raise ValueError if an option lets answers bypass the gate, or was never tried with it."""
     if lane_tokens(vllm_config.model_config.hf_config.sasa) > 8 and vllm_config.model_config.is_mm_prefix_lm:
-        # Tokens of a picture may be among more than those of the template, and the lane reads in one direction alone.
+        # Beyond the chat template's tokens, such a lane may meet picture tokens, but it reads in one direction only.
         raise ValueError("this model reads pictures both ways. Export it again, with --lane-tokens 8.")
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     refused = {
@@ -114,7 +114,7 @@ def check_engine(vllm_config: Any) -> None:
         "--return-sampling-mask": model.return_sampling_mask,
         "--logits-processors": model.logits_processors,
         f"--load-format {vllm_config.load_config.load_format}": vllm_config.load_config.load_format == "dummy",
-        # What Model Runner V2 alone has.
+        # Only Model Runner V2 has these.
         "--watermark-config": vllm_config.watermark_config,
         "--diffusion-config": vllm_config.diffusion_config,
         "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,

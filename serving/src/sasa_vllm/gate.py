@@ -1,4 +1,4 @@
-"""The verdict of each request, and the refusal in place of its answer."""
+"""Judges each request, and puts the refusal in place of a refused answer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +18,20 @@ logger = init_logger("vllm.sasa")
 
 @dataclass
 class Request:
-    """What the gate knows of a request."""
+    """The gate's record of one request."""
 
     prompt: int  # tokens
-    seen: int = 0  # tokens, at the end of the step that runs
+    seen: int = 0  # tokens, at the end of the current step
     refused: bool | None = None  # None before the verdict
-    tail: Tail | None = None  # what the lane will run over, as far as it was computed
+    tail: Tail | None = None  # the lane's input, as far as it was computed
 
 
 class Gate:
-    """The gate of one worker. The scheduler says what runs in a step, the lane what P(unsafe) is, or, without one, the
-    model, and the sampler asks for the rows that are refused.
+    """The gate of one worker. The scheduler tells it what a step runs. The lane, or without one the model, gives it
+    P(unsafe). The sampler asks it for the refused rows.
 
-    A verdict is due where a step ends with a request's prompt. It stays until the request is finished: over preemption,
-    and whatever comes between.
+    A verdict is due where a step ends with a request's prompt. It holds until the request is finished, also over
+    preemption.
     """
 
     def __init__(self, sasa: dict[str, Any], metrics: Metrics) -> None:
@@ -41,13 +41,13 @@ class Gate:
             logger.warning("the gate of this model only observes: prompts are judged, and none is refused.")
         self.stage = "refuse" if ONLY_READ else None  # of the proof (proof.py), or None where the gate serves
         self.requests: dict[str, Request] = {}
-        self.said: set[str] = set()  # the requests to which the last step said the refusal
+        self.said: set[str] = set()  # requests that got a token of the refusal in the last step
         self.lane: Lane | None = None
-        self.counts: dict[str, int] = {}  # of tokens by request, in the step that runs
-        self.probability: torch.Tensor | None = None  # (rows,), of the step that runs
+        self.counts: dict[str, int] = {}  # request -> its tokens in the current step
+        self.probability: torch.Tensor | None = None  # (rows,), of the current step
 
     def schedule(self, step: Any) -> None:
-        """Follow the requests of a step (vLLM's SchedulerOutput)."""
+        """Update the records from a step, vLLM's SchedulerOutput."""
         for name in step.finished_req_ids:
             self.requests.pop(name, None)
         going_on = step.scheduled_cached_reqs
@@ -55,21 +55,21 @@ class Gate:
         for new in step.scheduled_new_reqs:
             computed[new.req_id] = new.num_computed_tokens
             known = self.requests.get(new.req_id)
-            if known is None or known.prompt != new.prompt_len:  # else it comes back with its verdict
+            if known is None or known.prompt != new.prompt_len:  # else it returns from preemption with its verdict
                 self.requests[new.req_id] = self._first_seen(new)
         self.counts = step.num_scheduled_tokens
         for name, count in self.counts.items():
             self.requests[name].seen = computed[name] + count
 
     def _first_seen(self, new: Any) -> Request:
-        # The frontend refuses these with an error (requests.py). Should one come this far, it is not answered.
+        # The frontend rejects these (requests.py). Here they lose prompt_logprobs, and unfit prompts are refused.
         new.sampling_params.prompt_logprobs = new.sampling_params.prompt_logprob_token_ids = None
         unfit = new.prompt_token_ids is None or begins_answer(self.sasa, new.prompt_token_ids)
         return Request(new.prompt_len, refused=True if unfit else None)
 
     def follow(self, ends: torch.Tensor, names: list[str], positions: torch.Tensor) -> None:
-        """Keep the last tokens of each prompt, and run the lane over them where it ends. The decoder returned `ends`
-        (tokens, 4 * hidden) for these requests, in this order, at positions (tokens,) or (axes, tokens)."""
+        """Keep the last tokens of each prompt, and run the lane over them where it ends. `ends` (tokens, 4 * hidden) is
+        the decoder's output for the requests `names`, in this order, at positions (tokens,) or (axes, tokens)."""
         if self.lane is None:
             return
         states, begin, whole = ends[:, ends.shape[-1] // 4 :], 0, {}  # (tokens, 3 * hidden)
@@ -81,28 +81,28 @@ class Gate:
                 if self.lane.is_whole(known.tail, known.prompt):
                     whole[row] = known.tail
             begin += count
-        # A prompt that ends without all of its last tokens cannot be judged.
+        # NaN: a prompt that ends without all of its last tokens cannot be judged.
         self.probability = torch.full((len(names),), float("nan"), device=ends.device)  # (rows,)
         if whole:
             self.probability[list(whole)] = self.lane.judge(list(whole.values()))
 
     def refused(self, names: list[str]) -> dict[int, int]:
-        """The rows of the requests `names` that are refused, and the token of the refusal that each has to say. None,
-        where the gate observes."""
+        """Return the refused rows among the requests `names`, and the refusal's next token for each. Return none if the
+        gate observes. Raise RuntimeError if a verdict is due without P(unsafe)."""
         probability, self.probability = self.probability, None
         rows = [self.requests.get(name) for name in names]
         due = [row for row, known in enumerate(rows) if known and known.refused is None and known.seen == known.prompt]
         if due:
             if probability is None or len(probability) != len(names):
                 raise RuntimeError("the gate did not see P(unsafe) of the tokens that are sampled, so nothing is.")
-            # From the first worker, so that all of them say the same where rounding differs.
+            # All workers take the first one's value, since rounding may differ between them.
             probability = get_tp_group().broadcast(probability.contiguous(), src=0)
             for row, value in zip(due, probability[due].tolist(), strict=True):
                 self._judge(names[row], rows[row], value)
         tokens = self.sasa["refusal_token_ids"]
         wanted = {}
         for row, known in enumerate(rows):
-            said = 0 if known is None else known.seen - known.prompt  # tokens; below 0 within the prompt
+            said = 0 if known is None else known.seen - known.prompt  # tokens of the answer, below 0 within the prompt
             if known is None or known.refused or (known.refused is None and said >= 0):
                 wanted[row] = tokens[min(max(said, 0), len(tokens) - 1)]
         wanted = wanted if self.enforcing or self.stage else {}
@@ -111,7 +111,7 @@ class Gate:
 
     def _judge(self, name: str, request: Any, probability: float) -> None:
         threshold = {None: self.sasa["threshold"], "refuse": 0.0}.get(self.stage, 2.0)
-        request.refused, request.tail = not probability < threshold, None  # NaN could not be judged
+        request.refused, request.tail = not probability < threshold, None  # NaN is refused
         if self.stage is None:
             self.metrics.count(probability, request.refused, enforced=self.enforcing)
         verdict = "allowed" if not request.refused else "refused" if self.enforcing else "would be refused"
@@ -119,8 +119,8 @@ class Gate:
 
 
 class GatedSampler:
-    """The runner's sampler, with the gate before it, so that no logprob tells what would have been answered, and behind
-    it, so that nothing a request sets comes after the gate."""
+    """The runner's sampler between two steps of the gate. Before it, forced logits keep logprobs from showing the
+    withheld answer. Behind it, the refusal's token overrides all that a request may set."""
 
     def __init__(self, sampler: Any, gate: Gate, runner: Any) -> None:
         self.sampler, self.gate, self.runner = sampler, gate, runner
@@ -129,7 +129,7 @@ class GatedSampler:
         return getattr(self.sampler, name)
 
     def __call__(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Model Runner V2 hands its batch over, V1 has one, which is empty in a run on made up inputs.
+        # Model Runner V2 passes its batch; V1 keeps one, which is empty in runs on made-up inputs.
         batch = args[0] if args and hasattr(args[0], "req_ids") else self.runner.input_batch
         wanted = {} if self.gate.stage == "aside" else self.gate.refused(batch.req_ids)
         if not wanted:
@@ -144,7 +144,7 @@ class GatedSampler:
         return output
 
     def forced(self, logits: torch.Tensor, wanted: dict[int, int]) -> torch.Tensor:
-        """The logits (rows, vocabulary), those of the rows in `wanted` made to say its tokens."""
+        """Return the logits (rows, vocabulary), with rows in `wanted` forced to its tokens."""
         places = [[wanted.get(row, 0)] for row in range(len(logits))]
         refused = [[row in wanted] for row in range(len(logits))]
         token, mask = (torch.tensor(values, device=logits.device) for values in (places, refused))  # (rows, 1)

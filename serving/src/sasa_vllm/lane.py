@@ -1,7 +1,7 @@
-"""The second lane: the model's own blocks once more, over the last tokens of prompts.
+"""The second lane: the model's own blocks, run again over the last tokens of prompts.
 
-It runs where prompts end, outside of vLLM's forward: its attention is among these tokens alone, so that nothing of it
-lies in a cache that prompts share, or in a CUDA graph.
+It runs where prompts end, outside vLLM's forward. Its attention covers only these tokens, and therefore leaves
+nothing in a cache that prompts share, or in a CUDA graph.
 """
 
 import copy
@@ -18,36 +18,36 @@ from sasa_vllm.formulas import unsafe_probability
 class Tail(NamedTuple):
     """The last tokens of a prompt, as far as it was computed."""
 
-    states: Tensor  # (tokens, 3 * hidden): projected, and those of the safety and the semantic layer
+    states: Tensor  # (tokens, 3 * hidden): projection, safety layer, semantic layer
     positions: Tensor  # (tokens,), or (axes, tokens)
-    end: int  # how many tokens of the prompt were computed
+    end: int  # number of the prompt's computed tokens
 
 
 class Lane:
-    """The lane of a decoder, over `tokens` tokens, and the probe (weight and bias), which reads the states of both
-    layers too."""
+    """The second lane of a decoder over `tokens` tokens, and the probe (weight and bias). The probe also reads the
+    states of both layers."""
 
     def __init__(self, decoder: Any, indices: list[int], tokens: int, probe: tuple[Tensor, ...]) -> None:
         self.tokens, self.norm, self.probe = tokens, decoder.norm, probe
         self.blocks = [lane_block(decoder.layers[index], tokens) for index in indices]
 
     def follow(self, tail: Tail | None, states: Tensor, positions: Tensor, end: int) -> Tail:
-        """The tail of a prompt that was computed up to `end`, the last of it with these states (tokens, 3 * hidden)
-        and positions. What was kept of it before is left behind where it does not end where these begin."""
+        """Return the tail of a prompt that was computed up to `end`, now with these states (tokens, 3 * hidden) and
+        positions. The earlier tail is dropped if it does not end where they begin."""
         begin = end - len(states)
         states, positions = states[-self.tokens :], positions[..., -self.tokens :]  # (up to self.tokens, 3 * hidden)
         if tail is not None and tail.end == begin and len(states) < self.tokens:
             states = torch.cat([tail.states, states])[-self.tokens :]  # (up to self.tokens, 3 * hidden)
             positions = torch.cat([tail.positions, positions], dim=-1)[..., -self.tokens :]
-        return Tail(states.clone(), positions.clone(), end)  # their memory is the next step's
+        return Tail(states.clone(), positions.clone(), end)  # the next step reuses their memory
 
     def is_whole(self, tail: Tail, prompt: int) -> bool:
-        """Whether it holds all that the lane runs over in a prompt of so many tokens."""
+        """Return whether a tail holds all tokens that the lane runs over in a prompt of `prompt` tokens."""
         return tail.end == prompt and len(tail.states) == min(self.tokens, prompt)
 
     def judge(self, tails: list[Tail]) -> Tensor:
-        """P(unsafe) of prompts, (rows,)."""
-        rows = [(tail, self.tokens - len(tail.states)) for tail in tails]  # and padding behind, which none of it sees
+        """Return P(unsafe) of prompts, (rows,), from their tails."""
+        rows = [(tail, self.tokens - len(tail.states)) for tail in tails]  # with padding behind, which no token sees
         whole = torch.cat([pad(tail.states, (0, 0, 0, more)) for tail, more in rows])  # (rows * tokens, 3 * hidden)
         state, *layers = (part.contiguous() for part in whole.chunk(3, dim=-1))  # (rows * tokens, hidden) each
         positions = torch.cat([pad(tail.positions, (0, more)) for tail, more in rows], dim=-1)  # (..., rows * tokens)
@@ -61,7 +61,7 @@ class Lane:
 
 
 class LaneAttention(nn.Module):
-    """In the place of vLLM's Attention: each row's tokens attend to those before them in the row."""
+    """Replaces vLLM's Attention: each token attends to itself and to those before it in its row."""
 
     def __init__(self, attention: Any, tokens: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class LaneAttention(nn.Module):
         self.seen = seen if attention.sliding_window is None else seen.triu(1 - attention.sliding_window)
 
     def forward(self, *projected: Tensor) -> Tensor:
-        """What query, key and value attend to, (rows * tokens, heads * size) each."""
+        """Return the attention's output for query, key and value, (rows * tokens, heads * size) each."""
         query, key, value = (
             each.reshape(-1, self.tokens, each.shape[-1] // self.size, self.size).transpose(1, 2) for each in projected
         )  # (rows, heads, tokens, size)
@@ -82,7 +82,7 @@ class LaneAttention(nn.Module):
 
 
 def lane_block(block: Any, tokens: int) -> Any:
-    """A block that shares every module of another, and so every weight, but for its Attention."""
+    """Return a copy of a block that shares all of its modules and weights, except Attention."""
     twin, attention = copy.copy(block), copy.copy(block.self_attn)
     attention._modules = {**attention._modules, "attn": LaneAttention(attention.attn, tokens)}
     twin._modules = {**twin._modules, "self_attn": attention}

@@ -1,6 +1,6 @@
-"""How many prompts were judged and refused, and how P(unsafe) is spread, on vLLM's own /metrics.
+"""Counts of judged and refused prompts, and the distribution of P(unsafe), on vLLM's own /metrics.
 
-Verdicts fall in a worker, and /metrics is answered by another process. prometheus_client has files for that: each
+Workers give the verdicts, but another process answers /metrics. prometheus_client shares numbers through files: each
 process writes its own into one directory, and a collector adds them up.
 """
 
@@ -15,18 +15,18 @@ OURS = "SASA_VLLM_METRICS"  # "<process id of the frontend>:<directory>"
 
 
 def collect() -> None:
-    """Called in the frontend before any worker starts: let /metrics tell what workers write."""
+    """Make /metrics include the workers' numbers. The frontend calls this before any worker starts."""
     if OURS in os.environ:
         return
     directory = os.environ.get(DIRECTORY)
-    if directory is None:  # /metrics is then answered from the registry of this process
+    if directory is None:  # the registry of this process then answers /metrics
         directory = tempfile.mkdtemp(prefix="sasa-vllm-")
         REGISTRY.register(MultiProcessCollector(None, path=directory))
     os.environ[OURS] = f"{os.getpid()}:{directory}"
 
 
 class Metrics:
-    """The metrics of one worker; several workers judge the same prompts, and one of them is `reporting`."""
+    """The metrics of one worker. Several workers judge the same prompts, but only one is `reporting`."""
 
     def __init__(self, *, reporting: bool) -> None:
         self.reporting = reporting

@@ -1,4 +1,4 @@
-"""vLLM's own class of each family, whose decoder returns the projection beside the main lane."""
+"""Guarded versions of vLLM's own classes. Their decoders return the projection beside the main lane."""
 
 import functools
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from sasa_vllm.settings import HOW_TO_LOAD, check_settings, follow_refusal
 
 logger = init_logger("vllm.sasa")
 
-# Decoders in vLLM's models whose forward is the loop over blocks that `GuardedDecoder.forward` writes out.
+# vLLM decoders whose forward is the loop over blocks that `GuardedDecoder.forward` writes out.
 DECODERS = (
     "llama.LlamaModel", "mistral.MistralModel", "qwen2.Qwen2Model", "qwen3_vl.Qwen3LLMModel", "gemma3.Gemma3Model",
     "glm4.Glm4Model",
@@ -26,7 +26,7 @@ DECODERS = (
 
 
 class GuardedModel:
-    """Mixed into a family's class: it loads the probe, and answers to a gate alone."""
+    """Mixin for a family's class: it loads the probe, and answers only with a gate."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_version()
@@ -43,7 +43,7 @@ class GuardedModel:
         self.gate: Any = None
 
     def guard(self, gate: Any) -> None:
-        """Give a gate the lane. The worker calls this when all weights are loaded."""
+        """Attach a gate, and give it the lane. The worker calls this when all weights are loaded."""
         if self.probe is None:
             raise RuntimeError(f"no weights were loaded, and no probe, so this model must not answer. {HOW_TO_LOAD}")
         self.probe = tuple(tensor.to(next(self.parameters()).device) for tensor in self.probe)
@@ -67,7 +67,7 @@ class GuardedModel:
         return loaded
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The logits (rows, vocabulary) of what the decoder returns. The gate judges by it where there is no lane."""
+        """Return the logits (rows, vocabulary) of the decoder's output. Without a lane, the gate judges that output."""
         if self.probe is None or self.gate is None:
             raise RuntimeError("this model has no gate, so it must not answer. Serve it as docs/serving.md says.")
         if self.gate.lane is None:
@@ -78,16 +78,16 @@ class GuardedModel:
 
 
 class GuardedDecoder:
-    """Mixed into a decoder's class: it returns projection and tapped states beside the main lane."""
+    """Mixin for a decoder's class: it returns projection and tapped states beside the main lane."""
 
     def forward(
         self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None,
         deepstack_input_embeds: Any = None,
     ) -> Tensor:  # fmt: skip
-        """The end of the main lane, the projection, safety and semantic state, (tokens, 4 * hidden)."""
-        if self.gate.stage == "aside":  # in the proof, whose prompt has no picture. What is compiled does not ask
+        """Return the end of the main lane, the projection, safety and semantic state, (tokens, 4 * hidden)."""
+        if self.gate.stage == "aside":  # only in the proof, whose prompt has no picture. Compiled code skips this test
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds).repeat(1, 4)
-        # What Qwen3-VL adds of a picture behind its first blocks, (tokens, hidden) each.
+        # Qwen3-VL adds picture features behind its first blocks, (tokens, hidden) each.
         added = [] if deepstack_input_embeds is None else list(deepstack_input_embeds.tensors.values())
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (tokens, hidden)
         residual, taps, state = None, [], None
@@ -101,11 +101,11 @@ class GuardedDecoder:
         return torch.cat([main, state, *taps], dim=-1)
 
 
-# An operator of our own: torch's compiler reorders what it sees through, and ran the last norm before the last block.
+# Torch's compiler cannot reorder a custom operator. Without it, the last norm ran before the last block.
 @torch.library.custom_op("sasa::tap", mutates_args=())
 def tap(hidden: Tensor, residual: Tensor, safety: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What the next block gets, a block's output, and that again, or the safety layer's projected onto it, (tokens,
-    hidden) each."""
+    """Return the next block's input, this block's output and the lane's state, (tokens, hidden) each. The state is this
+    output or, given `safety`, the safety layer's output projected onto it."""
     state = hidden + residual  # (tokens, hidden)
     return hidden.clone(), state, state.clone() if safety is None else project(safety, state, epsilon)
 
@@ -114,7 +114,7 @@ tap.register_fake(lambda hidden, *_: tuple(torch.empty_like(hidden) for _ in ran
 
 
 def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any, gate: Any) -> Lane | None:
-    """Let the decoder of a language model return the projection, if there is one, and give the lane for it."""
+    """Make a decoder return the projection. Return its lane, or None without one. Raise ValueError if unsupported."""
     graph = sasa["graph"]
     decoder = getattr(language_model, "model", language_model)
     name = f"{type(decoder).__module__}.{type(decoder).__name__}".removeprefix("vllm.model_executor.models.")
@@ -134,14 +134,14 @@ def guard_decoder(language_model: Any, sasa: dict[str, Any], probe: Any, gate: A
     decoder.gate, decoder.tapped = gate, tuple(indices["tap"])  # the safety layer, then the semantic one
     decoder.epsilon = next(node["epsilon"] for node in graph if node["op"] == "projection")
     decoder.__class__ = type(f"Sasa{type(decoder).__name__}", (GuardedDecoder, type(decoder)), {})
-    if not decoder.do_not_compile:  # what is compiled was chosen when the decoder was made: choose anew
+    if not decoder.do_not_compile:  # compilation was set up when the decoder was made: set it up again
         decoder.cleanup()
         TorchCompileWithNoGuardsWrapper.__init__(decoder)
     return Lane(decoder, indices["lane_block"], tokens, probe)
 
 
 def warn_of_causal_pictures(vllm_config: Any) -> None:
-    """vLLM's attention on CPUs reads the pictures of Gemma 3 in one direction, guarded or not."""
+    """Warn that vLLM's attention on CPUs reads the pictures of Gemma 3 in one direction, guarded or not."""
     if vllm_config.model_config.is_mm_prefix_lm and current_platform.is_cpu():
         logger.warning(
             "this model reads a picture in both directions, and vLLM on a CPU does not: answers to pictures, and their "
@@ -151,7 +151,7 @@ def warn_of_causal_pictures(vllm_config: Any) -> None:
 
 @functools.cache
 def __getattr__(name: str) -> type:
-    """vLLM's class of a family, guarded, by the name that config.py registers it under."""
+    """Return vLLM's class of a family, guarded, by the name that config.py registers. Else raise AttributeError."""
     stock_name = name.removeprefix("Sasa")
     if stock_name.removesuffix(GENERATES) not in FAMILIES:
         raise AttributeError(name)

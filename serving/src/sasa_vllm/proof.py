@@ -1,4 +1,4 @@
-"""On a vLLM whose source was read and which never ran, an engine proves its gate before it serves."""
+"""Makes an engine prove its gate before it serves, on vLLM versions whose source was read but which never ran."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ STAGES = ("aside", "allow", "refuse")  # of the gate: it does nothing, allows ev
 def prove(initialize: Callable, engine: Any) -> None:
     """Ask a made-up prompt at each stage of the gate, through the engine's own scheduler and workers.
 
-    Runs once the engine has both; until then its gate refuses everything. RuntimeError unless the prompt is refused to
-    the end of the refusal, and, where it is allowed, gets the tokens that it gets with the gate aside.
+    This runs once the engine has both; until then its gate refuses everything. Raise RuntimeError unless a refused
+    prompt gets the whole refusal, and an allowed one the same tokens as with the gate aside.
     """
     initialize(engine)
     sasa = getattr(engine.vllm_config.model_config.hf_config, "sasa", None)
@@ -36,15 +36,15 @@ def prove(initialize: Callable, engine: Any) -> None:
 
 
 def set_stage(engine: Any, stage: str | None) -> None:
-    """Set the stage of the gate in each worker; None is the gate that serves."""
+    """Set the gate's stage in each worker. None means that the gate serves."""
     engine.model_executor.collective_rpc(lambda worker: setattr(worker.gate, "stage", stage))
 
 
 def answer(engine: Any, name: str, sasa: dict[str, Any]) -> list[int]:
-    """The greedy answer to the made-up prompt, as many tokens as the refusal has."""
+    """Return the greedy answer to the made-up prompt, as many tokens as the refusal has."""
     scheduler, executor, length = engine.scheduler, engine.model_executor, engine.vllm_config.model_config.max_model_len
     refusal, opening, size = sasa["refusal_token_ids"], sasa["generation_prompt_ids"], scheduler.hash_block_size
-    # It ends one token behind a block, which the prefix cache then must not spare, since the lane reads more.
+    # The prompt ends one token behind a cache block. The prefix cache must not skip that block, which the lane reads.
     words = max(0, min(1 + -len(opening) % size, length - len(opening) - len(refusal)))
     params = vllm.SamplingParams(temperature=0.0, max_tokens=len(refusal))
     request = Request(name, [*(refusal[:-1] * size)[:words], *opening], params, None)

@@ -1,4 +1,4 @@
-"""Requests that could only be answered wrongly are refused with an error that says why."""
+"""Rejects requests that the gate cannot guard, with an error that says why."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 
 def register() -> None:
-    """Check what vLLM's frontend makes of each request of a guarded model."""
+    """Check each request of a guarded model after vLLM's frontend has processed it."""
     wrap(InputProcessor, "process_inputs", process_inputs)
 
 
@@ -22,7 +22,7 @@ def process_inputs(process: Callable, processor: Any, *args: Any, **kwargs: Any)
 
 
 def wrap(owner: Any, name: str, around: Callable) -> None:
-    """Let `around(method, self, ...)` stand in the place of a method, once."""
+    """Replace a method by `around(method, self, ...)`. A second call for the same method does nothing."""
     method = getattr(owner, name)
     if not hasattr(method, "wrapped_by_sasa"):
         wrapped = functools.wraps(method)(lambda *args, **kwargs: around(method, *args, **kwargs))
@@ -31,7 +31,7 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
 
 
 def check_request(sasa: dict[str, Any], request: Any) -> None:
-    """Raise VLLMValidationError, which a server answers with status 400."""
+    """Raise VLLMValidationError for a request that the gate cannot judge. A server answers with status 400."""
     params, reason = request.sampling_params, None
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         reason = "a prompt of embeddings cannot be judged. Send text or token ids"
@@ -49,8 +49,8 @@ def check_request(sasa: dict[str, Any], request: Any) -> None:
 
 
 def begins_answer(sasa: dict[str, Any], prompt: list[int]) -> bool:
-    """Whether a prompt goes on behind its last generation prompt without a token that ends a turn, or leaves a turn
-    open that begins with the first token of a generation prompt."""
+    """Return whether a prompt begins the answer or leaves a turn open. It begins the answer where tokens, but none that
+    ends a turn, follow its last generation prompt. An open turn starts with a generation prompt's first token."""
     opening, turns = sasa["generation_prompt_ids"], set(sasa["turn_token_ids"])
     openings = [ids for ids in (opening, *sasa.get("other_generation_prompt_ids", ())) if ids]
     for end in range(len(prompt), 0, -1):

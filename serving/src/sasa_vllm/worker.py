@@ -1,4 +1,4 @@
-"""vLLM's worker for the platform, with the gate around its sampler."""
+"""vLLM's worker for this platform, with the gate around its sampler."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ else:
 
 
 class GuardedWorker(Worker):
-    """`sasa_vllm.config` picks it for guarded models. Its steps are those of Model Runner V1 or V2, as vLLM picks."""
+    """The worker that `sasa_vllm.config` picks for guarded models. It runs Model Runner V1 or V2, as vLLM picks."""
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -32,7 +32,7 @@ class GuardedWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         done = super().compile_or_warm_up_model()
-        self.gate.metrics = Metrics(reporting=self.rank == 0)  # not before: V2 warms up by requests that it makes up
+        self.gate.metrics = Metrics(reporting=self.rank == 0)  # only now, since V2 warms up with made-up requests
         return done
 
     def execute_model(self, scheduler_output: Any) -> Any:
