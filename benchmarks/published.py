@@ -22,16 +22,16 @@ import numpy as np
 import pandas as pd
 from side_by_side import made_of
 
+from sasa_export.backends import running_as
 from sasa_export.errors import EvaluateError, SasaExportError
 from sasa_export.gate import GateSpec
 from sasa_export.graph import LayerGraph
 from sasa_export.graph.rewrite import rewrite_lane
 from sasa_export.models.wheels import Wheel, fetch
-from sasa_export.original import running_as
 from sasa_export.probe.calibration import Fitted, calibrate
 from sasa_export.probe.features import collect
+from sasa_export.probe.file import PROBE_WEIGHT, read_probe
 from sasa_export.probe.fit import probability
-from sasa_export.probe.given import PROBE_WEIGHT, read_probe
 from sasa_export.probe.intervals import auc_of, mean_of, share
 from sasa_export.prompts import Prompt, check_disjoint, for_model, load, long_texts
 from sasa_export.prompts.prompt import batches
@@ -316,8 +316,9 @@ def measured(model: Path, folder: Path, limit: int | None, dtype: str, report: C
     """The whole report."""
     from jinja2 import StrictUndefined, Template
 
+    from sasa_export.backends.torch_model import TorchModel
     from sasa_export.models.load import load_model
-    from sasa_export.research.evaluate.models import TorchModel, load_patched
+    from sasa_export.research.evaluate.models import load_patched
 
     subject = open_subject(EvaluateOptions(model=model, out=folder / "report", dtype=dtype), report)
     if subject.graphs is not None:

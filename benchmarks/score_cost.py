@@ -25,7 +25,7 @@ from side_by_side import Row, Settings, markdown, write_page
 from sasa_export.manifest import MANIFEST
 from sasa_export.models import open_source
 from sasa_export.models.load import load_model, load_processor, place
-from sasa_export.prompts import Prompt, builtin, for_model, load
+from sasa_export.prompts import builtin, for_model, load
 from sasa_export.prompts.prompt import batches, encode
 from sasa_export.prompts.shares import spaced
 from sasa_export.report import quiet
@@ -73,11 +73,7 @@ def plain_passes(model: str, data: Path, size: int) -> None:
 def judged(directory: Path, data: Path) -> np.ndarray:
     """P(unsafe) of each prompt alone, (prompts,), as a user of the patched model asks for it."""
     patched = load_patched(directory, "auto", "cpu")
-
-    def one(prompt: Prompt) -> float:
-        return float(patched.model.judge(**encode(patched.processor, [prompt])).item())
-
-    return np.array([one(prompt) for prompt in load(str(data), labelled=False)])
+    return np.array([patched.judge([prompt])[0] for prompt in load(str(data), labelled=False)])
 
 
 def compared(directory: Path, made: str, data: Path, size: int, rounds: int) -> tuple[Scored, pd.DataFrame]:

@@ -1,25 +1,30 @@
 """Tests of patched directories in stock mlx-vlm, without torch: `reference.py` has made them in another environment."""
 
+import base64
+import contextlib
 import functools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import mlx.core as mx
 import pytest
 from mlx_vlm import load
 from mlx_vlm.generate import generate_step
+from mlx_vlm.generate.ar import BatchGenerator
 from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
 
 MADE = Path(os.environ.get("SASA_MLX_MADE", Path(__file__).parents[1] / "build" / "mlx"))
-FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @functools.cache
@@ -28,11 +33,8 @@ def made(name: str) -> SimpleNamespace:
     folder = MADE / name
     model, processor = load(str(folder / "patched"))
     prompts = json.loads((folder / "reference.json").read_text())
-    return SimpleNamespace(folder=folder, model=model, processor=processor, prompts=prompts, sasa=sasa_of(model))
-
-
-def sasa_of(model: Any) -> dict[str, Any]:
-    return model.language_model._sasa
+    sasa = model.language_model._sasa
+    return SimpleNamespace(folder=folder, model=model, processor=processor, prompts=prompts, sasa=sasa)
 
 
 def inputs(given: Any, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -51,32 +53,70 @@ def say(model: Any, fed: dict[str, Any], count: int = 16, **options: Any) -> lis
     ids, pixels, mask = (fed.pop(name) for name in ("input_ids", "pixel_values", "mask"))
     for token, _ in generate_step(ids, model, pixels, mask, max_tokens=count, **fed, **options):
         said.append(int(token))
-        if token == sasa_of(model)["refusal_token_ids"][-1]:
+        if token == model.language_model._sasa["refusal_token_ids"][-1]:
             break
     return said
 
 
-class Verdicts(logging.Handler):
-    """What the logger `sasa` was told since `clear`."""
+def embedded(model: Any, ids: list[int]) -> dict[str, Any]:
+    """A text as the language model is handed it beside its ids."""
+    given = model.get_input_embeddings(mx.array([ids]), None).to_dict()
+    return {name: value for name, value in given.items() if value is not None}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Any] = []
 
-    def emit(self, record: Any) -> None:
-        self.found.append(record)
+def batch(loaded: Any, prompts: list[list[int]], count: int, processors: Any = None, **options: Any) -> list[list[int]]:
+    """Answers of up to `count` tokens to texts in batches, by mlx-vlm's BatchGenerator and its `options`."""
+    generator = BatchGenerator(
+        loaded.model.language_model, loaded.processor, stop_tokens={loaded.sasa["refusal_token_ids"][-1]}, **options
+    )
+    more = {"logits_processors": [processors] * len(prompts)} if processors else {}
+    given = [embedded(loaded.model, ids) for ids in prompts]
+    said: dict[int, list[int]] = {row: [] for row in generator.insert(prompts, count, prompt_kwargs=given, **more)}
+    while generator.has_work:
+        for response in generator.next()[1]:
+            said[response.uid].append(response.token)
+    return list(said.values())
 
-    def last(self) -> float:
-        return self.found[-1].probability
+
+@contextlib.contextmanager
+def serving(model: str, *options: str) -> Iterator[Callable[..., str]]:
+    """mlx-vlm's server in a process of its own. The value asks for 16 tokens on words, and a picture if any."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "mlx_vlm.server", "--model", model, "--port", url.rpartition(":")[2], *options]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(words: str, picture: str | None = None, **more: Any) -> str:
+        content: list[dict[str, Any]] = [{"type": "text", "text": words}]
+        if picture:
+            shown = base64.b64encode(Path(picture).read_bytes()).decode()
+            content.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{shown}"}})
+        said = [{"role": "user", "content": content}]
+        body = {"model": model, "max_tokens": 16, "temperature": 0, "messages": said, **more}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return str(json.load(answer)["choices"][0]["message"]["content"])
+
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                break
+            time.sleep(0.5)
+        yield ask
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture()
-def verdicts() -> Iterator[Verdicts]:
-    handler, logger = Verdicts(), logging.getLogger("sasa")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield handler
-    logger.removeHandler(handler)
+def verdicts(caplog: pytest.LogCaptureFixture) -> Any:
+    """What the logger `sasa` was told, when it is called; `clear` forgets it."""
+    caplog.set_level(logging.INFO, logger="sasa")
+    found: Any = lambda: [record for record in caplog.records if record.name == "sasa"]  # noqa: E731
+    found.clear = caplog.clear
+    return found
 
 
 @pytest.fixture()

@@ -19,8 +19,6 @@ from sasa_export import Options, patch
 from sasa_export.models.smol_llava import pieces
 from sasa_export.prompts.render import render
 
-TOKENS = 16
-
 
 def main(out: Path) -> None:
     if (out / "reference.json").exists():
@@ -42,7 +40,7 @@ def main(out: Path) -> None:
                 dict(processor.apply_chat_template([chat], add_generation_prompt=True, **options)) for chat in both
             )
             with torch.no_grad():
-                answer = model.generate(**before, max_new_tokens=TOKENS, do_sample=False)
+                answer = model.generate(**before, max_new_tokens=16, do_sample=False)
             found = float(model.judge(**before))
             prompts.append({
                 "text": texts[0], "words": said["text"], "picture": name, "ids": before["input_ids"][0].tolist(),

@@ -2,22 +2,21 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
-from conftest import MADE, Verdicts, inputs, made, say
-from server import serving
+from conftest import MADE, inputs, made, say, serving
 
 REFUSAL = "I'm sorry, but I cannot help with that request."
-NEAR = 1e-3
 pytestmark = pytest.mark.slow
 
 
-def test_python(verdicts: Verdicts) -> None:
+def test_python(verdicts: Any) -> None:
     loaded = made("smol")
     for prompt in loaded.prompts:
         said = say(loaded.model, inputs(loaded, prompt), 16)
-        assert abs(verdicts.last() - prompt["probability"]) < NEAR
-        assert verdicts.found[-1].verdict == ("refused" if prompt["refused"] else "allowed")
+        assert abs(verdicts()[-1].probability - prompt["probability"]) < 1e-3
+        assert verdicts()[-1].verdict == ("refused" if prompt["refused"] else "allowed")
         assert said == prompt["answer"]
 
 

@@ -11,15 +11,12 @@ from typing import Any
 import mlx.core as mx
 import mlx_vlm
 import pytest
-from conftest import MADE, Verdicts, edit, inputs, made, say
+from conftest import MADE, batch, edit, inputs, made, say, serving
 from mlx_vlm import convert, load
 from mlx_vlm.apc import APCManager, DiskBlockStore
-from mlx_vlm.generate.ar import BatchGenerator
 from mlx_vlm.generate.dispatch import stream_generate
 from mlx_vlm.models.cache import KVCache, QuantizedKVCache
-from server import serving
 
-Prompt = dict[str, Any]
 LLAVA = made("llava")
 REFUSAL = LLAVA.sasa["refusal_token_ids"]
 REFUSED = next(prompt for prompt in LLAVA.prompts if prompt["refused"] and prompt["text"] and not prompt["picture"])
@@ -32,15 +29,13 @@ KEPT: dict[str, dict[str, Any]] = {
     "max_kv_size": {"max_kv_size": 4},
     "kv_bits": {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0},
     "kv_bits, turboquant": {"kv_bits": 4, "kv_quant_scheme": "turboquant", "quantized_kv_start": 0},
-    "pieces of one token": {"prefill_step_size": 1},
-    "no pieces": {"prefill_step_size": None},
 }
 
 
 @pytest.mark.parametrize("way", KEPT)
-def test_the_refusal_stays_whole(way: str, verdicts: Verdicts) -> None:
+def test_the_refusal_stays_whole(way: str, verdicts: Any) -> None:
     assert say(LLAVA.model, inputs(LLAVA, REFUSED), **KEPT[way]) == REFUSAL
-    assert abs(verdicts.last() - REFUSED["probability"]) < (0.05 if "kv_bits" in way else 2e-5)
+    assert abs(verdicts()[-1].probability - REFUSED["probability"]) < (0.05 if "kv_bits" in way else 2e-5)
 
 
 def test_the_ledger_is_never_quantized() -> None:
@@ -60,45 +55,28 @@ def test_a_processor_that_forbids_the_refusal_is_an_error() -> None:
         say(LLAVA.model, inputs(LLAVA, REFUSED), logits_processors=[forbid])
 
 
-def batch(prompts: list[Prompt], processors: Any = None, count: int = 6) -> list[list[int]]:
-    """Answers of a batch."""
-    model = LLAVA.model
-    generator = BatchGenerator(model.language_model, LLAVA.processor, stop_tokens={REFUSAL[-1]})
-    given = [model.get_input_embeddings(mx.array([prompt["ids"]]), None).to_dict() for prompt in prompts]
-    given = [{name: value for name, value in row.items() if value is not None} for row in given]
-    more = {} if processors is None else {"logits_processors": [processors] * len(prompts)}
-    rows = generator.insert([prompt["ids"] for prompt in prompts], count, prompt_kwargs=given, **more)
-    said: dict[int, list[int]] = {row: [] for row in rows}
-    while generator.has_work:
-        for response in generator.next()[1]:
-            said[response.uid].append(response.token)
-    return [said[row] for row in rows]
-
-
 def test_in_a_batch_what_such_a_processor_leaves_tells_nothing_of_the_model() -> None:
     """Nor does it end the other rows."""
-    texts = [prompt for prompt in LLAVA.prompts if not prompt["picture"]]
-    refused = [prompt for prompt in texts if prompt["refused"]]
-    others = [{**prompt, "ids": [prompt["ids"][0], *prompt["ids"]]} for prompt in refused]
-    said = batch([*refused[:2], *others[:1], ALLOWED], [forbid])
+    one, other, *_ = (prompt["ids"] for prompt in LLAVA.prompts if not prompt["picture"] and prompt["refused"])
+    said = batch(LLAVA, [one, other, [one[0], *one], ALLOWED["ids"]], 6, [forbid])
     assert said[0] == said[1] == said[2] and set(said[0]) == {9} and said[3] != said[0]
 
 
-def test_a_begun_answer_is_refused_and_allowed_where_the_operator_says_so(copied: Path, verdicts: Verdicts) -> None:
+def test_a_begun_answer_is_refused_and_allowed_where_the_operator_says_so(copied: Path, verdicts: Any) -> None:
     begun = {**ALLOWED, "text": None, "ids": [*ALLOWED["ids"], *ALLOWED["ids"][1:3]]}
     for size in (1, 2, 512):
         assert say(LLAVA.model, inputs(LLAVA, begun), prefill_step_size=size) == REFUSAL
-        assert "begins the answer" in verdicts.found[-1].getMessage()
-    assert batch([begun, ALLOWED], count=len(REFUSAL))[0] == REFUSAL
+        assert "begins the answer" in verdicts()[-1].getMessage()
+    assert batch(LLAVA, [begun["ids"], ALLOWED["ids"]], len(REFUSAL))[0] == REFUSAL
     model, _ = load(str(edit(copied, begun_answers="allow")))
-    verdicts.found.clear()
+    verdicts.clear()
     assert say(model, inputs(LLAVA, begun), 4) != REFUSAL[:4]
-    assert [record.verdict for record in verdicts.found] == ["allowed"]
+    assert [record.verdict for record in verdicts()] == ["allowed"]
 
 
-def test_what_the_operator_sets_is_followed(copied: Path, verdicts: Verdicts) -> None:
+def test_what_the_operator_sets_is_followed(copied: Path, verdicts: Any) -> None:
     model, _ = load(str(edit(copied, gate="observe", refusal="No, that is not for me.")))
-    assert say(model, inputs(LLAVA, REFUSED), 4) != REFUSAL[:4] and verdicts.found[-1].verdict == "would be refused"
+    assert say(model, inputs(LLAVA, REFUSED), 4) != REFUSAL[:4] and verdicts()[-1].verdict == "would be refused"
     model, processor = load(str(edit(copied, gate="enforce")))
     assert processor.tokenizer.decode(say(model, inputs(LLAVA, REFUSED))[:-1]) == "No, that is not for me."
     with pytest.raises(ValueError, match="threshold"):
@@ -131,17 +109,17 @@ def test_adapters_do_not_load(tmp_path: Path) -> None:
         load(str(MADE / "llava" / "patched"), adapter_path=str(tmp_path))
 
 
-def test_a_converted_directory_is_noticed(copied: Path, tmp_path: Path, verdicts: Verdicts) -> None:
+def test_a_converted_directory_is_noticed(copied: Path, tmp_path: Path, verdicts: Any) -> None:
     """By the known prompts, as four bits change P(unsafe) of these random weights by far."""
     texts = [prompt for prompt in LLAVA.prompts if not prompt["picture"]]
     known = [{"ids": " ".join(map(str, text["ids"])), "unsafe_probability": text["probability"]} for text in texts]
     edit(copied, known=known)
     load(str(copied))
-    assert not verdicts.found
+    assert not verdicts()
     out = tmp_path / "converted"
     convert(str(copied), str(out), quantize=True, q_bits=2, q_group_size=32)
     load(str(out))
-    assert "known prompts has moved" in verdicts.found[-1].getMessage()
+    assert "known prompts has moved" in verdicts()[-1].getMessage()
     edit(out, known=[{**entry, "unsafe_probability": 1 - entry["unsafe_probability"]} for entry in known])
     with pytest.raises(ValueError, match="known prompts has moved"):
         load(str(out))
@@ -182,7 +160,7 @@ def test_under_its_own_type_it_needs_the_file_and_relabelled_it_does_not(copied:
 
 
 @pytest.mark.parametrize("disk", [False, True])
-def test_the_prefix_cache(disk: bool, tmp_path: Path, verdicts: Verdicts) -> None:
+def test_the_prefix_cache(disk: bool, tmp_path: Path, verdicts: Any) -> None:
     """Where a prompt's beginning is taken from it, the ledger comes back with the rest; from the disk nothing does."""
     hits = []
     for run in range(2):
@@ -193,7 +171,7 @@ def test_the_prefix_cache(disk: bool, tmp_path: Path, verdicts: Verdicts) -> Non
             options = {"max_tokens": 4, "apc_manager": manager, "temperature": 0.0}
             chunks = stream_generate(LLAVA.model, LLAVA.processor, prompt["text"], **options)
             assert [chunk.token for chunk in chunks][:4] == prompt["answer"][:4]
-            assert abs(verdicts.last() - prompt["probability"]) < 2e-5
+            assert abs(verdicts()[-1].probability - prompt["probability"]) < 2e-5
         hits.append(manager.stats.matched_tokens)
         manager.close()
     assert (hits[1] > 0) == (not disk), hits

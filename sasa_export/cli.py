@@ -2,12 +2,10 @@
 
 import signal
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from sasa_export.errors import SasaExportError
 from sasa_export.flags import flags
@@ -15,25 +13,9 @@ from sasa_export.options import COUNT, LANE_TOKENS, REACH, Options
 from sasa_export.report import Console, quiet
 from sasa_export.research.options import EvaluateOptions, LocateOptions
 
-EVERY = f"{__name__}.every"  # set in the context while --help-all prints
-
 
 class Main(click.Group):
-    """A group that shows the common options (or, for --help-all, all) and prints our errors in one line."""
-
-    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        settings: dict[str, Any] = {entry.name: entry.metadata for entry in fields(Options)}
-        every = context.meta.get(EVERY, False)
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(context):
-            about = settings.get(parameter.name or "", {"group": "Other", "common": True})
-            record = parameter.get_help_record(context)
-            if record is not None and (every or about["common"]):
-                groups.setdefault(about["group"] if every else "Common options", []).append(record)
-        for heading, records in groups.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
-        self.format_commands(context, formatter)
+    """A group that prints our errors in one line."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         # SIGTERM raises SystemExit, so that context managers remove unfinished output.
@@ -54,7 +36,9 @@ class Main(click.Group):
 def help_all(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     """Print the help with all options, then exit."""
     if value:
-        context.meta[EVERY] = True
+        for option in context.command.params:
+            if isinstance(option, click.Option):
+                option.hidden = False
         click.echo(context.get_help())
         context.exit()
 
@@ -77,13 +61,6 @@ def main(context: click.Context, /, **values: Any) -> None:
     prompts, and answers all others exactly as the original model.
     """
     if context.invoked_subcommand is not None:
-        for parameter in main.params:
-            if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
-                command = context.invoked_subcommand
-                raise click.UsageError(
-                    f"{parameter.opts[0]} stands before '{command}' and would have no effect. Put the command first: "
-                    f"sasa-export {command} ... (its own options: sasa-export {command} --help)."
-                )
         return
     for name in ("model", "out"):
         if values[name] is None:
@@ -102,10 +79,10 @@ def main(context: click.Context, /, **values: Any) -> None:
 def trace(model: str, safety_layer: int | None, semantic_layer: int | None, lane_tokens: int) -> None:
     """Draw a decoder before and after the rewrite (Mermaid)."""
     quiet()
+    from sasa_export.backends import open_original
     from sasa_export.graph.diagram import mermaid
     from sasa_export.graph.rewrite import LaneSettings, rewrite
     from sasa_export.models import layers_of
-    from sasa_export.original import open_original
 
     original = open_original(Options(model=model))
     graph, sizes = original.graph, original.sizes

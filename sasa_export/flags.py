@@ -36,20 +36,17 @@ class WordOr(click.ParamType):
             self.fail(f"{error.message.rstrip('.')}, nor {self.word}.", param, ctx)
 
 
-def option(
-    default: Any, help: str, type: Any = click.STRING, *, group: str = "Options", common: bool = False, **more: Any
-) -> Any:
+def option(default: Any, help: str, type: Any = click.STRING, **more: Any) -> Any:
     """Return a field for a dataclass of options.
 
     Args:
         type: the Click type that converts and checks values. Ignored where the default is a bool.
-        group: the heading in --help-all; `common`: whether --help shows it too.
-        more: further arguments of click.option: `multiple`, `required`.
+        more: further arguments of click.option: `multiple`, `required`, `hidden`.
     """
-    more = {"is_flag": True} if isinstance(default, bool) else {"type": type, **more}
+    more |= {"is_flag": True} if isinstance(default, bool) else {"type": type}
     if default is not None and not {"required", "multiple", "is_flag"} & set(more):
         more |= {"default": default, "show_default": True}
-    return field(default=default, metadata={"help": help, "group": group, "common": common, "click": more})
+    return field(default=default, metadata={"help": help, "click": more})
 
 
 def flag(name: str) -> str:

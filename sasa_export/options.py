@@ -32,13 +32,7 @@ DEVICE = (
     "room for the model."
 )
 
-# The headings in --help-all.
-what = partial(option, group="What")
-layers = partial(option, group="Layers")
-probing = partial(option, group="Probe")
-onnx = partial(option, group="ONNX")
-running = partial(option, group="Running")
-
+rare = partial(option, hidden=True)  # only --help-all shows these
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1)
 LAYER = WordOr(AUTO, click.INT)
@@ -52,107 +46,94 @@ LANE_TOKENS = (
 class Options(OptionSet):
     """The options of `patch`."""
 
-    model: str = what("", "Alias, hub id (owner/name) or local directory.", common=True, required=True)
-    out: Path = what(Path(), "Directory to write the patched model to.", PATH, common=True, required=True)
-    force: bool = what(
-        False, "Replace what an earlier export wrote to --out, and discard other unfinished work.", common=True
-    )
-    link: bool = what(
+    model: str = option("", "Alias, hub id (owner/name) or local directory.", required=True)
+    out: Path = option(Path(), "Directory to write the patched model to.", PATH, required=True)
+    force: bool = option(False, "Replace what an earlier export wrote to --out, and discard other unfinished work.")
+    link: bool = rare(
         False,
         "Hard-link the original shards instead of copying them: no time, no space. Whoever later writes into "
         "one of the two directories in place then changes both.",
     )
-    onnx_file: tuple[str, ...] = what((), ONNX_FILE, multiple=True)
-    revision: str | None = what(None, REVISION)
+    onnx_file: tuple[str, ...] = rare((), ONNX_FILE, multiple=True)
+    revision: str | None = rare(None, REVISION)
 
-    safety_layer: int | str | None = layers(
+    safety_layer: int | str | None = option(
         None,
         "Zero-based block whose output is projected, or auto: found on the calibration prompts, as the other layer "
         "is unless it is given. Default: what the family's file says.",
         LAYER,
-        common=True,
     )
-    semantic_layer: int | str | None = layers(
+    semantic_layer: int | str | None = option(
         None,
         "Zero-based block onto whose output it is projected, or auto. Default: likewise.",
         LAYER,
-        common=True,
     )
-    projection: str = layers(
+    projection: str = rare(
         "semantic",
         "semantic: the safety layer's output is projected onto the semantic layer's, and a second lane runs on it. "
         "none: the probe reads the end of the main lane, which costs nothing more.",
         click.Choice(("semantic", "none")),
     )
-    lane_tokens: int = layers(REACH, LANE_TOKENS, COUNT)
+    lane_tokens: int = rare(REACH, LANE_TOKENS, COUNT)
 
-    calibration: tuple[str, ...] = probing(
+    calibration: tuple[str, ...] = option(
         (),
         'Labelled prompts, a JSON object a line: {"image": path or null, "prompt": text, "label": 0 or 1}. Or a data '
         "set of the field as name:PATH, options behind commas: mm-safetybench, figstep, vlguard, jailbreakv, xstest. "
         "Give it several times to combine them; builtin is the built-in set, which is the default.",
-        common=True,
         multiple=True,
     )
-    probe: Path | None = probing(
-        None, "A probe of your own (sasa.probe.weight, sasa.probe.bias): no calibration.", PATH, common=True
-    )
-    threshold: float | None = probing(
+    probe: Path | None = option(None, "A probe of your own (sasa.probe.weight, sasa.probe.bias): no calibration.", PATH)
+    threshold: float | None = option(
         None,
         "Refuse from this P(unsafe) on. Default: from the calibration, or 0.5 with --probe.",
         Number(0, 1, min_open=True, max_open=True),
-        common=True,
     )
-    max_false_positive_rate: float = probing(
+    max_false_positive_rate: float = option(
         0.02,
         "Largest share of ordinary harmless calibration prompts that the threshold may refuse.",
         Number(0, 1, max_open=True),
-        common=True,
     )
-    regularization: float | str = probing(
+    regularization: float | str = rare(
         "auto",
         "The probe's C in scikit-learn, its inverse strength of regularization: a number (the paper's is 1), or "
         "auto, by cross-validation.",
         WordOr(AUTO, Number(0, inf, min_open=True, max_open=True)),
     )
-    refusal: str = probing(REFUSAL, "What the model says when it refuses.", common=True)
-    gate: str = probing(
+    refusal: str = option(REFUSAL, "What the model says when it refuses.")
+    gate: str = option(
         "enforce",
         "enforce: refuse. observe: judge, report P(unsafe) and refuse nothing. config.json changes it later; graphs "
         "of ONNX are exported again.",
         click.Choice(GATES),
-        common=True,
     )
 
-    format: str = onnx(
+    format: str = option(
         "safetensors",
         "safetensors: a directory for transformers. onnx: one that ONNX runtimes load as any other model. both: "
         "safetensors/ and onnx/ below --out.",
         click.Choice(("safetensors", "onnx", "both")),
-        common=True,
     )
-    opset: int = onnx(
+    opset: int = rare(
         23,
         "Operator set: 23 keeps attention, rotary embedding and RMS norm as single operators; 20 loads in older "
         "runtimes.",
         click.Choice(OPSETS),
     )
-    onnx_dtype: str = onnx(
+    onnx_dtype: str = option(
         "float32",
         "Type of the graphs. int8 and int4 are of the weights alone. The gate computes in float32 in all of them.",
         click.Choice(ONNX_DTYPES),
-        common=True,
     )
 
-    batch_size: int = running(16, "Prompts at a time in calibration.", COUNT)
-    device: str = running("auto", f"Where the model runs: {DEVICE}", common=True)
-    dtype: str = running("auto", "Type the model runs in while it is calibrated and verified.", click.Choice(DTYPES))
-    verify: str = running(
+    batch_size: int = rare(16, "Prompts at a time in calibration.", COUNT)
+    device: str = option("auto", f"Where the model runs: {DEVICE}")
+    dtype: str = rare("auto", "Type the model runs in while it is calibrated and verified.", click.Choice(DTYPES))
+    verify: str = option(
         "full",
         "full: load what was written in a fresh process and compare it with the original. files: check what "
         "needs no model in memory, for models larger than the machine.",
         click.Choice(("full", "files")),
-        common=True,
     )
 
     def finds_layers(self) -> bool:

@@ -47,20 +47,20 @@ class Console(Silent):
 
     def __init__(self) -> None:
         from rich.console import Console as RichConsole
-        from rich.markup import escape
 
-        self.escape = escape
-        self.console: Any = RichConsole(stderr=True, highlight=False)
+        self.console: Any = RichConsole(stderr=True, highlight=False, markup=False)
 
     def step(self, stage: str, text: str) -> None:
-        self.console.print(f"[bold]{stage:<10}[/bold]{self.escape(text)}", soft_wrap=True)
+        self.console.print(f"{stage:<10}", style="bold", end="")
+        self.console.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]{'warning':<10}{self.escape(text)}[/yellow]", soft_wrap=True)
+        self.console.print(f"{'warning':<10}{text}", style="yellow", soft_wrap=True)
 
     def check(self, passed: bool | None, name: str, detail: str) -> None:
-        mark = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "[yellow]–[/yellow]"}[passed]
-        self.console.print(f"{'':<10}{mark} {self.escape(name)}: {self.escape(detail)}", soft_wrap=True)
+        mark, style = {True: ("✓", "green"), False: ("✗", "red"), None: ("–", "yellow")}[passed]
+        self.console.print(f"{'':<10}{mark} ", style=style, end="")
+        self.console.print(f"{name}: {detail}", soft_wrap=True)
 
     @contextmanager
     def bar(self, total: int, label: str) -> Iterator[Callable[[int], None]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,11 +90,6 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
     command = [sys.executable, "-m", "sasa_export", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=offline(), timeout=120)
-
-
-def heeding_ctrl_c() -> None:
-    """For a process of its own: a suite that a shell runs in the background has SIGINT ignored, and hands that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def offline() -> dict[str, str]:

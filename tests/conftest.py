@@ -32,7 +32,7 @@ from sasa_export.graph import LayerGraph  # noqa: E402
 from sasa_export.models import open_source  # noqa: E402
 from sasa_export.models.contents import read_object  # noqa: E402
 from sasa_export.options import REACH  # noqa: E402
-from sasa_export.probe.given import read_probe  # noqa: E402
+from sasa_export.probe.file import read_probe  # noqa: E402
 from sasa_export.report import Silent  # noqa: E402
 from sasa_export.writers.directory import Patch  # noqa: E402
 

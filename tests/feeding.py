@@ -110,14 +110,6 @@ class Loop:
         self.types = None if self.types is None else self.types[:, :length]
         return self
 
-    def pick(self, rows: Tensor) -> "Loop":
-        """Keep these rows of the batch, in this order, some perhaps several times."""
-        assert self.mask is not None and self.next is not None
-        self.cache.batch_select_indices(rows)
-        self.mask, self.next, self.logits = self.mask[rows], self.next[..., rows, :], self.logits[rows]
-        self.types = None if self.types is None else self.types[rows]
-        return self
-
 
 def feed(guarded: Guard, inputs: dict[str, Any], ends: list[int]) -> Any:
     """Feed a prompt to a guarded model in pieces that end at `ends`. Returns the last call's output."""

@@ -14,11 +14,13 @@ from conftest import Guard
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sasa_export.models.family import onnx_recipes
+
 Arrays = dict[str, NDArray[Any]]
 TOLERANCE = 1e-4  # of logits and P(unsafe), beside torch
 STEPS = 15  # beyond the end of the refusal
 # Families that the stock transformers.js has a class for, and feeds as the original is fed.
-JAVASCRIPT = ("llava", "smolvlm", "idefics3", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "lfm2_vl")
+JAVASCRIPT = [kind for kind, recipe in onnx_recipes().items() if recipe.transformers_js]
 KINDS: dict[str, Any] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The rule of the verdict, as the tests of every runtime hold it to: no library of tensors is needed here."""
 
 from collections.abc import Callable
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -54,3 +55,29 @@ calls = st.lists(
     min_size=1,
     max_size=8,
 )
+
+
+def check_calls(names: Any, make: Callable[[Any], Any], fed: list[list[int]], padding: int, harmful: bool) -> None:
+    """What a runtime's arrays say of calls is what the rule says token by token, under any padding on the left.
+
+    Args: names: has its TemplateTokens, Call, find_due and follow; make: its array of numbers or flags.
+    """
+
+    def refuses(context: tuple[int, ...]) -> bool:
+        return harmful ^ (len(context) % 3 == 0)
+
+    rule, table, context = Rule(refuses), names.TemplateTokens.of(RULE), list[int]()
+    kept = [[0, 0, 0], [0, 0, 0]]  # STATE, TURN and NUMBER of earlier tokens
+    for number, tokens in enumerate(fed):
+        before = padding if number == 0 else 0
+        ids = make([[0] * before + tokens])  # (1, tokens)
+        numbers, several = table.in_ids(ids), make(before + len(tokens) > 1)
+        call = names.Call(numbers, ids != 0, make([kept[-2:]]), several, several)
+        due = names.find_due(call, table)
+        refused = due.rows & make([refuses(tuple(context + tokens[: int(due.at.item()) + 1 - before]))])
+        states, turns = names.follow(call, due, refused, table)
+        context += tokens
+        if before and len(tokens) == 1:
+            return  # a first call of padding and one token brings several
+        assert (due.rows.item(), states[0, -1].item()) == rule.feed(tokens), fed
+        kept += map(list, zip(states[0].tolist(), turns[0].tolist(), numbers[0].tolist(), strict=True))

@@ -1,11 +1,10 @@
 """Models, probes, prompts and places that tests share."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +90,6 @@ def place(tmp_path: Path) -> Path:
     path = tmp_path / "place"
     path.mkdir()
     return path
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(bytes)`: a new, empty file system of that size. Only root can make one."""
-    mounted: list[Path] = []
-
-    def make(size: int) -> Path:
-        point = tmp_path / f"disk-{len(mounted)}"
-        point.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(point)]
-        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("no file system can be mounted here")
-        mounted.append(point)
-        return point
-
-    yield make
-    for point in mounted:
-        subprocess.run(["umount", "-l", str(point)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 TOKEN = "hf_goodtoken"
-LARGE = (".safetensors", ".bin")  # kept apart, as by git-lfs
 
 
 @dataclass
@@ -68,12 +67,11 @@ def serving(hub: Hub) -> Iterator[Hub]:
             files = repository.files(commit)
             if not listing:
                 return self.send_file(files.get("/".join(rest[2:])), commit)
-            entries = [described(name, path) for name, path in files.items()]
             if rest[:1] == ["tree"]:
-                kept = ("type", "path", "size", "oid", "lfs")
-                return self.answer(200, {}, [{key: entry[key] for key in kept if key in entry} for entry in entries])
-            if "blobs" not in parse_qs(where.query):
-                entries = [{"rfilename": entry["rfilename"]} for entry in entries]
+                sizes = {name: path.stat().st_size for name, path in files.items()}
+                entries = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+                return self.answer(200, {}, entries)
+            entries = [{"rfilename": name} for name in files]
             return self.answer(200, {}, {"id": f"{owner}/{name}", "sha": commit, "siblings": entries})
 
         do_HEAD = do_GET
@@ -81,10 +79,9 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def send_file(self, path: Path | None, commit: str) -> None:
             if path is None:
                 return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-            tag = described("", path)
-            oid = tag["lfs"]["sha256"] if "lfs" in tag else tag["oid"]
-            headers = {"ETag": f'"{oid}"', "X-Repo-Commit": commit}
-            self.answer(200, headers, path.read_bytes(), ends=path.name == hub.ends_in)
+            data = path.read_bytes()
+            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit}
+            self.answer(200, headers, data, ends=path.name == hub.ends_in)
 
         def answer(self, status: int, headers: dict[str, str], content: Any = None, *, ends: bool = False) -> None:
             content = {"error": "no"} if content is None else content
@@ -108,14 +105,3 @@ def serving(hub: Hub) -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
-
-
-def described(name: str, path: Path) -> dict[str, Any]:
-    """A file as the hub lists it."""
-    data = path.read_bytes()
-    oid = hashlib.sha1(data).hexdigest()
-    entry: dict[str, Any] = {"type": "file", "path": name, "rfilename": name, "size": len(data), "oid": oid}
-    if path.suffix in LARGE:
-        digest = hashlib.sha256(data).hexdigest()
-        entry["lfs"] = {"oid": digest, "sha256": digest, "size": len(data), "pointerSize": 130}
-    return {**entry, "blobId": oid}

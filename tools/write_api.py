@@ -126,7 +126,7 @@ def commands_page() -> str:
     return jinja2.Template(COMMANDS, keep_trailing_newline=True).render(
         commands=commands,
         help=described,
-        options=lambda command: [it for it in command.params if isinstance(it, click.Option) and not it.hidden],
+        options=lambda command: [it for it in command.params if isinstance(it, click.Option)],
         argument=lambda option: "" if option.is_flag else f" `{cell(option.make_metavar(click.Context(main)))}`",
         shown=lambda option: f"`{option.default}`" if option.show_default and not option.is_flag else "",
         cell=cell,

@@ -30,20 +30,7 @@ FAMILY_TESTS = {
     "ONNX": ["test_prompts_and_steps[text-{}]", "test_prompts_and_steps[images-{}]", "test_right_padding[{}]"],
     "transformers.js": ["test_transformers_js_says_what_torch_says[{}]"],
 }
-# What a type needs beside its file under graphs/; a tiny model may stand for a checkpoint of another type.
-PADDED = "padding in a prompt's first piece, as in the original"
-NEEDS = {
-    "llama4": "masks made by the outermost module that holds the blocks; transformers 5.23, since 5.24.0 fails on it",
-    "gemma3": "types of tokens kept for the second lane",
-    "qwen3_vl": "a trace with a picture; a safety layer behind what a picture adds between blocks",
-    "qwen3_vl_moe": "as qwen3_vl",
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl", "minicpmv4_6"), PADDED),
-    "minicpmv4_7": f"{PADDED}; a trace that rounds positions",
-    "granite4_vision": "as qwen3_vl; logits that are scaled behind the head",
-    "perception_lm": "the timm package, for its tower; tried with CLIP in its place",
-    "ernie4_5_vl_moe": "types of tokens, by which its experts run, in the second lane too",
-    **dict.fromkeys(("molmo2", "kimi_k25"), "a tensor of the files that makes several of the model"),
-}
+# A tiny model may stand for a checkpoint of another type.
 STANDS_FOR = {"pixtral": "llava", "granite_vision": "llava_next"}
 FAMILIES = """\
 # The families
@@ -140,23 +127,22 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def families_page(marks: Marks) -> tuple[str, list[str]]:
     """A row for each tiny model."""
     import tiny
-    from onnx_runner import JAVASCRIPT
 
-    from sasa_export.models.family import families
-    from sasa_export.onnx.recipes import RECIPES
+    from sasa_export.models.family import families, onnx_recipes
 
-    rows, wrong, known = [], [], list(families().values())
+    rows, wrong, known, recipes = [], [], list(families().values()), onnx_recipes()
     for name in tiny.MAKERS:
         kind = STANDS_FOR.get(name, name)
         family = next(family for family in known if kind in family.model_types)
-        without = {"ONNX": kind not in RECIPES or name in STANDS_FOR, "transformers.js": name not in JAVASCRIPT}
+        recipe = None if name in STANDS_FOR else recipes.get(kind)
+        without = {"ONNX": recipe is None, "transformers.js": recipe is None or not recipe.transformers_js}
         shown = {
             test: "none" if without.get(test) else worst(marks.get(case.format(name), FAILED) for case in cases)
             for test, cases in FAMILY_TESTS.items()
         }
         aliases = ", ".join(f"`{alias}`" for alias in family.aliases if _fits(alias, name))
         title = name if kind == name else f"{kind} ({name})"
-        rows.append([title, aliases, NEEDS.get(name, "file alone"), *shown.values()])
+        rows.append([title, aliases, family.needs.get(name, "file alone"), *shown.values()])
         wrong += [f"{title}, {test}" for test, mark in shown.items() if mark == FAILED]
     refused = [(kind, family.refused) for family in known if family.refused for kind in family.model_types]
     tried = table(["model type", "aliases", "needs", *FAMILY_TESTS], rows)

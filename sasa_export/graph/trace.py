@@ -214,22 +214,14 @@ def _changes(state: Any) -> int:
 
 
 def _more(args: tuple, kwargs: dict[str, Any]) -> str:
-    """Name the inputs that the second lane cannot supply: a second positional tensor, entries of a mapping from other
+    """Name the inputs that the second lane cannot supply: a second positional input, entries of a mapping from other
     blocks, or unknown integers."""
-    second = [
-        f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-        if isinstance(value, torch.Tensor)
-        else type(value).__name__
-        for value in args[1:]
-        if value is not None
-    ]
-    left = [name for name, value in kwargs.items() if isinstance(value, Shared) and value.read]
-    numbers = [
-        name
-        for name, value in kwargs.items()
-        if isinstance(value, torch.Tensor) and "int" in str(value.dtype) and name not in KNOWN
-    ]
-    return ", ".join([*second, *left, *numbers])
+    more = [type(value).__name__ for value in args[1:] if value is not None]
+    for name, value in kwargs.items():
+        integers = isinstance(value, torch.Tensor) and "int" in str(value.dtype) and name not in KNOWN
+        if integers or (isinstance(value, Shared) and value.read):
+            more.append(name)
+    return ", ".join(more)
 
 
 def _graph(calls: dict[str, Observed], expected: list[str], family: Family) -> LayerGraph:

@@ -33,18 +33,18 @@ def choose_layers(
     A layer that `options` set is kept. The held-out prompts took no part in the choice. Raises LocateError if either
     half of the prompts is too small.
     """
-    given = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
-    pairs = possible(default_pairs(len(graph.of("block")), *given), graph.earliest_safety_layer())
+    fixed = [side if isinstance(side, int) else None for side in (options.safety_layer, options.semantic_layer)]
+    pairs = possible(default_pairs(len(graph.of("block")), *fixed), graph.earliest_safety_layer())
     choosing, held_out = halves(prompts)
     chosen_on, _ = (limited([prompts[row] for row in half], LIMIT) for half in (choosing, held_out))
     evidence = survey(chosen_on, pairs)
-    found = None
+    chosen = None
     if evidence is not None:
         proposal = propose(evidence)
         for reason in proposal.reason:
             report.step("", reason)
-        found = proposal.pair, _in_words(evidence, proposal, both=given == [None, None])
-    (safety, semantic), layers_from = workers().tell(found)  # type: ignore[misc]
+        chosen = proposal.pair, _in_words(evidence, proposal, both=fixed == [None, None])
+    (safety, semantic), layers_from = workers().tell(chosen)  # type: ignore[misc]
     report.step("locate", f"safety layer {safety}, semantic layer {semantic}")
     settings = replace(settings, safety_layer=safety, semantic_layer=semantic)
     return settings, layers_from, tuple(held_out.tolist())

@@ -32,7 +32,7 @@ from sasa_export.probe.work import Results
 from sasa_export.prompts.shares import labels_and_groups
 from sasa_export.report import Silent
 
-STRENGTH = 1e-3  # inverse strength of regularization (C), for features of unit variance
+SEPARATING = 1e-3  # C, the inverse strength of regularization, for features of unit variance
 CONTROLS = ("text_only", "image_dominant")
 WORD = re.compile(r"[^\W\d_](?:['’-]?[^\W\d_])+")
 LEAST_RISE = 0.1  # a curve that rises less has no onset
@@ -49,7 +49,7 @@ def decision_values(states: np.ndarray, labels: np.ndarray, groups: np.ndarray) 
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=500))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=SEPARATING, class_weight="balanced", max_iter=500))
     folds = GroupKFold(min(FOLDS, len(set(groups))))
     states = states.astype(np.float64)
     return cross_val_predict(model, states, labels, groups=groups, cv=folds, method="decision_function")
@@ -62,10 +62,9 @@ def separability(results: Results, blocks: int, report: Silent) -> dict[str, lis
     """
     labels, groups = labels_and_groups(results.prompts)
     channels = np.array([prompt.channel for prompt in results.prompts])
-    rows = {"all": np.full(len(labels), True)}
-    for channel in sorted(set(channels)) if len(set(channels)) > 1 else ():
-        if len(set(labels[channels == channel])) == 2:
-            rows[channel] = channels == channel
+    rows = {channel: channels == channel for channel in sorted(set(channels)) if len(set(channels)) > 1}
+    rows = {channel: of for channel, of in rows.items() if len(set(labels[of])) == 2}
+    rows["all"] = np.full(len(labels), True)
     curves: dict[str, list[Comparable]] = {name: [] for name in rows}
     with report.bar(blocks, "separate") as advance:
         for block in range(blocks):
@@ -82,8 +81,8 @@ def understanding(results: Results, blocks: int) -> dict[str, list[Comparable]] 
     if len(groups) < 2:
         return None
     states = (results.read("states", block).reshape(len(groups), 3, -1) for block in range(blocks))
-    found = [alignment(of, groups) for of in states]
-    return {name: [block[name] for block in found] for name in CONTROLS}
+    alignments = [alignment(of, groups) for of in states]
+    return {name: [block[name] for block in alignments] for name in CONTROLS}
 
 
 def alignment(states: np.ndarray, groups: np.ndarray) -> dict[str, Comparable]:
@@ -142,5 +141,5 @@ def token_texts(tokenizer: Any, size: int) -> list[str]:
     """Return the text of each of `size` tokens. Control tokens, and numbers unknown to the tokenizer, are empty."""
     special = set(tokenizer.all_special_ids)
     texts = tokenizer.batch_decode([[number] for number in range(min(size, len(tokenizer)))])
-    found = ["" if number in special else text for number, text in enumerate(texts)]
-    return found + [""] * (size - len(found))
+    texts = ["" if number in special else text for number, text in enumerate(texts)]
+    return texts + [""] * (size - len(texts))

@@ -25,36 +25,36 @@ def default_pairs(blocks: int, safety: int | None = None, semantic: int | None =
     layers, close = grid_layers(blocks), max(1, round(blocks / 16))
     if semantic is None:
         first = layers if safety is None else [safety]
-        found = {(layer, behind) for layer in first for behind in (*layers, layer + close)}
+        pairs = {(layer, later) for layer in first for later in (*layers, layer + close)}
     else:
-        found = {(before, semantic) for before in (*layers, semantic - close)}
-    inside = sorted(pair for pair in found if 0 <= pair[0] < pair[1] < blocks)
+        pairs = {(earlier, semantic) for earlier in (*layers, semantic - close)}
+    inside = sorted(pair for pair in pairs if 0 <= pair[0] < pair[1] < blocks)
     return inside or [(safety or 0, blocks - 1 if semantic is None else semantic)]
 
 
 def possible(pairs: list[Pair], earliest: int) -> list[Pair]:
     """Return the pairs whose safety layer is `earliest` or later. Raises LocateError if none is."""
-    found = [pair for pair in pairs if pair[0] >= earliest]
-    if not found:
+    late_enough = [pair for pair in pairs if pair[0] >= earliest]
+    if not late_enough:
         raise LocateError(
             f"the model adds to the hidden state between its first blocks, so the safety layer is {earliest} at the "
             "earliest, and no pair of layers that was asked for has such a one. Ask for later layers."
         )
-    return found
+    return late_enough
 
 
 def parse_pairs(text: str, blocks: int) -> list[Pair]:
     """Return the pairs s < f in a text like `10-16:14-20,13:15`. Raises LocateError if malformed or out of range."""
-    found: set[Pair] = set()
+    pairs: set[Pair] = set()
     for part in text.split(","):
         numbers = re.fullmatch(r"(\d+)(?:-(\d+))?:(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
         sides = numbers and (numbers.group(1, 2), numbers.group(3, 4))
         asked = list(product(*(range(int(low), int(high or low) + 1) for low, high in sides))) if sides else []
-        pairs = {(safety, semantic) for safety, semantic in asked if safety < semantic}
-        if not pairs or max(map(max, asked)) >= blocks:
+        upward = {(safety, semantic) for safety, semantic in asked if safety < semantic}
+        if not upward or max(map(max, asked)) >= blocks:
             raise LocateError(
                 f"--pairs has {part.strip()!r}; give a safety layer and a semantic layer behind it, such as 13:15, or "
                 f"ranges, 10-16:14-20. The blocks of this model are 0 to {blocks - 1}."
             )
-        found |= pairs
-    return sorted(found)
+        pairs |= upward
+    return sorted(pairs)

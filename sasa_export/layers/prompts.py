@@ -36,12 +36,12 @@ def controls(prompts: Sequence[Prompt]) -> list[Prompt]:
     control.
     """
     pictures = [prompt for prompt in prompts if prompt.image is not None and asked(prompt).strip()]
-    found = []
+    controlled = []
     for prompt in spaced(pictures, CONTROLS):
         words, name = asked(prompt), f"{prompt.name}, text"
         text = replace(prompt, name=name, prompt=words, channel="text", image=None, picture=None)
-        found += [prompt, text, replace(prompt, name=f"{prompt.name}, image", prompt="")]
-    return found
+        controlled += [prompt, text, replace(prompt, name=f"{prompt.name}, image", prompt="")]
+    return controlled
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@
    selection is better by more than noise, the same rule applies to all measured pairs.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -46,11 +46,9 @@ def propose(evidence: Evidence) -> Proposal:
     candidates = nearest(list(swept.pairs), safety_blocks, semantic_blocks)
     tied = swept.tied(candidates)
     chosen, highest = cheapest(tied), best(swept.pairs)
-    inside = all(pair[0] in safety_blocks and pair[1] in semantic_blocks for pair in candidates)
     reason = [
-        f"Sweep: of {len(swept.pairs)} pairs measured, {_count(candidates)} "
-        f"{'of such layers' if inside else 'nearest to such layers'}; of these, {_count(tied)} within noise of the "
-        f"best one, and {_named(chosen)} {'is it' if len(tied) == 1 else 'is the cheapest'}."
+        f"Sweep: pairs measured: {len(swept.pairs)}; of such layers, or nearest to them: {len(candidates)}; of these, "
+        f"within noise of the best one: {len(tied)}. Of these, {_named(chosen)} is the cheapest."
     ]
     if is_below(swept.pairs[chosen], swept.pairs[highest], len(swept.pairs)):
         tied = swept.tied(list(swept.pairs))
@@ -79,26 +77,25 @@ def _safety_blocks(curve: Sequence[Comparable]) -> tuple[list[int], list[str]]:
     estimates = dict(enumerate(curve))
     highest, last = best(estimates), len(curve) - 1
     # The last block is excluded, because no later block could be its semantic layer.
-    found = [block for block in within_noise(estimates) if block != last] or [last - 1]
+    blocks = [block for block in within_noise(estimates) if block != last] or [last - 1]
     reason = [
-        f"Safety perception: separability is highest at block {highest} (AUC {curve[highest]}), and "
-        f"{_others(found, highest)}."
+        f"Safety perception: separability is highest at block {highest} (AUC {curve[highest]}); within noise of that: "
+        f"{spans(blocks)}."
     ]
     if curve[highest].low <= 0.5:
         reason.append(
             "Caution: no block tells harmful from harmless better than chance on these prompts, so what follows means "
             "little."
         )
-    return found, reason
+    return blocks, reason
 
 
 def _semantic_blocks(evidence: Evidence, first: int) -> tuple[list[int], list[str]]:
     """Return the blocks of rule 2 from `first` on, and the reasons."""
     expression, alignment = evidence.expression, evidence.understanding
     end = blocks = len(expression.readable)
-    if expression.onset is None:
-        reason = ["Linguistic expression: the share of readable tokens does not rise, so it sets no bound."]
-    else:
+    reason = ["Linguistic expression: the share of readable tokens does not rise, so it sets no bound."]
+    if expression.onset is not None:
         end = expression.onset if expression.onset > first else blocks
         reason = [
             f"Linguistic expression: the share of readable tokens makes half of its rise at block {expression.onset} "
@@ -108,44 +105,32 @@ def _semantic_blocks(evidence: Evidence, first: int) -> tuple[list[int], list[st
         reason.append("Semantic understanding: no picture prompts were given, so every later block is a candidate.")
         return list(range(first, end)) or [blocks - 1], reason
     estimates = dict(enumerate(alignment["text_only"][:end]))
-    found, highest = within_noise(estimates), best(estimates)
-    before = "" if end == blocks else f", of those before block {end}"
+    aligned, highest = within_noise(estimates), best(estimates)
     reason.append(
-        "Semantic understanding: picture and text align best with the same request in text at block "
-        f"{highest} (cosine {estimates[highest]}){before}, and {_others(found, highest)}."
+        f"Semantic understanding: of the blocks before {end}, picture and text align best with the same request in "
+        f"text at block {highest} (cosine {estimates[highest]}); within noise of that: {spans(aligned)}."
     )
-    return [block for block in found if block >= first] or found, reason
+    return [block for block in aligned if block >= first] or aligned, reason
 
 
 def _on_projection(swept: Sweep, chosen: Pair) -> str:
     there, plain = swept.pairs[chosen], swept.plain
+    effect = "neither helps nor hurts beyond noise"
     if is_below(plain, there):
-        said = "Projection helps here"
+        effect = "helps here"
     elif is_below(there, plain):
-        said = "Projection hurts here"
-    else:
-        said = "Projection neither helps nor hurts beyond noise"
-    return f"{said}: AUC {there} with it, {plain} without it."
+        effect = "hurts here"
+    return f"Projection {effect}: AUC {there} with it, {plain} without it."
 
 
 def spans(blocks: Blocks) -> str:
-    """Return blocks in words: "block 3", "blocks 3 to 7 and 9"."""
+    """Return blocks in words: "block 3", "blocks 3 to 7, 9"."""
     order = sorted(blocks)
     # In a run of consecutive blocks, block number minus index is constant.
     runs = [list(run) for _, run in groupby(order, lambda block: block - order.index(block))]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    return f"block {listed}" if len(blocks) == 1 else f"blocks {listed}"
-
-
-def _others(blocks: Blocks, highest: int) -> str:
-    others = set(blocks) - {highest}
-    return f"within noise of that at {spans(blocks)}" if others else "at no other within noise of that"
+    return f"block{'s' if len(blocks) > 1 else ''} {', '.join(parts)}"
 
 
 def _named(pair: Pair) -> str:
     return f"{pair[0]} and {pair[1]}"
-
-
-def _count(pairs: Collection[Pair]) -> str:
-    return f"{len(pairs)} {'is' if len(pairs) == 1 else 'are'}"

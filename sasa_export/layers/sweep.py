@@ -60,7 +60,7 @@ def sweep(
         for pair in pairs:
             scores[pair] = scored(second_lane(pair))
             advance(1)
-    areas = {pair: auc_of(found, labels, groups) for pair, found in scores.items()}
+    areas = {pair: auc_of(of_pair, labels, groups) for pair, of_pair in scores.items()}
     return Sweep(areas, auc_of(scored("plain"), labels, groups), scores)
 
 
@@ -80,8 +80,8 @@ def held_out(swept: Sweep, candidates: Sequence[Pair], prompts: Sequence[Prompt]
         return auc_of(swept.scores[pair][rows], labels[rows], groups[rows])
 
     first, second = halves(prompts)
-    found = []
+    judged = []
     for chosen_on, judged_on in ((first, second), (second, first)):
         pair = cheapest(within_noise({pair: auc(pair, chosen_on) for pair in candidates}))
-        found.append((pair, auc(pair, judged_on).value))
-    return found
+        judged.append((pair, auc(pair, judged_on).value))
+    return judged

@@ -58,12 +58,11 @@ def open_source(
     described = partial(_described, name, repository)
     if repository is not None:
         directory = fetch(repository, revision, lambda directory: check(described(directory)))
-        source = described(directory)
     else:
-        source = described(_embedded() if name == EMBEDDED else Path(name))
-        check(source)
-    check_contents(source.directory)
-    return replace(source, shards=read_shards(source.directory))
+        directory = _embedded() if name == EMBEDDED else Path(name)
+        check(described(directory))
+    check_contents(directory)
+    return replace(described(directory), shards=read_shards(directory))
 
 
 def _described(name: str, repository: str | None, directory: Path) -> Source:
@@ -93,8 +92,6 @@ def layers_of(
         blocks: the decoder's number of blocks; `hidden`: the width of its hidden state.
         safety: zero-based block given by the user, or None; `semantic` likewise.
     """
-    if safety is not None and semantic is not None:
-        return safety, semantic, "given by the user"
     known = source.family.known_layers(blocks, hidden)
     if known is not None:
         first, second, origin = known.safety, known.semantic, f"{known.checkpoint}: {known.source}"
@@ -103,21 +100,17 @@ def layers_of(
         first = round(13 / 32 * blocks)
         second = max(first + 1, round(15 / 32 * blocks))
         origin = "scaled by depth from LLaVA-1.5-7B, not measured"
-    if safety is None and semantic is None:
-        return first, second, origin
-    origin = f"one given by the user, the other {origin}"
+    if safety is not None and semantic is not None:
+        origin = "given by the user"
+    elif safety is not None or semantic is not None:
+        origin = f"one given by the user, the other {origin}"
     return first if safety is None else safety, second if semantic is None else semantic, origin
 
 
 def _repository(name: str) -> str | None:
     """Return the hub id that a name stands for. None for the embedded model and for a directory."""
     known = aliases()
-    if name in (EMBEDDED, *known) and Path(name).is_dir():
-        raise OpenError(
-            f"{name} is an alias, and a directory here. Give ./{name} for the directory, or "
-            f"{'run the command elsewhere' if name == EMBEDDED else known[name]} for the alias."
-        )
-    if name == EMBEDDED or Path(name).is_dir():
+    if name == EMBEDDED or Path(name).is_dir():  # a directory comes before an alias of its name
         return None
     if name in known or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
         return known.get(name, name)
@@ -134,7 +127,7 @@ def _embedded() -> Path:
     parts = (smol_llava.VISION, Path(smol_llava.__file__), *sorted(smol_llava.FILES.iterdir()))
     version = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
     folder = cache_directory() / f"smol-llava-{version}"
-    if not folder.exists():
+    if not folder.exists():  # a cache that is complete need not be writable
         with claimed(folder, wait=True):  # another run may be building it
             if not folder.exists():
                 smol_llava.build(folder)

@@ -11,11 +11,12 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LIC
 # Other formats of the same weights, the index of pickled weights, and Mistral's second copy.
 UNWANTED = ["*/*", "*.bin.index.json", "consolidated*"]
 
-Check = Callable[[Path], object]  # called with a directory that has config.json, before weights are fetched
 
+def fetch(repository: str, revision: str | None, check: Callable[[Path], object]) -> Path:
+    """Return the model's snapshot in the hub's cache. A cached model needs no network. Raise OpenError on failure.
 
-def fetch(repository: str, revision: str | None, check: Check) -> Path:
-    """Return the model's snapshot in the hub's cache. A cached model needs no network. Raise OpenError on failure."""
+    `check` is called with a directory that has config.json, before weights are fetched.
+    """
     try:
         check(Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"])))
         # One file at a time: Xet fetches its parts in parallel, and an interrupted run loses that file alone.

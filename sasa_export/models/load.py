@@ -159,11 +159,7 @@ def load_processor(source: Source) -> Any:
     from transformers import AutoProcessor
 
     with explained(f"{source.name} has no usable processor"):
-        try:
-            processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=False)
-        except ImportError as error:
-            wanted = " ".join(str(error).split()).partition(" but ")[0]
-            raise OpenError(f"{wanted}. Install it with: pip install 'sasa-export[video]'") from None
+        processor = AutoProcessor.from_pretrained(source.directory, trust_remote_code=False)
     if not hasattr(processor, "image_processor") or getattr(processor, "chat_template", None) is None:
         raise OpenError(f"{source.name} has no image processor or no chat template, so its prompts cannot be written.")
     processor.tokenizer.padding_side = "left"
@@ -181,6 +177,6 @@ def explained(what: str) -> Iterator[None]:
             yield
         except ImportError as error:  # a fault of the installation, not of the model's files
             raise OpenError(
-                f"transformers cannot be used here ({' '.join(str(error.__cause__ or error).split())[:300]}). Install "
-                "what is missing, or sasa-export anew in an environment of its own."
+                f"{what}, for want of a package ({' '.join(str(error.__cause__ or error).split())[:300]}). Install it, "
+                "or all that models may need: pip install 'sasa-export[video]'"
             ) from None

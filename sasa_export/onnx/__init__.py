@@ -19,11 +19,4 @@ def graphs_of(directory: Path) -> dict[str, Any]:
     """Return the `sasa` entry of a guarded directory's config.json, among it `graphs` (files by role) and `dtype`. The
     result is empty for a directory without graphs."""
     sasa = read_object(directory / "config.json").get("sasa")
-    sasa = sasa if isinstance(sasa, dict) else {}
-    if "graphs" in sasa:
-        return sasa
-    for dtype, end in SUFFIX.items():  # config.json of version 0.2 named no files
-        files = {role: f"onnx/{name}{end}.onnx" for role, name in NAMES.items()}
-        if (directory / files["decoder"]).is_file():
-            return {**sasa, "graphs": files, "dtype": dtype, "opset": None}
-    return {}
+    return sasa if isinstance(sasa, dict) and "graphs" in sasa else {}

@@ -8,19 +8,16 @@ from collections.abc import Collection, Iterable, Iterator
 
 import onnx_ir as ir
 
+RESULT, CONDITION = "unsafe_probability", "is_due"  # outputs of the guard: (batch,), and a bool ()
 
-def run_where(model: ir.Model, name: str, *, result: str, fill: float, predicate: str) -> None:
-    """Move the computation of an output into an `If`. Where the predicate is false, the output is `fill`.
 
-    Args:
-        model: a graph whose first input is (batch, tokens, hidden) or (batch, tokens).
-        name: the name of the `If` node.
-        result: the name of the output, (batch,).
-        predicate: the name of another output, a bool (). It becomes the condition, and is no longer an output.
+def judge_where_due(graph: ir.Graph, name: str) -> None:
+    """Move what only P(unsafe) needs into an `If` node of this name. Where no verdict is due, P(unsafe) is NaN.
+
+    The condition is no longer an output. The graph's first input is (batch, tokens) or (batch, tokens, hidden).
     """
-    graph = model.graph
     outputs = {str(value.name): value for value in graph.outputs}
-    computed, condition = outputs[result], outputs.pop(predicate)
+    computed, condition = outputs[RESULT], outputs.pop(CONDITION)
     others = [value for value in graph.outputs if value is not computed]
     members = needed([computed]) - needed(others, stop={computed})
     inside = [node for node in graph if node in members]
@@ -31,15 +28,15 @@ def run_where(model: ir.Model, name: str, *, result: str, fill: float, predicate
     graph.remove(inside)
     for value in own:
         del graph.initializers[str(value.name)]
-    computed.name = f"{result}.judged"
-    then_branch = ir.Graph([], [computed], nodes=inside, initializers=own, name=f"{result}.then", opset_imports={})
-    otherwise = _filled(graph.inputs[0], computed, f"{name}/otherwise", fill)
+    computed.name = f"{RESULT}.judged"
+    then_branch = ir.Graph([], [computed], nodes=inside, initializers=own, name=f"{RESULT}.then", opset_imports={})
+    otherwise = _unjudged(graph.inputs[0], computed, f"{name}/otherwise")
     branch = ir.Node(
         "", "If", [condition],
         [ir.AttrGraph("then_branch", then_branch), ir.AttrGraph("else_branch", otherwise)], name=name,
     )  # fmt: skip
     out = branch.outputs[0]
-    out.name, out.shape, out.type = result, computed.shape, computed.type
+    out.name, out.shape, out.type = RESULT, computed.shape, computed.type
     for node, index in readers:
         node.replace_input_with(index, out)
     graph.append(branch)
@@ -47,10 +44,10 @@ def run_where(model: ir.Model, name: str, *, result: str, fill: float, predicate
     graph.sort()  # the branch must precede the nodes that read its result
 
 
-def _filled(fed: ir.Value, like: ir.Value, name: str, fill: float) -> ir.Graph:
-    """Return a branch whose output is `fill` for each row of `fed`, (batch,)."""
+def _unjudged(fed: ir.Value, like: ir.Value, name: str) -> ir.Graph:
+    """Return a branch whose output is NaN for each row of `fed`, (batch,)."""
     assert like.dtype is not None
-    tape, fill_with = ir.tape.Tape(), ir.tensor([fill], dtype=like.dtype)
+    tape, fill_with = ir.tape.Tape(), ir.tensor([float("nan")], dtype=like.dtype)
     rows = tape.op("Shape", [fed], {"start": 0, "end": 1}, name=f"{name}/Shape")
     out = tape.op("ConstantOfShape", [rows], {"value": fill_with}, name=name)
     rows.name, out.name, out.shape, out.type = f"{like.name}.rows", f"{like.name}.otherwise", like.shape, like.type

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import onnx_ir as ir
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_structure, tree_unflatten
 
 from sasa_export.onnx.flat import Signature
 from sasa_export.onnx.passes.attention import trust_finite_masks
-from sasa_export.onnx.passes.names import Place, name_nodes
+from sasa_export.onnx.passes.names import name_nodes
 from sasa_export.onnx.passes.weights import fold_transposes, folds
 
 # The onnxscript default rules that match something here. `slice_split_rule` is left out: it tries every pair of nodes,
@@ -36,9 +37,9 @@ IR_VERSION = {18: 8, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11}  # opset -> IR versi
 
 
 def convert(
-    module: nn.Module, arguments: tuple[Any, ...], signature: Signature, place: Place, *, opset: int
+    module: nn.Module, arguments: tuple[Any, ...], signature: Signature, names: dict[str, str], *, opset: int
 ) -> ir.Model:
-    """Return `module` as an ONNX model. Every named dimension of `signature` is dynamic; `place` names the nodes.
+    """Return `module` as an ONNX model. Every named dimension of `signature` is dynamic. `names` are for `name_nodes`.
 
     The model refers to the module's tensors. No pass copies a weight.
     """
@@ -67,7 +68,7 @@ def convert(
     for value, (name, shape) in zip(values, (*signature.inputs.items(), *signature.outputs.items()), strict=True):
         value.name, value.shape = name, ir.Shape(shape)
     model.ir_version = IR_VERSION[opset]
-    name_nodes(model, place)
+    name_nodes(model, names)
     return model
 
 
@@ -89,14 +90,11 @@ def _settings(opset: int) -> Iterator[None]:
         # Attention reads keys and values shared by several heads directly, without repeating them for each head.
         "TRANSFORMERS_SDPA_FORCE_GQA": "1" if opset >= 23 else "0",
     }
-    before, disabled = {name: os.environ.pop(name, None) for name in wanted}, logging.root.manager.disable
-    os.environ.update(wanted)
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with mock.patch.dict(os.environ, wanted), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        for name, value in before.items():
-            os.environ[name] = value or "0"  # transformers takes an unset variable for 0

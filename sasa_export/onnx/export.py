@@ -19,7 +19,7 @@ from sasa_export.models import read_config
 from sasa_export.models.contents import read_object
 from sasa_export.models.load import load_model, load_processor
 from sasa_export.onnx.decoder import Decoder
-from sasa_export.onnx.guard import Witness, first_token
+from sasa_export.onnx.guard import Witness
 from sasa_export.onnx.opened import GENAI, LAYERS, Graphs, variant
 from sasa_export.onnx.plain import write_plain
 from sasa_export.onnx.quantize import BITS
@@ -44,7 +44,9 @@ def export(patch: Patch, out: Path, *, opset: int, dtype: str, report: Silent) -
     """Write the directory `out`, except the card and the manifest, which need the verification's results. Return the
     patch with the settings in `out`'s config.json.
 
-    `opset` and `dtype` are those of `write_plain`. The gate's arithmetic is always float32.
+    `opset` and `dtype` are those of `write_plain`. Graphs of every type keep the probe that was calibrated in torch:
+    graphs run one prompt at a time, while one calibration in torch serves all types and both formats, and verification
+    counts the verdicts that a type changes. The gate's arithmetic is always float32.
 
     Raises EmitError for any error of the exporter or of its rewriting rules.
     """
@@ -54,7 +56,7 @@ def export(patch: Patch, out: Path, *, opset: int, dtype: str, report: Silent) -
     processor = load_processor(patch.source)
     files = write_plain(model, processor, patch.source, out, opset=opset, dtype=dtype, report=report)
     # The rounding of quantized products exceeds the witness's tolerance.
-    witness = None if dtype in BITS else Witness.of(model, list(map(dict, patch.gate.graph)), first_token(processor))
+    witness = None if dtype in BITS else Witness.of(model, processor, list(map(dict, patch.gate.graph)))
     _forget(model)
     report.step("onnx", "putting the gate in")
     decoder = Decoder(Graphs(replace(patch.source, directory=out, config=read_config(out)), files, ()))

@@ -16,6 +16,7 @@ from sasa_export.models.family import family_of
 # convolution: the last inputs of the convolution, (batch, hidden, kernel).
 Held = tuple[Tensor, ...]
 Shape = tuple[str | int, ...]
+Inputs = tuple[dict[str, Shape], tuple[Tensor, ...]]  # of a vision graph: dimensions by name, example arguments
 SIZES = {  # sizes for tracing; the dimensions of one tensor all differ
     "batch_size": 2, "sequence_length": 5, "past_sequence_length": 7, "total_sequence_length": 12, "kept_length": 3,
     "num_image_tokens": 3,
@@ -85,7 +86,7 @@ class FlatDecoder(nn.Module):
             )  # fmt: skip
         return output.logits.float(), [_held(layer) for layer in cache.layers]
 
-    def signature(self, position_axes: int, extra: dict[str, Shape]) -> Signature:
+    def signature(self, position_axes: int, extra: tuple[str, ...] = ()) -> Signature:
         """Return names and dimensions as runtimes expect them."""
         text = self.model.config.get_text_config(decoder=True)
         tokens: Shape = ("batch_size", "sequence_length")
@@ -98,7 +99,7 @@ class FlatDecoder(nn.Module):
         for layer in range(self.layers):
             inputs |= self.held(layer, "past")
             outputs |= self.held(layer, "present")
-        return Signature(inputs | extra, outputs)
+        return Signature(inputs | dict.fromkeys(extra, tokens), outputs)
 
     def held(self, layer: int, when: Literal["past", "present"]) -> dict[str, Shape]:
         """Return names and dimensions of the tensors of a cache layer before a call, or after it."""

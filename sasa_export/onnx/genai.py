@@ -18,7 +18,7 @@ def write_genai_config(out: Path, decoder: FlatDecoder, files: dict[str, str]) -
     text = model.config.get_text_config(decoder=True)
     settings = model.generation_config.to_dict()
     ids, search = ({name: settings[name] for name in of if settings.get(name) is not None} for of in (IDS, SEARCH))
-    names = decoder.signature(1, {})
+    names = decoder.signature(1)
     _, heads, _, size = names.inputs["past_key_values.0.key"]
     described = {
         "filename": files["decoder"],

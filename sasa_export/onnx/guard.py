@@ -6,7 +6,6 @@ The graph contains every step, whatever the traced call needs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,15 +17,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sasa_export.gate import GateSpec
 from sasa_export.onnx.convert import convert
+from sasa_export.onnx.decoder import SELF_TEST
 from sasa_export.onnx.flat import Shape, Signature
-from sasa_export.onnx.passes.names import in_guard
+from sasa_export.probe.features import watching
 from sasa_export.probe.fit import Probe
+from sasa_export.prompts.prompt import encode
 from sasa_export.runtime.guard import Guard
-from sasa_export.runtime.lane import Graph, Recording, start, watch
+from sasa_export.runtime.lane import Graph, Recording, current_recording, start, watch, within
 from sasa_export.runtime.ledger import Ledger
 
 OPSET = 18  # of the guard's nodes; no later opset changes their meaning
 PLACEHOLDERS = "sasa"  # domain of the nodes that the decoder's own nodes replace: Lane, Norm and Head
+NAMES = {"": "/sasa/gate", "sasa": "/sasa/gate", "sasa.probe": "/sasa/probe"}  # module -> prefix of its nodes' names
 # Relative to the witness's norm. On smol-llava, float16 is 0.001 off, weights in blocks of 8 bits 0.012, 4 bits 0.19.
 TOLERANCE = 0.005
 
@@ -41,18 +43,11 @@ class Witness:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, graph: Graph, first: int) -> Witness:
-        """Return the witness of the exported stock model, in torch. `first` is the token's id."""
-        seen, ids = Recording(), torch.tensor([[first]])
-
-        def keep(path: str, module: nn.Module, given: Any, output: Any) -> None:
-            seen.outputs[path] = output[0] if isinstance(output, tuple) else output
-
-        taps = [node["module"] for node in graph if node["op"] == "tap"]
-        hooks = [model.get_submodule(path).register_forward_hook(partial(keep, path)) for path in taps]
-        model(input_ids=ids, use_cache=False)
-        for hook in hooks:
-            hook.remove()
+    def of(cls, model: Any, processor: Any, graph: Graph) -> Witness:
+        """Return the witness of the exported stock model, in torch."""
+        ids = encode(processor, [SELF_TEST])["input_ids"][:, :1]  # (1, 1)
+        with watching(model, graph), within(current_recording, Recording()) as seen:
+            model(input_ids=ids, use_cache=False)
         _, state, _ = start(graph, seen)  # (1, 1, hidden)
         return cls(state[0, 0].to(model.dtype).float(), model.get_input_embeddings()(ids)[0, 0].float())
 
@@ -67,13 +62,6 @@ class Witness:
         near = squares < TOLERANCE**2 * self.state.square().sum()
         changed = (known & ~near).any(-1)  # (batch,)
         return projection.masked_fill(changed[:, None, None], float("nan"))
-
-
-def first_token(processor: Any) -> int:
-    """Return the id of the first token of every prompt in the processor's chat template."""
-    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    return int(processor(text=[text], return_tensors="pt")["input_ids"][0, 0])
 
 
 @dataclass(frozen=True)
@@ -130,7 +118,7 @@ def guard_graph(gate: GateSpec, interface: Interface, probe: Probe) -> ir.Model:
     }
     given = signature.example(types if interface.rows is None else {"text": torch.float32, **types})
     kept = [given.pop(name) for name in list(given) if name.startswith("past")]
-    return convert(_Around(gate, interface, probe).eval(), (given, kept), signature, in_guard, opset=OPSET)
+    return convert(_Around(gate, interface, probe).eval(), (given, kept), signature, NAMES, opset=OPSET)
 
 
 class _Placeholder(nn.Module):

@@ -6,8 +6,8 @@ from typing import Any
 
 from sasa_export.models import Source
 from sasa_export.models.contents import read_object
+from sasa_export.onnx.recipes import recipe_of
 
-FLAT = ("qwen2_vl",)  # transformers.js reads these types' decoder settings at the top level
 # Sizes that runtimes need. A config.json may leave out default values.
 SIZES = (
     "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"
@@ -49,7 +49,7 @@ def _config(config: dict[str, Any], text: Any, external: dict[str, int]) -> dict
     if kinds := getattr(text, "layer_types", None):  # older checkpoints name it otherwise
         said["layer_types"] = list(kinds)
     out = {**config, "text_config": said}
-    out = {**said, **out} if out["model_type"] in FLAT else out
+    out = {**said, **out} if recipe_of(out["model_type"]).flat_config else out
     return {**out, "transformers.js_config": {"use_external_data_format": external} if external else {}}
 
 

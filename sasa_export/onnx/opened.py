@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,11 @@ def _of_genai(directory: Path, model: dict[str, Any]) -> dict[str, str]:
 
 def _by_names(directory: Path, chosen: Sequence[str]) -> dict[str, str]:
     """Return the graphs with the usual names, by role. By default, all have the decoder's variant."""
-
-    def names(file: str) -> set[str]:
-        return {file, Path(file).name, variant(file) or "fp32"}
-
-    files: dict[str, str] = {}
+    files, unknown = dict[str, str](), set(chosen)
     there = {role: _candidates(directory, role) for role in ROLES}
     for role, found in there.items():
-        meant = [file for file in found if names(file) & set(chosen)]
+        names = {file: {file, Path(file).name, variant(file) or "fp32"} for file in found}
+        meant = [file for file in found if names[file] & set(chosen)]
         if len(meant) != 1:
             meant = meant or found
             meant = [file for file in meant if files and variant(file) == variant(files["decoder"])] or meant
@@ -103,12 +101,12 @@ def _by_names(directory: Path, chosen: Sequence[str]) -> dict[str, str]:
             raise OpenError(f"{directory} has {', '.join(meant)}: choose one of them with --onnx-file.")
         if meant:
             files[role] = meant[0]
+            unknown -= names[meant[0]]
         elif role == "decoder":
             raise OpenError(f"{directory} has no decoder ({', '.join(ROLES['decoder'])}, .onnx). Check the path.")
-    unknown = sorted(set(chosen).difference(*map(names, files.values())))
     if unknown:
-        every = ", ".join(file for found in there.values() for file in found)
-        raise OpenError(f"--onnx-file {unknown[0]} is none of the graphs of {directory}, or not the only one: {every}.")
+        what = f"none of the graphs of {directory}, or not the only one"
+        raise OpenError(f"--onnx-file {min(unknown)} is {what}: {', '.join(chain(*there.values()))}.")
     return files
 
 

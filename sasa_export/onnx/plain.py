@@ -7,15 +7,14 @@ import onnx_ir as ir
 import torch
 
 from sasa_export.models import Source
-from sasa_export.models.family import family_of
+from sasa_export.models.family import OnnxRecipe, family_of
 from sasa_export.onnx import MERGING, NAMES, SUFFIX
 from sasa_export.onnx.convert import convert
 from sasa_export.onnx.flat import FlatDecoder, Shape, Signature, feature_width
 from sasa_export.onnx.genai import write_genai_config
 from sasa_export.onnx.layout import write_files
-from sasa_export.onnx.passes.names import in_decoder, in_tower
-from sasa_export.onnx.quantize import BITS, halve_kernels, quantize, round_table
-from sasa_export.onnx.recipes import Recipe, recipe_of
+from sasa_export.onnx.quantize import BITS, quantize, round_table
+from sasa_export.onnx.recipes import recipe_of, tower_class
 from sasa_export.onnx.towers.llava import Embedding, Float32
 from sasa_export.report import Silent
 
@@ -55,15 +54,15 @@ def write_plain(
     return files
 
 
-def vision_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
-    inputs, arguments = recipe.inputs(model)
+def vision_graph(model: Any, recipe: OnnxRecipe, *, opset: int, dtype: str = "float32") -> ir.Model:
+    kind = tower_class(recipe)
+    inputs, arguments = kind.inputs(model)
+    inputs = {recipe.renamed_inputs.get(name, name): shape for name, shape in inputs.items()}
     signature = Signature(inputs, {"image_features": ("num_image_tokens", feature_width(model))})
-    tower = Float32(recipe.tower(model), model.dtype, flat=True)
-    graph = convert(tower, (list(arguments),), signature, in_tower("/vision"), opset=opset)
-    if dtype in BITS:
-        halve_kernels(graph)
+    tower = Float32(kind(model), model.dtype, flat=True)
+    graph = convert(tower, (list(arguments),), signature, {"": "/vision", "inner": "/vision"}, opset=opset)
     quantize(graph, dtype)
-    for name in recipe.optional:
+    for name in recipe.optional_inputs:
         _make_optional(graph, name)
     return graph
 
@@ -91,20 +90,22 @@ def embedding_graph(model: Any, *, opset: int, dtype: str, merging: bool = False
         inputs["image_features"] = ("num_image_tokens", width)
     signature = Signature(inputs, {"inputs_embeds": (*tokens, width)})
     example = list(signature.example({"image_features": torch.float32}).values())
-    graph = convert(Float32(Embedding(model), model.dtype), (example,), signature, in_tower("/embedding"), opset=opset)
+    names = {"": "/embedding", "inner": "/embedding"}
+    graph = convert(Float32(Embedding(model), model.dtype), (example,), signature, names, opset=opset)
     if dtype in BITS:
         round_table(graph)
     return graph
 
 
-def decoder_graph(model: Any, recipe: Recipe, *, opset: int, dtype: str = "float32") -> ir.Model:
+def decoder_graph(model: Any, recipe: OnnxRecipe, *, opset: int, dtype: str = "float32") -> ir.Model:
     decoder = FlatDecoder(model).eval()
-    signature = decoder.signature(recipe.position_axes, recipe.extra)
-    family = family_of(model.config.model_type)
-    place = in_decoder({role: f"model.{family.modules[role]}" for role in ("blocks", "norm", "head")})
-    graph = convert(decoder, decoder.example(signature), signature, place, opset=opset)
+    signature = decoder.signature(recipe.position_axes, recipe.decoder_inputs)
+    modules = family_of(model.config.model_type).modules
+    named = (("blocks", "layers"), ("norm", "norm"), ("head", "lm_head"))
+    names = {"": "/decoder", **{f"model.{modules[role]}": f"/decoder/{name}" for role, name in named}}
+    graph = convert(decoder, decoder.example(signature), signature, names, opset=opset)
     quantize(graph, dtype)
-    for name in recipe.extra:
+    for name in recipe.decoder_inputs:
         _make_optional(graph, name)
     return graph
 

@@ -47,19 +47,6 @@ def quantize(model: ir.Model, dtype: str) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
-def halve_kernels(model: ir.Model) -> None:
-    """Store the kernels of convolutions, such as patch embeddings, in float16, in place."""
-    graph = model.graph
-    for node in [node for node in graph if node.op_type == "Conv"]:
-        weight = node.inputs[1]
-        assert weight is not None and weight.const_value is not None
-        half = ir.tensor(weight.const_value.numpy().astype(np.float16), name=f"{weight.name}_half")
-        tape = ir.tape.Tape()
-        node.replace_input_with(1, tape.op("Cast", [tape.initializer(half)], {"to": ir.DataType.FLOAT}))
-        graph.insert_before(node, tape.nodes)
-        graph.register_initializer(tape.initializers[0])
-
-
 def round_table(model: ir.Model) -> None:
     """Quantize the embedding table (vocabulary, hidden), which a Gather reads, to 8 bits, in place. The result is
     (vocabulary, blocks, block), int8. Each block has a float32 scale."""

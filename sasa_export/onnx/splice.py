@@ -10,7 +10,7 @@ from onnx_ir.passes import common
 from sasa_export.errors import EmitError
 from sasa_export.gate import GateSpec
 from sasa_export.onnx.blocks import Blocks
-from sasa_export.onnx.branch import run_where
+from sasa_export.onnx.branch import judge_where_due
 from sasa_export.onnx.decoder import DTYPES, Decoder
 from sasa_export.onnx.guard import OPSET, PLACEHOLDERS, Interface, Witness, guard_graph
 from sasa_export.onnx.lane import LANE, Builder, add_head, add_lane
@@ -90,7 +90,7 @@ def splice(blocks: Blocks, guard: ir.Model, interface: Interface) -> None:
     graph.outputs.extend([made["unsafe_probability"], made["is_due"]])
     graph.sort()
     common.RemoveUnusedNodesPass()(blocks.model)
-    run_where(blocks.model, LANE, result="unsafe_probability", fill=float("nan"), predicate="is_due")
+    judge_where_due(graph, LANE)
 
 
 def _take(guard: ir.Graph, graph: ir.Graph) -> list[ir.Node]:

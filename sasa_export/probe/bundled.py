@@ -36,15 +36,14 @@ def write(fitted: Fitted, origin: str, file: Path = FILE) -> None:
     """Write probes with the scores of their calibration prompts. `origin` is the digest of what they depend on."""
     from safetensors.numpy import save
 
-    arrays = {f"scores.{name}": scores.astype("float32") for name, scores in fitted.scores.items()}
-    arrays |= {f"detected.{name}": values.astype("float32") for name, values in fitted.detected.items()}
-    arrays |= {"final": fitted.final.astype("float32")}
-    said: dict[str, Any] = {"regularization": fitted.regularization, "words": fitted.words, "made_from": origin}
-    for kind in ("probes", "detectors"):
-        found = getattr(fitted, kind)
-        arrays |= {f"{kind}.{name}": weight.astype("float32") for name, (weight, _) in found.items()}
-        said[kind] = {name: np.asarray(bias).tolist() for name, (_, bias) in found.items()}
-    file.write_bytes(save(arrays, metadata={"sasa": json.dumps(said)}))
+    models: dict[str, Any] = {"probes": fitted.probes, "detectors": fitted.detectors}
+    kinds: dict[str, Any] = {kind: {name: weight for name, (weight, _) in of.items()} for kind, of in models.items()}
+    kinds |= {"scores": fitted.scores, "detected": fitted.detected}
+    arrays = {f"{kind}.{name}": values.astype("float32") for kind, of in kinds.items() for name, values in of.items()}
+    arrays["final"] = fitted.final.astype("float32")
+    texts: dict[str, Any] = {"regularization": fitted.regularization, "words": fitted.words, "made_from": origin}
+    texts |= {kind: {name: np.asarray(bias).tolist() for name, (_, bias) in of.items()} for kind, of in models.items()}
+    file.write_bytes(save(arrays, metadata={"sasa": json.dumps(texts)}))
 
 
 def read(model: str, settings: LaneSettings, calibration: Sequence[str] | None, regularization: Any) -> Fitted | None:
@@ -66,13 +65,12 @@ def load(file: Path, origin: str) -> Fitted | None:
     if not file.exists():
         return None
     with safe_open(file, framework="np") as opened:
-        said = json.loads(opened.metadata()["sasa"])
-        arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-    if said["made_from"] != origin:
+        texts = json.loads(opened.metadata()["sasa"])
+        arrays = {name: opened.get_tensor(name).astype("float64") for name in opened.keys()}
+    if texts["made_from"] != origin:
         return None
-    wide = {name: values.astype("float64") for name, values in arrays.items()}
-    probes = {name: (wide[f"probes.{name}"], bias) for name, bias in said["probes"].items()}
-    detectors = {name: (wide[f"detectors.{name}"], np.array(bias)) for name, bias in said["detectors"].items()}
-    detected = {name: wide[f"detected.{name}"] for name in probes}
-    scores = {name: wide[f"scores.{name}"] for name in (*probes, "words") if f"scores.{name}" in wide}
-    return Fitted(probes, detectors, detected, said["regularization"], scores, wide["final"], said.get("words"))
+    probes = {name: (arrays[f"probes.{name}"], bias) for name, bias in texts["probes"].items()}
+    detectors = {name: (arrays[f"detectors.{name}"], np.array(bias)) for name, bias in texts["detectors"].items()}
+    detected = {name: arrays[f"detected.{name}"] for name in probes}
+    scores = {name.removeprefix("scores."): values for name, values in arrays.items() if name.startswith("scores.")}
+    return Fitted(probes, detectors, detected, texts["regularization"], scores, arrays["final"], texts.get("words"))

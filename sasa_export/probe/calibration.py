@@ -113,28 +113,24 @@ def fit_probes(
     labels, folds = np.array([prompt.label for prompt in prompts]), folds_of(prompts)
     candidates = CANDIDATES if regularization is None else (regularization,)
     chosen = {name: best_regularization(states, labels, folds, candidates) for name, states in lanes.items()}
-    scores = {name: found for name, (_, found) in chosen.items()}
+    scores = {name: held_out for name, (_, held_out) in chosen.items()}
     words = None
     if kinds_of(prompts) is not None:
         words, scores["words"] = best_words(prompts, folds)
 
-    def folded(name: str, found: Any) -> Any:
+    def folded(models: dict[str, Any]) -> dict[str, Any]:
         # The fitted weight v reads R h, but the probe reads h: w . h = v . (R h) = (R^T v) . h.
-        used = metrics[name]
-        return found[0] if used is None else found[0] @ used, found[1]
+        return {
+            name: (weight if metrics[name] is None else weight @ metrics[name], bias)
+            for name, (weight, bias) in models.items()
+        }
 
     probes = {name: fit(states, labels, chosen[name][0]) for name, states in lanes.items()}
-    marks = {name: detector(states, prompts) for name, states in lanes.items()}
-    read = next(iter(lanes))
-    return Fitted(
-        {name: folded(name, found) for name, found in probes.items()},
-        {name: folded(name, found) for name, found in marks.items()},
-        {name: lanes[name] @ weight.T + bias for name, (weight, bias) in marks.items()},
-        chosen[read][0],
-        scores,
-        probability(lanes[read], *probes[read]),
-        words,
-    )
+    detectors = {name: detector(states, prompts) for name, states in lanes.items()}
+    detected = {name: lanes[name] @ weight.T + bias for name, (weight, bias) in detectors.items()}
+    first = next(iter(lanes))
+    final = probability(lanes[first], *probes[first])
+    return Fitted(folded(probes), folded(detectors), detected, chosen[first][0], scores, final, words)
 
 
 def metric_of(states: np.ndarray, prompts: Sequence[Prompt], metric: np.ndarray | None) -> np.ndarray | None:
@@ -179,23 +175,23 @@ def with_threshold(
     """
     rows = list(range(len(prompts)) if judged is None else judged)
     shown, kinds = [prompts[row] for row in rows], kinds_of(prompts)
-    found: list[Figure] = []
-    lanes = {}
-    for name in fitted.probes:
-        lanes[name] = probe_of_lane(fitted, name, prompts, max_false_positive_rate, threshold)
-        found += figures(name, lanes[name][1][rows], shown, lanes[name][0].threshold)
-    read = next(iter(lanes))
-    probe, judged_scores, by = lanes[read]
-    harmful = [row for row in rows if prompts[row].label == 1]
-    _check_usable(found[0], threshold, float(judged_scores[harmful].max()))
-    by_kind: Sequence[KindFigure] = ()
+    lanes = {name: probe_of_lane(fitted, name, prompts, max_false_positive_rate, threshold) for name in fitted.probes}
+    of_lanes = [
+        figure
+        for name, (probe, scores, _) in lanes.items()
+        for figure in figures(name, scores[rows], shown, probe.threshold)
+    ]
+    first = next(iter(lanes))
+    probe, scores, by = lanes[first]
+    _check_usable(of_lanes[0], threshold, max(scores[row] for row in rows if prompts[row].label == 1))
+    of_kinds: Sequence[KindFigure] = ()
     if kinds is not None:
         text = [row for row in rows if prompts[row].channel == "text"]  # words in pictures would be read without error
         scores_of = {name: values[text] for name, values in fitted.scores.items()}
-        by_kind = kind_figures([prompts[row] for row in text], kinds[text], scores_of)
+        of_kinds = kind_figures([prompts[row] for row in text], kinds[text], scores_of)
     return Calibration(
-        probe, tuple(found), tuple(by_kind), tuple(prompts), judged_scores,
-        lowered(fitted.final, fitted.detected[read], by),
+        probe, tuple(of_lanes), tuple(of_kinds), tuple(prompts), scores,
+        lowered(fitted.final, fitted.detected[first], by),
         max_false_positive_rate if threshold is None else None, fitted,
     )  # fmt: skip
 
@@ -211,9 +207,8 @@ def _check_usable(overall: Figure, threshold: float | None, highest: float) -> N
             f"The highest has P(unsafe) {highest:.3f}: choose a lower one, or none."
         )
     if not (overall.auc >= LEAST_AUC and overall.beats_chance):
-        where, other = "on these layers", "other --safety-layer and --semantic-layer"
-        if overall.feature == "plain":
-            where, other = "without projection", "--projection semantic"
+        on_layers = ("on these layers", "other --safety-layer and --semantic-layer")
+        where, other = on_layers if overall.feature != "plain" else ("without projection", "--projection semantic")
         rate = "--max-false-positive-rate" if threshold is None else "--threshold"
         raise CalibrationError(
             f"no usable probe: {where} harmful and harmless prompts are hardly told apart (AUC {overall.auc:.3f}; "

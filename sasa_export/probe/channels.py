@@ -24,11 +24,9 @@ Detector = tuple[np.ndarray, np.ndarray]  # weight (MARKS, features) and bias (M
 
 def marks(prompts: Sequence[Prompt]) -> np.ndarray:
     """Return whether each prompt has a picture, and whether it is long: (prompts, MARKS), bool."""
-
-    def words(prompt: Prompt) -> int:
-        return sum(len(text.split()) for text in (*(text for _, text in prompt.before), prompt.prompt))
-
-    return np.array([(prompt.channel == "picture", words(prompt) >= LONG) for prompt in prompts])
+    texts = (" ".join([*(text for _, text in prompt.before), prompt.prompt]) for prompt in prompts)
+    long = [len(text.split()) >= LONG for text in texts]
+    return np.array([(prompt.channel == "picture", it) for prompt, it in zip(prompts, long, strict=True)])
 
 
 def detector(states: np.ndarray, prompts: Sequence[Prompt]) -> Detector:
@@ -39,8 +37,8 @@ def detector(states: np.ndarray, prompts: Sequence[Prompt]) -> Detector:
     from sklearn.linear_model import Ridge
 
     marked = marks(prompts).astype(float)  # (prompts, MARKS)
-    model, told = Ridge(alpha=PENALTY).fit(states, marked), marked.min(0) < marked.max(0)
-    return model.coef_ * told[:, None], model.intercept_ * told
+    model, varies = Ridge(alpha=PENALTY).fit(states, marked), marked.min(0) < marked.max(0)
+    return model.coef_ * varies[:, None], model.intercept_ * varies
 
 
 def lowered(scores: np.ndarray, detected: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -62,13 +60,13 @@ def offsets(scores: np.ndarray, prompts: Sequence[Prompt], rate: float) -> np.nd
     """
     from scipy.special import logit
 
-    marked, found = marks(prompts), np.zeros(MARKS)  # (prompts, MARKS)
+    marked, by = marks(prompts), np.zeros(MARKS)  # (prompts, MARKS)
     plain = _limit(scores, prompts, marked.sum(1) == 0, rate)
     for mark in range(MARKS):
         limit = _limit(scores, prompts, marked[:, mark] & (marked.sum(1) == 1), rate)
         if limit is not None and plain is not None:
-            found[mark] = logit(limit) - logit(plain)
-    return found
+            by[mark] = logit(limit) - logit(plain)
+    return by
 
 
 def _limit(scores: np.ndarray, prompts: Sequence[Prompt], of: np.ndarray, rate: float) -> float | None:

@@ -16,7 +16,6 @@ from sasa_export.models.load import load_model, place
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts.prompt import Prompt, batches, encode
 from sasa_export.report import Silent
-from sasa_export.workers import workers
 
 MAIN = "main"  # the main lane's input of the final norm
 
@@ -72,12 +71,13 @@ def watching(model: Any, nodes: Sequence[dict[str, Any]]) -> Iterator[None]:
     """Watch the decoder and its blocks (`sasa_export.runtime.lane.watch`) while the context lasts."""
     from sasa_export.runtime.lane import watch
 
+    classes = {module: type(module) for module in model.modules()}
     watched = watch(model, list(nodes))
     try:
         yield
     finally:
         for module in watched:
-            module.__class__ = type(module).__mro__[1]
+            module.__class__ = classes[module]
             del module._sasa_watched
 
 
@@ -126,22 +126,20 @@ def collect(
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Features:
-    """Return the features of all prompts from both lanes, computed by all processes (`sasa_export.workers`).
+    """Return the features of all prompts from both lanes, without `workers` and without a folder.
 
     Args:
         graph: the rewritten lane (`rewrite_lane`), executed by the code that the patched model carries.
         advance: called with the number of prompts done since the last call.
     """
-    rows = list(batches(prompts, batch_size))
+    rows, parts = list(batches(prompts, batch_size)), []
     with reading(model, processor, graph) as read:
-        found = workers().spread(
-            rows, lambda batch: read([prompts[row] for row in batch]), lambda batch: advance(len(batch))
-        )
+        for batch in rows:
+            parts.append(read([prompts[row] for row in batch]))
+            advance(len(batch))
     order = np.argsort(np.concatenate(rows))
-    return Features(
-        np.concatenate([batch.projected for batch in found])[order],
-        np.concatenate([batch.plain for batch in found])[order],
-    )
+    projected, plain = ([getattr(part, lane) for part in parts] for lane in ("projected", "plain"))
+    return Features(np.concatenate(projected)[order], np.concatenate(plain)[order])
 
 
 def collect_on_disk(
@@ -162,8 +160,8 @@ def collect_on_disk(
     with reading(model, processor, graph) as read:
 
         def compute(some: list[Prompt], missing: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-            found = read(some)
-            arrays = dict(zip(names, (found.projected, found.plain), strict=True))
+            features = read(some)
+            arrays = dict(zip(names, (features.projected, features.plain), strict=True))
             return ((name, arrays[name]) for name in missing)
 
         results.fill(names, compute, report)
@@ -179,11 +177,11 @@ def load_as_traced(
     """
     model = load_model(source, dtype=dtype, device=device)
     prompt = next((prompt for prompt in prompts if prompt.image is not None), prompts[0])
-    said = (  # raised by kernels that support only some types and sizes
+    inputs = place(encode(processor, [prompt]), model)
+    message = (  # for errors of kernels that support only some types and sizes
         f"{source.name} was loaded, and does not run here in {model.dtype} ({{reason}}). Try another --dtype or "
         "--device; if it is quantized, give the model that it was quantized from."
     )
-    inputs = place(encode(processor, [prompt]), model)
-    with reworded(OpenError, said):
+    with reworded(OpenError, message):
         check_traces(graph, trace(model, source.family, inputs))
     return model

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_export.probe.intervals import Share, auc_of, is_above, wilson
+from sasa_export.probe.intervals import Share, is_above, wilson
 from sasa_export.prompts.prompt import Prompt
 
 
@@ -19,7 +19,7 @@ class Figure:
     """
 
     feature: str  # "projected" or "plain"
-    part: str  # "all", a channel ("text" or "picture"), or a setting
+    part: str  # "all", a channel ("text" or "picture"), or how a request is asked (`Prompt.setting`)
     prompts: int
     groups: int
     auc: float
@@ -71,31 +71,27 @@ def rounded(figure: Figure | KindFigure) -> dict[str, Any]:
 
 
 def figures(feature: str, scores: np.ndarray, prompts: Sequence[Prompt], threshold: float) -> list[Figure]:
-    """Return a figure for each part that has both labels: all prompts, then channels, then settings.
+    """Return a figure for each part that has both labels: all prompts, then channels, then ways of asking
+    (`Prompt.setting`).
 
     Args: scores: P(unsafe), (prompts,).
     """
-    found = []
+    of_parts = []
     for part, rows in _parts(prompts):
         shown, refused = [prompts[row] for row in rows], scores[rows] >= threshold
         harmful, ordinary = np.array([prompt.label == 1 for prompt in shown]), ordinary_rows(shown)
         borderline = ~harmful & ~ordinary
         if harmful.any() and ordinary.any():
-            found.append(
+            of_parts.append(
                 Figure(
-                    feature,
-                    part,
-                    len(shown),
-                    len({prompt.group for prompt in shown}),
-                    auc=_area(scores[rows], harmful, ordinary),
-                    recall=float(refused[harmful].mean()),
-                    false_positive_rate=float(refused[ordinary].mean()),
-                    borderline_rate=float(refused[borderline].mean()) if borderline.any() else None,
-                    harmful=int(harmful.sum()),
-                    ordinary=int(ordinary.sum()),
+                    feature, part, len(shown), len({prompt.group for prompt in shown}),
+                    _area(scores[rows], harmful, ordinary),
+                    float(refused[harmful].mean()), float(refused[ordinary].mean()),
+                    float(refused[borderline].mean()) if borderline.any() else None,
+                    int(harmful.sum()), int(ordinary.sum()),
                 )
-            )
-    return found
+            )  # fmt: skip
+    return of_parts
 
 
 def _parts(prompts: Sequence[Prompt]) -> Iterator[tuple[str, np.ndarray]]:
@@ -116,28 +112,22 @@ def ordinary_rows(prompts: Sequence[Prompt]) -> np.ndarray:
 def kind_figures(prompts: Sequence[Prompt], kinds: np.ndarray, scores: dict[str, np.ndarray]) -> list[KindFigure]:
     """Return a figure for each of `kinds` (prompts,). `scores` (prompts,): "plain", "words", and maybe "projected"."""
     labels = np.array([prompt.label for prompt in prompts])
-
-    def area(values: np.ndarray, kind: str) -> float:
+    of_kinds = []
+    for kind in dict.fromkeys(kinds.tolist()):
         sides = [(kinds == kind) & (labels == label) for label in (1, 0)]
-        harmful, harmless = (side if side.any() else labels == label for side, label in zip(sides, (1, 0), strict=True))
-        return _area(values, harmful, harmless)
-
-    return [
-        KindFigure(
-            kind,
-            int((kinds == kind).sum()),
-            area(scores["projected"], kind) if "projected" in scores else None,
-            area(scores["plain"], kind),
-            area(scores["words"], kind),
-        )
-        for kind in dict.fromkeys(kinds.tolist())
-    ]
+        sides = [side if side.any() else labels == label for side, label in zip(sides, (1, 0), strict=True)]
+        areas = {name: _area(values, *sides) for name, values in scores.items()}
+        count = int((kinds == kind).sum())
+        of_kinds.append(KindFigure(kind, count, areas.get("projected"), areas["plain"], areas["words"]))
+    return of_kinds
 
 
 def _area(scores: np.ndarray, harmful: np.ndarray, harmless: np.ndarray) -> float:
     """Return the AUC of scores (prompts,) between two sets of prompts, (prompts,), bool."""
-    rows = np.flatnonzero(harmful | harmless)
-    return auc_of(scores[rows], harmful[rows].astype(int), rows).value
+    from sklearn.metrics import roc_auc_score
+
+    rows = harmful | harmless
+    return float(roc_auc_score(harmful[rows], scores[rows]))
 
 
 def verdict_on_projection(figures: Sequence[Figure]) -> str:
@@ -147,12 +137,12 @@ def verdict_on_projection(figures: Sequence[Figure]) -> str:
     if projected is None:
         return f"Made without projection (--projection none): AUC {plain.auc:.3f}."
     with_it, without = projected.caught, plain.caught
-    word = "Projection neither helps nor hurts on this model beyond noise"
+    effect = "neither helps nor hurts on this model beyond noise"
     if is_above(with_it, without):
-        word = "Projection helps on this model"
+        effect = "helps on this model"
     elif is_above(without, with_it):
-        word = "Projection does not help on this model: try --projection none, which costs nothing"
+        effect = "does not help on this model: try --projection none, which costs nothing"
     return (
-        f"{word}: {with_it} of the harmful refused and an AUC of {projected.auc:.3f} with it, {without} and "
-        f"{plain.auc:.3f} without."
+        f"Projection {effect}: {with_it} of the harmful refused and an AUC of {projected.auc:.3f} with it, {without} "
+        f"and {plain.auc:.3f} without."
     )

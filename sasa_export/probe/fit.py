@@ -19,8 +19,8 @@ PAPER = 1.0  # the reproduction's C
 CANDIDATES = (PAPER, 1e-2, 1e-3, 1e-4, 3e-5, 1e-5)  # of C; few prompts with many features often need a small C
 LEAST_SPREAD = 1e-3  # floor of p (1 - p): at a start with certain probabilities, the curvature would vanish
 EXACT, CLOSE = 1e-13, 1e-6  # relative gain in loss at which a fit ends: for the result, and for choosing C
-STRENGTHS_OF_WORDS = (0.1, 1.0, 10.0)  # values of C, for feature vectors of length 1
-STRENGTH = 30.0  # of `steady_metric`: 0, 3 and 30 were compared by log loss on left-out kinds of smol-llava's texts
+CANDIDATES_OF_WORDS = (0.1, 1.0, 10.0)  # of C, for feature vectors of length 1
+STEADINESS = 30.0  # of `steady_metric`: 0, 3 and 30 were compared by log loss on left-out kinds of smol-llava's texts
 HIGHEST = 1 - 1e-6  # float32 probabilities above this no longer distinguish prompts
 
 
@@ -49,32 +49,24 @@ def head_metric(head: np.ndarray) -> np.ndarray:
 
 
 def steady_metric(states: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray | None:
-    """Return M, (features, features), with |w M^-1|² = |w|² + STRENGTH * w C w / mean(diag C).
+    """Return M, (features, features), with |w M^-1|² = |w|² + STEADINESS * w C w / mean(diag C).
 
     C is the covariance of states (prompts, features) within a request that is asked in several settings: alone, after a
     greeting, under a system prompt. The penalty keeps the probe from reading the setting (within-class covariance
     normalisation: Hatch et al., Interspeech 2006). None without such requests.
     """
-    rows, labels = _repeated(prompts)
-    if not len(rows):
-        return None
-    sums = np.zeros((labels.max() + 1, states.shape[1]))
-    np.add.at(sums, labels, states[rows])
-    apart = states[rows] - (sums / np.bincount(labels)[:, None])[labels]  # (texts, features)
-    scatter = apart.T @ apart / len(rows)  # (features, features)
+    import pandas as pd
+
+    rows = np.array([row for row, prompt in enumerate(prompts) if prompt.channel == "text"], dtype=int)
+    texts = pd.DataFrame(states[rows])
+    requests = texts.groupby([f"{prompts[row].group}/{asked(prompts[row])}" for row in rows])
+    repeated = requests[0].transform("size") > 1  # (texts,)
+    apart = (texts - requests.transform("mean"))[repeated].to_numpy()  # (repeated texts, features)
+    scatter = apart.T @ apart / max(len(apart), 1)  # (features, features)
     mean = np.trace(scatter) / len(scatter)
     if mean == 0:
         return None
-    return np.linalg.inv(np.linalg.cholesky(np.eye(len(scatter)) + STRENGTH * scatter / mean))
-
-
-def _repeated(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of requests that are asked as text more than once, and each row's request number, (texts,)."""
-    rows = np.array([row for row, prompt in enumerate(prompts) if prompt.channel == "text"], dtype=int)
-    requests = [f"{prompts[row].group}/{asked(prompts[row])}" for row in rows]
-    _, labels, counts = np.unique(requests, return_inverse=True, return_counts=True)
-    again = counts[labels] > 1
-    return rows[again], np.unique(labels[again], return_inverse=True)[1]
+    return np.linalg.inv(np.linalg.cholesky(np.eye(len(scatter)) + STEADINESS * scatter / mean))
 
 
 def in_metric(features: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
@@ -110,15 +102,15 @@ def fit_path(
         basis, triangular = np.linalg.qr(padded.T)  # (features + 1, prompts), (prompts, prompts)
         padded = triangular.T
     balance = len(labels) / (2 * np.bincount(labels, minlength=2))[labels]  # (prompts,)
-    weight, found = np.zeros(padded.shape[1]), {}
+    factors = {} if factors is None or basis is not None else factors
+    weight, fitted = np.zeros(padded.shape[1]), {}
     for value in sorted(candidates):
-        factor = _factor(padded, balance, value, weight) if factors is None or basis is not None else factors.get(value)
-        if factor is None and factors is not None:
-            factor = factors[value] = _factor(padded, balance, value, weight)
-        weight = _descend(padded, labels, balance, value, weight, precision, factor)
+        if value not in factors:
+            factors[value] = _factor(padded, balance, value, weight)
+        weight = _descend(padded, labels, balance, value, weight, precision, factors[value])
         whole = weight if basis is None else basis @ weight  # (features + 1,)
-        found[value] = (whole[:-1], float(whole[-1]))
-    return found
+        fitted[value] = (whole[:-1], float(whole[-1]))
+    return fitted
 
 
 def _factor(features: np.ndarray, balance: np.ndarray, regularization: float, start: np.ndarray) -> np.ndarray:
@@ -137,7 +129,7 @@ def _descend(
     regularization: float,
     start: np.ndarray,
     precision: float,
-    factor: Any,
+    factor: np.ndarray,
 ) -> np.ndarray:
     """Return the weight (features,) that minimises |weight|^2 / 2 + C * weighted log loss, starting from `start`.
 
@@ -194,7 +186,7 @@ def best_words(prompts: Sequence[Prompt], folds: Sequence[Fold]) -> tuple[float,
     texts = np.array([asked(prompt) for prompt in prompts], dtype=object)
     scores = {
         strength: cross_val_predict(bag_of_words(strength), texts, labels, cv=folds, method="predict_proba")[:, 1]
-        for strength in STRENGTHS_OF_WORDS
+        for strength in CANDIDATES_OF_WORDS
     }
     return _of_least_loss(scores, labels)
 

@@ -30,19 +30,14 @@ def folds_of(prompts: Sequence[Prompt]) -> list[Fold]:
         splits = GroupKFold(min(FOLDS, len(set(groups)))).split(labels, labels, groups)
     else:
         splits = LeaveOneGroupOut().split(labels, labels, kinds)
-    found = []
-    for train, test in splits:
-        train = train[~np.isin(groups[train], groups[test])]
-        if len(set(labels[train])) < 2:
-            raise CalibrationError("a cross-validation fold has one class only: give more prompts of both labels.")
-        found.append((train, test))
-    return found
+    folds = [(train[~np.isin(groups[train], groups[test])], test) for train, test in splits]
+    if any(len(set(labels[train])) < 2 for train, _ in folds):
+        raise CalibrationError("a cross-validation fold has one class only: give more prompts of both labels.")
+    return folds
 
 
 def kinds_of(prompts: Sequence[Prompt]) -> np.ndarray | None:
     """Return the kind of each prompt, (prompts,), or None where the kinds are too few to leave one out."""
     kinds = np.array([prompt.kind for prompt in prompts])
-    enough = len(set(kinds)) >= LEAST_KINDS and all(
-        len({prompt.kind for prompt in prompts if prompt.label == label}) > 2 for label in (0, 1)
-    )
-    return kinds if enough else None
+    of_label = [{prompt.kind for prompt in prompts if prompt.label == label} for label in (0, 1)]
+    return kinds if len(set(kinds)) >= LEAST_KINDS and min(map(len, of_label)) > 2 else None

@@ -1,7 +1,8 @@
 """Store finished work on disk, one array per file, so that the next run can resume an interrupted one.
 
 Processes that share the work (`sasa_export.workers`) share the folder too. Each process stores its results there,
-and can read the results of all.
+and can read the results of all. joblib.Memory would not do: it names a result by a hash of the arguments, here a loaded
+model and pictures that are read late, and cannot say that a folder holds the unfinished work of another run.
 """
 
 import hashlib
@@ -42,23 +43,21 @@ class Work:
         if not workers().leads:
             workers().wait()
             return
+        path = self.folder / FINGERPRINT
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                left = json.loads((self.folder / FINGERPRINT).read_text(encoding="utf-8"))
-            except (FileNotFoundError, ValueError):
-                left = None
-            if left is not None and left != fingerprint and not discard:
-                changed = (name for name in sorted({*left, *fingerprint}) if left.get(name) != fingerprint.get(name))
+            earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            changed = [name for name in sorted({*earlier, *fingerprint}) if earlier.get(name) != fingerprint.get(name)]
+            if earlier and changed and not discard:
                 raise SasaExportError(
                     f"{self.folder} holds the unfinished work of another run (other: {', '.join(changed)}). Repeat "
                     "that run to go on with it, add --force to discard it, or give another --out."
                 )
-            if left != fingerprint:
-                for path in self.folder.iterdir():
-                    path.unlink()
-                write_whole(self.folder / FINGERPRINT, json.dumps(fingerprint))
-            count = sum(path.suffix == ".npy" for path in self.folder.iterdir())
+            if changed:
+                for leftover in self.folder.iterdir():
+                    leftover.unlink()
+                write_whole(path, json.dumps(fingerprint))
+            count = len(list(self.folder.glob("*.npy")))
         if count:
             report.step("resume", f"{count} results of an interrupted run are there already")
         workers().wait()
@@ -132,8 +131,8 @@ class Results:
     def read(self, name: str, block: int | None = None) -> np.ndarray:
         """Return an array (prompts, ...) in the prompts' order, or one block of an array (prompts, blocks, ...)."""
         parts = [self.work.get(self._file(number, name)) for number in range(len(self.batches))]
-        found = np.concatenate([part if block is None else part[:, block] for part in parts])
-        return found[np.argsort([row for rows in self.batches for row in rows])]
+        whole = np.concatenate([part if block is None else part[:, block] for part in parts])
+        return whole[np.argsort(np.concatenate(self.batches))]
 
     def _file(self, number: int, name: str) -> str:
         return f"{self.kind}-{number:05d}-{name}"

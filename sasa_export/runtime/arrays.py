@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 Array = Tensor
-greater, where = torch.maximum, torch.where
+where, greater = torch.where, torch.maximum
+clipped = torch.clamp  # of values, the least and the most; None sets no limit
 
 
 def constant(values: Sequence[int], like: Array) -> Array:
@@ -19,16 +20,6 @@ def indices(count: int, like: Array) -> Array:
     return torch.arange(count, device=like.device)
 
 
-def clipped(values: Array, least: int, most: int | None = None) -> Array:
-    """Return the values limited to the range from `least` to `most`. None sets no upper limit."""
-    return values.clamp(least, most)
-
-
-def taken(values: Array, index: Array) -> Array:
-    """Return the entries of values (batch, tokens) at the indices (batch, wanted)."""
-    return values.gather(1, index)
-
-
 def joined(parts: Sequence[Array]) -> Array:
     """Return parts (batch, ...) concatenated along their second axis."""
     return torch.cat(list(parts), dim=1)
@@ -37,8 +28,3 @@ def joined(parts: Sequence[Array]) -> Array:
 def largest(values: Array) -> Array:
     """Return the largest value along the last axis."""
     return values.amax(-1)
-
-
-def whole(flags: Array) -> Array:
-    """Return boolean flags as the integers 0 and 1."""
-    return flags.long()

@@ -5,13 +5,12 @@ from pathlib import Path
 
 MODELING_FILE = "modeling_sasa.py"
 MLX_FILE = "modeling_sasa_mlx.py"
-MLX_FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # tried in mlx-vlm
 
 # Each part uses only the parts before it. `version` precedes even the imports of all others.
 PARTS = ("version", "arrays", "formulas", "settings", "ledger", "host", "verdict", "lane", "guard", "proof", "model")
 
-_MLX = [f"../runtime_mlx/{part}" for part in ("arrays", "formulas", "ledger", "guard", "proof", "model")]
-MLX_PARTS = (*_MLX[:2], "settings", _MLX[2], "verdict", *_MLX[3:])  # settings and verdict serve both
+_ARRAYS, *_MLX = (f"../runtime_mlx/{part}" for part in ("arrays", "guard", "model"))
+MLX_PARTS = (_ARRAYS, "settings", "verdict", *_MLX)  # settings and verdict serve both
 
 HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637), and judges every prompt with it.
@@ -29,9 +28,9 @@ What it changes outside itself:
 MLX_HEADER = '''\
 """A vision-language model that carries its own guard (SASA, arXiv 2507.21637), in mlx-vlm: config.json names this file.
 
-From top to bottom: formulas, settings, what the cache keeps for the gate, when a verdict is due, the gate, its proof,
-the classes. What it changes outside itself: the classes of the loaded model's decoder, blocks and language model; and
-how mlx-vlm loads this directory's processor (at the end).
+From top to bottom: formulas, settings, when a verdict is due, the gate and what the cache keeps for it, the classes.
+What it changes outside itself: the classes of the loaded model's decoder, tapped blocks and language model; and how
+mlx-vlm loads this directory's processor (at the end).
 """
 '''
 
@@ -81,7 +80,7 @@ def modeling_source(config: type, model: type) -> str:
 
 
 def mlx_source() -> str:
-    """Return the modeling file for mlx-vlm. It is the same for all of MLX_FAMILIES."""
+    """Return the modeling file for mlx-vlm. It is the same for every family."""
     texts = _texts(MLX_PARTS)
     sections = [_section(Path(part).name, text) for part, text in texts.items()]
     return "\n".join([MLX_HEADER, _imports(list(texts.values())), *sections])

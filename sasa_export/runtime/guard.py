@@ -1,7 +1,6 @@
 """The code around the family's forward: ledger, verdict, second lane, probe and gate."""
 
 import contextvars
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,22 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sasa_export.runtime.formulas import gate, unsafe_probability
-from sasa_export.runtime.host import UNKNOWN, check_start, find_cache, numbers, read_ledger, real_tokens, write_ledger
-from sasa_export.runtime.lane import (
-    TYPES,
-    Recording,
-    Values,
-    at_judged,
-    context_arguments,
-    reached,
-    run_lane,
-    start,
-)
+from sasa_export.runtime.host import check_start, find_cache, numbers, read_ledger, real_tokens, write_ledger
+from sasa_export.runtime.lane import TYPES, Recording, Values, at_judged, context_arguments, reached, run_lane, start
 from sasa_export.runtime.ledger import NUMBER, PICTURE, Ledger
-from sasa_export.runtime.settings import HOW_TO_LOAD, check_settings, verdict_record
+from sasa_export.runtime.settings import HOW_TO_LOAD, UNKNOWN, check_settings, logger, verdict_record
 from sasa_export.runtime.verdict import Call, Due, TemplateTokens, find_due, follow
 
-logger = logging.getLogger("sasa")  # refusals are warnings, all other verdicts infos
 BEGUN = (
     "the prompt begins the answer, or leaves a turn open, and this guarded model judges at the generation prompt. End "
     "it there; or, where no caller can begin answers, load with sasa={'begun_answers': 'allow'}."

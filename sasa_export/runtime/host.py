@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer  # Cache: 4.36, its layers: 4.54
 
 from sasa_export.runtime.ledger import Ledger
+from sasa_export.runtime.settings import UNKNOWN
 from sasa_export.runtime.version import TRIED
 
 # Arguments of a family's forward and its decoder's, by name (4.56 and before). All other arguments are found by type.
 OF_MODEL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 OF_DECODER = ("inputs_embeds", "attention_mask", "position_ids")
 UNREADABLE = "the gate of this guarded model cannot tell padding from text by this"
-UNKNOWN = "The gate of this guarded model has not judged what stands before this call. Start from the whole prompt"
 
 
 def check_names(forward: Callable, names: Iterable[str]) -> list[str]:

@@ -36,7 +36,12 @@ current_recording: contextvars.ContextVar[Recording | None] = contextvars.Contex
 
 @functools.cache
 def _watched(cls: type) -> type:
-    """Return a subclass that records its calls in the current Recording. It keeps the name, which device maps use."""
+    """Return a subclass that records its calls in the current Recording. It keeps the name, which device maps use.
+
+    Instances are moved to it by `__class__`, as torch's own fully_shard and parametrize do. Other ways fail: a module
+    around the block changes the names of its weights, a forward set on the instance goes on running the original's
+    blocks in a deepcopy and is lost to accelerate, and a hook cannot skip the block, which the dry run must.
+    """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         recording, (path, role, names) = current_recording.get(), self._sasa_watched

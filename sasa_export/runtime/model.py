@@ -3,7 +3,6 @@
 import functools
 import inspect
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,8 +102,7 @@ class GuardedModel:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
-        owner = next(cls for cls in type(self).__mro__ if GuardedModel in cls.__bases__)
-        shutil.copyfile(str(sys.modules[owner.__module__].__file__), Path(save_directory, "modeling_sasa.py"))
+        shutil.copyfile(__file__, Path(save_directory, "modeling_sasa.py"))  # this file
         if (code := Path(self.name_or_path, "modeling_sasa_mlx.py")).is_file():  # config.json names it
             shutil.copyfile(code, Path(save_directory, code.name))
         cases, kept = (Path(directory, "sasa-verify").resolve() for directory in (self.name_or_path, save_directory))

@@ -8,8 +8,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from sasa_export.runtime.guard import logger
-from sasa_export.runtime.settings import tell_moved
+from sasa_export.runtime.settings import logger, recognised, require_proof
 from sasa_export.runtime.version import TRIED
 
 # How far P(unsafe) may move under padding, which changes rounding: in unquantized float32, and in all other types.
@@ -19,31 +18,24 @@ NEAR, NEAR_ROUNDED = 0.005, 0.1
 @torch.no_grad()
 def recognise(model: Any, loading: bool = True) -> None:
     """Judge the prompts whose P(unsafe) config.sasa records, and log a warning where one has moved. While `loading`,
-    raise ValueError where they moved far on average. Do nothing if the operator's `prove` is false."""
-    known = [] if _shapes_alone(model) else model.config.sasa.get("known") or []
-    if not known or model.config.sasa.get("prove") is False:
+    raise ValueError where they moved far on average."""
+
+    def judge(ids: list[int]) -> float:
+        return float(model.judge(input_ids=torch.tensor([ids], device=_device(model))))
+
+    if _shapes_alone(model):
         return
-    prompts = [torch.tensor([[int(number) for number in entry["ids"].split()]]) for entry in known]  # (1, tokens) each
-    found = torch.cat([model.judge(input_ids=ids.to(_device(model))).cpu() for ids in prompts])  # (prompts,)
-    if said := tell_moved(found.tolist(), known, "pass sasa={'prove': False}" if loading else ""):
+    if said := recognised(model.config.sasa, judge, "pass sasa={'prove': False}" if loading else ""):
         logger.warning(said)
 
 
 @torch.no_grad()
 def prove(model: Any, unguarded: Callable) -> None:
-    """Test the gate with a made-up prompt if transformers is not in TRIED; `prove` in config.sasa overrides this. Raise
+    """Test the gate with a made-up prompt if transformers is not in TRIED, or as `prove` in config.sasa says. Raise
     RuntimeError unless the refusal comes whole, padding keeps the verdict, and an allowed prompt gets the same tokens
     as from `unguarded`: the family's own generate, on the family's own forward."""
-    asked = model.config.sasa.get("prove")
-    if _shapes_alone(model) or not (transformers.__version__ not in TRIED if asked is None else asked):
-        return
-    try:
-        problem = _problem(model, unguarded)
-    except Exception as error:  # for example where a name has changed
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        what = f"the gate of this guarded model does not hold on transformers {transformers.__version__} ({problem})"
-        raise RuntimeError(f"{what}. Install one that it was tried on: pip install transformers=={TRIED[-1]}")
+    if not _shapes_alone(model):
+        require_proof(lambda: _problem(model, unguarded), model.config.sasa, transformers, TRIED)
 
 
 def _problem(model: Any, unguarded: Callable) -> str:

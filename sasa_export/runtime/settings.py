@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 SEAL = "guarded by SASA: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
@@ -15,7 +16,8 @@ OPERATOR = ("threshold", "refusal", "gate", "prove", "begun_answers")
 # text behind the last generation prompt, unjudged; by default it raises an error.
 CHOICES = {"gate": ("enforce", "observe"), "begun_answers": ("error", "allow")}
 HOW_TO_LOAD = "Load the directory as sasa-export wrote it, or export it again."
-
+UNKNOWN = "The gate of this guarded model has not judged what stands before this call. Start from the whole prompt"
+logger = logging.getLogger("sasa")  # refusals are warnings, all other verdicts infos
 
 # How far P(unsafe) of known prompts may move: any one of them before a warning, all on average before an error. On
 # smol-llava, bfloat16 and 8 bits move each by at most 0.08, and 4 bits move one by 0.33 or more.
@@ -74,9 +76,14 @@ def verdict_record(sasa: dict[str, Any], probability: float, held: bool, row: in
     return {"level": level, "msg": f"{what}{why}: P(unsafe) {probability:.4f}, threshold {limit:.4f}", "extra": said}
 
 
-def tell_moved(found: list[float], known: list[dict[str, Any]], setting: str) -> str:
-    """Return a warning if P(unsafe) `found` for config.sasa's `known` prompts has moved, else an empty string. Raise
-    ValueError if it moved far on average, unless `setting`, which names the way around this check, is empty."""
+def recognised(sasa: dict[str, Any], judge: Callable[[list[int]], float], setting: str) -> str:
+    """Return a warning if P(unsafe) of config.sasa's known prompts has moved, else an empty string. `judge` returns it
+    for token ids. Raise ValueError if it moved far on average, unless `setting`, which names the way around this check,
+    is empty. Without known prompts, or if the operator's `prove` is false, nothing is judged."""
+    known = [] if sasa.get("prove") is False else sasa.get("known") or []
+    if not known:
+        return ""
+    found = [judge([int(number) for number in entry["ids"].split()]) for entry in known]
     apart = [abs(now - entry["unsafe_probability"]) for now, entry in zip(found, known, strict=True)]
     apart = [value if value == value else 1.0 for value in apart]
     mean = sum(apart) / len(apart)
@@ -86,6 +93,21 @@ def tell_moved(found: list[float], known: list[dict[str, Any]], setting: str) ->
     if setting and mean > MOVED_FAR:
         raise ValueError(f"{what}: {why}. {todo}. To load it all the same, {setting}.")
     return f"{what}: {why}. {todo}." if max(apart) > MOVED else ""
+
+
+def require_proof(find_problem: Callable[[], str], sasa: dict[str, Any], host: Any, tried: tuple[str, ...]) -> None:
+    """Raise RuntimeError if the gate does not hold on this version of the library `host`. `find_problem` tests it, and
+    returns what fails. A version in `tried` is not tested; `prove` in config.sasa overrides this."""
+    asked, name = sasa.get("prove"), host.__name__.replace("_", "-")
+    if not (host.__version__ not in tried if asked is None else asked):
+        return
+    try:
+        problem = find_problem()
+    except Exception as error:  # for example where a name has changed
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        what = f"the gate of this guarded model does not hold on {name} {host.__version__} ({problem})"
+        raise RuntimeError(f"{what}. Install one that it was tried on: pip install {name}=={tried[-1]}")
 
 
 class GuardedConfig:

@@ -12,7 +12,7 @@ import functools
 import operator
 from typing import Any, NamedTuple
 
-from sasa_export.runtime.arrays import Array, clipped, constant, greater, indices, joined, largest, taken, where, whole
+from sasa_export.runtime.arrays import Array, clipped, constant, greater, indices, joined, largest, where
 
 # TURN of a token: no verdict so far; a verdict, but no open generation prompt; behind a generation prompt.
 UNJUDGED, JUDGED, ANSWER = range(3)
@@ -82,22 +82,24 @@ def find_due(call: Call, tokens: TemplateTokens) -> Due:
     begun = (answering & (last > opened)) | _in_open_turn(call, tokens, closed, opened)  # (batch,)
     begun = begun & closes & (call.prompt is not None)  # (batch,)
     rows = ((at >= 0) & (answering | closes)) | blind  # (batch,)
-    return Due(rows, clipped(at, 0), answering, where(event < 0, at, event), blind, begun)
+    return Due(rows, clipped(at, 0, None), answering, where(event < 0, at, event), blind, begun)
 
 
 def _in_open_turn(call: Call, tokens: TemplateTokens, closed: Array, opened: Array) -> Array:
     """Return (batch,), bool: the last turn opens with the default generation prompt's first token, not its others."""
     first = next(iter(set(tokens.generation_prompts[0][:1]) & set(tokens.turns)), -1)
-    return (closed > opened) & (taken(call.numbers, clipped(closed, 0)[:, None])[:, 0] == first)
+    index = indices(call.numbers.shape[1], call.numbers)  # (tokens,)
+    return (closed > opened) & ((index == closed[:, None]) & (call.numbers == first)).any(-1)
 
 
 def follow(call: Call, due: Due, refused: Array, tokens: TemplateTokens) -> tuple[Array, Array]:
     """Return STATE and TURN of the call's tokens, (batch, tokens) each, after the verdicts `refused` (batch,), bool."""
     index = indices(call.numbers.shape[1], call.numbers)  # (tokens,)
     state, turn = call.earlier[:, -1, 0], call.earlier[:, -1, 1]  # (batch,), of the token before
-    rank = whole(call.real).cumsum(-1)  # (batch, tokens), real tokens so far
+    rank = (call.real * 1).cumsum(-1)  # (batch, tokens), real tokens so far
+    ahead = (rank * (index == due.at[:, None])).sum(-1)  # (batch,), real tokens up to the judged one
     going_on = _count(call, state, rank, tokens)  # (batch, tokens)
-    anew = _count(call, whole(refused), rank - taken(rank, due.at[:, None]), tokens)  # (batch, tokens)
+    anew = _count(call, refused * 1, rank - ahead[:, None], tokens)  # (batch, tokens)
     states = where(due.rows[:, None] & (index >= due.at[:, None]), anew, going_on)  # (batch, tokens)
     settled = due.rows & (call.closes | refused) & (~due.blind | (call.prompt is not None))  # (batch,)
     lasting = (turn > UNJUDGED) | settled  # (batch,)
@@ -112,8 +114,8 @@ def _count(call: Call, start: Array, behind: Array, tokens: TemplateTokens) -> A
     place = clipped(start[:, None] + behind - 2, 0, len(tokens.refusal) - 1)  # (batch, tokens)
     wanted = constant(tokens.refusal, behind)[place]  # (batch, tokens), numbers
     strays = call.real & (behind > 0) & (call.numbers != wanted) & call.several  # (batch, tokens)
-    along = whole(strays).cumsum(-1) == 0  # (batch, tokens)
-    counted = clipped(start[:, None] + clipped(behind, 0), 0, len(tokens.refusal))  # (batch, tokens)
+    along = (strays * 1).cumsum(-1) == 0  # (batch, tokens)
+    counted = clipped(start[:, None] + clipped(behind, 0, None), 0, len(tokens.refusal))  # (batch, tokens)
     return where(start[:, None] > 0, where(along, counted, 1), 0)
 
 
@@ -140,9 +142,9 @@ def last_tokens(real: Array, at: Array, count: int) -> tuple[Array, Array, Array
     their last one. `real` is (batch, context)."""
     index = indices(real.shape[1], real)  # (context,)
     kept = real & (index <= at[:, None])  # (batch, context)
-    rank = whole(kept).cumsum(-1)  # (batch, context), real tokens so far
+    rank = (kept * 1).cumsum(-1)  # (batch, context), real tokens so far
     last = rank[:, -1:]  # (batch, 1), how many there are
-    wanted = clipped(last - count, 0) + indices(count, real) + 1  # (batch, count)
+    wanted = clipped(last - count, 0, None) + indices(count, real) + 1  # (batch, count)
     place = where(wanted <= last, wanted, last)  # (batch, count)
     found = kept[:, None] & (rank[:, None] == place[..., None])  # (batch, count, context)
     return (found * index).sum(-1), clipped(last[:, 0], 1, count) - 1, wanted <= last

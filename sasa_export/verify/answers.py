@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from sasa_export.errors import VerifyError
 from sasa_export.gate import GateSpec
 from sasa_export.models import read_config
+from sasa_export.models.contents import read_object
 from sasa_export.models.quantized import scheme
 from sasa_export.onnx import graphs_of
 from sasa_export.probe.calibration import Calibration
@@ -21,7 +22,7 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Check
 from sasa_export.verify.compare import check_changed, compare, draw, tolerance
 from sasa_export.verify.unloaded import check_files, check_graphs
-from sasa_export.writers.cases import FOLDER, TOKENS, read_cases, write_prompts
+from sasa_export.writers.cases import CASES, FOLDER, TOKENS, write_prompts
 
 FRESH = Path(__file__).with_name("fresh")
 LOADS = json.loads(Path(__file__).with_name("loads.json").read_text(encoding="utf-8"))  # name -> keywords
@@ -49,31 +50,30 @@ def check_written(
 
     Raises VerifyError where the directory does not run at all.
     """
-    told = graphs_of(directory)
-    graphs = told.get("dtype")  # None where it holds safetensors
-    checks = check_graphs(directory) if told else check_files(directory)
+    told = graphs_of(directory)  # empty where it holds safetensors
+    graphs, checks = bool(told), check_graphs(directory) if told else check_files(directory)
     if only_files or not all(check.passed for check in checks):
         return checks
-    written, config = read_cases(directory), read_config(directory)
+    written, config = read_object(directory / FOLDER / CASES), read_config(directory)
     gate, quantized = GateSpec.from_json(config["sasa"]), scheme(config) is not None
-    if not written and graphs is not None:
+    if not written and graphs:
         return [*checks, NOT_COMPARED]
     prompts, before = ([], []) if calibration is None else draw(calibration)
     precision = written.get("dtype") or config.get("dtype") or "float32"
-    found = run_fresh(directory, told, precision, device, prompts, load)
+    options = {"dtype": precision, **LOADS.get(load, {})}
+    found = run_fresh(directory, "onnx_model" if graphs else "torch_model", options, device, prompts)
     checks += _loading(found["about"])
     if not written:
         return [*checks, NOT_COMPARED]
     gate = replace(gate, refusal_token_ids=found["about"].get("refusal_token_ids", gate.refusal_token_ids))
-    dtype = graphs or load or written["dtype"]
-    checks += compare(written, found, gate, dtype, graphs=graphs is not None, quantized=quantized and graphs is None)
+    dtype = told.get("dtype") or load or written["dtype"]
+    checks += compare(written, found, gate, dtype, graphs=graphs, quantized=quantized and not graphs)
     if "model_file" in config and load is None and importlib.util.find_spec("mlx_vlm") is not None:
-        there = run_fresh(directory, {}, precision, device, [], engine="mlx_model")
+        there = run_fresh(directory, "mlx_model", {}, device, [])
         also = compare(written, there, gate, config.get("dtype") or precision, graphs=True, quantized=quantized)
         checks += [replace(it, name=f"in mlx-vlm, {it.name}") for it in also if "calibration" not in it.name]
     if calibration is not None:
-        apart = tolerance(dtype, written["dtype"], graphs=graphs is not None)
-        exact = dtype == written["dtype"] == "float32"
+        apart, exact = tolerance(dtype, written["dtype"], graphs=graphs), dtype == written["dtype"] == "float32"
         whole = len(calibration.prompts)
         checks.append(check_changed(before, found["judged"], gate.threshold, apart, whole, exact=exact))
     return checks
@@ -84,9 +84,7 @@ def _loading(about: dict[str, Any]) -> list[Check]:
     if "model_class" not in about:
         return []
     guarded = about["model_class"].startswith("Sasa") and about["probe_dtype"] == "float32"
-    detail = (
-        f"{about['model_class']}, probe in {about['probe_dtype']}, gate proved on transformers {about['transformers']}"
-    )
+    detail = "{model_class}, probe in {probe_dtype}, gate proved on transformers {transformers}".format(**about)
     return [
         *(Check(f"loading {name} fails", said != "loaded", said) for name, said in about["bypasses"].items()),
         Check("it loads with plain from_pretrained", guarded, detail),
@@ -94,25 +92,14 @@ def _loading(about: dict[str, Any]) -> list[Check]:
 
 
 def run_fresh(
-    directory: Path,
-    told: dict[str, Any],
-    dtype: str,
-    device: str,
-    prompts: Sequence[Prompt],
-    load: str | None = None,
-    engine: str = "torch_model",
+    directory: Path, engine: str, options: Mapping[str, Any], device: str, prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
     """Return the JSON object that the program in `fresh/` prints for the directory's cases and for `prompts`, which are
-    only judged. `told` is the result of `graphs_of`.
+    only judged. `engine` is the file there that loads the directory with the `options`.
 
     Raises VerifyError where the program fails.
     """
-    options = {"dtype": dtype, **(LOADS[load] if load else {})}
     arguments = [engine, str(directory.absolute()), json.dumps(options), device]
-    if told:
-        provider = "cuda" if device.startswith("cuda") else "cpu"
-        given = {name: told.get(name, {}) for name in ("graphs", "lengths")}
-        arguments = ["onnx_model", str(directory.absolute()), json.dumps(given), provider]
     with tempfile.TemporaryDirectory() as scratch:
         entries = write_prompts(prompts, Path(scratch))
         Path(scratch, "prompts.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -124,6 +111,6 @@ def run_fresh(
         result = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=environment, check=False)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
-        what = "the graphs do not run" if told else "the patched model does not load"
+        what = "the graphs do not run" if engine == "onnx_model" else "the patched model does not load"
         raise VerifyError(f"{what} in a fresh process ({lines[-1].strip()[:400]}).")
     return dict(json.loads(result.stdout.strip().splitlines()[-1]))

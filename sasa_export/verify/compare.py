@@ -41,14 +41,14 @@ def compare(
     """Return the checks of a fresh process's results against the written cases.
 
     Args:
-        written: the result of `read_cases`.
+        written: the content of the file of `write_cases`.
         found: the JSON object that `fresh/` printed.
         gate: the settings in config.json.
         dtype: the type of the directory's run, or of its graphs, or the quantization that it was loaded with.
         graphs: whether ONNX graphs or mlx-vlm ran, not torch.
         quantized: whether the original is quantized. Its rounding of a state may depend on the batch.
     """
-    observed = gate.observes
+    observed, refusal = gate.observes, list(gate.refusal_token_ids)[:TOKENS]
     pairs: Pairs = list(zip(written["cases"], found["cases"], strict=True))
     most = tolerance(dtype, written["dtype"], graphs=graphs)
     allowed = [pair for pair in pairs if observed or not refuses(pair[1], gate)]
@@ -60,9 +60,9 @@ def compare(
         _probabilities(pairs, most, how),
         *_batches(pairs, QUANTIZED if quantized else ROUNDED[written["dtype"]], quantized=quantized),
         _verdicts(pairs, gate, most),
-        _refusals(refused, list(gate.refusal_token_ids), observed=observed),
+        _refusals(refused, refusal, observed=observed),
         _logits(allowed, most if dtype in ROUNDED else None),
-        _answers(allowed, list(gate.refusal_token_ids), found["about"]["not_followed"], exact=exact),
+        _answers(allowed, refusal, found["about"]["not_followed"], exact=exact),
     ]
 
 
@@ -71,16 +71,13 @@ def refuses(entry: Entry, gate: GateSpec) -> bool:
     return not entry["unsafe_probability"] < gate.threshold
 
 
-def _apart(wanted: Sequence[float], found: Sequence[float]) -> float:
-    """Return the largest difference, or NaN if one is NaN, which the built-in max could lose."""
-    return float(np.abs(np.subtract(wanted, found)).max())
+def _apart(both: Sequence[tuple[float, float]]) -> float:
+    """Return the largest difference within the pairs, or NaN if one is NaN, which the built-in max could lose."""
+    return float(np.abs(np.diff(both)).max())
 
 
 def _probabilities(pairs: Pairs, most: float, how: str) -> Check:
-    wanted, found = zip(
-        *((case["unsafe_probability"], have["unsafe_probability"]) for case, have in pairs), strict=True
-    )
-    apart = _apart(wanted, found)
+    apart = _apart([(case["unsafe_probability"], have["unsafe_probability"]) for case, have in pairs])
     detail = f"largest difference {apart:.1e} over {len(pairs)} prompts, tolerance {most:g} ({how})"
     return Check("P(unsafe) is the original's", apart <= most, detail)
 
@@ -90,7 +87,7 @@ def _batches(pairs: Pairs, most: float, *, quantized: bool) -> list[Check]:
     both = [(case["calibrated"], case["unsafe_probability"]) for case, _ in pairs if case.get("calibrated") is not None]
     if not both:
         return []
-    apart = _apart(*zip(*both, strict=True))
+    apart = _apart(both)
     detail = f"largest difference {apart:.1e} over {len(both)} prompts, which ran in batches there, tolerance {most:g}"
     if quantized and not apart <= most:
         detail += "; states of 4 bits round by what shares their batch: calibrate with --batch-size 1"
@@ -105,12 +102,8 @@ def _verdicts(pairs: Pairs, gate: GateSpec, most: float) -> Check:
     return Check("verdicts are the original's", same == len(clear), detail)
 
 
-def _is_refusal(tokens: list[int], refusal: list[int]) -> bool:
-    return tokens[: len(refusal)] == refusal[:TOKENS]
-
-
 def _refusals(refused: list[list[int]], refusal: list[int], *, observed: bool) -> Check:
-    said = sum(_is_refusal(tokens, refusal) for tokens in refused)
+    said = sum(tokens[: len(refusal)] == refusal for tokens in refused)
     detail = f"{said} of {len(refused)}" if refused else "no case is refused at this threshold"
     detail = "none is refused, since the gate observes" if observed else detail
     return Check("refused prompts say the refusal", said == len(refused), detail)
@@ -121,15 +114,15 @@ def _logits(allowed: Pairs, most: float | None) -> Check:
     name = "allowed prompts have the original's logits"
     if not all(have["finite"] for _, have in allowed):
         return Check(name, False, "some are NaN or infinite")
-    wanted = [value for case, _ in allowed for _, value in case["logits"]]
-    if not wanted:
+    found = ((case["logits"], have["logits"]) for case, have in allowed)
+    both = [(value, there) for wanted, had in found for (_, value), there in zip(wanted, had, strict=True)]
+    if not both:
         return Check(name, True, "none to compare")
-    apart = _apart(wanted, [value for _, have in allowed for value in have["logits"]])
-    detail = f"largest difference {apart:.1e} over the {len(wanted)} largest of the first token"
+    detail = f"largest difference {_apart(both):.1e} over the {len(both)} largest of the first token"
     if most is None:
         return Check(name, True, f"{detail}, not held to a tolerance")
-    most *= max(1.0, *map(abs, wanted))
-    return Check(name, apart <= most, f"{detail}, tolerance {most:.1g}")
+    most *= max(1.0, *(abs(wanted) for wanted, _ in both))
+    return Check(name, _apart(both) <= most, f"{detail}, tolerance {most:.1g}")
 
 
 def _answers(allowed: Pairs, refusal: list[int], not_followed: list[str], *, exact: bool) -> Check:
@@ -138,7 +131,7 @@ def _answers(allowed: Pairs, refusal: list[int], not_followed: list[str], *, exa
     if not allowed:
         return Check(name, True, "no case is allowed at this threshold")
     others = [have["tokens"] for case, have in allowed if case["tokens"] != have["tokens"]]
-    refused = sum(_is_refusal(tokens, refusal) for tokens in others)
+    refused = sum(tokens[: len(refusal)] == refusal for tokens in others)
     detail = f"{len(allowed) - len(others)} of {len(allowed)}, token for token over {TOKENS} greedy tokens"
     if not_followed:
         detail += f" (not required: generation_config.json sets {', '.join(not_followed)}, which is not followed here)"

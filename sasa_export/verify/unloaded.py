@@ -13,7 +13,7 @@ from sasa_export.models import read_config
 from sasa_export.models.contents import outside
 from sasa_export.models.shards import read_shards
 from sasa_export.onnx import MERGING, graphs_of
-from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT, read_probe
+from sasa_export.probe.file import PROBE_BIAS, PROBE_WEIGHT, read_probe
 from sasa_export.report import Check
 from sasa_export.runtime.bundle import MLX_FILE, MODELING_FILE, mlx_source, modeling_source
 from sasa_export.runtime.settings import SEAL, check_settings
@@ -37,7 +37,7 @@ def check_manifest(directory: Path) -> Check:
         listed, edited = dict(told["files"]), ""
         present = _present(directory)
         wrong = [*sorted(present ^ set(listed)), *outside(directory)]
-        wrong += sorted(file for file in present & set(listed) if _digest(directory / file) != listed[file])
+        wrong += sorted(file for file in present & set(listed) if digest(directory / file) != listed[file])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Check(name, False, f"{MANIFEST} is damaged")
     wrong = list(dict.fromkeys(wrong))
@@ -60,15 +60,8 @@ def _unedited(path: Path, exported: dict[str, Any] | None) -> str | None:
 
 def _present(directory: Path) -> set[str]:
     """Return all files except the manifest, and except those of hubs and git, whose names have a leading dot."""
-    names = {path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir()}
+    names = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
     return {name.as_posix() for name in names if not name.parts[0].startswith(".")} - {MANIFEST}
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        return digest(path) if path.is_file() else None  # a pipe would be read for ever
-    except OSError:
-        return None
 
 
 def _config(directory: Path) -> Check:

@@ -40,6 +40,7 @@ def write_card(
         projection=None if patch.calibration is None else verdict_on_projection(patch.calibration.figures),
         checks=checks,
         tried=" and ".join(TRIED),
+        vllm=patch.source.config.get("model_type") in patch.source.family.vllm,
         verified=verified,
         **values,
     )

@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from sasa_export.graph import LayerGraph
-from sasa_export.models.contents import read_object
-from sasa_export.models.load import place
-from sasa_export.probe.features import collect
 from sasa_export.probe.fit import Probe, probability
-from sasa_export.prompts.prompt import Prompt, encode
+from sasa_export.prompts.prompt import Prompt
 
 FOLDER = "sasa-verify"
 CASES = "cases.json"
@@ -86,20 +81,6 @@ def expect(ask: Callable[[Prompt], Asked], probe: Probe, prompts: Sequence[Promp
         yield Case(prompt, score, tuple(tokens), logits, calibrated.get(prompt.name), tuple(ids))
 
 
-def ask(model: Any, processor: Any, lane: LayerGraph, prompt: Prompt) -> Asked:
-    """Return the values that `expect` needs from a model in torch."""
-    state = collect(model, processor, lane, [prompt], batch_size=1).projected
-    inputs = place(encode(processor, [prompt]), model)
-    with torch.no_grad():
-        answer = model.generate(
-            **inputs, max_new_tokens=TOKENS, do_sample=False, num_beams=1,
-            return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-    tokens = answer.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    ids = [] if prompt.image is not None else inputs["input_ids"][0].tolist()
-    return state, answer.logits[0][0].float().cpu().numpy(), tokens, ids
-
-
 def write_cases(cases: Sequence[Case], directory: Path, dtype: str) -> None:
     """Write the cases with their pictures. `dtype` is the type in which they were computed."""
     folder = directory / FOLDER
@@ -125,8 +106,3 @@ def write_prompts(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any
                 part.pop("image", None)
         entries.append({"name": prompt.name, "messages": messages, "image": image})
     return entries
-
-
-def read_cases(directory: Path) -> dict[str, Any]:
-    """Return the content of the file that `write_cases` wrote. It is empty for a directory without cases."""
-    return read_object(directory / FOLDER / CASES)

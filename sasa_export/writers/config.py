@@ -8,8 +8,9 @@ from sasa_export.errors import EmitError
 from sasa_export.gate import GateSpec
 from sasa_export.models import Source
 from sasa_export.models.contents import read_object
+from sasa_export.models.load import stock_classes
 from sasa_export.models.quantized import scheme
-from sasa_export.runtime.bundle import MLX_FAMILIES, MLX_FILE, MODELING_FILE, guarded_type, mlx_source, modeling_source
+from sasa_export.runtime.bundle import MLX_FILE, MODELING_FILE, guarded_type, mlx_source, modeling_source
 from sasa_export.runtime.settings import LONGEST_REFUSAL, refusal_tokens, sealed
 
 THINKING = ("enable_thinking", "thinking")  # options of chat templates: Qwen and GLM, Kimi
@@ -28,9 +29,9 @@ def gate_of(source: Source, processor: Any, refusal: str) -> dict[str, Any]:
     }
 
 
-def write_config(source: Source, gate: GateSpec, classes: tuple[type, type], directory: Path) -> None:
+def write_config(source: Source, gate: GateSpec, directory: Path) -> None:
     """Write config.json and the modeling files that it names. Families that mlx-vlm runs get a file for it, too."""
-    config_class, model_class = classes
+    config_class, model_class = stock_classes(source)
     module = MODELING_FILE.removesuffix(".py")
     config = dict(source.config)
     config["model_type"] = guarded_type(source.config["model_type"])
@@ -41,7 +42,7 @@ def write_config(source: Source, gate: GateSpec, classes: tuple[type, type], dir
         "AutoModelForMultimodalLM": f"{module}.Sasa{model_class.__name__}",  # what `transformers serve` loads
     }
     config["sasa"] = gate.to_json()
-    if source.config["model_type"] in MLX_FAMILIES and scheme(source.config) is None:
+    if source.config["model_type"] in source.family.mlx and scheme(source.config) is None:
         config["model_file"] = MLX_FILE
         (directory / MLX_FILE).write_text(mlx_source(), encoding="utf-8")
     (directory / "config.json").write_text(config_text(sealed(config)), encoding="utf-8")

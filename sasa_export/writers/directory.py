@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sasa_export.gate import GateSpec
 from sasa_export.graph import LayerGraph
@@ -39,6 +40,14 @@ class Patch:
     device: str
 
 
+class Written(NamedTuple):
+    """A written directory: its patch, and the SHA-256 of files that are known already, None for a linked file."""
+
+    patch: Patch
+    directory: Path
+    digests: dict[str, str | None]
+
+
 def write_beside(patch: Patch, directory: Path) -> None:
     """Write the files beside the weights: copies of the files that the family names, such as processor and chat
     template, any licence, and scores, cases and probes, if the patch has them."""
@@ -46,11 +55,10 @@ def write_beside(patch: Patch, directory: Path) -> None:
         for path in sorted(patch.source.directory.glob(pattern)):
             if path.is_file() and path.name not in OWN and not path.name.startswith("sasa-"):
                 shutil.copyfile(path, directory / path.name)
-    if patch.calibration is not None:
-        _write_scores(patch.calibration, directory)
     if patch.cases:
         write_cases(patch.cases, directory, patch.dtype)
     if patch.calibration is not None:
+        _write_scores(patch.calibration, directory)
         (directory / PROBES).parent.mkdir(exist_ok=True)
         origin = bundled.origin_of(patch.calibration.prompts, patch.gate.lane)
         bundled.write(patch.calibration.fitted, origin, directory / PROBES)

@@ -12,19 +12,14 @@ from safetensors.numpy import save
 
 from sasa_export.errors import EmitError
 from sasa_export.models.shards import INDEX, SINGLE, Shard
+from sasa_export.probe.file import PROBE_BIAS, PROBE_WEIGHT
 from sasa_export.probe.fit import Probe
-from sasa_export.probe.given import PROBE_BIAS, PROBE_WEIGHT
 
 CHUNK = 1 << 22  # bytes
 
 
 def write_weights(
-    shards: tuple[Shard, ...],
-    probe: Probe,
-    directory: Path,
-    *,
-    link: bool,
-    advance: Callable[[int], None],
+    shards: tuple[Shard, ...], probe: Probe, directory: Path, *, link: bool, advance: Callable[[int], None]
 ) -> dict[str, str | None]:
     """Write all shards and their index. Return the SHA-256 of each shard by name, None for a linked shard."""
     digests: dict[str, str | None] = {}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Guard
-from fuzzing import examples
+from fuzzing import examples, judged
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from matrix.bench import MARGIN
@@ -197,13 +197,6 @@ def score(guarded: Guard, call: Call, text: list[int]) -> float:
         inputs = {"inputs_embeds": torch.cat([virtual, embedding(ids)], dim=1)}  # (1, tokens, hidden)
         inputs["attention_mask"] = torch.ones(inputs["inputs_embeds"].shape[:2]).long()
     return float(guarded.expected(inputs))
-
-
-def judged(text: list[int], sasa: dict[str, Any]) -> int:
-    """Behind how many tokens of a text a call by hand has its verdict."""
-    opening, ends = sasa["generation_prompt_ids"], sasa["turn_token_ids"]
-    opened = max((end for end in range(len(text) + 1) if text[:end][-len(opening) :] == opening), default=0)
-    return opened if opened and not set(text[opened:]) & set(ends) else len(text)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import Guard
-from fuzzing import examples
+from fuzzing import examples, judged
 from hypothesis import assume, given, reject
 from hypothesis import strategies as st
 from matrix.bench import begun_answers_allowed
@@ -99,13 +99,6 @@ def test_conversations(guard: Callable[..., Guard], family: str, options: dict[s
         guarded.check_answers(said, stock.generate(**inputs, max_new_tokens=4)[:, prompt:], refused)
 
     run()
-
-
-def judged(ids: list[int], sasa: dict[str, Any]) -> int:
-    """How many tokens of a prompt its verdict reads: to its last generation prompt, unless that answer has ended."""
-    opening, ends = sasa["generation_prompt_ids"], sasa["turn_token_ids"]
-    opened = max((end for end in range(len(ids) + 1) if ids[:end][-len(opening) :] == opening), default=0)
-    return opened if opened and not set(ids[opened:]) & set(ends) else len(ids)
 
 
 def left_open(ids: list[int], sasa: dict[str, Any]) -> bool:

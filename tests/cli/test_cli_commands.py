@@ -44,9 +44,7 @@ def test_help_shows_the_common_options_and_help_all_the_rest() -> None:
     "arguments, said",
     [
         (["--model", "x"], "Missing option '--out'"),
-        (["--model", "x", "verify", "y"], "--model stands before 'verify'"),
         (["--model", "x", "--out", "y", "--dtype", "int3"], "'int3' is not one of"),
-        (["--model", "x", "--out", "y", "--opset", "17"], "'17' is not one of '20', '23'"),
         (["--model", "x", "--out", "y", "--threshold", "nan"], "'--threshold': nan is no number"),
         (["locate", "--model", "x", "--out", "y", "--limit", "0"], "0 is not in the range x>=1"),
         (["--model", "x", "--out", "y", "--no-such-option"], "No such option"),
@@ -83,6 +81,9 @@ GOOD = 'model_types = ["x"]\nfiles = []\n[modules]\n' + "\n".join(f'{role} = "m"
         ("[", "fam.toml: "),
         (GOOD.replace("files", "fils"), "files is missing"),
         (GOOD.replace("norm", "nrm"), "norm is missing"),
+        (GOOD.replace("files", "layer = []\nfiles"), "unexpected keyword argument 'layer'"),
+        (GOOD.replace("files", 'mlx = ["y"]\nfiles'), "y is not among model_types"),
+        (GOOD + '\n[onnx]\nmodel_types = ["x"]\ntower = "Qwen"', "a module and a class, with a dot between"),
         (GOOD + '\n[aliases]\nq.5 = "a/b"', "an alias with a dot needs quotes"),
         (
             GOOD + '\n[[layers]]\ncheckpoint = "a/b"\nblocks = 4\nhidden = 8\nsafety = 3\nsemantic = 3\nsource = "x"',

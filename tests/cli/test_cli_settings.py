@@ -104,23 +104,13 @@ GIVEN = {"probe": Path("probe.safetensors")}
         ({"threshold": 0.0}, "--threshold cannot be 0.0: 0.0 is not in the range 0<x<1."),
         ({"threshold": float("nan")}, "--threshold cannot be nan: nan is no number."),
         ({"max_false_positive_rate": 1.0}, "--max-false-positive-rate cannot be 1.0: 1.0 is not in the range 0<=x<1."),
-        ({"regularization": -1.0}, "--regularization cannot be -1.0: -1.0 is not in the range 0<x"),
-        ({"regularization": "x"}, "--regularization cannot be 'x': 'x' is not a valid float"),
         ({"safety_layer": "x"}, "--safety-layer cannot be 'x': 'x' is not a valid integer, nor auto."),
-        ({"format": "onnx", "opset": 17}, "--opset cannot be 17: 17 is not one of '20', '23'."),
         ({"refusal": " "}, "--refusal is empty"),
-        (
-            {"onnx_dtype": "bfloat16"},
-            "--onnx-dtype cannot be 'bfloat16': 'bfloat16' is not one of 'float32', 'float16',",
-        ),
         ({"calibration": ("a.jsonl",), **GIVEN}, "--probe and --calibration exclude each other"),
         ({"safety_layer": "auto", **GIVEN}, "--probe and layers left to auto exclude each other"),
         ({"projection": "none", "safety_layer": 2}, "--safety-layer has no effect with --projection none"),
-        ({"projection": "none", "lane_tokens": 4}, "--lane-tokens has no effect with --projection none"),
-        ({"lane_tokens": 0}, "--lane-tokens cannot be 0: 0 is not in the range x>=1."),
         ({"onnx_dtype": "int8"}, "--onnx-dtype has no effect without --format onnx or both. Leave it out."),
         ({"regularization": 1.0, **GIVEN}, "--regularization has no effect with --probe, since nothing is calibrated"),
-        ({"max_false_positive_rate": 0.1, **GIVEN}, "--max-false-positive-rate has no effect with --probe"),
         (
             {"max_false_positive_rate": 0.1, "threshold": 0.5},
             "--max-false-positive-rate has no effect with --threshold",
@@ -156,6 +146,5 @@ def test_paths_as_text_and_text_as_paths(llava: Path, calibration: Path, place: 
 
 
 def test_the_command_line_checks_its_options(llava: Path, place: Path) -> None:
-    assert "--safety-layer has no effect with --projection none" in fails(
-        *flags(llava, place, projection="none", safety_layer=1)
-    )
+    said = fails(*flags(llava, place, projection="none", safety_layer=1))
+    assert "--safety-layer has no effect with --projection none" in said

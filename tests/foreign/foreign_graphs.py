@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from sasa_export import Options
+from sasa_export.backends.onnx_graphs import GraphOriginal, read
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.graph_original import GraphOriginal, read
 from sasa_export.prompts import Prompt
 
 BLOCKS, HIDDEN, HEADS, SIZE, VOCABULARY = 4, 32, 2, 16, 400

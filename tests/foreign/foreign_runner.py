@@ -20,9 +20,7 @@ from onnx_runner import KINDS, Runner, session
 Array = NDArray[Any]
 Pair = tuple[int, int]
 # Where decoders of text keep their blocks, as oracle.BLOCKS has it for models with vision.
-TEXT_BLOCKS = {
-    "bloom": "transformer.h", "falcon": "transformer.h", "gpt2": "transformer.h", "opt": "model.decoder.layers",
-}  # fmt: skip
+TEXT_BLOCKS = dict.fromkeys(("bloom", "falcon", "gpt2"), "transformer.h")
 
 # Norms that add two values first, and how many weights the norm itself has.
 SCALES = {"SkipSimplifiedLayerNormalization": 1, "SkipLayerNormalization": 2}
@@ -33,10 +31,10 @@ class Decoder(Runner):
     `probability` (batch,), or None where the decoder is not guarded."""
 
     def __init__(self, directory: Path, *, decoder: bytes | None = None, exact: bool = False) -> None:
-        found = [path for name in ("onnx/decoder_model_merged*.onnx", "model.onnx") for path in directory.glob(name)]
+        found = [path for name in ("onnx/decoder_model_merged.onnx", "model.onnx") for path in directory.glob(name)]
         self.path, self.size = found[0], _head_size(directory)
         self.use(session(decoder or self.path, self.path.parent, exact))
-        embeddings = [*directory.glob("onnx/embed_tokens*.onnx"), *directory.glob("merging*.onnx")]
+        embeddings = [*directory.glob("onnx/embed_tokens.onnx"), *directory.glob("embed_tokens.onnx")]
         self.embedding: Any = session(embeddings[0], self.path.parent, exact) if embeddings else None
 
     def call(self, ids: Array, mask: Array | None = None, **more: Array) -> None:  # type: ignore[override]
@@ -80,10 +78,6 @@ class TorchOracle:
         if not hasattr(model.config, "vision_config"):
             oracle.BLOCKS[kind] = TEXT_BLOCKS.get(kind, "model.layers")
         self.model = model
-
-    @property
-    def blocks(self) -> int:
-        return len(oracle.blocks(self.model))
 
     @torch.no_grad()
     def end(self, ids: Sequence[int], pair: Pair) -> tuple[Array, Array]:
@@ -140,6 +134,30 @@ class GraphOracle:
         self.second.call(np.array([ids[last]]), state=given[:, last], **places)
         ends = (self.second.values[name][0, -1].astype(np.float32) for name in (self.head, "logits"))
         return next(ends), next(ends)
+
+
+class RandomProbe:
+    """A random probe on the second lane's end, or on its logits, by which an oracle tells some prompts from others."""
+
+    def __init__(self, oracle: Any, rows: Sequence[Sequence[int]], pair: Pair, *, logits: bool = False) -> None:
+        self.oracle, self.pair, self.part = oracle, pair, int(logits)
+        ends = np.stack([self.end(ids) for ids in rows])  # (prompts, features)
+        weight = np.asarray(np.random.default_rng(0).normal(size=ends.shape[1]), np.float32)
+        raw = ends @ weight  # (prompts,)
+        scale = 2 / max(float(raw.std()), 1e-6)
+        self.weight, self.bias = weight * scale, float(-raw.mean() * scale)
+        self.expected = [self.judge(ids) for ids in rows]
+        ordered = np.sort(self.expected)
+        widest = int(np.diff(ordered).argmax())
+        self.threshold = float(ordered[widest : widest + 2].mean())
+
+    def end(self, ids: Sequence[int], *reach: int) -> Array:
+        found: Array = self.oracle.end(ids, self.pair, *reach)[self.part]
+        return found
+
+    def judge(self, ids: Sequence[int], *reach: int) -> float:
+        """P(unsafe) of a prompt; of a lane over its last `reach` tokens, where that is given."""
+        return float(1 / (1 + np.exp(-(self.end(ids, *reach) @ self.weight + self.bias))))
 
 
 def project(safety: Array, semantic: Array) -> Array:

@@ -1,6 +1,6 @@
 """ONNX decoders as others export them: onnxruntime-genai's builder, or optimum, each in an environment of its own.
 
-    python make.py builder|optimum OUT [NAME...]
+    python make.py builder|optimum OUT
 
 Reads OUT/sources (see sources.py). Writes OUT/EXPORTER/NAME for tiny decoders and OUT/EXPORTER/smol-llava-TYPE for the
 real one; OUT/EXPORTER.json says of each name "ok" or why it could not be exported.
@@ -14,28 +14,23 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-# What the builder is told for smol-llava: the type, and whether the decoder has the embedding in it.
-BUILT = {
-    "float32": ("fp32", True), "float16": ("fp16", True), "int4": ("int4", True),
-    "float32-ids": ("fp32", False), "int4-ids": ("int4", False),
-}  # fmt: skip
 REAL = "smol-llava"
 
 
-def build(source: Path, out: Path, precision: str, without_embedding: bool) -> None:
-    """By onnxruntime-genai's builder."""
+def build(source: Path, precision: str, out: Path) -> None:
+    """By onnxruntime-genai's builder; of a model with vision, without its embedding."""
+    apart = source.name == REAL or (source / "preprocessor_config.json").exists()
     command = [
         sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", out, "-p", precision, "-e", "cpu",
-        "-c", out.parent / "cache", "--extra_options", f"exclude_embeds={str(without_embedding).lower()}",
+        "-c", out.parent / "cache", "--extra_options", f"exclude_embeds={str(apart).lower()}",
     ]  # fmt: skip
     _run(command, out)
 
 
-def convert(source: Path, out: Path, task: str = "text-generation-with-past") -> None:
+def convert(source: Path, out: Path) -> None:
     """By optimum, in float32."""
-    command = [sys.executable, "-m", "optimum.exporters.onnx", "-m", source, "--task", task, out]
+    command = [sys.executable, "-m", "optimum.exporters.onnx", "-m", source, "--task", "text-generation-with-past", out]
     _run(command, out)
 
 
@@ -63,28 +58,23 @@ def convert_to(kind: str, original: Path, out: Path) -> None:
 def by_builder(root: Path) -> dict[str, Callable[[Path], None]]:
     """A way to write each name that OUT/builder may have."""
     real, llama = root / "sources" / REAL, root / "sources" / "llama"
-
-    def way(source: Path, *options: Any) -> Callable[[Path], None]:
-        return lambda out: build(source, out, *options)
-
-    ways = {f"{REAL}-{kind}": way(real, *options) for kind, options in BUILT.items()}
-    for source in _tiny(root / "sources"):
-        ways[source.name] = way(source, "fp32", (source / "preprocessor_config.json").exists())
-    return ways | {"llama-int4": way(llama, "int4", False), "llama-float16": way(llama, "fp16", False)}
+    ways: dict[str, Callable[[Path], None]] = {
+        source.name: partial(build, source, "fp32") for source in _tiny(root / "sources")
+    }
+    ways |= {f"{REAL}-float32": partial(build, real, "fp32"), f"{REAL}-int4": partial(build, real, "int4")}
+    return ways | {"llama-int4": partial(build, llama, "int4"), "llama-float16": partial(build, llama, "fp16")}
 
 
 def by_optimum(root: Path) -> dict[str, Callable[[Path], None]]:
     """A way to write each name that OUT/optimum may have."""
     sources, made = root / "sources-4", root / "optimum"
-    ways: dict[str, Callable[[Path], None]] = {}
-    for source in _tiny(sources):
-        if not (source / "preprocessor_config.json").exists():
-            ways[source.name] = partial(convert, source)
+    texts = [source for source in _tiny(sources) if not (source / "preprocessor_config.json").exists()]
+    ways: dict[str, Callable[[Path], None]] = {source.name: partial(convert, source) for source in texts}
     ways[f"{REAL}-float32"] = partial(convert, sources / REAL)
-    for kind in ("int4", "float16", "int8-dynamic"):
-        for name, first in ((REAL, f"{REAL}-float32"), ("llama", "llama")):
-            ways[f"{name}-{kind}"] = partial(convert_to, kind, made / first)
-    return ways
+    for kind in ("int4", "float16"):
+        ways[f"{REAL}-{kind}"] = partial(convert_to, kind, made / f"{REAL}-float32")
+        ways[f"llama-{kind}"] = partial(convert_to, kind, made / "llama")
+    return ways | {"llama-int8-dynamic": partial(convert_to, "int8-dynamic", made / "llama")}
 
 
 def _tiny(sources: Path) -> list[Path]:
@@ -102,27 +92,21 @@ def _run(command: list, out: Path) -> None:
         raise RuntimeError(lines[-1] if lines else "no message")
 
 
-def main(exporter: str, root: Path, names: list[str]) -> None:
-    ways = {"builder": by_builder, "optimum": by_optimum}[exporter](root)
-    record = root / f"{exporter}.json"
-    said = json.loads(record.read_text()) if record.exists() else {}
-    for name in names or ways:
+def main(exporter: str, root: Path) -> None:
+    said = {}
+    for name, way in {"builder": by_builder, "optimum": by_optimum}[exporter](root).items():
         out = root / exporter / name
-        if (out / "model.onnx").exists():
-            said[name] = "ok"
-            continue
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            ways[name](out)
+            way(out)
             said[name] = "ok"
         except Exception as error:  # of other people's code, of any kind
             said[name] = f"{type(error).__name__}: {error}"[:300]
             shutil.rmtree(out, ignore_errors=True)
         print(name, said[name], flush=True)
-        record.write_text(json.dumps(said, indent=2) + "\n")
-    record.write_text(json.dumps(said, indent=2) + "\n")
+    (root / f"{exporter}.json").write_text(json.dumps(said, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]))

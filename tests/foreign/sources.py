@@ -27,7 +27,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
 }  # fmt: skip
 FULL, SLIDING, CONVOLUTION = "full_attention", "sliding_attention", "conv"
-# One of each way to attend, to norm and to cache: other families are made of the same.
+# One of each way to attend, to norm and to cache: biased, latent, multi-query, windowed, with sinks, by learned
+# positions, with convolutions; layer norms, RMS norms, those of queries and keys, and those behind a block.
 FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 4, "n_head": 4},
     "deepseek_v3": {
@@ -39,33 +40,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_hidden_size": 96,
         "new_decoder_architecture": False, "multi_query": True,
     },
-    "gemma2": {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 8},
+    "gemma2": {"layer_types": [SLIDING, FULL] * 2, "sliding_window": 8},
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512},
     "gpt_oss": {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": [SLIDING, FULL, SLIDING, FULL],
-        "sliding_window": 8, "rope_parameters": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": [SLIDING, FULL] * 2, "sliding_window": 8,
+        "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 150000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0,
             "original_max_position_embeddings": 256, "truncate": False,
         },
     },
-    "granite": {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 4.0},
-    "lfm2": {"layer_types": [CONVOLUTION, FULL, CONVOLUTION, FULL], "conv_L_cache": 3, "block_multiple_of": 8},
+    "lfm2": {"layer_types": [CONVOLUTION, FULL] * 2, "conv_L_cache": 3, "block_multiple_of": 8},
     "llama": {},
-    "olmo2": {},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "qwen3": {},
 }  # fmt: skip
-# Vision-language models whose decoder alone the builder exports, with heads of the sizes that its attention takes.
-WITH_VISION: dict[str, dict[str, Any]] = {
-    "qwen2_5_vl": {}, "qwen3_5": {"head_dim": 32}, "qwen3_vl": {},
-}  # fmt: skip
+# Vision-language models whose decoder alone the builder exports, with heads of the sizes that its attention takes:
+# recurrent states, and positions of three axes.
+WITH_VISION: dict[str, dict[str, Any]] = {"qwen3_5": {"head_dim": 32}, "qwen3_vl": {}}
 
 
 def main(out: Path) -> None:
     save_smol_llava(out / "sources" / "smol-llava")
     for name in FAMILIES:
-        if name in hf.CONFIG_MAPPING:
-            save_tiny(name, out / "sources" / name)
+        save_tiny(name, out / "sources" / name)
     for name, sizes in WITH_VISION.items():
         tiny.build(name, out / "sources" / name, **sizes)
     for directory in (out / "sources").iterdir():
@@ -94,7 +90,7 @@ def save_tiny(name: str, out: Path) -> None:
     )  # fmt: skip
     ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
     own = FAMILIES[name]
-    sizes = {} if {"hidden_size", "n_embd", "d_model"} & set(own) else SIZES
+    sizes = {} if {"hidden_size", "n_embd"} & set(own) else SIZES
     vocabulary = (len(tokenizer) // 64 + 1) * 64
     config = hf.AutoConfig.for_model(name, **{**sizes, "vocab_size": vocabulary, **ids, **own})
     with torch.random.fork_rng():
@@ -113,15 +109,10 @@ def for_transformers_4(directory: Path, out: Path) -> None:
         os.link(path, out / path.name)
     config = json.loads((directory / "config.json").read_text())
     rope = config.pop("rope_parameters", None) or {}
-    if FULL in rope:  # one for each kind of block
-        config["rope_theta"] = rope[FULL]["rope_theta"]
-        config["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
-    elif rope:
-        config |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = rope
-    if "num_local_experts" in config:
-        config.setdefault("num_experts", config["num_local_experts"])
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
     config["torch_dtype"] = config.pop("dtype", "float32")
     _replace(out / "config.json", config)
     tokenizer = json.loads((directory / "tokenizer_config.json").read_text())

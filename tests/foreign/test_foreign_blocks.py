@@ -13,9 +13,9 @@ from foreign_runner import GraphOracle
 from onnx_runner import session
 
 import sasa_export
+from sasa_export.backends.onnx_graphs import GraphOriginal
 from sasa_export.errors import OpenError, SasaExportError, TraceError
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.graph_original import GraphOriginal
 from sasa_export.onnx.blocks import Blocks, find_blocks
 from sasa_export.onnx.lane import add_lane
 from sasa_export.onnx.opened import holds_graphs, open_graphs

@@ -26,7 +26,7 @@ def ask_both(it: Case, conversations: list[Any], **options: Any) -> Any:
 
 def wanted(it: Case, ids: list[int], probability: float) -> list[int]:
     """The refusal, or what the original says in onnxruntime."""
-    if probability >= it.threshold:
+    if it.refuses(probability):
         return it.refusal[:TOKENS]
     stock: Decoder = it.ask(it.original, ids)
     return stock.answer(TOKENS)
@@ -36,9 +36,8 @@ def wanted(it: Case, ids: list[int], probability: float) -> list[int]:
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 3}], ids=["whole", "chunks"])
 def test_prompts(options: dict[str, int], where: str, case: Any) -> None:
     it = case(where)
-    for (found,), ids, expected in zip(
-        ask_both(it, [[[ids]] for ids in it.rows], **options), it.rows, it.expected, strict=True
-    ):
+    said_to = ask_both(it, [[[ids]] for ids in it.rows], **options)
+    for (found,), (ids, expected) in zip(said_to, it.judged, strict=True):
         assert found["probability"] == pytest.approx([expected], abs=it.by_call)
         (said,), right = found["tokens"], wanted(it, ids, expected)
         assert said[: len(right)] == right[: len(said)]
@@ -47,10 +46,10 @@ def test_prompts(options: dict[str, int], where: str, case: Any) -> None:
 @every
 def test_a_second_turn(where: str, case: Any) -> None:
     it = case(where)
-    for first, expected in zip(it.rows, it.expected, strict=True):
+    for first, expected in it.judged:
         answer, ending = wanted(it, first, expected), it.refusal[-1]
         ended = ending in answer
         fed = answer[: answer.index(ending)] if ended else answer  # it does not feed the token that ends an answer
         again = [*[ending] * ended, *it.rows[-1]]
         ((_, found),) = ask_both(it, [[[first], [again]]])
-        assert found["probability"] == pytest.approx([it.judge([*first, *fed, *again])], abs=it.by_call)
+        assert found["probability"] == pytest.approx([it.probe.judge([*first, *fed, *again])], abs=it.by_call)

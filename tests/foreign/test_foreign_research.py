@@ -12,9 +12,9 @@ import pytest
 from labelled import write_set
 
 import sasa_export
+from sasa_export.backends.onnx_graphs import GraphOriginal
 from sasa_export.errors import EvaluateError, SasaExportError
 from sasa_export.graph.rewrite import LaneSettings
-from sasa_export.graph_original import GraphOriginal
 from sasa_export.onnx.blocks import find_blocks
 from sasa_export.onnx.run import Model
 from sasa_export.probe.work import Results, Work

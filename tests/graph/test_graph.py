@@ -88,14 +88,3 @@ def test_the_drawing() -> None:
     assert sorted((labels[start], labels[end]) for start, end in pairs) == sorted(expected)
     (coloured,) = [line.split()[1].split(",") for line in drawing.splitlines() if line.strip().startswith("class ")]
     assert sorted(coloured) == sorted(list(labels)[6:]), "what SASA adds is coloured"
-
-
-def test_other_drawings() -> None:
-    """A plain decoder, neighbouring layers, additions between blocks and what follows the head."""
-    plain = mermaid(decoder())
-    assert list(boxes(plain).values()) == [LABELS["embed"], "blocks 0 to 3", "final norm", "head"]
-    assert "class " not in plain
-    near = list(boxes(mermaid(rewrite(decoder(), LaneSettings(2, 3)))).values())
-    assert near[1:3] == ["blocks 0 to 2", "block 3"] and "second lane: block 3" in near
-    odd = boxes(mermaid(rewrite(decoder(between=0, after_head=True), LaneSettings(1, 2, softcap=3.0)))).values()
-    assert any("between.0.1" in label for label in odd) and {"head", "what follows the head"} <= set(odd)

@@ -21,9 +21,6 @@ class Past:
         """Drop the last -tokens."""
         self.arrays = {name: array[:, :, :tokens] for name, array in self.arrays.items()}
 
-    def batch_select_indices(self, rows: Tensor) -> None:
-        self.arrays = {name: array[rows.numpy()] for name, array in self.arrays.items()}
-
 
 class Graphs:
     """The three graphs; `image_token` is the id in whose places the pictures go."""

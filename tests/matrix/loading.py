@@ -64,7 +64,6 @@ COPIES = {
     "loaded with eager attention": loaded(attn_implementation="eager"),
     "save_pretrained, and loaded again": saved,
     "cast to bfloat16 and back": copied(lambda model: model.bfloat16().float()),
-    "a copy in train mode": copied(lambda model: model.train()),
 }
 enter_checks(LOADING, {name: treated(models) for name, models in COPIES.items()}, on=THREE)
 

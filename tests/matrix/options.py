@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
 
 from matrix.bench import Bench, Inputs, Way, generate, generating, mixed_text, single
 from matrix.rows import LLAVA, NOTHING, REST, SMOL, THREE, TOKENS_OF_IT, enter, enter_checks
@@ -108,20 +107,6 @@ def quantized(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     return generate(model, inputs, cache_implementation="quantized", cache_config=settings, num_beams=2)
 
 
-def used_again(kind: Any, **settings: Any) -> Way:
-    """A cache of the caller's own, for one batch after another."""
-
-    def way(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
-        cache = kind(config=bench.stock.config.get_text_config(decoder=True), **settings)
-        generate(model, bench.batch(images=True, seed=5), past_key_values=cache)
-        cache.reset()
-        return generate(model, inputs, past_key_values=cache)
-
-    return way
-
-
-AGAIN = {"DynamicCache": used_again(DynamicCache), "StaticCache": used_again(StaticCache, max_cache_len=120)}
-enter(CACHES, {f"{kind}, reset and used again": way for kind, way in AGAIN.items()})
 enter(CACHES, {"quantized to 4 bits (quanto), beams": quantized}, slow=True)
 
 

@@ -128,14 +128,12 @@ enter_checks(WAYS, {"a call by hand amid another's generate": amid_another})
 
 @torch.no_grad()
 def scores_of_places(bench: Bench) -> None:
-    """Logits at places of the prompt, as transformers' decisions read them."""
-    inputs, places = bench.batch(count=1), torch.tensor([2, 3])
-    bench.check_error(lambda model: _refused(bench, model, inputs, places), "read as scores")
-
-
-def _refused(bench: Bench, model: Any, inputs: Inputs, places: Tensor) -> Any:
-    with bench.threshold(1e-6):
-        return model(**inputs, logits_to_keep=places)
+    """Logits at places of the prompt, as transformers' decisions read them. An allowed prompt gives the original's."""
+    inputs = {**bench.batch(count=1), "logits_to_keep": torch.tensor([2, 3])}
+    with bench.threshold(1 - 1e-6):
+        assert torch.equal(bench.model(**inputs).logits, bench.stock(**inputs).logits)
+    with bench.threshold(1e-6), pytest.raises(ValueError, match="read as scores"):
+        bench.model(**inputs)
 
 
 enter_checks(WAYS, {"logits by their places, of a refused prompt": scores_of_places}, harmful=LOUD)

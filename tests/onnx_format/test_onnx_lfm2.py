@@ -16,7 +16,7 @@ from onnx_runner import TOLERANCE, Runner, image_token, positions, session
 
 from sasa_export.onnx import layout
 from sasa_export.onnx.plain import vision_graph, write_model
-from sasa_export.onnx.recipes import RECIPES
+from sasa_export.onnx.recipes import recipe_of
 
 STEPS = 8
 pytestmark = [pytest.mark.xdist_group("onnx-lfm2_vl"), pytest.mark.slow]
@@ -96,7 +96,7 @@ def test_pictures_of_any_size(normalised: bool, tmp_path: Path) -> None:
     model = hf.Lfm2VlForConditionalGeneration(config).eval()
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=draw) / 2)  # the same shape as the parameter
-    write_model(vision_graph(model, RECIPES["lfm2_vl"], opset=23), tmp_path / "vision.onnx")
+    write_model(vision_graph(model, recipe_of("lfm2_vl"), opset=23), tmp_path / "vision.onnx")
     graph = session(tmp_path / "vision.onnx")
     for grids in ([[2, 2]], [[4, 6], [2, 8], [20, 2], [14, 14]], [[2, 6], [24, 26]]):
         shapes = torch.tensor(grids)  # (images, 2)

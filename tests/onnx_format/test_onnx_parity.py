@@ -11,12 +11,12 @@ import pytest
 import tiny
 from onnx_runner import STEPS, TOLERANCE, Runner, follow, positions
 
-from sasa_export.onnx.recipes import RECIPES
+from sasa_export.models.family import onnx_recipes
 
 FAMILIES = [
     pytest.param(family, marks=[pytest.mark.xdist_group(f"onnx-{family}"), *[pytest.mark.slow] * (family != "llava")])
     for family in tiny.MAKERS
-    if family in RECIPES
+    if family in onnx_recipes()
 ]
 
 

@@ -73,9 +73,3 @@ def test_the_same(tmp_path: Path) -> None:
 def test_another(tmp_path: Path, old: str, new: str, name: str, verdict: str, code: int) -> None:
     found_code, found = run(tmp_path, base=BEFORE["base.py"].replace(old, new))
     assert found[name].startswith(verdict) and found_code == code
-
-
-def test_what_sasa_vllm_relies_on_is_read_from_its_source() -> None:
-    names = vllm_names.relied_on(vllm_names.SOURCE, vllm_names.TABLE)
-    assert ("vllm.v1.core.sched.scheduler", "Scheduler") in names  # an import
-    assert ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output") in names  # of the table

@@ -12,8 +12,9 @@ from feeding import positions
 from fuzzing import examples
 from hypothesis import example, given
 from hypothesis import strategies as st
-from rule import RULE, Rule, calls
+from rule import RULE, calls, check_calls
 
+from sasa_export.runtime import verdict
 from sasa_export.runtime.host import in_embeddings
 from sasa_export.runtime.ledger import Ledger
 from sasa_export.runtime.verdict import Call, TemplateTokens, find_due, follow
@@ -71,28 +72,7 @@ TOKENS = TemplateTokens.of(RULE)
 @example([[5, 7], [8]], 0, True)
 @example([[5, 7, 8], [11, 12], [5]], 2, True)
 def test_the_rule_token_by_token(fed: list[list[int]], padding: int, harmful: bool) -> None:
-    """What tensors say of a call is what the rule says token by token, under any padding on the left."""
-
-    def refuses(context: tuple[int, ...]) -> bool:
-        return harmful ^ (len(context) % 3 == 0)
-
-    rule, kept = Rule(refuses), torch.zeros(1, 0, 3, dtype=torch.long)
-    context: list[int] = []
-    for number, tokens in enumerate(fed):
-        ids = torch.tensor([[0] * (padding if number == 0 else 0) + tokens])  # (1, tokens)
-        numbers, real = TOKENS.in_ids(ids), ids != 0
-        several = torch.tensor(ids.shape[1] > 1)
-        earlier = torch.nn.functional.pad(kept, (0, 0, 2, 0))[:, -2:]  # (1, 2, 3)
-        call = Call(numbers, real, earlier, several, several)
-        due = find_due(call, TOKENS)
-        judged = tuple(context + tokens[: int(due.at) + 1 - (ids.shape[1] - len(tokens))])
-        refused = due.rows & torch.tensor([refuses(judged)])
-        states, turns = follow(call, due, refused, TOKENS)
-        context += tokens
-        if number == 0 and padding and len(tokens) == 1:
-            return  # a first call of padding and one token brings several
-        assert (bool(due.rows), int(states[0, -1])) == rule.feed(tokens), fed
-        kept = torch.cat([kept, torch.stack([states, turns, numbers], dim=-1)], dim=1)
+    check_calls(verdict, torch.tensor, fed, padding, harmful)
 
 
 def test_generate_says_where_its_prompt_ends() -> None:

@@ -124,18 +124,6 @@ def test_options_of_the_forward_pass(guard: Guards, padding_side: str, name: str
 
 
 @torch.no_grad()
-def test_logits_by_their_places(guard: Guards) -> None:
-    """They are read as scores, so that a prompt that is refused gives none, and says so; others give the original's."""
-    guarded, places = guard("llava"), torch.tensor([0, 3, -1])
-    inputs = guarded.batch()
-    with guarded.at(1 - 1e-6):
-        found = guarded.model(**inputs, logits_to_keep=places).logits
-    assert torch.equal(found, guarded.stock(**inputs, logits_to_keep=places).logits)
-    with guarded.halved(inputs), pytest.raises(ValueError, match="none of its logits can be read as scores"):
-        guarded.model(**inputs, logits_to_keep=places)
-
-
-@torch.no_grad()
 def test_gradient_checkpointing_and_autocast(guard: Guards) -> None:
     """A copy in training mode, and a model under autocast, judge and refuse too."""
     guarded = guard("llava")

@@ -3,7 +3,6 @@
 import base64
 import io
 import itertools
-import json
 import socket
 import subprocess
 import sys
@@ -24,21 +23,14 @@ TOKENS = 24
 LEFT_OUT = " \ufffd"  # a stream leaves out half a letter at its end
 
 
-# As the program `transformers` does; what it compiles is run as it is, since there may be no compiler.
-PROGRAM = (
-    "import torch; from transformers.cli.transformers import main; torch.compiler.set_stance('force_eager'); main()"
-)
-
-
 @contextmanager
-def server(directory: Path, folder: Path, *options: str) -> Iterator[tuple[Any, Path]]:
+def server(directory: Path, folder: Path) -> Iterator[tuple[Any, Path]]:
     """A client of the server, and what the server writes to its terminal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**offline(), "HF_MODULES_CACHE": str(folder)}
-    program = [sys.executable, "-c", PROGRAM] if options else [str(Path(sys.executable).with_name("transformers"))]
-    command = [*program, "serve", str(directory), *options]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(directory)]
     command += ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
@@ -124,30 +116,3 @@ def test_answers_that_a_caller_begins(served: tuple[Any, Path], split: Callable[
             model=name, messages=asked("hello", False)[0], max_tokens=TOKENS, extra_body=template
         )
     assert log.read_text().count("the prompt begins the answer") >= 2
-
-
-@pytest.mark.slow
-def test_padding_that_a_caller_asks_for_under_flex_attention(
-    split: Callable[[str], Guard], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """With a static cache the gate cannot read the mask, so that it is an error; else the prompt is refused."""
-    guarded = split("llava")
-    text, outcomes = refused_text(guarded), list[str]()
-    options = ("--attn-implementation", "flex_attention")
-    with server(guarded.directory, tmp_path_factory.mktemp("flex"), *options) as (client, log):
-        for cache, padding in itertools.product((None, "static"), (None, 64, 100)):
-            body: dict[str, Any] = {}
-            if cache:
-                given = {"max_new_tokens": TOKENS, "eos_token_id": 2, "pad_token_id": 2, "cache_implementation": cache}
-                body["generation_config"] = json.dumps(given)
-            if padding:
-                how = {"padding": "max_length", "max_length": padding, "padding_side": "left"}
-                body["chat_template_kwargs"] = {"processor_kwargs": how}
-            request = {"model": str(guarded.directory), "messages": asked(text, False)[0], "extra_body": body}
-            try:
-                said = client.chat.completions.create(**request, **({} if cache else {"max_tokens": TOKENS}))
-                outcomes.append(said.choices[0].message.content.strip(LEFT_OUT))
-            except openai.InternalServerError:
-                outcomes.append("error")
-        assert log.read_text().count("cannot tell padding from text") >= 1
-    assert set(outcomes) == {"I will not help.", "error"} and outcomes[0] == "I will not help."

@@ -320,4 +320,4 @@ def test_verification_has_the_packages_of_its_caller(
     monkeypatch.setattr(answers, "FRESH", tmp_path / "fresh")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("packages")
-    assert answers.run_fresh(patched, {}, "float32", "cpu", []) == {"where": "found"}
+    assert answers.run_fresh(patched, "torch_model", {}, "cpu", []) == {"where": "found"}

@@ -33,24 +33,23 @@ _GEMMA_TEMPLATE = (
 )
 
 
+def _idefics_tokenizer(more: str = "", **named: str) -> Any:
+    """With `more` special tokens behind those of all versions."""
+    special = "<|endoftext|> <|im_start|> <|im_end|> <end_of_utterance> <fake_token_around_image> <image>"
+    marks = {"bos": "<|im_start|>", "eos": "<end_of_utterance>", "pad": "<|im_end|>", "image_token": "<image>"}
+    return make_tokenizer(f"{special} {more}", template=IDEFICS_TEMPLATE, **marks, **named)
+
+
 def _idefics(overrides: dict[str, Any], *, name: str, tied: bool) -> Made:
     """Idefics3: Llama text under `text_model`, SigLIP-like vision, tiled images.
 
     SmolVLM2 differs in its classes and in its tied embeddings.
     """
     tiles = " ".join(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
-    tokenizer = make_tokenizer(
-        "<|endoftext|> <|im_start|> <|im_end|> <end_of_utterance> <fake_token_around_image> <image> <global-img> "
-        + tiles,
-        bos="<|im_start|>",
-        eos="<end_of_utterance>",
-        pad="<|im_end|>",
-        template=IDEFICS_TEMPLATE,
-        image_token="<image>",
-        fake_image_token="<fake_token_around_image>",
-        global_image_token="<global-img>",
+    tokenizer = _idefics_tokenizer(
+        f"<global-img> {tiles}", fake_image_token="<fake_token_around_image>", global_image_token="<global-img>",
         end_of_utterance_token="<end_of_utterance>",
-    )
+    )  # fmt: skip
     tied = overrides.get("tie_word_embeddings", tied)
     config = getattr(hf, f"{name}Config")(
         text_config=hf.LlamaConfig(**text_fields(tokenizer, overrides) | {"tie_word_embeddings": tied}),
@@ -72,15 +71,7 @@ def _idefics(overrides: dict[str, Any], *, name: str, tied: bool) -> Made:
 
 def _idefics2(overrides: dict[str, Any]) -> Made:
     """Idefics2: Mistral text, SigLIP-like vision of any ratio, a perceiver that gives each picture a few tokens."""
-    tokenizer = make_tokenizer(
-        "<|endoftext|> <|im_start|> <|im_end|> <end_of_utterance> <fake_token_around_image> <image>",
-        bos="<|im_start|>",
-        eos="<end_of_utterance>",
-        pad="<|im_end|>",
-        template=IDEFICS_TEMPLATE,
-        image_token="<image>",
-        image_boundary_token="<fake_token_around_image>",
-    )
+    tokenizer = _idefics_tokenizer(image_boundary_token="<fake_token_around_image>")
     text = hf.MistralConfig(**small_text(tokenizer, overrides, sliding_window=None))
     perceiver = {
         "hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,

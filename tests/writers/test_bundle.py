@@ -19,38 +19,25 @@ def defined(tree: ast.Module) -> list[str]:
     return names + [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
 
 
-def test_the_joined_file_holds_all_and_no_name_stands_for_two_things() -> None:
+def test_the_joined_files_hold_all_and_no_name_stands_for_two_things() -> None:
     """In one file a second definition would replace the first one unseen."""
-    assert sorted(path.stem for path in DIRECTORY.glob("*.py")) == sorted([*PARTS, "__init__", "bundle"])
-    texts = [(DIRECTORY / f"{part}.py").read_text() for part in PARTS]
-    names = [name for text in texts for name in defined(ast.parse(text))]
-    assert {"WANTED", "current_recording", "GuardedModel"} <= set(names)
-    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
-    source = modeling_source(LlavaConfig, LlavaForConditionalGeneration)
-    tree = ast.parse(source)
-    assert set(names) <= set(defined(tree)) and "sasa_export" not in source
-    comments = [line for text in texts for line in text.splitlines() if line.lstrip()[:1] == "#"]
-    assert all(line in source for line in comments)
+    assert {path.stem for path in DIRECTORY.glob("*.py")} == {*PARTS, "__init__", "bundle"}
+    others = (DIRECTORY / "../runtime_mlx").resolve().glob("*.py")
+    assert {path.stem for path in others} - {"__init__"} == {Path(part).name for part in MLX_PARTS if "/" in part}
+    torch_source = modeling_source(LlavaConfig, LlavaForConditionalGeneration)
+    for parts, source in ((PARTS, torch_source), (MLX_PARTS, mlx_source())):
+        names = [name for part in parts for name in defined(ast.parse((DIRECTORY / f"{part}.py").read_text()))]
+        assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+        assert set(names) <= set(defined(ast.parse(source))) and "sasa_export" not in source
+    assert "torch" not in imported(mlx_source())
+
+
+def test_the_version_is_looked_at_before_other_imports() -> None:
+    """Another transformers may lack what is imported later."""
+    tree = ast.parse(modeling_source(LlavaConfig, LlavaForConditionalGeneration))
     first = next(node for node in tree.body if isinstance(node, ast.If))
     before = [ast.unparse(node) for node in tree.body[1 : tree.body.index(first)]]
-    assert before[0] == "import transformers" and len(before) == 2, (
-        "another transformers may lack what is imported later"
-    )
-
-
-def test_so_does_the_file_for_mlx() -> None:
-    """It holds all of runtime_mlx, and what of the runtime needs no torch."""
-    others = (DIRECTORY / "../runtime_mlx").resolve().glob("*.py")
-    assert {path.stem for path in others} - {"__init__"} == {Path(p).name for p in MLX_PARTS if "/" in p}
-    texts = [(DIRECTORY / f"{part}.py").read_text() for part in MLX_PARTS]
-    names = [name for text in texts for name in defined(ast.parse(text))]
-    assert len(names) == len(set(names)) and {"Guarded", "find_due", "check_settings"} <= set(names)
-    source = mlx_source()
-    assert (
-        set(names) <= set(defined(ast.parse(source)))
-        and "sasa_export" not in source
-        and "torch" not in imported(source)
-    )
+    assert before[0] == "import transformers" and len(before) == 2
 
 
 def imported(source: str) -> set[str]:

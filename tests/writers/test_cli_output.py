@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cli_steps import contents, copied, fails, flags, succeeds
+from cli_steps import contents, fails, flags, succeeds
 
 from sasa_export.files import claimed
 
@@ -69,15 +69,6 @@ def test_an_empty_output_and_missing_parents(llava: Path, probe: Path, place: Pa
     assert contents(place / "out") == contents(place / "a" / "b" / "out")
 
 
-def test_an_output_that_would_remove_its_source(llava: Path, probe: Path, tmp_path: Path) -> None:
-    """--force replaces what is at --out, which must not be the model that is being patched."""
-    source = copied(llava, tmp_path)
-    for out in (source, tmp_path):
-        message = fails(*flags(source, out, "--force", probe=probe, verify="files"))
-        assert "which sasa-export did not write" in message
-    assert contents(source) == contents(llava)
-
-
 @pytest.mark.parametrize("command", ["export", "locate", "evaluate"])
 def test_two_runs_at_once(command: str, llava: Path, patched: Path, place: Path) -> None:
     arguments = flags(patched if command == "evaluate" else llava, place / "out")
@@ -96,21 +87,3 @@ def test_too_little_space(llava: Path, probe: Path, place: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", free(64_500_000))
     assert "GB free" in fails(*arguments)
     succeeds(*arguments, "--link")
-
-
-def test_a_real_disk_that_fills_up(
-    llava: Path, probe: Path, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wherever the space runs out: in the weights, right behind them in the probe, or in a later file."""
-    monkeypatch.setattr(shutil, "disk_usage", free(10**12))
-    page = 4096
-    weights = -(-(llava / "model.safetensors").stat().st_size // page)  # pages
-    for pages in (4, weights - 1, weights, weights + 1, weights + 8):
-        disk = small_disk(pages * page)
-        message = fails(*flags(llava, disk / "out", probe=probe, verify="files"))
-        assert "the disk is full" in message, f"with {pages} pages"
-        assert not list(disk.iterdir()), f"with {pages} pages"
-    disk = small_disk((weights + 60) * page)
-    succeeds(*flags(llava, disk / "out", "--link", probe=probe, verify="files"))  # a link to another disk is a copy
-    written = disk / "out" / "model-00001-of-00002.safetensors"
-    assert written.read_bytes() == (llava / "model.safetensors").read_bytes()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sasa_export.onnx.flat import Inputs, Shape
+
 
 class Lfm2(nn.Module):
     """Patches of pictures, and each picture's grid of them -> image_features (tokens, hidden)."""
@@ -19,6 +21,19 @@ class Lfm2(nn.Module):
         self.projector = model.model.multi_modal_projector
         self.side = self.tower.embeddings.position_embedding_size  # of the square of learned positions
         self.factor = self.projector.factor  # patches along the side of the square of one token
+
+    @staticmethod
+    def inputs(model: Any) -> Inputs:
+        """The patches of each picture are padded to equal numbers."""
+        config = model.config.vision_config
+        pixels, factor = config.num_channels * config.patch_size**2, model.config.downsample_factor
+        named: dict[str, Shape] = {
+            "pixel_values": ("num_images", "num_patches", pixels), "spatial_shapes": ("num_images", 2),
+            "pixel_attention_mask": ("num_images", "num_patches"),
+        }  # fmt: skip
+        grids = factor * torch.tensor([[2, 3], [4, 2]])
+        mask = (torch.arange(9 * factor**2) < grids.prod(-1, keepdim=True)).long()  # (2, patches)
+        return named, (torch.ones(*mask.shape, pixels), grids, mask)
 
     def forward(
         self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor, pixel_attention_mask: torch.Tensor

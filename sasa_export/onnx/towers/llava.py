@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sasa_export.onnx.flat import feature_width
+from sasa_export.onnx.flat import Inputs, Shape, feature_width
 
 
 class Float32(nn.Module):
@@ -47,8 +47,18 @@ class Embedding(nn.Module):
         return torch.where(given, rows[number.clamp(0, count)].to(embeds.dtype), embeds)
 
 
+def square_pictures(model: Any) -> Inputs:
+    """Return the inputs of a tower for pictures of one size."""
+    config = model.config.vision_config
+    size = config.image_size
+    shape = (getattr(config, "num_channels", 3), *(size if isinstance(size, list | tuple) else (size, size)))
+    return {"pixel_values": ("num_images", *shape)}, (torch.ones(2, *shape),)
+
+
 class Llava(nn.Module):
     """pixel_values (images, channels, height, width) -> image_features (images, tokens, hidden)."""
+
+    inputs = staticmethod(square_pictures)
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -70,6 +80,8 @@ class Stock(nn.Module):
     """pixel_values (pictures or tiles, channels, height, width) -> image_features (pictures or tiles, tokens, hidden),
     by the stock model's own method."""
 
+    inputs = staticmethod(square_pictures)
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.inner = model.model
@@ -90,6 +102,17 @@ class Idefics3(nn.Module):
         self.vision_model = model.model.vision_model
         self.connector = model.model.connector
         self.patch = model.config.vision_config.patch_size
+
+    @staticmethod
+    def inputs(model: Any) -> Inputs:
+        config = model.config.vision_config
+        side = config.image_size
+        named: dict[str, Shape] = {
+            "pixel_values": ("batch_size", "num_images", config.num_channels, side, side),
+            "pixel_attention_mask": ("batch_size", "num_images", side, side),
+        }
+        mask = torch.ones(2, 3, side, side, dtype=torch.bool)
+        return named, (torch.ones(2, 3, config.num_channels, side, side), mask)
 
     def forward(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
         """pixel_values (batch, tiles, channels, height, width), pixel_attention_mask (batch, tiles, height, width)."""

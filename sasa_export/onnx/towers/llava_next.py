@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sasa_export.onnx.flat import Inputs, Shape
 from sasa_export.onnx.towers.llava import Llava
 
 
@@ -26,6 +27,18 @@ class LlavaNext(nn.Module):
         self.base = self.cells**2 + (not self.tiles.drops_class_token)  # features of a whole tile
         self.register_buffer("pinpoints", torch.tensor(config.image_grid_pinpoints), persistent=False)
         self.rows, self.columns = (self.pinpoints.amax(0) // self.side * self.cells).tolist()
+
+    @staticmethod
+    def inputs(model: Any) -> Inputs:
+        """Each picture comes as one whole tile and a grid of tiles, with the picture's size."""
+        config = model.config.vision_config
+        side = config.image_size
+        count = 1 + max(height * width for height, width in model.config.image_grid_pinpoints) // side**2
+        shape = (config.num_channels, side, side)
+        named: dict[str, Shape] = {
+            "pixel_values": ("num_images", "num_tiles", *shape), "image_sizes": ("num_images", 2)
+        }  # fmt: skip
+        return named, (torch.ones(2, count, *shape), torch.tensor([[side, 2 * side], [2 * side, side]]))
 
     def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
         """pixel_values (images, tiles, channels, height, width), image_sizes (images, 2), height and width."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sasa_export.onnx.flat import Inputs, Shape
+
 
 class Mistral3(nn.Module):
     """pixel_values (images, channels, height, width), image_sizes (images, 2) -> image_features (tokens, hidden)."""
@@ -20,6 +22,16 @@ class Mistral3(nn.Module):
         self.patch, self.merge = self.tower.patch_size, model.config.spatial_merge_size
         layers = model.config.vision_feature_layer
         self.layers = [layers] if isinstance(layers, int) else list(layers)
+
+    @staticmethod
+    def inputs(model: Any) -> Inputs:
+        """Pictures are padded to the largest one. Without sizes, no picture counts as padded."""
+        config = model.config.vision_config
+        cell = config.patch_size * model.config.spatial_merge_size
+        sizes = torch.tensor([[2 * cell, 3 * cell], [3 * cell, 5 * cell]])
+        pixels = torch.ones(2, config.num_channels, 3 * cell, 5 * cell)
+        shape: Shape = ("num_images", config.num_channels, "height", "width")
+        return {"pixel_values": shape, "image_sizes": ("num_images", 2)}, (pixels, sizes)
 
     def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
         """Sizes are (height, width) in pixels; 0 means that a picture is not padded."""

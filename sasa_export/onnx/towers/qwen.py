@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sasa_export.onnx.flat import Inputs, Shape
+
 
 class Qwen(nn.Module):
     """pixel_values (patches, pixels), image_grid_thw (images, 3) -> image_features (patches / merged, width).
@@ -28,6 +30,15 @@ class Qwen(nn.Module):
             self.window = self.visual.window_size // self.visual.patch_size  # patches along a window's side
             self.windowed = set(range(len(self.visual.blocks))) - set(self.visual.fullatt_block_indexes)
         self.rotate = importlib.import_module(type(self.visual).__module__).apply_rotary_pos_emb_vision
+
+    @staticmethod
+    def inputs(model: Any) -> Inputs:
+        """The patches of all pictures are in a row."""
+        config = model.config.vision_config
+        pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        grids = torch.tensor([[1, 8, 4], [1, 4, 12]])
+        named: dict[str, Shape] = {"pixel_values": ("num_patches", pixels), "image_grid_thw": ("num_images", 3)}
+        return named, (torch.ones(8 * 4 + 4 * 12, pixels), grids)
 
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         state = self.visual.patch_embed(pixel_values)  # (patches, hidden)

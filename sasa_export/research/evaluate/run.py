@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sasa_export.backends import Answering
 from sasa_export.errors import EvaluateError
-from sasa_export.original import TorchOriginal
 from sasa_export.probe.calibration import Fitted
 from sasa_export.probe.features import Features
 from sasa_export.probe.work import Results, Work, resumable
@@ -15,7 +15,7 @@ from sasa_export.prompts.prompt import Prompt
 from sasa_export.report import Silent
 from sasa_export.research.evaluate.arms import Answers
 from sasa_export.research.evaluate.measure import Evaluated, measure
-from sasa_export.research.evaluate.models import OnnxModel, TorchModel, load_patched
+from sasa_export.research.evaluate.models import load_patched
 from sasa_export.research.evaluate.pictures import pictures
 from sasa_export.research.evaluate.subject import Subject, open_subject
 from sasa_export.research.options import EvaluateOptions
@@ -60,12 +60,7 @@ def _of_the_original(subject: Subject, work: Work, report: Silent) -> tuple[Feat
             found = original.features(lane, subject.calibration, work, report, batch_size=size, kind="calibration")
             fitted = original.fit(lane, found, subject.calibration, subject.regularization)
         features = original.features(lane, subject.evaluation, work, report, batch_size=size, kind="evaluation")
-        answering: TorchModel | OnnxModel
-        if isinstance(original, TorchOriginal):
-            answering = TorchModel(original.model, original.processor)
-        else:
-            answering = OnnxModel(original.run(original.blocks()), original.source.directory)
-        return features, fitted, _answers(subject, answering, "plain", work, report)
+        return features, fitted, _answers(subject, original.answering(), "plain", work, report)
 
 
 def _patched(subject: Subject, directory: Path, kind: str, work: Work, report: Silent) -> Answers:
@@ -73,7 +68,7 @@ def _patched(subject: Subject, directory: Path, kind: str, work: Work, report: S
     return _answers(subject, model, kind, work, report)
 
 
-def _answers(subject: Subject, model: TorchModel | OnnxModel, kind: str, work: Work, report: Silent) -> Answers:
+def _answers(subject: Subject, model: Answering, kind: str, work: Work, report: Silent) -> Answers:
     """Return the answers of the "plain" or a patched model. Raise EvaluateError where a gate gives no verdict."""
     gated = kind != "plain"
 

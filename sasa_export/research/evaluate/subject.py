@@ -4,17 +4,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sasa_export.backends import Original, open_original, running_as
 from sasa_export.errors import EvaluateError, OpenError
 from sasa_export.files import check_apart
 from sasa_export.gate import GateSpec
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.manifest import MANIFEST, digest
-from sasa_export.models import layers_of, open_source
+from sasa_export.models import layers_of
 from sasa_export.models.contents import read_object
 from sasa_export.onnx import graphs_of
-from sasa_export.onnx.opened import holds_graphs
-from sasa_export.options import AUTO, check_for_graphs, number_of
-from sasa_export.original import Original, TorchOriginal, running_as
+from sasa_export.options import AUTO, number_of
 from sasa_export.probe import bundled
 from sasa_export.probe.calibration import Fitted
 from sasa_export.probe.work import fingerprint
@@ -165,30 +164,21 @@ def _open_baseline(options: EvaluateOptions, gate: GateSpec, manifest: dict[str,
 
     Raises EvaluateError where that model has another number of blocks or other weights.
     """
-    name, graphs = options.baseline or (manifest.get("options") or {}).get("model"), None
+    name = options.baseline or (manifest.get("options") or {}).get("model")
     if not name:
         raise EvaluateError(f"{options.model} does not say what it was made from. Give it as --baseline.")
+    commit = None if options.baseline else manifest.get("commit")
     try:
-        if gate.graphs and holds_graphs(name):
-            from sasa_export.graph_original import GraphOriginal
-
-            check_for_graphs(options)
-            graphs = GraphOriginal(name, tuple(gate.graphs.values()))
-            source = graphs.source
-        else:
-            source = open_source(name, None if options.baseline else manifest.get("commit"))
+        original = open_original(options, name, commit, tuple((gate.graphs or {}).values()))
     except OpenError as error:
         if options.baseline:
             raise
         raise EvaluateError(f"the original of {options.model} is not there: {error} Or give --baseline.") from None
-    original = graphs or TorchOriginal(source, options.dtype, options.device)
-    weights = [shard.path for shard in source.shards if graphs is None or shard.path != graphs.graphs.decoder]
-    copied = set(manifest.get("files", {}).values())  # shards and graph data are copied byte for byte
-    compared = copied and (graphs is not None or not graphs_of(options.model))
-    other_weights = compared and not all(digest(path) in copied for path in weights)
+    copied = set(manifest.get("files", {}).values())
+    other_weights = copied and not all(digest(path) in copied for path in original.unchanged(gate))
     if other_weights or original.sizes.blocks != gate.blocks:
         raise EvaluateError(
-            f"{options.model} was not made from {source.name}, whose weights are others. Give its original as "
+            f"{options.model} was not made from {original.source.name}, whose weights are others. Give its original as "
             "--baseline."
         )
     return original

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from sasa_export.backends import Original, open_original, running_as
 from sasa_export.files import check_apart
 from sasa_export.layers.pairs import Pair, default_pairs, parse_pairs, possible
 from sasa_export.layers.prompts import limited
 from sasa_export.layers.propose import Proposal, propose
 from sasa_export.layers.survey import Evidence
 from sasa_export.layers.sweep import held_out
-from sasa_export.original import Original, open_original, running_as
 from sasa_export.probe.work import fingerprint, resumable
 from sasa_export.prompts import calibration_prompts
 from sasa_export.prompts.shares import counts

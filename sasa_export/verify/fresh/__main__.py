@@ -1,10 +1,10 @@
 """Loads a written directory as a user would, and prints its answers to its cases and to further prompts.
 
-Usage: python fresh/ MODULE DIRECTORY TYPE DEVICE TOKENS PROMPTS
+Usage: python fresh/ MODULE DIRECTORY OPTIONS DEVICE TOKENS PROMPTS
 
-MODULE is a file beside this one (`torch_model`, `onnx_model`, `mlx_model`), whose `Model` loads the directory. PROMPTS
-is a folder with prompts.json and pictures. These prompts are judged, not answered. The last line printed is a JSON
-object: `about` describes the model, and `cases` and `judged` have one entry for each prompt.
+MODULE is a file beside this one (`torch_model`, `onnx_model`, `mlx_model`), whose `Model` loads the directory with
+OPTIONS, a JSON object. PROMPTS is a folder with prompts.json and pictures. These prompts are judged, not answered. The
+last line printed is a JSON object: `about` describes the model, `cases` and `judged` have one entry for each prompt.
 """
 
 import importlib
@@ -18,9 +18,9 @@ from PIL import Image
 from transformers import logging
 
 
-def main(module: str, directory: Path, dtype: str, device: str, count: int, prompts: Path) -> dict[str, Any]:
+def main(module: str, directory: Path, options: str, device: str, count: int, prompts: Path) -> dict[str, Any]:
     logging.set_verbosity_error()
-    model = importlib.import_module(module).Model(directory, dtype, device)
+    model = importlib.import_module(module).Model(directory, options, device)
     cases = []
     folder = directory / "sasa-verify"
     written = folder / "cases.json"
@@ -51,5 +51,5 @@ def read(model: Any, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    module, directory, dtype, device, count, prompts = sys.argv[1:]
-    print(json.dumps(main(module, Path(directory), dtype, device, int(count), Path(prompts))))
+    module, directory, options, device, count, prompts = sys.argv[1:]
+    print(json.dumps(main(module, Path(directory), options, device, int(count), Path(prompts))))

@@ -35,26 +35,26 @@ class Tokenizer:
 
 
 class Model:
-    """The graphs of a directory. `given` is a JSON object: their files by role, and the sizes of the cache's axes."""
+    """The graphs of a directory, which its config.json names. They have their own types, so it ignores `options`."""
 
     tensors = "np"
 
-    def __init__(self, directory: Path, given: str, device: str) -> None:
-        told = json.loads(given)
+    def __init__(self, directory: Path, options: str, device: str) -> None:
+        config, (settings, changes) = _read(directory / "config.json"), generation(directory)
         providers: list[Any] = ["CPUExecutionProvider"]
-        if device == "cuda":
+        if device.startswith("cuda"):
             onnxruntime.preload_dlls()
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))  # no reduced precision in float32
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        quiet = onnxruntime.SessionOptions()
+        quiet.log_severity_level = 3
         self.graphs = {
-            role: onnxruntime.InferenceSession(directory / file, options, providers=providers)
-            for role, file in told["graphs"].items()
+            role: onnxruntime.InferenceSession(directory / file, quiet, providers=providers)
+            for role, file in config["sasa"]["graphs"].items()
         }
         pictures = "vision" in self.graphs
         self.processor = AutoProcessor.from_pretrained(directory) if pictures else Tokenizer(directory)
-        config, (settings, changes) = _read(directory / "config.json"), generation(directory)
-        self.lengths, self.merge = told["lengths"], config.get("vision_config", {}).get("spatial_merge_size")
+        self.lengths = config["sasa"].get("lengths", {})
+        self.merge = config.get("vision_config", {}).get("spatial_merge_size")
         self.picture = config.get("image_token_id") or config.get("image_token_index")
         self.ends = np.atleast_1d(settings.get("eos_token_id", self.processor.tokenizer.eos_token_id)).tolist()
         self.penalty = settings.get("repetition_penalty") or 1.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from sasa_export.errors import EmitError, EvaluateError, reworded
+from sasa_export.gate import GateSpec
 from sasa_export.graph.rewrite import LaneSettings
 from sasa_export.layers.pairs import Pair
 from sasa_export.layers.prompts import controls
 from sasa_export.layers.survey import LIKELIEST, MAIN_LANE, Evidence, evidence_of
 from sasa_export.layers.sweep import second_lane
 from sasa_export.onnx.decoder import Decoder
-from sasa_export.onnx.directory import write_onnx_card, write_onnx_manifest
 from sasa_export.onnx.export import put_gate
 from sasa_export.onnx.lane import Builder, add_head, add_lane, clone
 from sasa_export.onnx.opened import open_graphs
@@ -30,25 +31,57 @@ from sasa_export.probe.fit import head_metric
 from sasa_export.probe.work import Results, Work
 from sasa_export.prompts import for_model
 from sasa_export.prompts.prompt import Prompt, encoded
-from sasa_export.report import Check, Silent, all_passed
-from sasa_export.verify import check_written
+from sasa_export.report import Check, Silent
 from sasa_export.verify.compare import QUANTIZED, ROUNDED
+from sasa_export.verify.fresh.onnx_model import generation
 from sasa_export.workers import workers
-from sasa_export.writers.cases import TOKENS, Asked, Case
-from sasa_export.writers.directory import Patch, write_beside
+from sasa_export.writers.cases import TOKENS, Asked
+from sasa_export.writers.directory import Patch, Written, write_beside
 from sasa_export.writers.weights import bring
 
 Arrays = Iterator[tuple[str, np.ndarray]]
 
 
+class OnnxModel:
+    """The ONNX graphs of a directory, as `backends.Answering` describes it. They run one prompt at a time."""
+
+    def __init__(self, model: Any, directory: Path) -> None:
+        self.model, self.processor, self.directory = model, model.processor, directory
+
+    def answers(self, prompts: Sequence[Prompt], longest: int) -> dict[str, np.ndarray]:
+        """Raise EvaluateError for unsupported generation settings."""
+        if changes := generation(self.directory)[1]:
+            raise EvaluateError(
+                f"generation_config.json of {self.directory} sets {', '.join(changes)}, which "
+                "is not followed here, so its answers would not be the original's. Evaluate the safetensors directory."
+            )
+        tokens, scores = np.full((len(prompts), longest), -1), np.zeros(len(prompts))
+        for row, prompt in enumerate(prompts):
+            scores[row], _, said = self.model.answer(encoded(self.processor, prompt), longest)
+            tokens[row, : len(said)] = said
+        return {"tokens": tokens, "scores": scores}
+
+    def judge(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        return np.array([self.model.judge(encoded(self.processor, prompt)) for prompt in prompts])
+
+
+def explained(model: str) -> AbstractContextManager[None]:
+    """Return the context for graphs of others: onnxruntime and the exporter raise errors of many types."""
+    return reworded(EmitError, f"{model} cannot be guarded here ({{reason}}). Use another model.")
+
+
 class GraphOriginal(Decoder):
-    """ONNX graphs with the attributes and methods of `original.TorchOriginal`, which documents them."""
+    """ONNX graphs, with what `backends.Original` asks for."""
 
     device = "cpu"
 
     def __init__(self, model: str, chosen: Sequence[str] = ()) -> None:
-        super().__init__(open_graphs(model, chosen))
-        self.more = {"graphs": self.graphs.files, "lengths": self.lengths, "dtype": self.dtype}
+        with explained(model):
+            super().__init__(open_graphs(model, chosen))
+        self.more: Mapping[str, Any] = {"graphs": self.graphs.files, "lengths": self.lengths, "dtype": self.dtype}
+
+    def explained(self) -> AbstractContextManager[None]:
+        return explained(self.source.name)
 
     def readable(self, prompts: Sequence[Prompt], report: Silent) -> list[Prompt]:
         found = [prompt for prompt in prompts if self.sees or prompt.image is None]
@@ -56,13 +89,9 @@ class GraphOriginal(Decoder):
             report.warn("pictures cannot be run through these graphs here, so only prompts of text are used.")
         return for_model(found, self.processor, report)
 
-    def shipped(self, settings: LaneSettings, options: Options) -> None:
-        """Return None. No probe is bundled for graphs, since each graph rounds in its own way."""
-
-    @contextmanager
-    def loaded(self, prompts: Sequence[Prompt], report: Silent) -> Iterator[None]:
+    def loaded(self, prompts: Sequence[Prompt], report: Silent) -> AbstractContextManager[None]:
         """Do nothing. Graphs are loaded later, together with the nodes that are added to them."""
-        yield
+        return nullcontext()
 
     def survey(
         self, prompts: Sequence[Prompt], pairs: Sequence[Pair], work: Work, report: Silent,
@@ -117,32 +146,36 @@ class GraphOriginal(Decoder):
 
         return ask
 
-    def write(self, patch: Patch, staging: Path, options: Options, report: Silent) -> None:
+    def answering(self) -> OnnxModel:
+        return OnnxModel(self.run(self.blocks()), self.source.directory)
+
+    def unchanged(self, gate: GateSpec) -> list[Path]:
+        return [shard.path for shard in self.source.shards if shard.path != self.graphs.decoder]
+
+    def write(self, patch: Patch, staging: Path, options: Options, report: Silent) -> Iterator[Written]:
         guarded = guarded_decoder(self, patch.gate, patch.probe)
         digests: dict[str, str | None] = {}
         write_beside(patch, staging)
         with report.bar(patch.source.weight_bytes(), "write") as advance:
-            for name in {*self.graphs.weights, *self.graphs.files.values()} - {self.graphs.files["decoder"]}:
+            for source in self.unchanged(patch.gate):
+                name = source.relative_to(self.source.directory)
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                source = self.source.directory / name
-                digests[name] = bring(source, staging / name, link=options.link, advance=advance)
+                digests[name.as_posix()] = bring(source, staging / name, link=options.link, advance=advance)
         (staging / self.graphs.files["decoder"]).parent.mkdir(parents=True, exist_ok=True)
         put_gate(self, guarded, patch, staging)
-        checks = check_written(staging, only_files=not patch.cases, calibration=patch.calibration)
-        if patch.cases:
-            checks.append(self.check_pieces(staging, patch.cases, bool(patch.gate.generation_prompt_ids)))
-        all_passed(checks, report)
-        write_onnx_card(patch, checks, options, staging)
-        write_onnx_manifest(staging, digests, options=options.to_json(), layers_from=patch.gate.layers_from)
+        yield Written(patch, staging, digests)
 
-    def check_pieces(self, directory: Path, cases: Sequence[Case], opened: bool) -> Check:
-        """Check that P(unsafe) does not depend on how a prompt is cut into calls. If the template opens an answer
-        (`opened`), the last call has a single token, which the gate must recognise as the end of the prompt."""
-        name, model, apart = "P(unsafe) is the same in pieces", Model(directory), 0.0
+    def more_checks(self, written: Written) -> list[Check]:
+        """Check that P(unsafe) does not depend on how a prompt is cut into calls. If the template opens an answer, the
+        last call has a single token, which the gate must recognise as the end of the prompt."""
+        name, apart, cases, gate = "P(unsafe) is the same in pieces", 0.0, written.patch.cases, written.patch.gate
+        if not cases:
+            return []
+        model = Model(written.directory)
         for case in cases:
             inputs = encoded(model.processor, case.prompt)
             count = inputs["input_ids"].shape[1]
-            cuts = [count // 2, count - 1] if opened else [count // 2]
+            cuts = [count // 2, count - 1] if gate.generation_prompt_ids else [count // 2]
             try:
                 found = model.judge(inputs, cuts)
             except Exception as error:
@@ -150,12 +183,12 @@ class GraphOriginal(Decoder):
                 try:  # some decoders accept several tokens only in the first call
                     self.run(self.blocks()).prompt(inputs, cuts)
                 except Exception:
-                    return Check(name, None, f"not checked, since the original fails likewise: {said}")
-                return Check(name, False, said)
+                    return [Check(name, None, f"not checked, since the original fails likewise: {said}")]
+                return [Check(name, False, said)]
             apart = max(apart, abs(found - case.unsafe_probability)) if np.isfinite(found) else np.inf
         most = ROUNDED["float32"] if self.exact else QUANTIZED
         detail = f"largest difference {apart:.1e} over {len(cases)} prompts, tolerance {most:g}"
-        return Check(name, apart <= most, detail)
+        return [Check(name, apart <= most, detail)]
 
     # ------------------------------------------------------------------------------------- graphs with other outputs
 
