@@ -39,16 +39,17 @@ def test_a_lane_over_the_last_tokens(it: Case, reach: int, tmp_path: Path) -> No
     succeeds(*flags(it.original, tmp_path / f"out{reach}", probe=probe, **options))
     patched = tmp_path / f"out{reach}"
     expected = [it.probe.judge(ids, reach) for ids in it.rows]
-    assert np.abs(np.array(expected) - it.probe.expected).max() > 1e-2
+    apart = np.abs(np.array(expected) - it.probe.expected)  # of a lane over all tokens
+    assert apart.max() > 10 * it.tolerance and all(apart[[len(ids) <= reach for ids in it.rows]] < it.tolerance)
     for side in ("left", "right"):
-        assert it.ask(patched, *padded(it.rows, side, 0)).probability == pytest.approx(expected, abs=1e-4)
+        assert it.ask(patched, *padded(it.rows, side, 0)).probability == pytest.approx(expected, abs=it.tolerance)
     for ids, wanted in zip(it.rows, expected, strict=True):
         count = len(ids)
         for ends in ([count // 2, count - 1, count], range(1, count + 1)):
             asked = it.ask(patched, ids[: ends[0]])
             for start, end in pairwise(ends):
                 asked.call(np.array([ids[start:end]]))
-            assert asked.probability == pytest.approx([wanted], abs=1e-4)
+            assert asked.probability == pytest.approx([wanted], abs=it.tolerance)
 
 
 def of_the_ledger(asked: Decoder) -> list[str]:
@@ -68,7 +69,8 @@ def test_a_second_turn_of_a_padded_batch(it: Case) -> None:
 def test_buffers_longer_than_what_they_hold_come_back_as_long(it: Case) -> None:
     """As onnxruntime-genai shares them; the decoder's own cache here grows, so that only the ledger's are long."""
     ids = it.rows[0]
-    asked = it.ask(it.patched, ids[:0])
+    asked = Decoder(it.patched)
+    asked.start(1)
     asked.cache |= dict.fromkeys(of_the_ledger(asked), np.full((1, HEADS, 60, SIZE), 7.0, np.float32))
     for piece in (ids[:-4], ids[-4:]):
         asked.call(np.array([piece]))
