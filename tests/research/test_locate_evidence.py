@@ -90,7 +90,7 @@ def test_the_choice_among_pairs() -> None:
     assert nearest(pairs, [0, 1], [3]) == [(2, 4)]
     assert cheapest([(2, 9), (5, 9), (5, 7)]) == (5, 7)
     assert spans([3]) == "block 3" and spans([5, 3, 4]) == "blocks 3 to 5"
-    assert spans([1, 3, 4, 9]) == "blocks 1, 3 to 4 and 9"
+    assert spans([1, 3, 4, 9]) == "blocks 1, 3 to 4, 9"
 
 
 def test_the_default_grid() -> None:

@@ -215,7 +215,7 @@ def test_blocks_that_are_given_more_than_a_second_lane_has(tmp_path: Path) -> No
     """As in Gemma 4 E2B and E4B, of the same model type as those that can be guarded."""
     more = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 400, "num_kv_shared_layers": 2}
     source = open_source(str(tiny.build("gemma4", tmp_path, **more)))
-    with pytest.raises(TraceError, match=r"layers\.0 is given float32 \(1, 5, 4\).*cannot be guarded"):
+    with pytest.raises(TraceError, match=r"layers\.0 is given Tensor beside.*cannot be guarded"):
         trace_source(source, load_processor(source))
 
 

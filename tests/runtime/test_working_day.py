@@ -302,8 +302,7 @@ def test_evaluate_of_a_saved_model(saved: Path, llava: Path, tmp_path: Path) -> 
     assert "Give it as --baseline" in fails("evaluate", *given)
     for _ in range(2):  # the second time over the report that is there, which is ours
         succeeds("evaluate", *given, "--baseline", str(llava))
-    (saved / "onnx").mkdir()
-    (saved / "onnx" / "decoder_model_merged.onnx").touch()
+    settle(saved, graphs={"decoder": "onnx/decoder_model_merged.onnx"})
     message = fails("evaluate", *flags(saved, tmp_path / "other"))
     assert "only observe. Export them again with --gate enforce" in message
 
