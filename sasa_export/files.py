@@ -102,12 +102,13 @@ def check_apart(out: Path, *inputs: Path | None) -> None:
 def check_free(out: Path, *, force: bool) -> None:
     """Raise EmitError where `out` is a file, a mount point, or not empty (unless `force`)."""
     out = out.resolve()
-    if out.exists() and not out.is_dir():
-        raise EmitError(f"{out} is no directory. Give a directory as --out.")
-    if os.path.ismount(out):
-        raise EmitError(f"{out} is a mount point, which cannot be replaced whole. Give a directory below it.")
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise EmitError(f"{out} is not empty. Give another --out, or --force to replace it.")
+    with _explained(out):
+        if out.exists() and not out.is_dir():
+            raise EmitError(f"{out} is no directory. Give a directory as --out.")
+        if os.path.ismount(out):
+            raise EmitError(f"{out} is a mount point, which cannot be replaced whole. Give a directory below it.")
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise EmitError(f"{out} is not empty. Give another --out, or --force to replace it.")
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:
