@@ -53,6 +53,7 @@ def _load_shapes(source: Source) -> Any:
         model, info = stock_classes(source)[1].from_pretrained(  # type: ignore[attr-defined]
             None, config=stock_config(source), state_dict=stored, device_map={"": META},
             output_loading_info=True, ignore_mismatched_sizes=True,
+            use_kernels=False,  # kernels of the hub have no shapes alone
         )  # fmt: skip
     check_loaded(source, info)
     return model
