@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from feeding import CACHE, NAMES
 from matrix.bench import Bench, Way, generate, single
 from matrix.rows import LOUD, THREE, enter, enter_checks
 
 HOST = "Another transformers"
-NAMES = ("cache", "past_key_values")  # what the cache is called, since 5.24 and before
 Forward = Callable[..., Any]
 
 
@@ -75,7 +75,7 @@ def own_cache(forward: Forward) -> Forward:
         given = kwargs.pop(named(kwargs), None)
         first = given is None or not given.get_seq_length()
         self.held = DynamicCache(config=self.config.get_text_config()) if first else self.held
-        return forward(self, *args, **kwargs, **{NAMES[1]: self.held})
+        return forward(self, *args, **kwargs, **{CACHE: self.held})
 
     return changed
 
