@@ -2,10 +2,10 @@
 
     python tools/newest_world.py build/newest-world [--final]
 
-An empty environment gets them. In it the demo's model is exported in both formats, and the oracle, the hostile hosts and
-the fast tests run. Prints one table: each library that is newer than the one that was tried last, and what failed in it.
-A failure belongs to the newer libraries in its traceback, or to none that can be named. Exits with 1 where anything
-failed. --final leaves pre-releases out.
+An empty environment gets them. In it the demo's model is exported in both formats, and the oracle, the hostile hosts
+and the fast tests run. Prints one table: each library that is newer than the one that was tried last, and what failed
+in it. A failure belongs to the newer libraries in its traceback, or to none that can be named. Exits with 1 where
+anything failed. --final leaves pre-releases out.
 """
 
 import json

@@ -7,14 +7,14 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from feeding import CACHE, NAMES, Loop
 from transformers import DynamicCache
 
-from feeding import CACHE, NAMES, Loop
 from matrix.bench import Bench, Way, generate, single
 from matrix.rows import LOUD, THREE, enter, enter_checks
 
@@ -56,6 +56,11 @@ class Kernel:
         return type("Kernel", (torch.nn.Module,), {"forward": self.forward})
 
 
+def same(forward: Forward) -> Forward:
+    """A kernel that computes what the forward computes."""
+    return functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+
+
 def kernelized(model: Any, own: bool = False, change: Callable[[Forward], Forward] | None = None) -> Any:
     """A copy of a model, guarded or not, in which a kernel stands in for the forward of each module from the decoder
     down, as transformers (5.25) puts them there at load. With `own`, one also does for the model's own. `change`, where
@@ -64,11 +69,9 @@ def kernelized(model: Any, own: bool = False, change: Callable[[Forward], Forwar
     path = next(name for name, module in twin.named_modules() if hasattr(module, "layers") and "vision" not in name)
     decoder, found = twin.get_submodule(path), {}
     for module in (*decoder.modules(), *([twin] if own else ())):
-        cls = next(cls for cls in type(module).__mro__ if not cls.__module__.endswith("modeling_sasa"))
+        cls: Any = next(cls for cls in type(module).__mro__ if not cls.__module__.endswith("modeling_sasa"))
         if cls.__module__.startswith("transformers."):
-            found[cls] = Kernel(functools.wraps(cls.forward)(lambda *args, run=cls.forward, **named: run(*args, **named)))
-            if change is not None and module is decoder:
-                found[cls] = Kernel(change(cls.forward))
+            found[cls] = Kernel((change if change and module is decoder else same)(cls.forward))
     mapping = {repr(cls): {"cpu": kernel} for cls, kernel in found.items()}
     with pytest.MonkeyPatch.context() as patch, package.use_kernel_mapping(mapping, inherit_mapping=False):
         for cls in found:
@@ -114,7 +117,7 @@ def own_cache(forward: Forward) -> Forward:
     return changed
 
 
-def with_kernels(ways: dict[str, Callable[..., Way]]) -> dict[str, Way]:
+def with_kernels(ways: Mapping[str, Callable[..., Way]]) -> dict[str, Way]:
     """Each way without kernels of the hub, and with them."""
     ends = {"": False, ", with kernels of the hub": True}
     return {f"{name}{end}": way(kernels=kernels) for name, way in ways.items() for end, kernels in ends.items()}
@@ -196,9 +199,7 @@ LOST = {
     "the cache is trimmed to the family's own layers": trimmed,
     "the cache grew without the ledger": grown,
 }
-LOSING = {
-    name: functools.partial(on, prepare_inputs_for_generation=handing(change)) for name, change in LOST.items()
-}
+LOSING = {name: functools.partial(on, prepare_inputs_for_generation=handing(change)) for name, change in LOST.items()}
 enter(HOST, with_kernels(LOSING), prompts=single, on=THREE, error=UNKNOWN)
 
 
