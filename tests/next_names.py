@@ -1,6 +1,8 @@
 """Makes this process's transformers one without the names that it deprecates, as it announces for 5.40: the cache is
 called `cache` and nothing else. A plugin of pytest (-p next_names), since it has to come before any model's module."""
 
+from typing import Any
+
 import transformers
 from transformers.utils import deprecation, generic
 
@@ -9,7 +11,7 @@ GONE = ("past_key_values", "cache_params")
 rename = deprecation.deprecate_kwarg
 
 
-def kept(old_name: str, *args, **kwargs):  # type: ignore[no-untyped-def]
+def kept(old_name: str, *args: Any, **kwargs: Any) -> Any:
     """A decorator that no longer knows the old name, so that a forward takes it for any other argument."""
     return (lambda function: function) if old_name in GONE else rename(old_name, *args, **kwargs)
 

@@ -62,7 +62,8 @@ def tried(python: Path, folder: Path) -> Iterator[tuple[str, str]]:
     exported = python.with_name("sasa-export")
     for form in ("safetensors", "onnx"):
         print(f"exporting smol-llava, --format {form}", flush=True)
-        command = [exported, "--model", "smol-llava", "--format", form, "--force", "--out", folder / f"patched-{form}"]
+        out = folder / f"patched-{form}"
+        command: list[str | Path] = [exported, "--model", "smol-llava", "--format", form, "--force", "--out", out]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             yield f"--format {form}: {ran.stderr.strip().splitlines()[-1]}", ran.stderr
