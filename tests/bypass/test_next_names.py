@@ -20,9 +20,13 @@ THERE = "next_names" in sys.modules
 # On LLaVA: that it loads, which takes a proof there, and judges, refuses and answers as the oracle says, by `generate`
 # and by hand; and the rows of the matrix that change what is handed over.
 RUN = ["bypass/test_next_names.py", "runtime/test_oracle.py", "runtime/test_feeding.py", "bypass/test_matrix.py"]
-ONLY = "llava and not llava_next and not onnx and (test_next_names or test_oracle or test_feeding or by_hand or cache)"
+ONLY = (
+    "llava and not llava_next and not onnx and "
+    "(test_next_names or test_oracle or test_feeding or by_hand or the_cache or decoder_makes or call_behind)"
+)
 
 
+@pytest.mark.timeout(1800)  # a minute on a quiet machine
 @pytest.mark.skipif(THERE, reason="it runs the others there")
 def test_the_gate_holds_there() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "next_names", "-m", "not slow", "-k", ONLY]
