@@ -15,7 +15,7 @@ MODEL ?= build/patched
 # More arguments for pytest: make test ARGS="-k oracle"
 ARGS ?=
 
-.PHONY: setup demo test test-slow api docs matrix families foreign fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory figures bench-gpu bench-vllm test-vllm soak-vllm test-mlx compat test-oldest newest oldest clean
+.PHONY: newest-world setup demo test test-slow api docs matrix families foreign fuzz lint bench bench-published bench-gate bench-score bench-onnx bench-memory figures bench-gpu bench-vllm test-vllm soak-vllm test-mlx compat test-oldest newest oldest clean
 
 setup: $(STAMP)
 
@@ -61,6 +61,10 @@ compat: setup
 	@test -d $(MODEL) || $(BIN)/sasa-export --model smol-llava --out $(MODEL)
 	@$(BIN)/python $(INSTALL) '.[compat]'
 	@$(BIN)/python tools/compatibility.py $(MODEL) --out docs/results/compatibility.md
+
+# What is newest today, without constraints and with pre-releases, in an environment of its own: a table of what fails.
+newest-world:
+	@$(PYTHON) tools/newest_world.py build/newest-world $(ARGS)
 
 # To renew constraints.txt and constraints-oldest.txt, behind the lines of their heads.
 COMPILE := $(BIN)/python -m uv pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml

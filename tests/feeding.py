@@ -1,5 +1,6 @@
 """Calling a model by hand, as a server does: pieces of a prompt on one cache, then the answer token by token."""
 
+import inspect
 import random
 from itertools import pairwise
 from typing import Any
@@ -8,9 +9,12 @@ import tiny
 import torch
 from conftest import Guard
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 TOKENS = 14  # more than the refusal has
+# What a cache is called, as an argument and in outputs: until transformers 5.23 by the second name.
+NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in NAMES if name in inspect.signature(LlavaForConditionalGeneration.forward).parameters)
 PICTURED = ("mm_token_type_ids", "moe_mm_token_type_ids")  # which tokens belong to pictures
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", *PICTURED)
 
@@ -56,8 +60,8 @@ class Loop:
             mask = torch.cat([self.mask, mask], dim=1)
             call = {name: value for name, value in call.items() if name not in PICTURED}
         call["attention_mask"] = self.mask = mask
-        self.output = self.model(**call, past_key_values=self.cache, use_cache=True)
-        self.cache, self.logits = self.output.past_key_values, self.output.logits[:, -1]
+        self.output = self.model(**call, **{CACHE: self.cache}, use_cache=True)
+        self.cache, self.logits = getattr(self.output, CACHE), self.output.logits[:, -1]
         return self
 
     def _first(self, rows: int) -> Tensor:

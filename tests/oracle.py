@@ -22,8 +22,8 @@ BLOCKS: dict[str, str] = defaultdict(
     dict.fromkeys(("smolvlm", "idefics2", "idefics3"), "model.text_model.layers"),
     llama4="language_model.model.layers",
 )
-# Where logits are divided by `logits_scaling` behind the head; others have the field and do not.
-SCALED = ("granite4_vision",)
+# By what logits are multiplied behind the head; other families have such a field and do not.
+SCALED = {"granite4_vision": lambda text: 1 / text.logits_scaling, "aya_vision": lambda text: text.logit_scale}
 # By which families tell the tokens of pictures from those of text.
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
@@ -147,8 +147,8 @@ def folded(model: PreTrainedModel, weight_vocab: Tensor) -> Tensor:
     """The probe `weight_vocab` (vocabulary,) moved in front of the head: W_head^T w, of shape (hidden,)."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear) and head.bias is None
-    scale = model.config.get_text_config().logits_scaling if model.config.model_type in SCALED else 1.0
-    return head.weight.detach().float().T @ weight_vocab.float() / scale  # (hidden,)
+    scale = SCALED.get(model.config.model_type, lambda text: 1.0)(model.config.get_text_config())
+    return head.weight.detach().float().T @ weight_vocab.float() * scale  # (hidden,)
 
 
 def last_positions(inputs: Mapping[str, Any]) -> Tensor:

@@ -116,8 +116,7 @@ def load_model(source: Source, *, dtype: str, device: str) -> Any:
 def check_loaded(source: Source, info: dict[str, Any]) -> None:
     """Raise OpenError where transformers found missing, unexpected or mismatched tensors in the shards."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(info.get(problem) or ())
-        if keys:
+        if keys := sorted(info.get(problem) or ()):
             first = keys[0]
             if problem == "mismatched_keys":
                 name, held, wanted = first
@@ -146,8 +145,7 @@ def head_weight(model: Any) -> Any:
 
 def place(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """Return the inputs on the device of the first weight that is not on disk, pictures in the model's dtype."""
-    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
-    device = next(devices, torch.device("cpu"))
+    device = next((held.device for held in model.parameters() if not held.is_meta), torch.device("cpu"))
     return {
         name: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
         for name, value in inputs.items()

@@ -53,6 +53,7 @@ def _load_shapes(source: Source) -> Any:
         model, info = stock_classes(source)[1].from_pretrained(  # type: ignore[attr-defined]
             None, config=stock_config(source), state_dict=stored, device_map={"": META},
             output_loading_info=True, ignore_mismatched_sizes=True,
+            use_kernels=False,  # kernels of the hub have no shapes alone
         )  # fmt: skip
     check_loaded(source, info)
     return model
@@ -75,9 +76,7 @@ class ShapesOnly(TorchDispatchMode):
             raise NotImplementedError(f"{func} would write numbers that nobody knows into whole ones")
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(META), (args, kwargs))
         if func is torch.ops.aten._grouped_mm.default:  # of experts; torch infers its shapes only in bfloat16
-            args = tree_map_only(
-                Tensor, lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, args
-            )
+            args = tree_map_only(Tensor, lambda held: held.bfloat16() if held.is_floating_point() else held, args)
             return func(*args, **kwargs).to(tensors[0].dtype)
         return func(*args, **kwargs)
 
@@ -85,10 +84,8 @@ class ShapesOnly(TorchDispatchMode):
         """Return a new tensor. A floating-point tensor has no content."""
         if func in COUNTED:
             return func(*args, **kwargs, device=torch.device("cpu"))
-        if any(argument.name == "device" for argument in func._schema.arguments):  # type: ignore[attr-defined]
-            made = func(*args, **kwargs, device=META)
-        else:
-            made = func(*args, **kwargs)
+        placed = any(argument.name == "device" for argument in func._schema.arguments)  # type: ignore[attr-defined]
+        made = func(*args, **kwargs, **({"device": META} if placed else {}))
         whole = isinstance(made, Tensor) and made.is_meta and not made.is_floating_point()
         return func(*args, **kwargs, device=torch.device("cpu")) if whole else made
 

@@ -50,9 +50,8 @@ def build(destination: Path) -> None:
         # float16 halves the size on disk. The dtype in config.json makes the weights load in float32.
         _model(language).half().save_pretrained(directory)
         _name_as_published(directory / "model.safetensors")
-        stored = (directory / "config.json").read_text(encoding="utf-8")
-        stored = stored.replace('"dtype": "float16"', '"dtype": "float32"')
-        (directory / "config.json").write_text(stored, encoding="utf-8")
+        config = directory / "config.json"
+        config.write_text(config.read_text("utf-8").replace('"dtype": "float16"', '"dtype": "float32"'), "utf-8")
 
 
 def _name_as_published(file: Path) -> None:

@@ -221,7 +221,7 @@ class _Around(nn.Module):
         kwargs = {name: text, "attention_mask": attention_mask, "logits_to_keep": last}
         if self.interface.types:
             kwargs["token_type_ids"] = given[self.interface.types]
-        output = self.sasa(self, kwargs, recording, CausalLMOutputWithPast(logits=logits, past_key_values=cache))
+        output = self.sasa(self, {**kwargs, "cache": cache}, recording, CausalLMOutputWithPast(logits=logits))
         present = [tensor.to(self.interface.cache) for layer in layers for tensor in layer.new]
         return output["logits"], present, output["unsafe_probability"], output["is_due"]
 

@@ -1,7 +1,7 @@
 """The gate's access to transformers' caches, masks and arguments. Comments give the version that introduced a name.
 
-A cache is found by its class `Cache`, since the argument is `past_key_values` until 5.23 and `cache` since 5.24. This
-module raises errors where a version lacks a name, and where the attention saw tokens that the ledger does not know.
+A cache is found by its class `Cache`, since the argument is `past_key_values` until 5.23 and `cache` alone from 5.40.
+This module raises errors where a version lacks a name, and where the attention saw tokens that the ledger lacks.
 """
 
 import inspect

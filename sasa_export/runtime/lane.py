@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sasa_export.runtime.formulas import project
 from sasa_export.runtime.host import OF_DECODER, alone, check_names
 from sasa_export.runtime.verdict import last_tokens
+from sasa_export.runtime.version import TRIED
 
 Graph = list[dict[str, Any]]
 Arguments = dict[str, tuple[tuple, dict]]  # module path -> args, kwargs
@@ -99,7 +100,11 @@ def within(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
 def start(graph: Graph, seen: Recording) -> tuple[str, Tensor, Values]:
     """Return the node where the second lane starts, its value (batch, tokens, hidden), and the tapped blocks' outputs.
     The value is the projection of the call's tokens or, in a graph without one, the last block's output."""
-    outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
+    try:
+        outputs = {node["name"]: seen.outputs[node["module"]] for node in graph if node["op"] == "tap"}
+    except KeyError as error:
+        what = f"the gate did not see {error} run, so that it cannot judge: something runs in its place"
+        raise ValueError(f"{what}. Load with use_kernels=False, or install transformers=={TRIED[-1]}") from None
     for node in graph:
         if node["op"] == "projection":
             safety, semantic = (outputs[name] for name in node["inputs"])

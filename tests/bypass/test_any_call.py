@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Guard
+from feeding import CACHE
 from fuzzing import examples, judged
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -139,9 +140,9 @@ class Caller:
         """A first turn that no threshold refuses: what stands behind it, and the cache that holds it."""
         inputs, call = padded(self.call.texts, "left"), self.call
         if call.way == "forward":
-            return call.texts[0], self.model(**inputs, use_cache=True).past_key_values
+            return call.texts[0], self.model(**inputs, use_cache=True)[CACHE]
         found = self.model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True, eos_token_id=None)
-        cache, history = found.past_key_values, found.sequences[0].tolist()
+        cache, history = found[CACHE], found.sequences[0].tolist()
         if call.kept == "copied":
             cache = copy.deepcopy(cache)
         elif call.kept == "cropped":
@@ -161,7 +162,7 @@ class Caller:
         if call.way != "forward" and call.given in new:
             # transformers takes them for all, and leaves out as many as the cache holds.
             whole = [*whole[:past], *(ids[past:] or ids)]
-        return self._ask({**inputs, "past_key_values": cache}, [whole])
+        return self._ask({**inputs, CACHE: cache}, [whole])
 
     def _ask(self, inputs: dict[str, Any], texts: list[list[int]]) -> Outcome:
         call, width = self.call, inputs["input_ids"].shape[1]
@@ -175,7 +176,7 @@ class Caller:
             said = found.logits[:, -1:].argmax(-1).tolist()
             return Outcome(texts, found.get("unsafe_probability"), None, said, 0)
         options: dict[str, Any] = {"use_cache": call.cache != "none", "prefill_chunk_size": call.chunk}
-        if call.cache == "static" and "past_key_values" not in inputs:
+        if call.cache == "static" and CACHE not in inputs:
             options["cache_implementation"] = "static"
         if call.way == "judge":
             judge = getattr(self.model, "judge", self.model.generate)

@@ -216,12 +216,11 @@ def test_a_damaged_directory_does_not_load(outcomes: dict[str, str], name: str) 
     assert error.startswith("error: ") and named in error and len(error) > 30, error
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "6.0.0"])
-def test_another_major_version_of_transformers(guard: Guards, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    """The modeling file refuses a transformers that it was not written for, and says which one it needs."""
+def test_an_old_major_version_of_transformers(guard: Guards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modeling file refuses one that lacks what it imports, and says which one it needs. A new one has to prove."""
     source = (guard("llava").directory / "modeling_sasa.py").read_text()
-    monkeypatch.setattr(transformers, "__version__", version)
-    with pytest.raises(ImportError, match=r"transformers 5.*" + version.replace(".", r"\.")):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(ImportError, match=r"transformers 5.*4\.57\.1"):
         exec(compile(source, "modeling_sasa.py", "exec"), {"__name__": "modeling_sasa"})
 
 

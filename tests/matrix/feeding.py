@@ -6,7 +6,7 @@ from typing import Any
 
 import tiny
 import torch
-from feeding import TOKENS, Loop
+from feeding import CACHE, TOKENS, Loop
 from torch import Tensor
 
 from matrix.bench import (
@@ -62,8 +62,8 @@ def behind_a_prefix(threshold: float, tokens: int = 6) -> Way:
 
     def way(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
         with bench.threshold(threshold):
-            prefix = model(input_ids=inputs["input_ids"][:, :tokens], use_cache=True).past_key_values
-        return generate(model, inputs, past_key_values=copy.deepcopy(prefix))
+            prefix = model(input_ids=inputs["input_ids"][:, :tokens], use_cache=True)[CACHE]
+        return generate(model, inputs, **{CACHE: copy.deepcopy(prefix)})
 
     return way
 
@@ -139,7 +139,7 @@ def generated(bench: Bench, model: Any, *, use_cache: bool) -> Transcript:
         )
         transcript.append((history, found.sequences[:, len(history) :]))
         history = found.sequences[0].tolist()
-        kept = {"past_key_values": found.past_key_values} if use_cache else {}
+        kept = {CACHE: found[CACHE]} if use_cache else {}
     return transcript
 
 
@@ -166,7 +166,7 @@ def filled_by(part: Any) -> Way:
 
     def way(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
         shorter = {name: value[:, :-1] for name, value in inputs.items()}
-        return generate(model, inputs, past_key_values=part(bench)(**shorter, use_cache=True).past_key_values)
+        return generate(model, inputs, **{CACHE: part(bench)(**shorter, use_cache=True)[CACHE]})
 
     return way
 

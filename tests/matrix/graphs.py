@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from feeding import CACHE
 from onnx_runner import Arrays, Runner
 from torch import Tensor
 
@@ -32,16 +33,16 @@ class Graphs:
     def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
         return lambda ids: torch.from_numpy(self.runner.embed(ids.numpy()))
 
-    def __call__(self, *, past_key_values: Past | None = None, **inputs: Any) -> SimpleNamespace:
-        """`logits` (rows, 1, vocabulary) and `past_key_values`, as transformers names them."""
+    def __call__(self, **inputs: Any) -> SimpleNamespace:
+        """`logits` (rows, 1, vocabulary) and the cache, as transformers names them."""
+        past: Past | None = inputs.pop(CACHE, None)
         embeds = inputs["inputs_embeds"].numpy() if "inputs_embeds" in inputs else self._embedded(**inputs)
         self.runner.start(len(embeds))
-        self.runner.cache = past_key_values.arrays if past_key_values else self.runner.cache
+        self.runner.cache = past.arrays if past else self.runner.cache
         further = {name: inputs[name][:, -embeds.shape[1] :].numpy() for name in self.optional & inputs.keys()}
         self.runner.call(embeds, inputs["attention_mask"].numpy(), inputs["position_ids"].numpy(), **further)
-        return SimpleNamespace(
-            logits=torch.from_numpy(self.runner.logits)[:, None], past_key_values=Past(self.runner.cache)
-        )
+        logits = torch.from_numpy(self.runner.logits)[:, None]  # (rows, 1, vocabulary)
+        return SimpleNamespace(logits=logits, **{CACHE: Past(self.runner.cache)})
 
     def _embedded(self, input_ids: Tensor, **inputs: Any) -> np.ndarray[Any, Any]:
         """Embeddings (rows, tokens, hidden) with the pictures in their places."""

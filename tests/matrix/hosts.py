@@ -7,18 +7,18 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from feeding import CACHE, NAMES, Loop
 from transformers import DynamicCache
 
 from matrix.bench import Bench, Way, generate, single
 from matrix.rows import LOUD, THREE, enter, enter_checks
 
 HOST = "Another transformers"
-NAMES = ("cache", "past_key_values")  # what the cache is called, since 5.24 and before
 Forward = Callable[..., Any]
 
 
@@ -40,9 +40,46 @@ def hosted(model: Any, forward: Callable[[Forward], Forward] | None = None, **me
     return twin
 
 
-def on(forward: Callable[[Forward], Forward] | None = None, **methods: Any) -> Way:
-    """The way of running that is `generate` on such a transformers."""
-    return lambda bench, model, inputs: generate(hosted(model, forward, **methods), inputs)
+def on(forward: Callable[[Forward], Forward] | None = None, kernels: bool = False, **methods: Any) -> Way:
+    """The way of running that is `generate` on such a transformers, with or without kernels of the hub."""
+    treated = kernelized if kernels else lambda model: model
+    return lambda bench, model, inputs: generate(hosted(treated(model), forward, **methods), inputs)
+
+
+class Kernel:
+    """A kernel of the hub, as far as the package `kernels` looks: a class, of which it takes the forward."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def load(self) -> type:
+        return type("Kernel", (torch.nn.Module,), {"forward": self.forward})
+
+
+def same(forward: Forward) -> Forward:
+    """A kernel that computes what the forward computes."""
+    return functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+
+
+def kernelized(model: Any, own: bool = False, change: Callable[[Forward], Forward] | None = None) -> Any:
+    """A copy of a model, guarded or not, in which a kernel stands in for the forward of each module from the decoder
+    down, as transformers (5.25) puts them there at load. With `own`, one also does for the model's own. `change`, where
+    given, is what the decoder's kernel does otherwise."""
+    package, twin = pytest.importorskip("kernels"), copy.deepcopy(model)
+    path = next(name for name, module in twin.named_modules() if hasattr(module, "layers") and "vision" not in name)
+    decoder, found = twin.get_submodule(path), {}
+    for module in (*decoder.modules(), *([twin] if own else ())):
+        cls: Any = next(cls for cls in type(module).__mro__ if not cls.__module__.endswith("modeling_sasa"))
+        if cls.__module__.startswith("transformers."):
+            found[cls] = Kernel((change if change and module is decoder else same)(cls.forward))
+    mapping = {repr(cls): {"cpu": kernel} for cls, kernel in found.items()}
+    with pytest.MonkeyPatch.context() as patch, package.use_kernel_mapping(mapping, inherit_mapping=False):
+        for cls in found:
+            patch.setattr(cls, "kernel_layer_name", repr(cls), raising=False)
+        package.kernelize(twin, mode=package.Mode.INFERENCE, device="cpu")
+    placed = [module for module in decoder.modules() if "forward" in vars(module)]
+    assert len(placed) > len(decoder.layers) and decoder in placed
+    return twin
 
 
 def handing(change: Callable[[Any, dict[str, Any], str], None]) -> Callable[..., dict[str, Any]]:
@@ -75,16 +112,60 @@ def own_cache(forward: Forward) -> Forward:
         given = kwargs.pop(named(kwargs), None)
         first = given is None or not given.get_seq_length()
         self.held = DynamicCache(config=self.config.get_text_config()) if first else self.held
-        return forward(self, *args, **kwargs, **{NAMES[1]: self.held})
+        return forward(self, *args, **kwargs, **{CACHE: self.held})
 
     return changed
 
 
+def with_kernels(ways: Mapping[str, Callable[..., Way]]) -> dict[str, Way]:
+    """Each way without kernels of the hub, and with them."""
+    ends = {"": False, ", with kernels of the hub": True}
+    return {f"{name}{end}": way(kernels=kernels) for name, way in ways.items() for end, kernels in ends.items()}
+
+
 HOLDING = {
-    "the cache is handed over by position": on(__call__=positionally),
-    "the decoder makes a cache of its own": on(own_cache),
+    "the cache is handed over by position": functools.partial(on, __call__=positionally),
+    "the decoder makes a cache of its own": functools.partial(on, own_cache),
 }
-enter(HOST, HOLDING, prompts=single, on=THREE)
+enter(HOST, with_kernels(HOLDING), prompts=single, on=THREE)
+
+
+def own_kernel(bench: Bench, model: Any, inputs: Any) -> torch.Tensor:
+    return Loop(bench.guarded, kernelized(model, own=True)).feed_prompt(inputs).say()
+
+
+KERNELS = {
+    "kernels of the hub": lambda bench, model, inputs: generate(kernelized(model), inputs),
+    "a kernel of the hub for the model's own forward": lambda bench, model, inputs: generate(
+        kernelized(model, own=True), inputs
+    ),
+    "a kernel of the hub for the model's own forward, by hand": own_kernel,
+}
+enter(HOST, KERNELS, on=THREE)
+
+
+def unseen(forward: Forward) -> Forward:
+    """A decoder's kernel that runs the blocks' forwards, and not the blocks."""
+
+    @functools.wraps(forward)
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        blocks = self._modules.pop("layers")
+        self.__dict__["layers"] = [block.forward for block in blocks]
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            del self.__dict__["layers"]
+            self._modules["layers"] = blocks
+
+    return changed
+
+
+UNSEEN = {
+    "a kernel of the hub that runs the blocks by itself": lambda bench, model, inputs: generate(
+        kernelized(model, change=unseen), inputs
+    ),
+}
+enter(HOST, UNSEEN, prompts=single, error="the gate did not see")
 
 
 def emptied(self: Any, arguments: dict[str, Any], name: str) -> None:
@@ -118,10 +199,8 @@ LOST = {
     "the cache is trimmed to the family's own layers": trimmed,
     "the cache grew without the ledger": grown,
 }
-enter(
-    HOST, {name: on(prepare_inputs_for_generation=handing(change)) for name, change in LOST.items()},
-    prompts=single, on=THREE, error=UNKNOWN,
-)  # fmt: skip
+LOSING = {name: functools.partial(on, prepare_inputs_for_generation=handing(change)) for name, change in LOST.items()}
+enter(HOST, with_kernels(LOSING), prompts=single, on=THREE, error=UNKNOWN)
 
 
 def without_past(**further: Any) -> Way:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from feeding import Loop
+from feeding import CACHE, Loop
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -55,9 +55,9 @@ def new_ids_alone(bench: Bench, model: Any, inputs: Inputs) -> Tensor:
     """A second turn on a kept cache of which the new ids alone are handed over, fewer than the cache holds:
     transformers takes them for all there are, and feeds the last few."""
     first = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
-    cache = first.past_key_values
+    cache = first[CACHE]
     ids = torch.tensor([[*range(70, 70 + cache.get_seq_length() * 3 // 4)]])
-    return generate(model, {"input_ids": ids, "past_key_values": cache})
+    return generate(model, {"input_ids": ids, CACHE: cache})
 
 
 SHORT = {"a second turn on its cache, new ids alone, fewer than it holds": new_ids_alone}

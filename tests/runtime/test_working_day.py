@@ -16,6 +16,7 @@ import tiny
 import torch
 from cli_steps import fails, flags, invoke, settle, succeeds
 from conftest import Guard, load, move_weights
+from feeding import CACHE
 from labelled import write_set
 from matrix.bench import begun_answers_allowed
 from onnx_runner import Runner
@@ -126,9 +127,9 @@ def test_an_answer_that_goes_on_has_no_new_verdict(split: Callable[[str], Guard]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
     given = {"attention_mask": mask, "max_new_tokens": 2, "return_dict_in_generate": True}
     with pytest.raises(ValueError, match="begins the answer"):
-        guarded.model.generate(first.sequences, past_key_values=copy.deepcopy(first.past_key_values), **given)
+        guarded.model.generate(first.sequences, **{CACHE: copy.deepcopy(first[CACHE])}, **given)
     with begun_answers_allowed(guarded.model):
-        found = guarded.model.generate(first.sequences, past_key_values=first.past_key_values, **given)
+        found = guarded.model.generate(first.sequences, **{CACHE: first[CACHE]}, **given)
     assert found.unsafe_probability.isnan().all() and torch.equal(found.refused, first.refused)
 
 

@@ -86,11 +86,12 @@ class Pooled(hf.LlavaProcessor):
         pictures = torch.as_tensor(np.stack(found["pixel_values"]))  # (pictures, 3, height, width)
         side, count = pictures.shape[-1] // PATCH, len(pictures)
         patches = torch.nn.functional.unfold(pictures, PATCH, stride=PATCH).mT  # (pictures, side * side, pixels)
-        numbers = torch.arange(count * side * side).reshape(count, side // 2, 2, side // 2, 2)
+        numbers = torch.arange(side * side).reshape(side // 2, 2, side // 2, 2)  # of one picture's patches
         found = {
             "pixel_values": patches,
-            "image_token_pooling": numbers.transpose(2, 3).reshape(-1, 4),
+            "image_token_pooling": numbers.transpose(1, 2).reshape(-1, 4).repeat(count, 1),
             "image_grids": torch.tensor([[side // 2, side // 2, 0, 0]] * count),
+            "image_num_crops": torch.ones(count, dtype=torch.long),
         }
         return found, replacements
 

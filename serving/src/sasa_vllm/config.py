@@ -15,7 +15,7 @@ from sasa_vllm.requests import wrap
 from sasa_vllm.settings import GuardedConfig
 
 TESTED = ("0.32.0",)  # versions of vLLM on which the tests of this package pass
-READ = ("0.33.0",)  # versions whose source was read: an engine there must prove its gate (proof.py)
+READ = ("0.33.0", "0.34.0")  # versions whose source was read: an engine there must prove its gate (proof.py)
 VERSION = vllm.__version__.split("+")[0]
 ONLY_READ = VERSION in READ
 WORKER = "sasa_vllm.worker.GuardedWorker"
@@ -58,8 +58,9 @@ def guarded_config(stock: Any) -> Any:
 def check_version() -> None:
     """Raise ImportError on a vLLM version that is in neither TESTED nor READ."""
     if VERSION not in TESTED + READ:
-        what = f"vLLM {VERSION} is installed, and the gate of this model was tried on {TESTED[-1]} alone"
-        raise ImportError(f"{what}: another may answer past it. Install vllm=={TESTED[-1]}, or a newer sasa-vllm.")
+        what = f"vLLM {VERSION} is installed, and the gate of this model was tried on {', '.join(TESTED)} alone"
+        newest = f"Install that, or {READ[-1]}, the newest that sasa-vllm serves, or a newer sasa-vllm"
+        raise ImportError(f"{what}: another may answer past it. {newest}.")
 
 
 class GuardedEngine(VerifyAndUpdateConfig):

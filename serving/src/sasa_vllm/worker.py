@@ -19,7 +19,10 @@ else:
 
 
 class GuardedWorker(Worker):
-    """The worker that `sasa_vllm.config` picks for guarded models. It runs Model Runner V1 or V2, as vLLM picks."""
+    """The worker that `sasa_vllm.config` picks for guarded models. It runs Model Runner V1 or V2, as vLLM picks.
+
+    V2 alone notes the batch in its state; vLLM 0.34 has no other.
+    """
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -45,7 +48,7 @@ class GuardedWorker(Worker):
         if state is None:  # nothing was computed
             return super().sample_tokens(grammar_output)
         count = len(state.hidden_states)
-        if self.use_v2_model_runner:
+        if hasattr(state, "input_batch"):  # V2
             batch, axes = state.input_batch, runner.model_state.rope_state
             positions = axes.get_positions(count) if axes else batch.positions  # (axes, tokens) or (tokens,)
         else:
