@@ -53,7 +53,7 @@ LOADERS = {
         f"{name}.from_config": f"transformers.{name}.from_config({CONFIG}, trust_remote_code={{trust}})"
         for name in AUTO[:2]
     },
-    "transformers serve": 'ModelManager("cpu", "auto", {trust})._load_model(d + "@main")',
+    "transformers serve": 'ModelLoader("cpu", "auto", {trust})._load_model(d)',
     "the stock class, handed the directory's configuration": f"{{stock}}.from_pretrained(d, config={CONFIG})",
 }
 # Those that give the guarded class, with trust. All others load nothing, with and without.
@@ -66,8 +66,8 @@ torch.set_num_threads(1)
 found = {}
 for name, (d, expression) in json.loads(sys.argv[1]).items():
     try:
-        if "ModelManager" in expression:
-            from transformers.cli.serving.model_manager import ModelManager
+        if "ModelLoader" in expression:
+            from transformers.cli.serving.model_manager import ModelLoader
         model = eval(expression)
         with torch.no_grad():
             output = model(input_ids=torch.tensor([[1, 65, 70, 75, 80, 85]]))
